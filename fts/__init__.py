@@ -1,0 +1,55 @@
+"""A functional training-step toolkit for PyTorch: `state = reduce(step, batches, state)`.
+
+    fts.transforms   gradients -> updates                         (imported as tx)
+    fts.steps        (state, batch) -> (state, metrics)
+    fts.loops        many steps: events, data order, checkpoints  (loaded on first use)
+    fts.testing      the laws as checks for your own transforms   (loaded on first use)
+    fts.trainer      Trainer and TrainingArguments                (loaded on first use, as are its names here)
+
+>>> import fts, torch
+>>> fts.global_norm({"w": torch.tensor([3.0, 4.0])})
+tensor(5.)
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+from fts import errors, steps, transforms
+from fts.state import TrainState
+from fts.transforms import global_norm
+from fts.typing import LossOutput, Transform
+
+if TYPE_CHECKING:
+    from fts import loops as loops, testing as testing, trainer as trainer
+    from fts.trainer import (
+        EarlyStoppingCallback as EarlyStoppingCallback,
+        Trainer as Trainer,
+        TrainerCallback as TrainerCallback,
+        TrainingArguments as TrainingArguments,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = ["LossOutput", "TrainState", "Transform", "__version__", "errors", "global_norm", "steps", "transforms"]
+
+_LAZY_ROOMS = ("loops", "testing", "trainer")
+
+_LAZY_NAMES = dict.fromkeys(
+    ("EarlyStoppingCallback", "Trainer", "TrainerCallback", "TrainingArguments"),
+    "fts.trainer",
+)
+"""Names that `fts` offers from a room that is loaded on first use."""
+
+
+def __getattr__(name: str) -> object:
+    # Reached only for names that the module does not have yet; the result is kept, so each is looked up once.
+    if name in _LAZY_ROOMS:
+        return _import_module(f"fts.{name}")  # the import system sets the attribute
+    if name in _LAZY_NAMES:
+        value = globals()[name] = getattr(_import_module(_LAZY_NAMES[name]), name)
+        return value
+    raise AttributeError(f"module 'fts' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY_ROOMS, *_LAZY_NAMES})

@@ -1,0 +1,59 @@
+"""Every exception that fts raises on purpose.
+
+Each says what was wrong, with the value, and what to do. All derive from `FtsError`, and also from the
+built-in exception that a caller would expect, so `except ValueError` keeps working.
+"""
+
+
+class FtsError(Exception):
+    """Base of all errors raised by fts."""
+
+
+class ArgumentError(FtsError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class UnknownParameterError(FtsError, KeyError):
+    """A name (in a mask, a label, a state) matches no parameter."""
+
+    __str__ = Exception.__str__  # KeyError would print the repr of the message
+
+
+class BatchError(FtsError, ValueError):
+    """A batch cannot be used: a key is missing, it is empty, or its rows cannot be split."""
+
+
+class LossError(FtsError, ValueError):
+    """A loss function returned something that is not a scalar loss (with weight and metrics)."""
+
+
+class ScheduleError(FtsError, ValueError):
+    """A schedule is misconfigured or returned a value that no training can use."""
+
+
+class NonFiniteError(FtsError, FloatingPointError):
+    """Gradients stayed NaN or infinite for longer than allowed."""
+
+
+class DonatedStateError(FtsError, RuntimeError):
+    """A state was used after a step had reused its storage."""
+
+
+class DataError(FtsError, ValueError):
+    """A dataset or loader cannot be used as asked, for example because it is empty."""
+
+
+class CheckpointError(FtsError, RuntimeError):
+    """A checkpoint is missing, damaged, or does not fit the state it is loaded into."""
+
+
+class MissingDependencyError(FtsError, ImportError):
+    """An optional package or a piece of hardware is needed and absent."""
+
+
+class CallbackError(FtsError, RuntimeError):
+    """A callback raised; the original exception is the cause."""
+
+
+class CompileFallbackWarning(UserWarning):
+    """A step could not be compiled as one graph and runs eagerly instead."""

@@ -1,0 +1,36 @@
+"""Many steps: the order of the data, events, evaluation, checkpoints and resume."""
+
+from fts.loops.cadence import Cadence, Counters, Due, cadence
+from fts.loops.checkpoints import load_checkpoint, load_extra, newest_checkpoint, save_checkpoint, verify_checkpoint
+from fts.loops.data import Source, source
+from fts.loops.evaluate import evaluate
+from fts.loops.events import EpochBegin, EpochEnd, EvalBatch, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
+from fts.loops.fit import fit
+from fts.loops.position import Position
+
+__all__ = [
+    "Cadence",
+    "Counters",
+    "Due",
+    "EpochBegin",
+    "EpochEnd",
+    "EvalBatch",
+    "Evaluated",
+    "Event",
+    "Logged",
+    "Position",
+    "Saved",
+    "Source",
+    "StepBegin",
+    "StepEnd",
+    "Stopped",
+    "cadence",
+    "evaluate",
+    "fit",
+    "load_checkpoint",
+    "load_extra",
+    "newest_checkpoint",
+    "save_checkpoint",
+    "source",
+    "verify_checkpoint",
+]

@@ -1,0 +1,131 @@
+"""When to log, evaluate, save and stop: pure functions of the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import attrs
+
+from fts.errors import ArgumentError
+from fts.loops.position import Position
+
+Moment: TypeAlias = Literal["step", "epoch", "end", "stop"]
+"""When `due` is asked: after a step, after a whole epoch, at the planned end, or where the run was asked to stop early."""
+
+Every: TypeAlias = int | Literal["epoch"] | None
+"""Every so many steps, at the end of each epoch, or never."""
+
+
+@attrs.frozen
+class Counters:
+    """How far a run has come. All are Python integers that the loop counts itself: reading one never waits for a device.
+
+    Attributes:
+        step: how many updates were applied since the state was created.
+        epoch: the pass over the data, from 0.
+        batch: how many of the steps' batches were consumed in this epoch.
+        total_steps: the step at which the run ends as planned; None where that is not known.
+        steps_per_epoch: None where the data does not tell its length.
+        moment: "step"; "epoch" when a whole epoch has just ended (`epoch` and `batch` then name the next one's first batch);
+            "end" or "stop" when the run is over, as planned or early.
+
+    >>> Counters(step=12, epoch=1, batch=2, steps_per_epoch=10).progress
+    1.2
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    moment: Moment = "step"
+
+    @property
+    def position(self) -> Position:
+        """The place of the next batch: where to resume from."""
+        return Position(self.epoch, self.batch)
+
+    @property
+    def progress(self) -> float | None:
+        """Epochs completed, with the fraction of the current one; None in the middle of an epoch of unknown length."""
+        if self.batch == 0:
+            return float(self.epoch)
+        return self.epoch + self.batch / self.steps_per_epoch if self.steps_per_epoch else None
+
+
+@attrs.frozen
+class Due:
+    """What the loop does next, in this order: log, evaluate, save, then end the epoch or stop."""
+
+    log: bool = False
+    evaluate: bool = False
+    save: bool = False
+    stop: bool = False
+    end_epoch: bool = False
+
+    def __bool__(self) -> bool:
+        return self.log or self.evaluate or self.save or self.stop or self.end_epoch
+
+
+NOTHING = Due()
+
+
+@attrs.frozen
+class Cadence:
+    """A function from `Counters` to `Due`; made by `cadence`."""
+
+    log: Every = None
+    evaluate: Every = None
+    save: Every = None
+    stop: Callable[[Counters], bool] | None = None
+
+    def __call__(self, counters: Counters) -> Due:
+        log, evaluate, save = _due(self.log, counters), _due(self.evaluate, counters), _due(self.save, counters)
+        if counters.moment == "stop":
+            evaluate = False  # who asks a run to stop does not want to wait for an evaluation
+        stop = self.stop is not None and self.stop(counters)
+        return Due(log, evaluate, save, stop) if log or evaluate or save or stop else NOTHING
+
+
+def cadence(
+    log: Every = None, evaluate: Every = None, save: Every = None, stop: Callable[[Counters], bool] | None = None
+) -> Cadence:
+    """Regular logging, evaluation and saving.
+
+    Each happens every so many steps, counted from the start of training and not of this run, or at the end of each
+    epoch. What happens at all also happens once more at the end of the run, if the last step was not due anyway: so
+    the last steps' metrics are logged and the last state is saved. A run that is stopped early logs and saves, but does
+    not evaluate.
+
+    Args:
+        log: steps between two logs, "epoch", or None for never.
+        evaluate: the same for evaluations.
+        save: the same for checkpoints.
+        stop: asked after each step; True ends the run.
+
+    Returns:
+        A pure function `Counters -> Due`.
+
+    Raises:
+        ArgumentError: an interval is not a positive integer.
+
+    >>> due = cadence(log=10, save="epoch")
+    >>> due(Counters(step=20, epoch=0, batch=20)).log, due(Counters(step=21, epoch=0, batch=21)).log
+    (True, False)
+    """
+    for name, every in (("log", log), ("evaluate", evaluate), ("save", save)):
+        whole = isinstance(every, int) and not isinstance(every, bool) and every > 0
+        if every is not None and every != "epoch" and not whole:
+            raise ArgumentError(f'cadence({name}={every!r}) must be a positive number of steps, "epoch", or None for never.')
+    return Cadence(log, evaluate, save, stop)
+
+
+def _due(every: Every, counters: Counters) -> bool:
+    if every is None:
+        return False
+    if every == "epoch":
+        # at the end, `batch` is 0 if the epoch was complete, and then it had its turn
+        return counters.moment == "epoch" or (counters.moment in ("end", "stop") and counters.batch != 0)
+    hit = counters.step % every == 0
+    return hit if counters.moment == "step" else not hit and counters.moment != "epoch"

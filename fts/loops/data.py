@@ -1,0 +1,296 @@
+"""Sources: any kind of data as numbered epochs of numbered batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import attrs
+from torch.utils.data import DataLoader, Dataset as TorchDataset, IterableDataset, default_collate
+
+from fts.errors import ArgumentError, DataError
+from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, skip, too_short
+from fts.loops.order import Order, regular_order, sampled_order
+from fts.loops.reading import Collate, Reading, loading_options, reading_of
+from fts.randomness import fold
+from fts.steps.microbatches import MicroBatches
+from fts.typing import Batch
+
+
+@attrs.frozen
+class Source:
+    """Data as epochs of batches; made by `source`.
+
+    Attributes:
+        batches: `(epoch, start)` -> the loader's batches of that epoch from number `start` on.
+        batches_per_epoch: how many of those an epoch has; None where the data does not tell.
+        num_items: how many items an epoch visits; None where the data does not tell.
+        batch_size: items in one of those batches; None where they come ready.
+        micro_batches: how many of them make the batch of one step.
+        kind: what the data is, in words.
+    """
+
+    batches: Callable[[int, int], Iterator[Batch]] = attrs.field(repr=False)
+    batches_per_epoch: int | None = None
+    num_items: int | None = None
+    batch_size: int | None = None
+    micro_batches: int = 1
+    kind: str = "data"
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """How many steps an epoch has; None where the data does not tell."""
+        return None if self.batches_per_epoch is None else -(-self.batches_per_epoch // self.micro_batches)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch.
+
+        Args:
+            epoch: which pass over the data, from 0.
+            start: how many of the steps' batches to skip.
+
+        Returns:
+            An iterator of batches, each a `MicroBatches` if several make one step.
+
+        Raises:
+            DataError: the epoch is shorter than `start`, or the data can be iterated only once and was.
+
+        >>> list(source([10, 11, 12]).epoch(0, start=1))
+        [11, 12]
+        """
+        steps = self.steps_per_epoch
+        if steps is not None and start > steps:
+            raise too_short(start, steps)
+        if self.micro_batches == 1:
+            return self.batches(epoch, start)
+        return _grouped(self.batches(epoch, start * self.micro_batches), self.micro_batches)
+
+    def describe_empty(self, epoch: int) -> str:
+        """Say that an epoch had no batch, with what is known about why."""
+        items = "an unknown number of" if self.num_items is None else self.num_items
+        size = "" if self.batch_size is None else f" and batches of {self.batch_size}"
+        return (
+            f"Epoch {epoch} of the data holds no batch: it is {self.kind} with {items} items{size}. Give data that is not empty; "
+            "with drop_last=True there must be at least one full batch, and an iterator inside a dataset serves only one epoch."
+        )
+
+
+def source(
+    data: Any,
+    *,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    sampler: Iterable[Any] | None = None,
+    collate: Collate | None = None,
+    drop_last: bool = False,
+    workers: int = 0,
+    micro_batches: int = 1,
+    **loading: Any,
+) -> Source:
+    """Make any kind of data a `Source`, whose order and random augmentation are functions of the seed and the epoch.
+
+    In epoch e, n shuffled items are visited in the order of `torch.randperm(n)` under a CPU generator seeded with
+    `seed + e`. While batch b is fetched (items and collation, in whichever process), torch's, numpy's and Python's
+    generators are seeded with `fold(seed, e, b)`. Skipping reads no data where items can be indexed.
+
+    Args:
+        data: a map-style dataset; an iterable dataset (its `set_epoch` is called if it has one); a DataLoader, of which the
+            dataset, batch size, sampler, collate function and worker settings are taken over; or anything that can be
+            iterated again and again and gives ready batches, such as a list. An iterator serves one epoch.
+        batch_size: items in a batch. None: the data's items are ready batches (a map-style dataset needs a size).
+        shuffle: visit the items (of a list without `batch_size`: the batches) in random order.
+        seed: any integer.
+        sampler: gives the indices of an epoch in its own order, instead of `shuffle`; its `set_epoch` is called if it has one.
+        collate: makes a batch of a list of items; default `torch.utils.data.default_collate`. Without `batch_size`
+            it is applied to each ready batch, if given.
+        drop_last: leave out a last batch that is not full.
+        workers: how many processes fetch ahead; 0 fetches in this one.
+        micro_batches: how many consecutive batches make the `MicroBatches` of one step; an epoch's last may have fewer.
+        **loading: the DataLoader's `pin_memory` (nothing happens without an accelerator), `prefetch_factor`,
+            `persistent_workers`, `timeout`, `worker_init_fn`, `multiprocessing_context`.
+
+    Returns:
+        The source.
+
+    Raises:
+        ArgumentError: an argument has a value that cannot work.
+        DataError: the data is of no kind that can be used as asked.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> numbers = source(TensorDataset(torch.arange(5)), batch_size=2)
+    >>> numbers.steps_per_epoch, list(numbers.epoch(0, start=1))
+    (3, [[tensor([2, 3])], [tensor([4])]])
+    """
+    for name, value, least in (("micro_batches", micro_batches, 1), ("workers", workers, 0), ("batch_size", batch_size, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ArgumentError(f"source({name}={value!r}) must be a whole number of at least {least}.")
+    if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
+        _refuse(
+            batch_size=batch_size,
+            shuffle=shuffle,
+            sampler=sampler,
+            collate=collate,
+            drop_last=drop_last,
+            workers=workers,
+            **loading,
+        )
+        reading = attrs.evolve(reading_of(data, seed), micro_batches=micro_batches)
+    else:
+        if sampler is not None and shuffle:
+            raise ArgumentError("source was given shuffle=True and a sampler. Give one of them: either decides the order.")
+        if batch_size is not None and collate is None:
+            collate = default_collate
+        options = loading_options(workers, loading)
+        reading = Reading(data, batch_size, seed, shuffle, collate, drop_last, micro_batches, sampler, loading=options)
+    return _read(reading)
+
+
+def _refuse(**given: Any) -> None:
+    doubled = [name for name, value in given.items() if value]
+    if doubled:
+        raise ArgumentError(
+            f"source was given a DataLoader and {', '.join(doubled)}, which the DataLoader says itself. Give them to the "
+            "DataLoader, or give its dataset instead."
+        )
+
+
+def _read(reading: Reading) -> Source:
+    data = reading.data
+    if isinstance(data, Source):
+        raise ArgumentError("source was given a Source. Use it as it is, or make another from the data.")
+    if isinstance(data, Iterator):
+        return _once(reading)
+    if _is_indexable(reading):
+        return _indexed(reading)
+    if isinstance(data, (Mapping, str, bytes)) or not isinstance(data, Iterable):
+        raise DataError(
+            f"Data of type {type(data).__name__} is neither a dataset nor an iterable of batches. Give a dataset, a DataLoader, "
+            "or a list of batches" + (", such as one of the dictionary's values." if isinstance(data, Mapping) else ".")
+        )
+    if reading.shuffle:
+        raise DataError(
+            f"Data of type {type(data).__name__} cannot be shuffled: it can only be iterated. Shuffle inside the dataset "
+            "(in `__iter__`, after `set_epoch`), or give data with __getitem__ and __len__."
+        )
+    return _streamed(reading)
+
+
+def _is_indexable(reading: Reading) -> bool:
+    data, name = reading.data, type(reading.data).__name__
+    if reading.sampler is not None:
+        return True
+    if isinstance(data, (IterableDataset, Mapping, str, bytes)) or not hasattr(data, "__getitem__"):
+        return False
+    if not hasattr(data, "__len__"):
+        if isinstance(data, Iterable) and not isinstance(data, TorchDataset):
+            return False
+        raise DataError(f"A map-style dataset ({name}) needs __len__, so that the order of its items can be drawn.")
+    map_style = isinstance(data, TorchDataset) or hasattr(data, "__getitems__") or not isinstance(data, Iterable)
+    if map_style and not reading.batched and not reading.items_are_batches:
+        raise DataError(
+            f"A map-style dataset ({name} with {len(data)} items) needs a batch size: source(dataset, batch_size=32). "
+            "Ready batches can be given as a list."
+        )
+    return True
+
+
+def _indexed(reading: Reading) -> Source:
+    """Data whose items have numbers: a batch is fetched by the numbers of its items, and skipped without."""
+    data, seed, collate, drop_last = reading.data, reading.seed, reading.collate, reading.drop_last
+    if reading.sampler is None:
+        items: int | None = len(data)
+        order: Order = regular_order(len(data), reading.batch_size, shuffle=reading.shuffle, seed=seed, drop_last=drop_last)
+    else:
+        items = _length(reading.sampler)
+        order = sampled_order(reading.sampler, reading.batch_size, seed=seed, drop_last=drop_last)
+    fetcher = Fetcher(data, collate, reading.batched)
+    draws = can_draw(data, collate)
+    workers = Workers(reading.loading)
+
+    def requests(epoch: int, start: int) -> Iterator[Request]:
+        for number, indices in enumerate(order(epoch, start), start):
+            yield epoch, fold(seed, epoch, number) if draws else None, indices
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        if reading.loading:
+            return workers.fetch(fetcher, requests(epoch, start), fold(seed, epoch))
+        return map(fetcher.__getitem__, requests(epoch, start))
+
+    def rows(epoch: int, start: int) -> Iterator[Batch]:
+        return row_batches(data.tensors, order(epoch, start))
+
+    # one indexing operation is faster than any worker
+    simple = reading.sampler is None and has_rows(data, collate) and not reading.loading.get("pin_memory")
+    if reading.batched_sampler:
+        size, num_items, per_epoch = getattr(reading.sampler, "batch_size", None), None, items
+    else:
+        size, num_items, per_epoch = reading.batch_size, items, _batches(items, reading)
+    return Source(rows if simple else batches, per_epoch, num_items, size, reading.micro_batches, f"a {type(data).__name__}")
+
+
+def _streamed(reading: Reading) -> Source:
+    """Data that can only be iterated: what is skipped is consumed."""
+    data, seed = reading.data, reading.seed
+    stream = Stream(reading)
+    workers = Workers(reading.loading)
+    count = reading.loading.get("num_workers", 0)
+    if count > 1 and not isinstance(data, IterableDataset):
+        raise ArgumentError(
+            f"{count} workers would each iterate the whole of a {type(data).__name__}, and every batch would come {count} times. "
+            "Use one worker, or a torch IterableDataset that divides its items by torch.utils.data.get_worker_info()."
+        )
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        if reading.loading:
+            return skip(workers.stream(stream, epoch, fold(seed, epoch)), start, reading.micro_batches)
+        return stream.batches(epoch, start)
+
+    # with several workers the length depends on how they divide the items
+    items = _length(data) if count <= 1 else None
+    num_items = None if reading.batch_size is None else items
+    return Source(
+        batches, _batches(items, reading), num_items, reading.batch_size, reading.micro_batches, f"a {type(data).__name__}"
+    )
+
+
+def _once(reading: Reading) -> Source:
+    """An iterator: one epoch from its beginning, and no second."""
+    if reading.loading.get("num_workers"):
+        raise ArgumentError("Workers cannot share an iterator: each would consume it. Use workers=0, or an IterableDataset.")
+    stream = Stream(reading)
+    used = False
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        nonlocal used
+        if used or epoch or start:
+            raise DataError(
+                f"Epoch {epoch} from batch {start} was asked of an iterator ({type(reading.data).__name__}), which can be "
+                "consumed only once, from its beginning. To train for several epochs or to resume, give data that can be "
+                "iterated again: a list, a dataset, a DataLoader, or an object with __iter__."
+            )
+        used = True
+        return stream.batches(epoch)
+
+    kind = f"an iterator ({type(reading.data).__name__})"
+    return Source(batches, None, None, reading.batch_size, reading.micro_batches, kind)
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    while group := MicroBatches(islice(batches, size)):
+        yield group
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # no __len__, or one that says so
+        return None
+
+
+def _batches(items: int | None, reading: Reading) -> int | None:
+    if items is None or reading.batch_size is None:
+        return items
+    return items // reading.batch_size if reading.drop_last else -(-items // reading.batch_size)

@@ -1,0 +1,124 @@
+"""What happens in a run, as frozen values. Two events are equal if their counters and figures are.
+
+A state in an event is valid until the next step if the loop donates states (the default).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import attrs
+
+from fts.loops.cadence import Counters
+from fts.typing import Batch, Metrics
+
+
+@attrs.frozen
+class EpochBegin:
+    """An epoch begins, or is resumed in the middle."""
+
+    counters: Counters
+    state: Any = attrs.field(eq=False, repr=False)
+
+
+@attrs.frozen
+class StepBegin:
+    """A batch was fetched; the step runs next."""
+
+    counters: Counters
+    state: Any = attrs.field(eq=False, repr=False)
+    batch: Batch = attrs.field(eq=False, repr=False)
+
+
+@attrs.frozen
+class StepEnd:
+    """An update was applied. `metrics` are tensors on the device: reading them waits for it."""
+
+    counters: Counters
+    state: Any = attrs.field(eq=False, repr=False)
+    metrics: Metrics = attrs.field(eq=False, repr=False)
+
+
+@attrs.frozen
+class Logged:
+    """Metrics were read from the device.
+
+    Attributes:
+        counters: how far the run has come.
+        metrics: the mean of each scalar metric over the steps since the last log.
+        last: the last step's values: what a learning rate or gradient norm is logged by.
+        steps: over how many steps the means run.
+    """
+
+    counters: Counters
+    metrics: dict[str, float]
+    last: dict[str, float]
+    steps: int
+
+
+@attrs.frozen
+class EvalBatch:
+    """One batch of an evaluation is done.
+
+    Attributes:
+        counters: how far training had come.
+        index: the batch's number, from 0.
+        batches: how many batches there are; None where the data does not tell.
+        metrics: what the step returned: (mean, weight) by name, on the device.
+    """
+
+    counters: Counters
+    index: int
+    batches: int | None
+    metrics: Mapping[str, Any] = attrs.field(eq=False, repr=False)
+
+
+@attrs.frozen
+class Evaluated:
+    """An evaluation is complete."""
+
+    counters: Counters
+    metrics: dict[str, float]
+
+
+@attrs.frozen
+class Saved:
+    """A checkpoint is complete at `path`."""
+
+    counters: Counters
+    path: Path
+
+
+@attrs.frozen
+class EpochEnd:
+    """An epoch ended.
+
+    Attributes:
+        counters: how far the run has come.
+        state: the current state.
+        complete: False where the run, or the epoch, was ended before the data was.
+    """
+
+    counters: Counters
+    state: Any = attrs.field(eq=False, repr=False)
+    complete: bool = True
+
+
+@attrs.frozen
+class Stopped:
+    """The run is over; always the last event.
+
+    Attributes:
+        counters: how far the run has come; `counters.position` is where to resume.
+        state: the final state.
+        reason: "total_steps", "epochs", or "due" if it was asked to stop.
+    """
+
+    counters: Counters
+    state: Any = attrs.field(eq=False, repr=False)
+    reason: Literal["total_steps", "epochs", "due"] = "total_steps"
+
+
+Event: TypeAlias = EpochBegin | StepBegin | StepEnd | Logged | EvalBatch | Evaluated | Saved | EpochEnd | Stopped

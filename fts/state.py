@@ -1,0 +1,359 @@
+"""The immutable state of a training run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import attrs
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
+from torch import Tensor, nn
+
+from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
+from fts.typing import OptState, Params, Transform
+
+FORMAT = 1
+"""Version of the files that `TrainState.save` writes."""
+
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@attrs.frozen
+class Layout:
+    """What the names of a state mean in the module that it came from.
+
+    Attributes:
+        ties: (alias, name) pairs: `alias` is a second name of the tensor that the state holds under `name`.
+        transient: names of the buffers that a checkpoint omits (`persistent=False`).
+    """
+
+    ties: tuple[tuple[str, str], ...] = ()
+    transient: frozenset[str] = frozenset()
+
+
+@attrs.frozen(slots=False, eq=False, repr=False)
+class TrainState:
+    """Everything that training changes, as one immutable value.
+
+    A step takes a state and returns a new one; the old one stays valid, unless it was donated (see `donate` in
+    `fts.steps.train_step`): then any use of it raises `DonatedStateError`.
+
+    Attributes:
+        params: the tensors that are trained, by name.
+        frozen: parameters with `requires_grad=False`; shared with the module, since no step ever writes them.
+        buffers: the module's buffers, such as BatchNorm's running statistics.
+        opt_state: the transform's state.
+        step: 0-d int64 tensor on the CPU: how many steps were taken, also those whose update was skipped.
+        seed: the integer that all randomness of the run is folded from.
+        layout: aliases of tied tensors, and which buffers a checkpoint omits.
+
+    >>> from fts import transforms as tx
+    >>> state = TrainState.create({"w": torch.zeros(2)}, tx.sgd(0.1), seed=0)
+    >>> int(state.step), list(state.params)
+    (0, ['w'])
+    """
+
+    params: Params
+    frozen: Params
+    buffers: Params
+    opt_state: OptState
+    step: Tensor
+    seed: int = 0
+    layout: Layout = Layout()
+
+    @classmethod
+    def create(
+        cls, model_or_params: nn.Module | Mapping[str, Tensor], transform: Transform, *, seed: int = 0, copy: bool = True
+    ) -> TrainState:
+        """Make the first state of a run.
+
+        Args:
+            model_or_params: a module, or a dictionary of floating-point tensors by name.
+            transform: initialises `opt_state`.
+            seed: any integer; the same seed replays the same run.
+            copy: copy trainable tensors and buffers, so that training never writes the caller's. With False the
+                state takes them over, which saves their size in memory.
+
+        Returns:
+            A state at step 0.
+
+        Raises:
+            ArgumentError: there is nothing to train, or a parameter is not a floating-point tensor.
+        """
+        if isinstance(model_or_params, nn.Module):
+            params, frozen, buffers, layout = _tensors_of(model_or_params)
+        elif isinstance(model_or_params, Mapping):
+            params, frozen, buffers, layout = dict(model_or_params), {}, {}, Layout()
+        else:
+            raise ArgumentError(
+                f"TrainState.create takes a torch.nn.Module or a dictionary of tensors, not {type(model_or_params).__name__}."
+            )
+        _check_params(params)
+        keep = _copy if copy else Tensor.detach
+        params = {name: keep(tensor) for name, tensor in params.items()}
+        buffers = {name: keep(tensor) for name, tensor in buffers.items()}
+        frozen = {name: tensor.detach() for name, tensor in frozen.items()}
+        step = torch.zeros((), dtype=torch.int64)
+        # what a transform keeps of the parameters must not change with them
+        owners = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
+        opt_state = optree.tree_map(
+            lambda tensor: tensor.clone() if tensor.untyped_storage().data_ptr() in owners else tensor, transform.init(params)
+        )
+        return cls(params, frozen, buffers, opt_state, step, int(seed), layout)
+
+    def replace(self, **changes: Any) -> TrainState:
+        """A new state with some attributes exchanged; it shares the others with this one.
+
+        >>> from fts import transforms as tx
+        >>> state = TrainState.create({"w": torch.zeros(2)}, tx.sgd(0.1))
+        >>> state.replace(seed=7).seed
+        7
+        """
+        return attrs.evolve(self, **changes)
+
+    def apply_to(self, module: nn.Module) -> nn.Module:
+        """Write parameters and buffers back into a module, in place.
+
+        Args:
+            module: has the same parameter and buffer names as the one that the state was created from.
+
+        Returns:
+            The module.
+
+        Raises:
+            UnknownParameterError: the names differ; none was written.
+        """
+        targets = dict(module.named_parameters()) | dict(module.named_buffers())
+        sources = self.params | self.frozen | self.buffers
+        _check_names("apply_to: the module", have=targets, want=sources)
+        with torch.no_grad():
+            for name, source in sources.items():
+                targets[name].copy_(source)
+        return module
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the state to `model.safetensors`, `optimizer.safetensors` and `state.json`.
+
+        Args:
+            directory: is made if need be. The files are written in place; `fts.loops.save_checkpoint` makes it atomic.
+
+        Returns:
+            The directory.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(_storable(self._saved_tensors()), directory / WEIGHTS, metadata={"format": "pt"})
+        save_file(_storable(_flatten_by_path(self.opt_state)), directory / OPTIMIZER, metadata={"format": "pt"})
+        document = {
+            "format": FORMAT,
+            "step": int(self.step),
+            "seed": self.seed,
+            "ties": [list(pair) for pair in self.layout.ties],
+        }
+        (directory / STATE).write_text(json.dumps(document, indent=2) + "\n")
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path, *, like: TrainState) -> TrainState:
+        """Read what `save` wrote.
+
+        Args:
+            directory: where `save` wrote.
+            like: a state of the same model and transform, for instance a freshly created one. It gives the
+                structure, the devices, and the buffers that a checkpoint omits.
+
+        Returns:
+            A new state; `like` is not changed.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or names, shapes or dtypes differ from those of `like`.
+        """
+        directory = Path(directory)
+        document = _read_document(directory / STATE)
+        saved = _read_tensors(directory / WEIGHTS, like._saved_tensors())
+        optimizer = _read_tensors(directory / OPTIMIZER, _flatten_by_path(like.opt_state))
+        return like.replace(
+            params={name: saved[name] for name in like.params},
+            frozen={name: saved[name] for name in like.frozen},
+            buffers={name: saved.get(name, tensor) for name, tensor in like.buffers.items()},
+            opt_state=optree.tree_unflatten(optree.tree_structure(like.opt_state), list(optimizer.values())),
+            step=torch.tensor(document["step"], dtype=torch.int64),
+            seed=document["seed"],
+        )
+
+    def _saved_tensors(self) -> dict[str, Tensor]:
+        persistent = {name: tensor for name, tensor in self.buffers.items() if name not in self.layout.transient}
+        return self.params | self.frozen | persistent
+
+    def __repr__(self) -> str:
+        if "params" not in self.__dict__:
+            return f"TrainState(donated to {self.__dict__.get('donated_to', 'a step')})"
+        count = sum(tensor.numel() for tensor in self.params.values())
+        return (
+            f"TrainState(step={int(self.step)}, seed={self.seed}, params={len(self.params)} tensors with {count:,} numbers, "
+            f"frozen={len(self.frozen)}, buffers={len(self.buffers)})"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only when an attribute is absent, so a live state pays nothing for this check.
+        donated_to = self.__dict__.get("donated_to")
+        if donated_to is None or name.startswith("__"):
+            raise AttributeError(f"TrainState has no attribute {name!r}")
+        raise DonatedStateError(
+            f"This state's {name!r} is gone: the state was donated to {donated_to}, which reused its storage for the state "
+            "it returned. Use that newer state, or build the step (or call the loop) with donate=False to keep old states."
+        )
+
+
+def mark_donated(state: TrainState, step_name: str) -> None:
+    """Make every later use of `state` raise `DonatedStateError` that names the step; drops its tensors."""
+    attributes = state.__dict__
+    attributes.clear()
+    attributes["donated_to"] = step_name
+
+
+def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, Layout]:
+    params, frozen = {}, {}
+    for name, tensor in module.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise ArgumentError(f"Parameter {name!r} is lazy and has no shape yet. Run one batch through the module first.")
+        (params if tensor.requires_grad else frozen)[name] = tensor
+    buffers = dict(module.named_buffers())
+    canonical = {id(tensor): name for name, tensor in (params | frozen | buffers).items()}
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    ties = tuple((name, canonical[id(tensor)]) for name, tensor in every if canonical[id(tensor)] != name)
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, child in module.named_modules()
+        for name in child._non_persistent_buffers_set
+    }
+    return params, frozen, buffers, Layout(ties, frozenset(transient & buffers.keys()))
+
+
+def _check_params(params: Params) -> None:
+    if not params:
+        raise ArgumentError(
+            "There is nothing to train: no parameter has requires_grad=True. Unfreeze some, or pass a non-empty dictionary."
+        )
+    for name, tensor in params.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = f"a {tensor.dtype} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ArgumentError(f"Parameter {name!r} must be a floating-point tensor, not {found}.")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _check_names(who: str, *, have: Iterable[str], want: Iterable[str]) -> None:
+    have, want = set(have), set(want)
+    if have != want:
+        missing, extra = sorted(want - have), sorted(have - want)
+        raise UnknownParameterError(
+            f"{who} does not fit the state: missing {_some(missing)}, unexpected {_some(extra)}. "
+            "Use the module (or a copy of the module) that the state was created from."
+        )
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _flatten_by_path(tree: Any) -> dict[str, Tensor]:
+    """Leaves by a readable path such as `1.mu.layer.weight`; the order is that of optree."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    flat = {".".join(str(part) for part in path) or "value": leaf for path, leaf in zip(paths, leaves, strict=True)}
+    if len(flat) != len(leaves):
+        raise CheckpointError("Two tensors of the optimizer state have the same path. Rename a key that contains a dot.")
+    for path, leaf in flat.items():
+        if not isinstance(leaf, Tensor):
+            raise CheckpointError(
+                f"The optimizer state holds a {type(leaf).__name__} at {path!r}. A transform's state must be made of tensors "
+                "only, so that it can be saved, compiled and donated; use a 0-d tensor."
+            )
+    return flat
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses views and shared storage; copies are made only for those
+    owners: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in owners
+        owners.add(storage.data_ptr())
+        result[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"No state was saved at {path.parent}: {path.name} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise CheckpointError(f"{path} has format {found!r}; this version of fts reads format {FORMAT}.")
+    for key in ("step", "seed"):
+        if not isinstance(document.get(key), int):
+            raise CheckpointError(f"{path} has {key} = {document.get(key)!r}; an integer is needed.")
+    return document
+
+
+def _read_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    missing, extra = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} does not fit the state it is loaded into: missing {_some(missing)}, unexpected {_some(extra)}. "
+            "It was saved from another model or transform."
+        )
+    for name, target in like.items():
+        source = found[name]
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise CheckpointError(
+                f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, {target.dtype}{list(target.shape)} here."
+            )
+    # load_file maps into memory that must not be written in place
+    return {name: _like(found[name], target) for name, target in like.items()}
+
+
+def _like(source: Tensor, target: Tensor) -> Tensor:
+    return torch.empty_like(target).copy_(source)
+
+
+def _flatten(state: TrainState) -> tuple[tuple[Any, ...], tuple[int, Layout]]:
+    return (state.params, state.frozen, state.buffers, state.opt_state, state.step), (state.seed, state.layout)
+
+
+def _unflatten(metadata: tuple[int, Layout], children: Iterable[Any]) -> TrainState:
+    params, frozen, buffers, opt_state, step = children
+    return TrainState(params, frozen, buffers, opt_state, step, *metadata)
+
+
+optree.register_pytree_node(cast(Any, TrainState), cast(Any, _flatten), cast(Any, _unflatten), namespace=GLOBAL_NAMESPACE)
+torch_pytree.register_pytree_node(
+    TrainState,
+    lambda state: (list(_flatten(state)[0]), _flatten(state)[1]),
+    lambda children, metadata: _unflatten(metadata, children),
+    serialized_type_name="fts.TrainState",
+)

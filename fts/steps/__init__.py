@@ -1,0 +1,32 @@
+"""From `(state, batch)` to `(state, metrics)`: losses, gradient engines, training and evaluation steps."""
+
+from fts.steps.compiled import CompiledStep, compile
+from fts.steps.describing import describe
+from fts.steps.donation import donating
+from fts.steps.evaluate import EvalStep, eval_step, module_at
+from fts.steps.gradients import Value, ValueAndGrad, value_and_grad
+from fts.steps.losses import ModuleLoss, module_loss
+from fts.steps.microbatches import MicroBatches, rows, split
+from fts.steps.train import TrainStep, train_step
+from fts.steps.updates import apply_gradients
+
+__all__ = [
+    "CompiledStep",
+    "EvalStep",
+    "MicroBatches",
+    "ModuleLoss",
+    "TrainStep",
+    "Value",
+    "ValueAndGrad",
+    "apply_gradients",
+    "compile",
+    "describe",
+    "donating",
+    "eval_step",
+    "module_at",
+    "module_loss",
+    "rows",
+    "split",
+    "train_step",
+    "value_and_grad",
+]

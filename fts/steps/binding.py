@@ -1,0 +1,139 @@
+"""Running a module at other tensors than its own, and giving it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fts.errors import UnknownParameterError
+from fts.state import TrainState
+from fts.typing import Params
+
+
+class Binding:
+    """Where each tensor of a module lives, resolved once, so that a step exchanges tensors by plain assignments.
+
+    Args:
+        module: its structure must not change afterwards.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.modules = tuple(module.modules())
+        self.parameters = dict(module.named_parameters())
+        buffers = dict(module.named_buffers())
+        names = {id(tensor): name for name, tensor in (*self.parameters.items(), *buffers.items())}
+        # a tied tensor has one name and several places
+        self.parameter_places = _places([child._parameters for child in self.modules], names)
+        self.buffer_places = _places([child._buffers for child in self.modules], names)
+        # recurrent layers keep a second list of their weights, which must follow
+        self.recurrent = [child for child in self.modules if isinstance(child, nn.RNNBase)]
+        self._fitting: tuple[Any, Any, Any] = (None, None, None)
+
+    def check(self, state: TrainState) -> None:
+        """Raise UnknownParameterError where the state's names are not those of the module."""
+        # a step keeps its dictionaries' keys, so it is enough to look again when a dictionary is exchanged
+        current = (state.params.keys(), state.frozen.keys(), state.buffers.keys())
+        if current == self._fitting:
+            return
+        have = self.parameters.keys() | self.buffer_places.keys()
+        want = state.params.keys() | state.frozen.keys() | state.buffers.keys()
+        if have != want:
+            raise UnknownParameterError(
+                f"The state does not fit the module {type(self.module).__name__}: the state lacks {sorted(have - want)[:5]}, the "
+                f"module lacks {sorted(want - have)[:5]}. Create the state from the module that the loss runs."
+            )
+        self._fitting = tuple(frozenset(keys) for keys in current)  # type: ignore[assignment]
+
+    @contextmanager
+    def exchange(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put tensors (also traced or wrapped ones) in the places of parameters and buffers, until the block ends."""
+        old = []
+        try:
+            for name, places in (*self.parameter_places.items(), *self.buffer_places.items()):
+                tensor = tensors[name]
+                for place, key in places:
+                    old.append((place, key, place[key]))
+                    place[key] = tensor
+            for layer in self.recurrent:
+                layer.__dict__["_flat_weights"] = _flat_weights(layer)
+            yield
+        finally:
+            for place, key, tensor in old:
+                place[key] = tensor
+            for layer in self.recurrent:
+                layer.__dict__["_flat_weights"] = _flat_weights(layer)
+
+    @contextmanager
+    def lend(self, params: Params, frozen: Params, buffers: Params) -> Iterator[None]:
+        """Point the module's own Parameters at other storage, and put buffers in their places, until the block ends.
+
+        The Parameter objects stay the same, so hooks on them, tied weights, and layers that hold them elsewhere work.
+        Inside the block `.grad` of the trained ones starts empty. What is in the buffers' places at the end of the block
+        is lost unless read by `get_buffers`.
+        """
+        kept = []
+        own_buffers = []
+        try:
+            for trained, tensors in ((True, params), (False, frozen)):
+                for name, tensor in tensors.items():
+                    parameter = self.parameters[name]
+                    kept.append((parameter, parameter.data, parameter.grad, parameter.requires_grad))
+                    parameter.data = tensor
+                    parameter.grad = None
+                    if parameter.requires_grad is not trained:
+                        parameter.requires_grad_(trained)
+            for name, tensor in buffers.items():
+                for place, key in self.buffer_places[name]:
+                    own_buffers.append((place, key, place[key]))
+                    place[key] = tensor
+            yield
+        finally:
+            for place, key, tensor in own_buffers:
+                place[key] = tensor
+            for parameter, data, grad, requires_grad in kept:
+                parameter.grad = None
+                parameter.data = data
+                if parameter.requires_grad is not requires_grad:
+                    parameter.requires_grad_(requires_grad)
+                if grad is not None:
+                    parameter.grad = grad
+
+    def get_buffers(self) -> Params:
+        """The buffers that are in their places now; a forward may have put new tensors there."""
+        return {name: places[0][0][places[0][1]].detach() for name, places in self.buffer_places.items()}
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """Set the modules' `training` flags until the block ends.
+
+        For evaluation every module is in eval mode. For training the root decides: if it is in train mode, submodules
+        that the user put in eval mode (a frozen BatchNorm) stay so; if it is in eval mode, all are set to train.
+        """
+        if training and self.module.training:
+            yield
+            return
+        changed = [child.__dict__ for child in self.modules if child.training is not training]
+        try:
+            for attributes in changed:
+                attributes["training"] = training
+            yield
+        finally:
+            for attributes in changed:
+                attributes["training"] = not training
+
+
+def _places(owners: list[dict[str, Any]], names: Mapping[int, str]) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    for owner in owners:
+        for key, tensor in owner.items():
+            if tensor is not None:
+                places.setdefault(names[id(tensor)], []).append((owner, key))
+    return places
+
+
+def _flat_weights(layer: nn.RNNBase) -> list[Tensor | None]:
+    return [layer._parameters.get(name) for name in layer._flat_weights_names]

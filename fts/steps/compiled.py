@@ -1,0 +1,169 @@
+"""The whole step as one graph: loss, gradients, transform and new state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import attrs
+import optree
+from torch import Tensor
+
+from fts.errors import ArgumentError, CompileFallbackWarning
+from fts.state import TrainState, mark_donated
+from fts.steps.graphs import Graph, graph_of
+from fts.steps.train import TrainStep
+from fts.steps.updates import check
+from fts.typing import Batch, Metrics, StepFn
+
+MAX_GRAPHS = 16
+"""How many shapes of batch one step is compiled for; others run eagerly."""
+
+
+@attrs.define(eq=False)
+class Graphs:
+    """The graphs that a compiled step has made so far; shared with its donating variant."""
+
+    by_shape: dict[Hashable, Graph] = attrs.field(factory=dict)
+    eager: bool = False
+
+
+@attrs.frozen(eq=False)
+class CompiledStep:
+    """A step that runs as one graph; made by `compile`."""
+
+    step: StepFn[Any]
+    donate: bool
+    backend: str
+    options: dict[str, Any]
+    graphs: Graphs = attrs.field(factory=Graphs)
+
+    def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
+        # such as Hugging Face's BatchEncoding, which no registry of trees knows
+        batch = dict(batch) if isinstance(batch, Mapping) else batch
+        graph = self._graph(batch, args)
+        if graph is None:
+            return self._eager()(state, batch, *args)
+        try:
+            with self._train_mode():
+                new, metrics = graph(state, batch, *args)
+        except Exception as error:
+            if not _is_compile_error(error):
+                raise
+            self._fall_back(error)
+            return self._eager()(state, batch, *args)
+        if isinstance(self.step, TrainStep):
+            check(self.step.transform, new.params, metrics)
+        if self.donate:
+            mark_donated(state, "a compiled step")
+        return new, metrics
+
+    @property
+    def recompiles(self) -> int:
+        """How many graphs were compiled after the first, for new shapes of the batch or other changes that graphs guard."""
+        return max(0, sum(graph.compilations for graph in self.graphs.by_shape.values()) - 1)
+
+    def check(self, info: Metrics) -> None:
+        """As the step's own `check`."""
+        if isinstance(self.step, TrainStep):
+            self.step.check(info)
+
+    def _graph(self, batch: Batch, args: tuple[Any, ...]) -> Graph | None:
+        leaves, structure = optree.tree_flatten(cast(Any, (batch, *args)))
+        key = (self.donate, structure, tuple([_shape(leaf) for leaf in leaves]))
+        graph = self.graphs.by_shape.get(key)
+        if graph is not None or self.graphs.eager:
+            return graph
+        if len(self.graphs.by_shape) >= MAX_GRAPHS:
+            self.graphs.eager = True
+            _warn(
+                f"This step has been compiled for {MAX_GRAPHS} different shapes of the batch and runs eagerly on further ones. "
+                "Pad batches to a few lengths (pad_to_multiple_of in Hugging Face's collators) and drop the short last one."
+            )
+            return None
+        step = self.step
+        if isinstance(step, TrainStep):
+            step = attrs.evolve(step, donate=False, gradients=attrs.evolve(step.gradients, engine="func"))
+        graph = graph_of(step, donate=self.donate, backend=self.backend, options=self.options)
+        self.graphs.by_shape[key] = graph
+        return graph
+
+    def _train_mode(self) -> AbstractContextManager[None]:
+        # flags of modules must be set outside the graph
+        binding = self.step.gradients.binding if isinstance(self.step, TrainStep) else None
+        return nullcontext() if binding is None or binding.module.training else binding.mode(training=True)
+
+    def _eager(self) -> StepFn[Any]:
+        return attrs.evolve(self.step, donate=self.donate) if isinstance(self.step, TrainStep) else self.step
+
+    def _fall_back(self, error: Exception) -> None:
+        self.graphs.eager = True
+        self.graphs.by_shape.clear()
+        _warn(
+            f"This step cannot be compiled as one graph and runs eagerly from now on. {_reason(error)} "
+            "(Set TORCH_LOGS=graph_breaks for torch's full account.)"
+        )
+
+
+def compile(step: StepFn[Any], *, donate: bool | None = None, backend: str = "inductor", **options: Any) -> CompiledStep:
+    """Compile a whole step (loss, gradients, accumulation, transform) as one graph.
+
+    The step is compiled when it first sees a batch of a given shape. Where that cannot be done (no C++ compiler, code
+    that breaks the graph) it warns once, with the reason, and runs eagerly. Randomness is seeded once a step: a step
+    replays bit for bit, but draws other dropout masks than the eager step.
+
+    Args:
+        step: what `train_step` made, or any function `(state, batch) -> (state, metrics)` composed of `value_and_grad`
+            with engine="func" and `apply_gradients`.
+        donate: reuse the storage of the state that is given; that of `step` where None.
+        backend: as for `torch.compile`.
+        options: further arguments of `torch.compile`, such as `mode`.
+
+    Returns:
+        The compiled step. Its `recompiles` counts the graphs made after the first.
+
+    Raises:
+        ArgumentError: an option that the whole-step graph fixes (`fullgraph`, `dynamic`) is given.
+
+    >>> import fts, torch
+    >>> from fts import steps, transforms as tx
+    >>> step = steps.train_step(lambda params, batch: (params["w"] * batch).sum(), tx.sgd(0.1))
+    >>> state = fts.TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.1))
+    >>> state, metrics = compile(step, backend="eager")(state, torch.tensor([2.0]))
+    >>> state.params["w"]
+    tensor([0.8000])
+    """
+    for name in ("fullgraph", "dynamic"):
+        if name in options:
+            raise ArgumentError(f"compile({name}=...) is fixed: a step is one whole graph for each shape of the batch.")
+    if isinstance(step, CompiledStep):
+        step = step.step
+    if not callable(step):
+        raise ArgumentError(f"compile needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
+    return CompiledStep(step, bool(getattr(step, "donate", False)) if donate is None else donate, backend, options)
+
+
+def _shape(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return (leaf.shape, leaf.dtype.str) if hasattr(leaf, "shape") else leaf
+
+
+def _is_compile_error(error: Exception) -> bool:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, InductorError, InvalidCxxCompiler))
+
+
+def _reason(error: Exception) -> str:
+    if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+        return "No C++ compiler was found; install one (g++ or clang) to compile on a CPU."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, CompileFallbackWarning, stacklevel=4)

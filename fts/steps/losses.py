@@ -1,0 +1,172 @@
+"""What a loss may be and may return, brought to one form."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+from fts.errors import ArgumentError, BatchError, LossError
+from fts.typing import Batch, LossFn, LossOutput
+
+
+@attrs.frozen(eq=False)
+class ModuleLoss:
+    """A loss that runs a module at a state's tensors; made by `module_loss`."""
+
+    module: nn.Module
+    fn: Callable[..., Any] | None = None
+
+    @property
+    def label(self) -> str:
+        fn = "" if self.fn is None else f", {name_of(self.fn)}"
+        return f"module_loss({type(self.module).__name__}{fn})"
+
+
+def module_loss(module: nn.Module, fn: Callable[..., Any] | None = None) -> ModuleLoss:
+    """A loss of a module, for `train_step`, `eval_step` and `value_and_grad`.
+
+    Args:
+        module: lends its code. During a step its tensors are exchanged for the state's, afterwards they are as before.
+        fn: `fn(model, batch)` returns a loss (see `fts.typing.LossFn`); `model` is the module at the state's tensors.
+            Without it the module is called as Hugging Face's models are, `module(**batch)`, and must return its loss:
+            an object with `.loss`, a dictionary with "loss", or a tuple that begins with it. Its weight is then the
+            number of labels that are not -100 where `labels` are tokens (integers in two or more dimensions).
+
+    Returns:
+        The loss.
+
+    Raises:
+        ArgumentError: `module` is not a module, or `fn` does not take two arguments.
+
+    >>> import torch
+    >>> net = torch.nn.Linear(2, 1)
+    >>> module_loss(net, lambda model, batch: model(batch["x"]).square().mean()).label
+    'module_loss(Linear, <lambda>)'
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"module_loss needs a torch.nn.Module, not {type(module).__name__}; a plain function is a loss already.")
+    if fn is not None:
+        check_callable(fn, "module_loss", "fn(model, batch)")
+    return ModuleLoss(module, fn)
+
+
+def check_callable(fn: Any, who: str, wanted: str) -> None:
+    """Raise ArgumentError where `fn` is not a function of at least two positional arguments."""
+    if not callable(fn):
+        raise ArgumentError(f"{who} needs a function {wanted}, not {type(fn).__name__}.")
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # some built-in callables have none
+        return
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise ArgumentError(f"{who} needs a function {wanted}; {name_of(fn)}{inspect.signature(fn)} does not take two arguments.")
+
+
+def name_of(fn: Any) -> str:
+    """A function's name for people."""
+    return str(getattr(fn, "__name__", None) or type(fn).__name__)
+
+
+def call_loss(loss: LossFn | ModuleLoss, params: Any, batch: Batch, *args: Any) -> LossOutput:
+    """Run a loss and bring what it returns to a checked `LossOutput`.
+
+    Args:
+        loss: a plain function of `(params, batch)`, or a module loss whose module holds the right tensors already.
+        params: given to a plain function; a module loss ignores it.
+        batch: given to the loss.
+        args: given to the loss behind the batch.
+
+    Raises:
+        BatchError: the loss read a key that the batch does not have.
+        LossError: it returned something that is not a scalar loss.
+    """
+    try:
+        if not isinstance(loss, ModuleLoss):
+            result = loss(params, batch, *args)
+        elif loss.fn is not None:
+            result = loss.fn(loss.module, batch, *args)
+        elif isinstance(batch, Mapping):
+            result = _loss_of_output(loss.module(**batch), batch)
+        else:
+            raise BatchError(
+                f"A module loss without a function calls module(**batch), so the batch must be a dictionary, not "
+                f"{type(batch).__name__}. Pass steps.module_loss(module, fn) to say how the batch is used."
+            )
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if isinstance(batch, Mapping) and isinstance(key, str) and key not in batch:
+            raise BatchError(
+                f"The loss read batch[{key!r}], which the batch does not have. Its keys are {sorted(map(str, batch))}."
+            ) from error
+        raise
+    return as_loss_output(result)
+
+
+def as_loss_output(result: Any) -> LossOutput:
+    """Bring any of the forms that a loss function may return to a checked `LossOutput`.
+
+    >>> import torch
+    >>> as_loss_output((torch.tensor(2.0), 3)).weight
+    3
+    """
+    output = _to_loss_output(result)
+    loss, weight, metrics = output
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} ({loss!r:.80})"
+        raise LossError(f"A loss must be a 0-d tensor, but the loss function returned {found}. Reduce it, as with .mean().")
+    if not loss.is_floating_point():
+        raise LossError(f"A loss must be a floating-point tensor, but the loss function returned {loss.dtype}.")
+    if isinstance(weight, Tensor) and weight.ndim != 0:
+        raise LossError(f"A loss's weight must be a number or a 0-d tensor, not a tensor of shape {list(weight.shape)}.")
+    if metrics:
+        for name, value in metrics.items():
+            mean = value[0] if isinstance(value, tuple) else value
+            if name == "loss" or not isinstance(name, str):
+                raise LossError(f"A metric cannot be named {name!r}; the loss itself is logged as 'loss'.")
+            if not isinstance(mean, (Tensor, int, float)) or (isinstance(mean, Tensor) and mean.ndim != 0):
+                found = f"shape {list(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+                raise LossError(f"The metric {name!r} must be a 0-d tensor, a number, or (mean, weight), not {found}.")
+    return output
+
+
+def _to_loss_output(result: Any) -> LossOutput:
+    if isinstance(result, (Tensor, LossOutput)):
+        return result if isinstance(result, LossOutput) else LossOutput(result)
+    if isinstance(result, tuple) and len(result) == 3:
+        return LossOutput(*result)
+    if isinstance(result, tuple) and len(result) == 2:
+        loss, second = result
+        return LossOutput(loss, None, second) if isinstance(second, Mapping) else LossOutput(loss, second)
+    loss = getattr(result, "loss", None)
+    if loss is None:
+        raise LossError(
+            f"The loss function returned {type(result).__name__}. Return a 0-d tensor, (loss, weight), (loss, metrics), "
+            "(loss, weight, metrics), or an output with .loss."
+        )
+    return LossOutput(loss)
+
+
+def _loss_of_output(output: Any, batch: Mapping[str, Any]) -> LossOutput:
+    labels = batch.get("labels")
+    # a model of tokens takes its mean over the labels that are not ignored
+    tokens = isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+    return LossOutput(_own_loss(output, batch), (labels != -100).sum() if tokens else None)
+
+
+def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and output:
+        loss = output[0]
+    if loss is None:
+        raise LossError(
+            f"The model returned {type(output).__name__} without a loss for a batch with the keys {sorted(map(str, batch))}. "
+            "Models compute one when the batch has labels; otherwise pass steps.module_loss(module, fn) with fn(model, batch)."
+        )
+    return loss  # type: ignore[no-any-return]

@@ -1,0 +1,76 @@
+"""One step of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from fts.errors import ArgumentError
+from fts.state import TrainState
+from fts.steps.gradients import Engine, ValueAndGrad, value_and_grad
+from fts.steps.losses import ModuleLoss
+from fts.steps.updates import merge_metrics, next_state
+from fts.typing import Batch, Info, LossFn, Metrics, Transform
+
+
+@attrs.frozen(eq=False)
+class TrainStep:
+    """A loss, its gradients and a transform, composed into `(state, batch) -> (state, metrics)`; made by `train_step`."""
+
+    gradients: ValueAndGrad
+    transform: Transform
+    donate: bool = False
+
+    def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
+        value, grads = self.gradients(state, batch, *args, own_buffers=self.donate)
+        after, info = next_state(state, grads, self.transform, value.buffers, donate=self.donate, step_name="train_step")
+        return after, merge_metrics(value.loss, value.metrics, info)
+
+    def check(self, info: Info) -> None:
+        """Raise where the transform's report says that training must not go on; for devices whose reports are read late."""
+        if self.transform.check is not None:
+            self.transform.check(info)
+
+
+def train_step(
+    loss: LossFn | ModuleLoss,
+    transform: Transform,
+    *,
+    accumulate: int = 1,
+    engine: Engine = "module",
+    precision: str | None = None,
+    donate: bool = False,
+) -> TrainStep:
+    """Compose a loss and a transform into one step of training.
+
+    Args:
+        loss: `loss(params, batch)` or a `module_loss`; returns a 0-d tensor, optionally with weight and metrics.
+        transform: the optimizer, such as `tx.adamw(1e-3)`; the same that the state is created with.
+        accumulate: into how many micro-batches each batch is cut, to save memory; the gradient is that of the whole batch.
+        engine: "module" (fast, with hooks and activation checkpointing) or "func" (`torch.func`; for vmap and graphs).
+        precision: None, or "bf16" to compute the loss under autocast while parameters stay as they are.
+        donate: reuse the storage of the state that is given; using it afterwards raises `DonatedStateError`.
+
+    Returns:
+        A step: `(state, batch) -> (state, metrics)`. The metrics are 0-d tensors: `loss`, what the loss function
+        returned beside it, and the transform's info such as `lr` and `grad_norm`.
+
+    Raises:
+        ArgumentError: an argument has a value that cannot work.
+
+    >>> import torch
+    >>> from fts import transforms as tx
+    >>> optimizer = tx.sgd(0.1)
+    >>> state = TrainState.create({"w": torch.tensor([1.0])}, optimizer, seed=0)
+    >>> step = train_step(lambda params, batch: (params["w"] * batch).mean(), optimizer)
+    >>> state, metrics = step(state, torch.tensor([2.0, 4.0]))
+    >>> state.params["w"], metrics["loss"]
+    (tensor([0.7000]), tensor(3.))
+    """
+    if not isinstance(transform, Transform):
+        raise ArgumentError(
+            f"train_step needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. A torch optimizer keeps its "
+            "state inside; use the transform of the same name."
+        )
+    return TrainStep(value_and_grad(loss, engine=engine, accumulate=accumulate, precision=precision), transform, donate)

@@ -1,0 +1,88 @@
+"""From gradients to the next state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from fts import transforms as tx
+from fts.errors import LossError
+from fts.state import TrainState, mark_donated
+from fts.steps.gradients import device_of, in_transform
+from fts.typing import Info, Metrics, Params, Transform
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, transform: Transform, *, buffers: Params | None = None, donate: bool = False
+) -> tuple[TrainState, Info]:
+    """Put gradients through a transform and add the updates to the parameters.
+
+    Args:
+        state: holds the parameters and the transform's state.
+        grads: by parameter name, with the parameters' shapes and dtypes.
+        transform: the one that the state was created with.
+        buffers: the new buffers; the state's own where None.
+        donate: reuse the storage of `state` and `grads`, and mark `state` as consumed.
+
+    Returns:
+        The state one step later, and what the transform reports.
+
+    >>> state = TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.5))
+    >>> state, info = apply_gradients(state, {"w": torch.tensor([1.0])}, tx.sgd(0.5))
+    >>> state.params["w"], int(state.step)
+    (tensor([0.5000]), 1)
+    """
+    fast = transform.apply is not None and not in_transform() and not _differentiable(state.params, grads)
+    if fast and not donate:
+        grads = _clones(grads)
+    buffers = state.buffers if buffers is None else buffers
+    return next_state(state, grads, transform, buffers, donate=donate, step_name="apply_gradients")
+
+
+def next_state(
+    state: TrainState, grads: Params, transform: Transform, buffers: Params, *, donate: bool, step_name: str
+) -> tuple[TrainState, Info]:
+    """As `apply_gradients`, for gradients that nobody else needs: their storage may be overwritten."""
+    params, opt_state = state.params, state.opt_state
+    if transform.apply is None or in_transform() or _differentiable(params, grads):
+        updates, opt_state, info = transform.update(grads, opt_state, params)
+        params = tx.apply_updates(params, updates)
+        step = state.step + 1
+    else:
+        with torch.no_grad():
+            if donate:
+                step = state.step.add_(1)
+            else:
+                # the fast path on copies, so that donated and undonated steps give the same bits
+                params, opt_state = _clones(params), optree.tree_map(Tensor.clone, opt_state)
+                step = state.step + 1
+            params, opt_state, info = transform.apply(grads, opt_state, params)
+    check(transform, params, info)
+    after = state.replace(params=params, opt_state=opt_state, step=step, buffers=buffers)
+    if donate:
+        mark_donated(state, step_name)
+    return after, info
+
+
+def check(transform: Transform, params: Params, info: Info) -> None:
+    """Let a transform raise on what it reported, where reading that costs no synchronisation with a device."""
+    if transform.check is not None and not in_transform() and device_of(params).type == "cpu":
+        transform.check(info)
+
+
+def merge_metrics(loss: Tensor, metrics: Metrics, info: Info) -> Metrics:
+    """What a step reports: its loss, the loss function's metrics, and the transform's info."""
+    if metrics and (taken := metrics.keys() & info.keys()):
+        raise LossError(f"The loss function and the transform both report {sorted(taken)}. Rename the loss function's.")
+    return {"loss": loss, **metrics, **info}
+
+
+def _clones(tensors: Params) -> Params:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _differentiable(*trees: Any) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tree in trees for tensor in tree.values())

@@ -1,0 +1,36 @@
+"""The laws of transforms and steps as checks, for our tests and for your own transforms.
+
+    check_transform(transform)              every law of a transform, on generated parameters and gradients
+    check_step(step, state, batches)        every law of a step, on batches that you give or generate
+    TRANSFORM_LAWS, STEP_LAWS               the laws by name; each is a function to be called alone, too
+    strategies                              Hypothesis strategies: params(), grads_like(params), trajectories()
+
+A law that does not hold raises `LawError` with its name, the transform's label, the parameter and both values.
+
+>>> import fts, fts.testing
+>>> sign = fts.Transform(lambda params: (), lambda grads, state, params: ({k: -g.sign() for k, g in grads.items()}, state, {}))
+>>> fts.testing.check_transform(sign, laws=["same_inputs_same_outputs", "inputs_unchanged"])
+"""
+
+from fts.errors import MissingDependencyError as _MissingDependencyError
+
+try:
+    import hypothesis as _hypothesis  # noqa: F401  # asked for here, so that its absence has one clear message
+except ImportError as error:
+    raise _MissingDependencyError(
+        "fts.testing generates its examples with Hypothesis, which is not installed. Install it: pip install 'fts[dev]', "
+        "or pip install hypothesis."
+    ) from error
+
+from fts.testing import strategies
+from fts.testing.chains import chain_is_associative
+from fts.testing.of_transforms import TRANSFORM_LAWS, check_transform
+from fts.testing.comparing import LawError
+
+__all__ = [
+    "TRANSFORM_LAWS",
+    "LawError",
+    "chain_is_associative",
+    "check_transform",
+    "strategies",
+]

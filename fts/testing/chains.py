@@ -1,0 +1,70 @@
+"""Laws of `chain`: it is associative, and `identity` changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fts import transforms as tx
+from fts.testing.comparing import copy_of, law, require_equal
+from fts.typing import Params, Transform
+
+
+def chain_is_associative(
+    first: Transform,
+    second: Transform,
+    third: Transform,
+    params: Params,
+    gradients: Sequence[Params],
+    *,
+    chain: Callable[..., Transform] = tx.chain,
+) -> None:
+    """However three transforms are bracketed, their chain has the same updates, states, infos and fast paths.
+
+    Args:
+        first: comes first.
+        second: comes second.
+        third: comes last.
+        params: the parameters.
+        gradients: of successive updates.
+        chain: the function that chains.
+
+    Raises:
+        LawError: two ways of chaining differ.
+    """
+    ways = {
+        "chain(chain(a, b), c)": chain(chain(first, second), third),
+        "chain(a, chain(b, c))": chain(first, chain(second, third)),
+        "chain(identity(), a, b, c)": chain(tx.identity(), first, second, third),
+    }
+    plain = chain(first, second, third)
+    with law("chain_is_associative", f"chain({first.label}, {second.label}, {third.label})"):
+        for words, other in ways.items():
+            state = plain.init(params)
+            require_equal(f"the state of {words}", other.init(params), state)
+            for grads in gradients:
+                expected, found = plain.update(grads, state, params), other.update(grads, state, params)
+                for what, one, two in zip(("updates", "state", "info"), found, expected, strict=True):
+                    require_equal(f"the {what} of {words}", one, two)
+                if plain.apply is not None and other.apply is not None:
+                    fast_expected = plain.apply(copy_of(grads), copy_of(state), copy_of(params))
+                    fast_found = other.apply(copy_of(grads), copy_of(state), copy_of(params))
+                    for what, one, two in zip(("params", "state", "info"), fast_found, fast_expected, strict=True):
+                        require_equal(f"the {what} of {words} by apply", one, two)
+                state = expected[1]
+
+
+def chaining_is_associative(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """A transform in a chain with two others, one of them with momentum, obeys `chain_is_associative`.
+
+    Args:
+        transform: is checked, as the first, the second and the last.
+        params: the parameters.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: two ways of chaining differ.
+    """
+    half, momentum = tx.scale(0.5), tx.trace(0.9)
+    chain_is_associative(transform, half, momentum, params, gradients)
+    chain_is_associative(momentum, transform, half, params, gradients)
+    chain_is_associative(half, momentum, transform, params, gradients)

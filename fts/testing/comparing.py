@@ -1,0 +1,173 @@
+"""How laws compare trees of tensors, and what they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import optree
+import torch
+from torch import Tensor
+
+from fts.errors import FtsError
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far two ways of computing the same may differ, relative to the numbers involved.
+
+The float64 figure holds the formula; the others leave room for rounding that a division by a small number enlarges.
+"""
+
+
+class LawError(FtsError, AssertionError):
+    """A transform or a step breaks a law of `fts.testing`."""
+
+
+@contextmanager
+def law(name: str, subject: str) -> Iterator[None]:
+    """Name the law and its subject in everything that goes wrong inside.
+
+    Args:
+        name: of the law.
+        subject: the transform's label, or the step in words.
+
+    Raises:
+        LawError: something inside raised; the original exception is the cause, unless it was a LawError already.
+
+    >>> with law("inputs_unchanged", "sgd(0.1)"):
+    ...     fail("grads['w'] was written")
+    Traceback (most recent call last):
+        ...
+    fts.testing.comparing.LawError: sgd(0.1) breaks the law inputs_unchanged: grads['w'] was written
+    """
+    prefix = f"{subject} breaks the law {name}: "
+    try:
+        yield
+    except LawError as error:
+        text = str(error)
+        raise LawError(text if " breaks the law " in text else prefix + text) from error.__cause__
+    except Exception as error:  # anything that a user's function raises breaks the law
+        words = " ".join(str(error).split())[:600]
+        raise LawError(f"{prefix}it raised {type(error).__name__}: {words}") from error
+
+
+def fail(message: str) -> NoReturn:
+    """Raise LawError; `law` adds which one."""
+    raise LawError(message)
+
+
+def copy_of(tree: Any) -> Any:
+    """The same tree with every tensor copied, strides included; values that are no tensors are kept."""
+    return optree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def require_equal(what: str, found: Any, expected: Any) -> None:
+    """Raise LawError unless two trees have the same structure and the same bits.
+
+    Args:
+        what: the trees in words, for the message.
+        found: what came out.
+        expected: what should have come out.
+
+    >>> require_equal("updates", {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])})
+    Traceback (most recent call last):
+        ...
+    fts.testing.comparing.LawError: updates['w'] is tensor([1.]), expected tensor([2.])
+    """
+    for path, one, two in _pairs(what, found, expected):
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+            if one is not two and one != two:
+                fail(f"{path} is {one!r}, expected {two!r}")
+        elif not _same_bits(one, two):
+            fail(f"{path} is {shown(one)}, expected {shown(two)}")
+
+
+def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, looser: float = 1.0) -> None:
+    """Raise LawError unless two trees have the same structure and dtypes, and values equal to rounding.
+
+    Args:
+        what: the trees in words, for the message.
+        found: what came out.
+        expected: what should have come out.
+        scale: the size of the numbers that the values were computed from, which cancellation may leave as an error.
+        looser: a factor on the tolerance.
+
+    >>> require_close("updates", {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.0 + 1e-7])})
+    """
+    for path, one, two in _pairs(what, found, expected):
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+            if one is not two and one != two:
+                fail(f"{path} is {one!r}, expected {two!r}")
+            continue
+        tolerance = TOLERANCE.get(two.dtype)
+        if tolerance is None:
+            if not _same_bits(one, two):
+                fail(f"{path} is {shown(one)}, expected {shown(two)}")
+            continue
+        wide_one, wide_two = one.detach().double(), two.detach().double()
+        size = wide_two.abs()
+        finite = size[size.isfinite()]
+        largest = float(finite.max()) if finite.numel() else 0.0
+        bound = looser * tolerance * (largest + scale)
+        if not torch.allclose(wide_one, wide_two, rtol=0.0, atol=bound, equal_nan=True):
+            fail(f"{path} is {shown(one)}, expected {shown(two)} (within {bound:.3g})")
+
+
+def size_of(*trees: Any) -> float:
+    """The largest finite absolute value in trees of tensors."""
+    largest = 0.0
+    for leaf in tensors_in(trees):
+        values = leaf.detach().double().abs()
+        values = values[values.isfinite()]
+        if values.numel():
+            largest = max(largest, float(values.max()))
+    return largest
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a tree."""
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def named_tensors(what: str, tree: Any) -> dict[str, Tensor]:
+    """The tensors of a tree by a readable path, such as `state.mu['w']`."""
+    return {path: leaf for path, leaf in _named(what, tree) if isinstance(leaf, Tensor)}
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    """The memory that tensors live in; empty tensors live nowhere."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def shown(tensor: Tensor) -> str:
+    """A tensor in one short line."""
+    words = " ".join(str(tensor.detach()).split())
+    return words if len(words) <= 200 else f"{words[:200]}... of shape {list(tensor.shape)}"
+
+
+def _named(what: str, tree: Any) -> list[tuple[str, Any]]:
+    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    return [(accessor.codify(what), leaf) for accessor, leaf in zip(accessors, leaves, strict=True)]
+
+
+def _pairs(what: str, found: Any, expected: Any) -> list[tuple[str, Any, Any]]:
+    ours, theirs = dict(_named(what, found)), dict(_named(what, expected))
+    if ours.keys() != theirs.keys() or optree.tree_structure(found) != optree.tree_structure(expected):
+        missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+        fail(
+            f"{what} has another structure than expected: missing {missing or 'nothing'}, unexpected {extra or 'nothing'} "
+            f"({optree.tree_structure(found)}, expected {optree.tree_structure(expected)})"
+        )
+    for path, one in ours.items():
+        two = theirs[path]
+        if isinstance(one, Tensor) and isinstance(two, Tensor) and (one.shape != two.shape or one.dtype != two.dtype):
+            fail(f"{path} is {one.dtype}{list(one.shape)}, expected {two.dtype}{list(two.shape)}")
+    return [(path, one, theirs[path]) for path, one in ours.items()]
+
+
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, two)
+    return bool(((one == two) | (one.isnan() & two.isnan())).all())

@@ -1,0 +1,96 @@
+"""Laws of fast paths: `apply` and `update_` mean what `update` means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fts.testing.comparing import copy_of, law, require_close, require_equal, size_of
+from fts.transforms import apply_updates
+from fts.typing import Params, Transform
+
+
+def apply_equals_update(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """`apply` gives the parameters, state and info of `update`, to rounding, also over several updates in place.
+
+    Args:
+        transform: is checked; nothing is where it has no `apply`.
+        params: the parameters.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: the two differ.
+    """
+    if transform.apply is None:
+        return
+    with law("apply_equals_update", transform.label):
+        scale = size_of(params, gradients)
+        state = transform.init(params)
+        fast_params = copy_of(params)
+        fast_state = transform.init(fast_params)
+        for grads in gradients:
+            updates, after, info = transform.update(grads, state, params)
+            expected = apply_updates(params, updates)
+            found = transform.apply(copy_of(grads), copy_of(state), copy_of(params))
+            for what, one, two in zip(("params", "state", "info"), found, (expected, after, info), strict=True):
+                require_close(f"apply's {what}", one, two, scale=scale)
+            # the same in place, on one's own results, with gradients that are overwritten afterwards
+            given = copy_of(grads)
+            fast_params, fast_state, _ = transform.apply(given, fast_state, fast_params)
+            _overwrite(given)
+            params, state = expected, after
+        if all(tensor.dtype == torch.float64 for tensor in params.values()) and _tame(params, gradients):
+            # errors add up over updates, so that only float64 can tell them from a mistake
+            require_close("after several updates in place, params", fast_params, params, scale=scale, looser=1e4)
+            require_close("after several updates in place, state", fast_state, state, scale=scale, looser=1e4)
+
+
+def update_in_place_equals_update(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """`update_` gives the updates, state and info of `update`, to rounding, and never writes the parameters.
+
+    Args:
+        transform: is checked; nothing is where it has no `update_`.
+        params: the parameters, at which all updates are taken.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: the two differ, or the parameters were written.
+    """
+    if transform.update_ is None:
+        return
+    with law("update_in_place_equals_update", transform.label):
+        scale = size_of(params, gradients)
+        kept = copy_of(params)
+        state = transform.init(params)
+        fast_state = transform.init(params)
+        for grads in gradients:
+            updates, after, info = transform.update(grads, state, params)
+            found = transform.update_(copy_of(grads), copy_of(state), params)
+            for what, one, two in zip(("updates", "state", "info"), found, (updates, after, info), strict=True):
+                require_close(f"update_'s {what}", one, two, scale=scale)
+            given = copy_of(grads)
+            fast_updates, fast_state, _ = transform.update_(given, fast_state, params)
+            _overwrite(given)
+            _overwrite(fast_updates)
+            require_equal("after update_, params", params, kept)
+            state = after
+        if all(tensor.dtype == torch.float64 for tensor in params.values()) and _tame(params, gradients):
+            require_close("after several updates in place, state", fast_state, state, scale=scale, looser=1e4)
+
+
+def _overwrite(tree: Params) -> None:
+    for tensor in tree.values():
+        with torch.no_grad():
+            tensor.fill_(float("nan"))
+
+
+def _tame(params: Params, gradients: Sequence[Params]) -> bool:
+    """Whether all numbers are of a size at which a small error of a parameter stays one in the next update."""
+
+    def ordinary(tensor: Tensor) -> bool:
+        sizes = tensor[tensor != 0].abs()
+        return bool(((sizes > 1e-6) & (sizes < 1e6)).all())
+
+    return all(ordinary(tensor) for tree in (params, *gradients) for tensor in tree.values())

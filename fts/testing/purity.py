@@ -1,0 +1,104 @@
+"""Laws of pure functions: the same inputs give the same outputs, and inputs are only read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fts.testing.comparing import copy_of, fail, law, named_tensors, require_equal, storages, tensors_in
+from fts.typing import Params, Transform
+
+
+def same_inputs_same_outputs(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """`init` and `update` are functions of their arguments: no hidden state, no ambient randomness.
+
+    Args:
+        transform: is checked.
+        params: the parameters, at which all updates are taken.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: a second call gave something else.
+    """
+    with law("same_inputs_same_outputs", transform.label):
+        state = transform.init(params)
+        torch.rand(1)  # whatever else draws random numbers must not matter
+        require_equal("init(params)", transform.init(params), state)
+        for grads in gradients:
+            first = transform.update(grads, state, params)
+            torch.rand(1)
+            second = transform.update(grads, state, params)
+            for what, one, two in zip(("updates", "state", "info"), first, second, strict=True):
+                require_equal(what, two, one)
+            state = first[1]
+
+
+def inputs_unchanged(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """`init` and `update` write none of their arguments.
+
+    Args:
+        transform: is checked.
+        params: the parameters, at which all updates are taken.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: an argument was changed.
+    """
+    with law("inputs_unchanged", transform.label):
+        kept = copy_of(params)
+        state = transform.init(params)
+        require_equal("after init, params", params, kept)
+        for grads in gradients:
+            inputs = {"grads": grads, "state": state, "params": params}
+            copies = {name: copy_of(tree) for name, tree in inputs.items()}
+            _, after, _ = transform.update(dict(grads), state, dict(params))
+            for name, tree in inputs.items():
+                require_equal(f"after update, {name}", tree, copies[name])
+            state = after
+
+
+def state_owns_its_memory(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """A fresh state shares no memory with the parameters, nor do two of its tensors, so that steps may write in place.
+
+    After the fast paths `apply` and `update_` this holds as well.
+
+    Args:
+        transform: is checked.
+        params: the parameters.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: memory is shared.
+    """
+    with law("state_owns_its_memory", transform.label):
+        mine = copy_of(params)
+        state = transform.init(mine)
+        _require_apart("init(params)", state, mine)
+        if transform.apply is not None:
+            for grads in gradients:
+                given = copy_of(grads)
+                mine, state, _ = transform.apply(given, state, mine)
+                _require_apart("apply's state", state, mine, given)
+        if transform.update_ is not None:
+            state = transform.init(mine)
+            for grads in gradients:
+                given = copy_of(grads)
+                updates, state, _ = transform.update_(given, state, mine)
+                # what comes next may overwrite the updates and the gradients, never the parameters or the state
+                _require_apart("update_'s state", state, mine, given, updates)
+                shared = storages(tensors_in(updates)) & storages(tensors_in(mine))
+                if shared:
+                    fail("update_'s updates share memory with the parameters; return copies")
+
+
+def _require_apart(what: str, state: object, *others: Params) -> None:
+    owners: dict[int, str] = {}
+    for other, words in zip(others, ("the parameter", "the gradient", "the update"), strict=False):
+        owners |= {tensor.untyped_storage().data_ptr(): f"{words} {name!r}" for name, tensor in other.items() if tensor.numel()}
+    for path, tensor in named_tensors(what, state).items():
+        if not tensor.numel():
+            continue
+        owner = owners.setdefault(tensor.untyped_storage().data_ptr(), path)
+        if owner != path:
+            fail(f"{path} shares memory with {owner}; keep a copy (tensor.clone())")

@@ -1,0 +1,91 @@
+"""Laws of graphs: a transform is traced whole by torch.compile, once, and means the same there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from fts.testing.comparing import fail, law, require_close, size_of
+from fts.typing import Info, OptState, Params, Transform
+
+
+def traced_equals_eager(
+    transform: Transform, params: Params, gradients: Sequence[Params], *, backend: str = "aot_eager"
+) -> None:
+    """`init` and all updates, built inside one graph, give what they give eagerly.
+
+    Args:
+        transform: is checked.
+        params: the parameters, at which all updates are taken.
+        gradients: of successive updates.
+        backend: of torch.compile; the default needs no C++ compiler.
+
+    Raises:
+        LawError: the graph breaks, or its results differ.
+    """
+
+    def run(params: Params, gradients: list[Params]) -> tuple[Params, OptState, list[Info]]:
+        state, infos = transform.init(params), []
+        updates: Params = {}
+        for grads in gradients:
+            updates, state, info = transform.update(grads, state, params)
+            infos.append(info)
+        return updates, state, infos
+
+    with law("traced_equals_eager", transform.label):
+        expected = run(params, list(gradients))
+        found = _compiled(run, backend)(params, list(gradients))
+        _require_same(found, expected, params, gradients)
+
+
+def traced_once(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
+    """`update` with the state as an input is one graph, which serves all later updates.
+
+    Args:
+        transform: is checked.
+        params: the parameters, at which all updates are taken.
+        gradients: of successive updates.
+
+    Raises:
+        LawError: the graph breaks, its results differ, or it is made again in a later update.
+    """
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward  # type: ignore[no-any-return]
+
+    def run(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
+        return transform.update(grads, state, params)
+
+    with law("traced_once", transform.label):
+        traced = _compiled(run, counting)
+        state = transform.init(params)
+        for grads in (*gradients, *gradients, *gradients):
+            # a new dictionary, for the graph must not depend on which one it is given
+            found = traced({name: g.clone() for name, g in grads.items()}, state, params)
+            expected = transform.update(grads, state, params)
+            _require_same(found, expected, params, gradients)
+            state = found[1]
+        # a transform that does nothing to tensors has no graph
+        if graphs > 1:
+            fail(f"{graphs} graphs were made in {3 * len(gradients)} updates; no Python number may change from update to update")
+
+
+def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    # dynamo keeps graphs by code object, so each check gets one of its own
+    assert isinstance(function, FunctionType)
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)  # type: ignore[no-any-return]
+
+
+def _require_same(found: Any, expected: Any, params: Params, gradients: Sequence[Params]) -> None:
+    scale = size_of(params, gradients)
+    for what, one, two in zip(("updates", "state", "info"), found, expected, strict=True):
+        require_close(f"the graph's {what}", one, two, scale=scale)

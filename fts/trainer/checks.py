@@ -1,0 +1,80 @@
+"""Checks of single arguments: each error names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any, TypeVar
+
+from fts.errors import ArgumentError
+
+E = TypeVar("E", bound=Enum)
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "warmup_ratio": "warmup_steps",
+}
+"""Names that older scripts use, and what they are called now."""
+
+
+def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ArgumentError for the first name that is not known, with the nearest known one.
+
+    >>> check_names("Arguments", ["sed"], ["seed", "bf16"])
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: Arguments has no argument 'sed'. Did you mean 'seed'?
+    """
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(sorted(known))}."
+        if name == "warmup_ratio":
+            hint += " A value below 1 is a share of all steps: warmup_steps=0.1."
+        raise ArgumentError(f"{owner} has no argument {name!r}. {hint}")
+
+
+def check_choice(name: str, value: Any, choices: type[E]) -> E:
+    """The member of an enum that a value names.
+
+    >>> from fts.trainer.strategies import IntervalStrategy
+    >>> check_choice("eval_strategy", "epoch", IntervalStrategy)
+    <IntervalStrategy.EPOCH: 'epoch'>
+    """
+    try:
+        return choices(getattr(value, "value", value))  # also a member of transformers' enum of that name
+    except ValueError:
+        values = ", ".join(repr(member.value) for member in choices)
+        raise ArgumentError(f"{name}={value!r} is unknown. Use one of {values}.") from None
+
+
+def check_whole(name: str, value: Any, low: int, remedy: str = "") -> None:
+    """Raise ArgumentError unless the value is an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least {low}.{' ' + remedy if remedy else ''}")
+
+
+def check_real(
+    name: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
+) -> None:
+    """Raise ArgumentError unless the value is a finite number between `low` and `high`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+        least = f"above {low:g}" if open_low else f"of at least {low:g}"
+        most = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
+        hint = f" It is a {type(value).__name__}; convert it with float(...)." if isinstance(value, str) else ""
+        raise ArgumentError(f"{name}={value!r} must be a number {least}{most}.{hint}")
+
+
+def check_interval(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise ArgumentError unless the value is a whole number of steps, or a share of all steps below 1."""
+    check_real(name, value, open_low=not zero)
+    if value >= 1 and value != int(value):
+        raise ArgumentError(f"{name}={value!r} must be a whole number of steps, or a share of all steps below 1.")

@@ -1,0 +1,86 @@
+"""From a list of examples to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fts.errors import BatchError
+
+Collator: TypeAlias = Callable[[Any], Any]
+
+
+def default_data_collator(features: Sequence[Any]) -> dict[str, Any]:
+    """Stack examples that have the same shapes.
+
+    Args:
+        features: dictionaries, or objects with attributes, of tensors, arrays, lists or numbers; strings and None are left out.
+
+    Returns:
+        A dictionary of tensors with a first dimension more; `label` or `label_ids` of the examples become `labels`: int64
+        where they are integers, float32 otherwise.
+
+    Raises:
+        BatchError: examples are of another kind, lack a key of the first one, or differ in shape.
+
+    >>> default_data_collator([{"x": [1.0, 2.0], "label": 1}, {"x": [3.0, 4.0], "label": 0}])
+    {'labels': tensor([1, 0]), 'x': tensor([[1., 2.], [3., 4.]])}
+    """
+    examples = [_mapping(feature) for feature in features]
+    first = examples[0]
+    batch: dict[str, Any] = {}
+    label = next((name for name in ("label", "label_ids") if first.get(name) is not None), None)
+    if label is not None:
+        labels = _stack(label, examples)
+        batch["labels"] = labels if labels.dtype == torch.int64 else labels.long() if _whole(labels) else labels.float()
+    for name, value in first.items():
+        if name not in ("label", "label_ids") and value is not None and not isinstance(value, str):
+            batch[name] = _stack(name, examples)
+    return batch
+
+
+def collator_for(processing_class: Any) -> Collator:
+    """The collator that fits a processing class: one that pads if it can pad, else `default_data_collator`."""
+    if not callable(getattr(processing_class, "pad", None)):
+        return default_data_collator
+    from transformers import DataCollatorWithPadding  # there, since the tokenizer is
+
+    padding: Collator = DataCollatorWithPadding(processing_class)
+    return padding
+
+
+def _mapping(feature: Any) -> Mapping[str, Any]:
+    if isinstance(feature, Mapping):
+        return feature
+    if hasattr(feature, "__dict__"):
+        return vars(feature)
+    raise BatchError(
+        f"An example of the data is a {type(feature).__name__}; the default collator needs dictionaries such as "
+        '{"input_ids": ..., "labels": ...}. Change the dataset, or pass data_collator=.'
+    )
+
+
+def _stack(name: str, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+    try:
+        values = [example[name] for example in examples]
+    except KeyError:
+        raise BatchError(f"The first example of a batch has {name!r}, another one lacks it. Give all examples the same keys.") from None
+    try:
+        if isinstance(values[0], Tensor):
+            return torch.stack(values)
+        if isinstance(values[0], (np.ndarray, np.generic)):
+            return torch.from_numpy(np.stack(values))
+        return torch.tensor(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise BatchError(
+            f"The values of {name!r} cannot be stacked to one tensor: {error}. Pad them to one length: pass a tokenizer as "
+            "processing_class=, or a data_collator=."
+        ) from error
+
+
+def _whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point()

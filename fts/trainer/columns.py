@@ -1,0 +1,99 @@
+"""Which columns of a dataset a model can use."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import nn
+
+from fts.errors import DataError
+from fts.trainer.collate import Collator
+
+logger = logging.getLogger(__name__)
+
+
+def accepted_columns(model: nn.Module, label_names: Sequence[str]) -> tuple[str, ...] | None:
+    """The names that a model's forward takes, and those that may become labels.
+
+    Returns:
+        The names, or None if forward takes any.
+
+    >>> accepted_columns(nn.Linear(1, 1), ["labels"])
+    ('input', 'label', 'label_ids', 'labels')
+    """
+    base = getattr(model, "get_base_model", None)  # peft's wrappers have forward(*args, **kwargs)
+    inner = base() if callable(base) else model
+    parameters = inspect.signature(inner.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not names and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return tuple(dict.fromkeys([*names, "label", "label_ids", *label_names]))
+
+
+def label_names_of(model: nn.Module) -> list[str]:
+    """The arguments of a model's forward that are labels, by their names.
+
+    >>> class Net(nn.Module):
+    ...     def forward(self, x, labels=None): ...
+    >>> label_names_of(Net())
+    ['labels']
+    """
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    names = list(inspect.signature(inner.forward).parameters)
+    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(inner).__name__ else ()
+    return [name for name in names if "label" in name or name in answers]
+
+
+def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | None, what: str) -> tuple[Any, Collator]:
+    """Drop the columns that a model cannot use: from the dataset where it has columns, else in front of the collator.
+
+    Args:
+        dataset: any dataset.
+        collator: makes a batch of examples.
+        accepted: the names to keep; None keeps all.
+        what: "training" or "evaluation", for messages.
+
+    Raises:
+        DataError: no column is left.
+    """
+    if accepted is None:
+        return dataset, collator
+    columns = getattr(dataset, "column_names", None)
+    remove: Callable[[list[str]], Any] | None = getattr(dataset, "remove_columns", None)
+    if not isinstance(columns, list) or remove is None:
+        return dataset, _DroppingCollator(collator, frozenset(accepted), what)
+    unused = [name for name in columns if name not in accepted]
+    if len(unused) == len(columns):
+        raise _nothing_left(what, columns, accepted)
+    if unused:
+        logger.info("The %s set's columns %s are no arguments of the model's forward and were dropped.", what, ", ".join(unused))
+    return remove(unused) if unused else dataset, collator
+
+
+@attrs.frozen
+class _DroppingCollator:
+    """A collator that sees only accepted keys. A class, not a closure, so that workers can receive it."""
+
+    collator: Collator
+    accepted: frozenset[str]
+    what: str
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        if not isinstance(examples[0], Mapping) or self.accepted.issuperset(examples[0]):
+            return self.collator(examples)
+        kept = [{name: value for name, value in example.items() if name in self.accepted} for example in examples]
+        if not kept[0]:
+            raise _nothing_left(self.what, list(examples[0]), sorted(self.accepted))
+        return self.collator(kept)
+
+
+def _nothing_left(what: str, columns: Sequence[str], accepted: Sequence[str]) -> DataError:
+    return DataError(
+        f"The model's forward takes none of the {what} set's columns: they are {', '.join(map(str, columns))}; it takes "
+        f"{', '.join(accepted)}. Rename columns, tokenize the text first, or set remove_unused_columns=False and pass a data_collator."
+    )

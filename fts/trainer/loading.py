@@ -1,0 +1,121 @@
+"""From datasets to batches for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from fts import loops
+from fts.errors import DataError
+from fts.loops import Source
+from fts.steps import MicroBatches
+from fts.trainer.collate import Collator
+
+
+@attrs.frozen
+class Loading:
+    """How a dataset becomes batches.
+
+    Attributes:
+        collator: makes a batch of examples.
+        batch_size: rows in a batch.
+        shuffle: visit the rows in random order, where they can be indexed.
+        seed: the seed of the order.
+        drop_last: leave out a last batch that is not full.
+        workers: how many processes fetch ahead.
+        micro_batches: how many batches make one step.
+    """
+
+    collator: Collator
+    batch_size: int
+    shuffle: bool = False
+    seed: int = 0
+    drop_last: bool = False
+    workers: int = 0
+    micro_batches: int = 1
+
+
+def make_source(dataset: Any, how: Loading, device: torch.device, what: str) -> Source:
+    """The numbered epochs of numbered batches of a dataset, on a device.
+
+    Raises:
+        DataError: the dataset is empty.
+    """
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise DataError(f"The {what} set ({type(dataset).__name__}) is empty. Give it at least one row.")
+    source = loops.source(
+        dataset,
+        batch_size=how.batch_size,
+        shuffle=how.shuffle and is_indexable(dataset),
+        seed=how.seed,
+        collate=how.collator,
+        drop_last=how.drop_last,
+        workers=how.workers,
+        micro_batches=how.micro_batches,
+    )
+    if source.batches_per_epoch == 0:
+        raise DataError(f"The {what} set holds {source.num_items} rows and a batch {how.batch_size}: with drop_last there is no batch.")
+    if device.type == "cpu":
+        return source
+    return attrs.evolve(source, batches=_on_device(source.batches, device))
+
+
+def make_loader(dataset: Any, how: Loading) -> DataLoader[Any]:
+    """The same batches as a torch DataLoader, for callbacks and users; its shuffling is torch's own."""
+    return DataLoader(
+        dataset,
+        batch_size=how.batch_size,
+        shuffle=how.shuffle and is_indexable(dataset),
+        collate_fn=how.collator,
+        drop_last=how.drop_last,
+        num_workers=how.workers,
+        generator=torch.Generator().manual_seed(how.seed),
+    )
+
+
+def is_indexable(dataset: Any) -> bool:
+    """Whether rows can be read in any order."""
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
+def check_labels(dataset: Any, collator: Collator, label_names: list[str], what: str) -> None:
+    """Collate one row, and raise where the batch cannot be used, before long work begins.
+
+    Raises:
+        DataError: the batch is no dictionary, or has none of the labels from which the model computes its loss.
+    """
+    if not is_indexable(dataset):
+        return
+    batch = collator([dataset[0]])
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch) and needs a dictionary."
+        )
+    if label_names and not any(batch.get(name) is not None for name in label_names):
+        raise DataError(
+            f"The {what} set has no labels: a batch has {', '.join(map(str, batch))}, the model's labels are called "
+            f"{', '.join(label_names)}. Add that column, name yours by label_names=[...], or pass compute_loss_func=."
+        )
+
+
+def move(tree: Any, device: torch.device) -> Any:
+    """The same tree with its tensors on a device."""
+    if isinstance(tree, Tensor):
+        return tree.to(device, non_blocking=True)
+    if isinstance(tree, Mapping):
+        return {key: move(value, device) for key, value in tree.items()}
+    if isinstance(tree, MicroBatches):
+        return MicroBatches(move(value, device) for value in tree)
+    if isinstance(tree, (list, tuple)):
+        parts = [move(value, device) for value in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
+
+
+def _on_device(batches: Callable[[int, int], Iterator[Any]], device: torch.device) -> Callable[[int, int], Iterator[Any]]:
+    return lambda epoch, start: (move(batch, device) for batch in batches(epoch, start))

@@ -1,0 +1,197 @@
+"""Models and checkpoints on the disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fts import loops
+from fts.errors import ArgumentError
+from fts.loops import Position
+from fts.state import WEIGHTS, TrainState
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.state import STATE_FILE, TrainerState
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS_FILE = "training_args.json"
+
+
+def save_model(model: nn.Module, directory: str | Path, processing_class: Any = None, args: TrainingArguments | None = None) -> None:
+    """Write a model so that `from_pretrained` reads it, or for other modules its `model.safetensors`.
+
+    Args:
+        model: its `save_pretrained` is used where it has one.
+        directory: is made if need be.
+        processing_class: a tokenizer or processor to save beside it.
+        args: are saved beside it as `training_args.json`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained(directory)
+    else:
+        from safetensors.torch import save_model as save_tensors  # knows tied tensors
+
+        save_tensors(model, str(directory / WEIGHTS), metadata={"format": "pt"})
+    _save_companions(directory, processing_class, args)
+
+
+def save_checkpoint(
+    root: str | Path,
+    state: TrainState,
+    position: Position,
+    *,
+    model: nn.Module,
+    processing_class: Any,
+    args: TrainingArguments,
+    trainer_state: TrainerState,
+    extra: Mapping[str, Any],
+) -> Path:
+    """Write `checkpoint-<step>`: the state that resumes the run, which is also a model for `from_pretrained`.
+
+    Args:
+        root: the directory of the checkpoints.
+        state: the core's state.
+        position: where in the data to go on.
+        model: what the weights belong to; its configuration is saved.
+        processing_class: is saved, too, if it can be.
+        args: are saved as `training_args.json`.
+        trainer_state: is saved as `trainer_state.json`.
+        extra: further JSON values that resuming needs.
+
+    Returns:
+        The directory. It is complete or not there at any instant.
+    """
+
+    def write(directory: Path) -> None:
+        _save_configuration(model, directory)
+        _save_companions(directory, processing_class, args)
+        trainer_state.save_to_json(directory / STATE_FILE)
+
+    path = Path(root) / f"checkpoint-{trainer_state.global_step}"
+    return loops.save_checkpoint(path, state, position, extra=extra, write=write)
+
+
+def load_weights(model: nn.Module, directory: str | Path) -> None:
+    """Read a checkpoint's weights and buffers into a model, in place.
+
+    Raises:
+        ArgumentError: names or shapes are not those of the model.
+    """
+    from safetensors.torch import load_file
+
+    found = load_file(Path(directory) / WEIGHTS)
+    targets: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    missing = [name for name, _ in model.named_parameters() if name not in found]
+    unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
+    if missing or unknown:
+        raise ArgumentError(f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}.")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            targets[name].copy_(tensor)
+
+
+def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        resume: True for the newest whole one in `root`, a path, or None or False for none.
+        root: the directory of the checkpoints.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is True:
+        newest = loops.newest_checkpoint(root)
+        if newest is None:
+            raise ArgumentError(
+                f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it first, "
+                "or give the path of a checkpoint."
+            )
+        return newest
+    path = Path(resume)
+    if not (path / WEIGHTS).is_file():
+        there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
+        raise ArgumentError(f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one.")
+    return path
+
+
+def checkpoints_in(root: str | Path) -> dict[int, Path]:
+    """The checkpoints of a directory by step, in order."""
+    root = Path(root)
+    found = [(int(match[1]), path) for path in root.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return dict(sorted(found))
+
+
+def outdated(checkpoint_steps: Sequence[int], limit: int | None, best: int | None) -> list[int]:
+    """Which checkpoints to delete, so that at most `limit` stay: the oldest ones, but never the newest nor the best.
+
+    Args:
+        checkpoint_steps: the steps of those that are there.
+        limit: how many may stay; None for all.
+        best: the step of the best one, if there is one.
+
+    Returns:
+        The steps to delete, in order.
+
+    >>> outdated([10, 20, 30, 40], 2, best=10)
+    [20, 30]
+    >>> outdated([10, 20], 1, best=10)
+    []
+    """
+    ordered = sorted(checkpoint_steps)
+    if limit is None:
+        return []
+    pinned = {best, *ordered[-1:]}
+    loose = [step for step in ordered if step not in pinned]
+    return loose[: max(0, min(len(loose), len(ordered) - limit))]
+
+
+def rotate(root: str | Path, limit: int | None, best: str | None) -> None:
+    """Delete outdated checkpoints of a directory."""
+    there = checkpoints_in(root)
+    best_step = next((step for step, path in there.items() if best is not None and path.resolve() == Path(best).resolve()), None)
+    for step in outdated(list(there), limit, best_step):
+        logger.info("Deleting %s, because save_total_limit=%s.", there[step], limit)
+        shutil.rmtree(there[step])
+
+
+def compare_with(state: TrainerState, plan: Any) -> list[str]:
+    """What differs between a resumed run and its checkpoint, one line each."""
+    pairs = {
+        "logging_steps": (plan.logging_steps, state.logging_steps),
+        "eval_steps": (plan.eval_steps, state.eval_steps),
+        "save_steps": (plan.save_steps, state.save_steps),
+        "per_device_train_batch_size": (plan.train_batch_size, state.train_batch_size),
+    }
+    return [f"{name}: {ours} (from args) != {theirs} (from {STATE_FILE})" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def _save_configuration(model: nn.Module, directory: Path) -> None:
+    if callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
+        model.save_pretrained(directory)  # type: ignore[operator]  # adapters, beside the whole state
+        return
+    for name in ("config", "generation_config"):
+        part = getattr(model, name, None)
+        if callable(getattr(part, "save_pretrained", None)):
+            if name == "config" and not getattr(part, "architectures", None):
+                part.architectures = [type(model).__name__]  # type: ignore[union-attr]
+            part.save_pretrained(directory)  # type: ignore[union-attr, operator]
+
+
+def _save_companions(directory: Path, processing_class: Any, args: TrainingArguments | None) -> None:
+    if callable(getattr(processing_class, "save_pretrained", None)):
+        processing_class.save_pretrained(directory)
+    if args is not None:
+        (directory / ARGUMENTS_FILE).write_text(json.dumps(args.to_dict(), indent=2, sort_keys=True, default=str) + "\n")

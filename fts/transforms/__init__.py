@@ -1,0 +1,76 @@
+"""Gradients -> updates: small pure transforms, to be chained.
+
+>>> import torch
+>>> from fts import transforms as tx
+>>> optimizer = tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.5))
+>>> params = {"w": torch.tensor([1.0, 1.0])}
+>>> updates, state, info = optimizer.update({"w": torch.tensor([3.0, 4.0])}, optimizer.init(params), params)
+>>> tx.apply_updates(params, updates)
+{'w': tensor([0.7000, 0.6000])}
+"""
+
+from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
+from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_global_norm, clip_by_value, global_norm
+from fts.transforms.combining import apply_updates, chain, identity
+from fts.transforms.grouping import masked, partition
+from fts.transforms.momentum import SgdState, TraceState, sgd, trace
+from fts.transforms.noise import add_noise, centralize
+from fts.transforms.scaling import (
+    ScheduleState,
+    add_decayed_weights,
+    scale,
+    scale_by_learning_rate,
+    scale_by_schedule,
+    set_to_zero,
+)
+from fts.transforms.schedules import (
+    constant_schedule,
+    cosine_schedule,
+    join_schedules,
+    linear_schedule,
+    polynomial_schedule,
+    warmup,
+)
+from fts.transforms.wrapping import EmaState, MultiStepsState, SkipState, averaged_params, ema_params, multi_steps, skip_nonfinite
+
+__all__ = [
+    "AdamState",
+    "EmaState",
+    "MultiStepsState",
+    "ScheduleState",
+    "SgdState",
+    "SkipState",
+    "TraceState",
+    "adam",
+    "adamw",
+    "adaptive_clip",
+    "add_decayed_weights",
+    "add_noise",
+    "apply_updates",
+    "averaged_params",
+    "centralize",
+    "chain",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "constant_schedule",
+    "cosine_schedule",
+    "ema_params",
+    "global_norm",
+    "identity",
+    "join_schedules",
+    "linear_schedule",
+    "masked",
+    "multi_steps",
+    "partition",
+    "polynomial_schedule",
+    "scale",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_schedule",
+    "set_to_zero",
+    "sgd",
+    "skip_nonfinite",
+    "trace",
+    "warmup",
+]

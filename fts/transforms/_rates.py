@@ -1,0 +1,71 @@
+"""Learning rates: constants, tensors or schedules; evaluated, reported and checked in one way by all transforms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fts.errors import ScheduleError
+from fts.transforms._arguments import check_number, in_words
+from fts.transforms._infos import values_of
+from fts.transforms._scalars import as_scalar, constant
+from fts.typing import Info, Number, Schedule
+
+Rate: TypeAlias = float | Tensor | Schedule
+"""A learning rate: a number, a 0-d tensor (to differentiate or vmap over it), or a schedule."""
+
+
+def check_rate(name: str, rate: Rate) -> None:
+    """Raise `ArgumentError` for a constant rate that is negative or not finite."""
+    if not callable(rate) and not isinstance(rate, Tensor):
+        check_number(name, rate)
+
+
+def rate_at(rate: Rate, count: Tensor) -> Number:
+    """The rate after `count` updates, for pure updates."""
+    return rate(count) if callable(rate) else rate
+
+
+def rate_now(rate: Rate, count: Tensor) -> Number:
+    """The rate after `count` updates, for fast paths: a checked Python number where the counter is on the CPU."""
+    if not callable(rate):
+        return rate
+    if not count.is_cpu:
+        return rate(count)  # type: ignore[no-any-return]
+    step = int(count)
+    value = float(rate(step))
+    if not 0.0 <= value < math.inf:
+        raise ScheduleError(_complaint(f"The schedule {in_words(rate)} returned {value} at step {step}"))
+    return value
+
+
+def report(rate: Number, device: torch.device) -> Tensor:
+    """The rate as an entry of info."""
+    return as_scalar(rate.detach() if isinstance(rate, Tensor) else rate, device)
+
+
+def report_now(schedule: Rate, rate: Number, device: torch.device) -> Tensor:
+    """The rate as an entry of info, for fast paths: a constant is made a tensor only once."""
+    if isinstance(schedule, (int, float)):
+        return constant(schedule, device)
+    return report(rate, device)
+
+
+def checking(rate: Rate) -> Any:
+    """The `check` of a transform with this rate: None for a number, which was checked when the transform was built."""
+    return None if isinstance(rate, (int, float)) else check_rates
+
+
+def check_rates(info: Info) -> None:
+    """Raise `ScheduleError` if a reported rate is negative or not finite."""
+    for key, rate in values_of(info, "lr"):
+        value = float(rate)
+        if not 0.0 <= value < math.inf:
+            raise ScheduleError(_complaint(f"The learning rate reported as {key!r} is {value}"))
+
+
+def _complaint(what: str) -> str:
+    return f"{what}; a learning rate must be finite and not negative. Check the schedule's values and its number of steps."

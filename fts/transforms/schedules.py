@@ -1,0 +1,250 @@
+"""Schedules: pure functions from the number of updates so far to a value.
+
+Each takes a Python number and returns one, or takes a 0-d tensor and returns a 0-d float64 tensor of the same value.
+`*_steps` are numbers of updates. Warm-up comes before everything else and rises from 0, so the first update with
+`warmup_steps > 0` has the rate 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from fts.errors import ScheduleError
+from fts.transforms._arguments import check_count, check_number, in_words
+from fts.transforms._scalars import at_least, at_most, choose, cosine, real
+from fts.typing import Schedule
+
+
+@dataclass(frozen=True, repr=False)
+class _Described:
+    """A function of the step that can say what it is."""
+
+    function: Callable[[Any], Any]
+    description: str
+
+    def __call__(self, step: Any, /) -> Any:
+        return self.function(step)
+
+    def __repr__(self) -> str:
+        return self.description
+
+
+def constant_schedule(value: float, *, warmup_steps: int = 0) -> Schedule:
+    """The same value at every step, after a warm-up.
+
+    Args:
+        value: a finite number.
+        warmup_steps: over how many steps the value first rises from 0.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ScheduleError: `value` is not finite, or `warmup_steps` no integer of at least 0.
+
+    >>> schedule = constant_schedule(0.1, warmup_steps=2)
+    >>> [schedule(step) for step in range(4)]
+    [0.0, 0.05, 0.1, 0.1]
+    """
+    _check_value("constant_schedule: value", value)
+    return _warmed(lambda step: value + 0.0 * real(step), f"constant_schedule({in_words(value)}", warmup_steps)
+
+
+def linear_schedule(init_value: float, end_value: float, transition_steps: int, *, warmup_steps: int = 0) -> Schedule:
+    """A straight line from one value to another, which then stays.
+
+    Args:
+        init_value: the value at the start of the transition.
+        end_value: the value from its end on.
+        transition_steps: the length of the transition, which follows the warm-up.
+        warmup_steps: over how many steps the value first rises from 0 to `init_value`.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ScheduleError: a value is not finite, `transition_steps` no integer of at least 1, or `warmup_steps` none of
+            at least 0.
+
+    >>> schedule = linear_schedule(1.0, 0.0, 4, warmup_steps=2)
+    >>> [schedule(step) for step in range(8)]
+    [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    _check_value("linear_schedule: init_value", init_value)
+    _check_value("linear_schedule: end_value", end_value)
+    check_count("linear_schedule: transition_steps", transition_steps, low=1, error=ScheduleError)
+
+    def line(step: Any) -> Any:
+        done = at_most(at_least(real(step) / transition_steps, 0.0), 1.0)
+        return init_value + (end_value - init_value) * done
+
+    words = f"linear_schedule({in_words(init_value)} to {in_words(end_value)} in {transition_steps}"
+    return _warmed(line, words, warmup_steps)
+
+
+def cosine_schedule(peak_value: float, *, warmup_steps: int = 0, total_steps: int, end_value: float = 0.0) -> Schedule:
+    """Half a cosine wave from a peak to an end value, after a warm-up.
+
+    Args:
+        peak_value: the value at the end of the warm-up.
+        warmup_steps: over how many steps the value first rises from 0 to the peak.
+        total_steps: the step at which the end value is reached; it includes the warm-up.
+        end_value: the value from then on.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ScheduleError: a value is not finite, or not `0 <= warmup_steps <= total_steps`.
+
+    >>> schedule = cosine_schedule(1.0, warmup_steps=2, total_steps=6)
+    >>> [round(schedule(step), 3) for step in range(8)]
+    [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+
+    Source: Loshchilov, Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", eq. 5.
+    """
+    _check_value("cosine_schedule: peak_value", peak_value)
+    _check_value("cosine_schedule: end_value", end_value)
+    check_count("cosine_schedule: total_steps", total_steps, low=1, error=ScheduleError)
+    check_count("cosine_schedule: warmup_steps", warmup_steps, error=ScheduleError)
+    if warmup_steps > total_steps:
+        raise ScheduleError(
+            f"cosine_schedule: warmup_steps={warmup_steps} is more than total_steps={total_steps}, which includes the warm-up."
+        )
+    descent_steps = max(total_steps - warmup_steps, 1)  # a run may be all warm-up
+
+    def wave(step: Any) -> Any:
+        done = at_most(at_least(real(step) / descent_steps, 0.0), 1.0)
+        return end_value + (peak_value - end_value) * (0.5 * (1.0 + cosine(math.pi * done)))
+
+    end = f", end {in_words(end_value)}" if end_value else ""
+    rise = f", warmup {warmup_steps}" if warmup_steps else ""
+    end = f", end {in_words(end_value)}" if end_value else ""
+    words = f"cosine_schedule({in_words(peak_value)}{rise}, total {total_steps}{end})"
+    return _Described(_after_warmup(wave, warmup_steps), words)
+
+
+def polynomial_schedule(
+    init_value: float, end_value: float, power: float, transition_steps: int, *, warmup_steps: int = 0
+) -> Schedule:
+    """A transition from one value to another that follows `(1 - progress) ** power`; the end value then stays.
+
+    Args:
+        init_value: the value at the start of the transition.
+        end_value: the value from its end on.
+        power: the exponent, a positive number; 1 is a straight line.
+        transition_steps: the length of the transition, which follows the warm-up.
+        warmup_steps: over how many steps the value first rises from 0 to `init_value`.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ScheduleError: a value is not finite, `power` not positive, `transition_steps` no integer of at least 1, or
+            `warmup_steps` none of at least 0.
+
+    >>> schedule = polynomial_schedule(1.0, 0.0, 2, 4)
+    >>> [schedule(step) for step in range(6)]
+    [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
+    """
+    _check_value("polynomial_schedule: init_value", init_value)
+    _check_value("polynomial_schedule: end_value", end_value)
+    check_number("polynomial_schedule: power", power, open_low=True, error=ScheduleError)
+    check_count("polynomial_schedule: transition_steps", transition_steps, low=1, error=ScheduleError)
+
+    def curve(step: Any) -> Any:
+        left = at_most(at_least(1.0 - real(step) / transition_steps, 0.0), 1.0)
+        return end_value + (init_value - end_value) * left**power
+
+    words = f"polynomial_schedule({in_words(init_value)} to {in_words(end_value)}, power {power}, in {transition_steps}"
+    return _warmed(curve, words, warmup_steps)
+
+
+def warmup(schedule: Schedule, steps: int) -> Schedule:
+    """Rise from 0 to a schedule's first value in a straight line, then follow the schedule from its start.
+
+    Args:
+        schedule: starts after the warm-up: it sees the step minus `steps`, and at least 0.
+        steps: the length of the warm-up; 0 leaves the schedule as it is.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ScheduleError: `steps` is no integer of at least 0, or `schedule` is not callable.
+
+    >>> schedule = warmup(lambda step: 0.5**step, 2)
+    >>> [schedule(step) for step in range(5)]
+    [0.0, 0.5, 1.0, 0.5, 0.25]
+    """
+    _check_schedule("warmup", schedule)
+    check_count("warmup: steps", steps, error=ScheduleError)
+    return _Described(_after_warmup(schedule, steps), f"warmup({in_words(schedule)}, {steps})")
+
+
+def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    """Follow one schedule after the other.
+
+    Args:
+        schedules: at least one.
+        boundaries: the steps at which the second, third, ... schedule takes over: positive and increasing, one
+            fewer than there are schedules. Each schedule starts at its own step 0.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ScheduleError: there is no schedule, or the boundaries do not fit.
+
+    >>> schedule = join_schedules([lambda step: 1.0, lambda step: 0.5**step], [2])
+    >>> [schedule(step) for step in range(5)]
+    [1.0, 1.0, 1.0, 0.5, 0.25]
+    """
+    parts, starts = tuple(schedules), (0, *boundaries)
+    for part in parts:
+        _check_schedule("join_schedules", part)
+    if not parts or len(parts) != len(starts):
+        raise ScheduleError(
+            f"join_schedules: {len(parts)} schedules need {max(len(parts) - 1, 0)} boundaries, not {len(boundaries)}; "
+            "at least one schedule is needed."
+        )
+    for boundary in boundaries:
+        check_count("join_schedules: a boundary", boundary, low=1, error=ScheduleError)
+    if any(later <= earlier for earlier, later in pairwise(starts)):
+        raise ScheduleError(f"join_schedules: the boundaries must increase, not {list(boundaries)}.")
+
+    def joined(step: Any) -> Any:
+        value = parts[0](step)
+        for part, start in zip(parts[1:], starts[1:], strict=True):
+            value = choose(step < start, value, part(at_least(step - start, 0)))
+        return value
+
+    words = in_words(parts[0])
+    for part, start in zip(parts[1:], starts[1:], strict=True):
+        words += f", from {start} {in_words(part)}"
+    return _Described(joined, f"join_schedules({words})")
+
+
+def _warmed(schedule: Callable[[Any], Any], words: str, warmup_steps: int) -> Schedule:
+    check_count(f"{words.split('(', maxsplit=1)[0]}: warmup_steps", warmup_steps, error=ScheduleError)
+    return _Described(_after_warmup(schedule, warmup_steps), words + (f", warmup {warmup_steps})" if warmup_steps else ")"))
+
+
+def _after_warmup(schedule: Callable[[Any], Any], steps: int) -> Callable[[Any], Any]:
+    if not steps:
+        return schedule
+    # During the warm-up the schedule stands at its step 0; afterwards the factor is exactly 1.
+    return lambda step: schedule(at_least(step - steps, 0)) * at_most(real(step) / steps, 1.0)
+
+
+def _check_value(name: str, value: Any) -> None:
+    check_number(name, value, low=-math.inf, error=ScheduleError)
+
+
+def _check_schedule(function: str, schedule: Any) -> None:
+    if not callable(schedule):
+        raise ScheduleError(f"{function} takes schedules (functions of the step), not {schedule!r}; see constant_schedule.")

@@ -1,0 +1,319 @@
+"""Transforms around a whole transform: what to do with bad gradients, with several gradients, with the parameters after."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fts.errors import ArgumentError, NonFiniteError
+from fts.transforms._arguments import check_count, check_number, check_transform, need_params
+from fts.transforms._infos import merged, values_of
+from fts.transforms._inplace import fast_apply, is_fast, pure_apply, scale_in_place
+from fts.transforms._scalars import new_count, real, times
+from fts.typing import Info, OptState, Params, Transform
+
+
+class SkipState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+        inner: the state of the inner transform.
+        total: 0-d int64 tensor: how many updates were skipped.
+        in_a_row: 0-d int64 tensor: how many were skipped since the last one that was not.
+    """
+
+    inner: OptState
+    total: Tensor
+    in_a_row: Tensor
+
+
+class MultiStepsState(NamedTuple):
+    """State of `multi_steps`.
+
+    Attributes:
+        inner: the state of the inner transform.
+        gathered: 0-d int64 tensor: how many gradients are in `sums`.
+        sums: sums of gradients, by parameter name.
+        info: what the inner transform reported last.
+    """
+
+    inner: OptState
+    gathered: Tensor
+    sums: Params
+    info: Info
+
+
+class EmaState(NamedTuple):
+    """State of `ema_params`.
+
+    Attributes:
+        inner: the state of the inner transform.
+        step: 0-d int64 tensor: the number of updates so far.
+        average: the averaged parameters, by name.
+    """
+
+    inner: OptState
+    step: Tensor
+    average: Params
+
+
+def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
+    """Skip an update where any number of the gradients is NaN or infinite.
+
+    The updates are then zero and the state of `inner` stays as it was.
+
+    Args:
+        inner: the transform of finite gradients.
+        limit: this many skipped updates in a row are an error.
+
+    Returns:
+        A transform with `SkipState`. Next to what `inner` reports, it reports `skipped` (0 or 1), `skipped_total` and
+        `skipped_in_a_row`.
+
+    Raises:
+        ArgumentError: `inner` is no transform, or `limit` no integer of at least 1.
+        NonFiniteError: (from `check`) the limit is reached.
+
+    >>> from fts import transforms as tx
+    >>> careful = tx.skip_nonfinite(tx.sgd(0.1))
+    >>> params = {"w": torch.tensor([1.0])}
+    >>> updates, state, info = careful.update({"w": torch.tensor([float("nan")])}, careful.init(params), params)
+    >>> updates["w"], info["skipped"]
+    (tensor([0.]), tensor(1))
+    """
+    check_transform("skip_nonfinite", inner)
+    check_count("skip_nonfinite: limit", limit, low=1)
+
+    def init(params: Params) -> OptState:
+        return SkipState(inner.init(params), new_count(params), new_count(params))
+
+    def update(grads: Params, state: SkipState, params: Params | None) -> tuple[Params, OptState, Info]:
+        finite = _all_finite(grads, state.total.device)
+        updates, inner_state, info = inner.update(grads, state.inner, params)
+        updates = {name: torch.where(finite, u, 0.0) for name, u in updates.items()}
+        skipped = (~finite).to(torch.int64)
+        total, in_a_row = state.total + skipped, (state.in_a_row + 1) * skipped
+        return (
+            updates,
+            SkipState(_where(finite, inner_state, state.inner), total, in_a_row),
+            merged([info, {"skipped": skipped, "skipped_total": total, "skipped_in_a_row": in_a_row}]),
+        )
+
+    def check(info: Info) -> None:
+        if inner.check is not None and not any(float(value) for _, value in values_of(info, "skipped")):
+            inner.check(info)
+        for key, value in values_of(info, "skipped_in_a_row"):
+            if int(value) >= limit:
+                total = info.get(key.replace("skipped_in_a_row", "skipped_total"))
+                raise NonFiniteError(
+                    f"The gradients were NaN or infinite in {int(value)} updates in a row (limit {limit}"
+                    f"{'' if total is None else f', {int(total)} in all'}). The parameters are those of the last finite "
+                    "update. Lower the learning rate, clip gradients (clip_by_global_norm), look for log(0), 0/0 or overflow "
+                    "in the loss, or raise skip_nonfinite's limit."
+                )
+
+    this = Transform(init, update, check=check, label=f"skip_nonfinite(limit={limit})", children=(inner,))
+    inner_apply, slow_apply = fast_apply(inner), pure_apply(this)
+
+    def apply(grads: Params, state: SkipState, params: Params) -> tuple[Params, OptState, Info]:
+        if not state.total.is_cpu:
+            return slow_apply(grads, state, params)
+        if _finite_now(grads):
+            params, inner_state, info = inner_apply(grads, state.inner, params)
+            state.in_a_row.zero_()
+            state, skipped = state._replace(inner=inner_state), 0
+        else:
+            _, _, info = inner.update(grads, state.inner, params)  # for what it reports; writes nothing
+            state.total.add_(1)
+            state.in_a_row.add_(1)
+            skipped = 1
+        counts = {
+            "skipped": torch.full((), skipped),
+            "skipped_total": state.total.clone(),  # copies, because the state's may be overwritten in a later step
+            "skipped_in_a_row": state.in_a_row.clone(),
+        }
+        return params, state, merged([info, counts])
+
+    return this._replace(apply=apply if is_fast(inner) else None)
+
+
+def multi_steps(inner: Transform, every: int) -> Transform:
+    """Average the gradients of `every` calls, then update once.
+
+    The calls between return zero updates and report what `inner` reported last.
+
+    Args:
+        inner: the transform of averaged gradients.
+        every: how many calls make an update.
+
+    Returns:
+        A transform with `MultiStepsState`.
+
+    Raises:
+        ArgumentError: `inner` is no transform, or `every` no integer of at least 1.
+
+    >>> from fts import transforms as tx
+    >>> patient = tx.multi_steps(tx.scale(-1.0), every=2)
+    >>> params = {"w": torch.tensor([0.0])}
+    >>> first, state, _ = patient.update({"w": torch.tensor([1.0])}, patient.init(params), params)
+    >>> second, state, _ = patient.update({"w": torch.tensor([3.0])}, state, params)
+    >>> first["w"], second["w"]
+    (tensor([0.]), tensor([-2.]))
+    """
+    check_transform("multi_steps", inner)
+    check_count("multi_steps: every", every, low=1)
+
+    def init(params: Params) -> OptState:
+        sums = {name: torch.zeros_like(p) for name, p in params.items()}
+        # one update of zeros, because the calls before the first update must report the same keys as all others
+        inner_state = inner.init(params)
+        _, _, info = inner.update(sums, inner_state, params)
+        return MultiStepsState(inner_state, new_count(params), sums, {key: v.clone() for key, v in info.items()})
+
+    def update(grads: Params, state: MultiStepsState, params: Params | None) -> tuple[Params, OptState, Info]:
+        sums = {name: state.sums[name] + g for name, g in grads.items()}
+        count = state.gathered + 1
+        last = count == every
+        updates, inner_state, info = inner.update({name: total / every for name, total in sums.items()}, state.inner, params)
+        info = _where(last, info, state.info)
+        next_state = MultiStepsState(
+            _where(last, inner_state, state.inner),
+            torch.where(last, 0, count),
+            {name: torch.where(last, 0.0, total) for name, total in sums.items()},
+            info,
+        )
+        return {name: torch.where(last, u, 0.0) for name, u in updates.items()}, next_state, info
+
+    this = Transform(init, update, check=inner.check, label=f"multi_steps(every={every})", children=(inner,))
+    inner_apply, slow_apply = fast_apply(inner), pure_apply(this)
+
+    def apply(grads: Params, state: MultiStepsState, params: Params) -> tuple[Params, OptState, Info]:
+        if not state.gathered.is_cpu:
+            return slow_apply(grads, state, params)
+        sums = [state.sums[name] for name in grads]
+        torch._foreach_add_(sums, list(grads.values()))
+        if int(state.gathered.add_(1)) == every:
+            torch._foreach_div_(sums, every)
+            params, inner_state, info = inner_apply(state.sums, state.inner, params)
+            torch._foreach_zero_(sums)
+            state.gathered.zero_()
+            kept = {key: value.clone() for key, value in info.items()}
+            return params, MultiStepsState(inner_state, state.gathered, state.sums, kept), info
+        # copies, because the state's may be overwritten in a later step
+        return params, state, {key: value.clone() for key, value in state.info.items()}
+
+    return this._replace(apply=apply if is_fast(inner) else None)
+
+
+def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transform:
+    """Keep an exponential moving average of the parameters; `averaged_params` finds it.
+
+    Args:
+        inner: the whole of the other transforms: the average is of the parameters after its updates.
+        decay: the share of the older average, in [0, 1).
+        debias: start from nothing, and divide by the sum of the weights, as Adam does with its moments; otherwise
+            the average starts at the first parameters.
+
+    Returns:
+        A transform with `EmaState`; its `update` needs the parameters.
+
+    Raises:
+        ArgumentError: `inner` is no transform, `decay` is outside [0, 1), or `update` gets no parameters.
+
+    >>> from fts import transforms as tx
+    >>> averaging = tx.ema_params(tx.scale(-1.0), decay=0.9)
+    >>> params = {"w": torch.tensor([1.0])}
+    >>> updates, state, _ = averaging.update({"w": torch.tensor([1.0])}, averaging.init(params), params)
+    >>> tx.averaged_params(state)
+    {'w': tensor([0.9000])}
+
+    Source: Polyak, Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging", with exponential weights.
+    """
+    check_transform("ema_params", inner)
+    check_number("ema_params: decay", decay, high=1.0)
+
+    def init(params: Params) -> OptState:
+        return EmaState(inner.init(params), new_count(params), {name: p.detach().clone() for name, p in params.items()})
+
+    def update(grads: Params, state: EmaState, params: Params | None) -> tuple[Params, OptState, Info]:
+        weights = need_params(params, "ema_params")
+        updates, inner_state, info = inner.update(grads, state.inner, weights)
+        count = state.step + 1
+        share = share_of_new(count)
+        average = {name: old + times(weights[name] + updates[name] - old, share) for name, old in state.average.items()}
+        return updates, EmaState(inner_state, count, average), info
+
+    def share_of_new(count: Any) -> Any:
+        # with the sum of the weights of t updates, 1 - decay^t, divided out at once
+        return (1 - decay) / (1 - decay ** real(count)) if debias else 1 - decay
+
+    inner_apply = fast_apply(inner)
+
+    def apply(grads: Params, state: EmaState, params: Params) -> tuple[Params, OptState, Info]:
+        params, inner_state, info = inner_apply(grads, state.inner, params)
+        count = state.step.add_(1)
+        share = share_of_new(int(count) if count.is_cpu else count)
+        average, latest = [state.average[name] for name in params], list(params.values())
+        if isinstance(share, Tensor):
+            moves = list(torch._foreach_sub(latest, average))
+            scale_in_place(moves, share)
+            torch._foreach_add_(average, moves)
+        else:
+            torch._foreach_lerp_(average, latest, share)
+        return params, EmaState(inner_state, count, state.average), info
+
+    words = f"ema_params({decay}{', debias' if debias else ''})"
+    return Transform(init, update, apply if is_fast(inner) else None, check=inner.check, label=words, children=(inner,))
+
+
+def averaged_params(opt_state: OptState) -> Params:
+    """The averages that `ema_params` keeps, wherever it stands in a transform.
+
+    Args:
+        opt_state: the state of a transform that contains `ema_params`.
+
+    Returns:
+        The state's own tensors by parameter name, not copies; they are consumed with the state when it is donated.
+
+    Raises:
+        ArgumentError: there is no average in it.
+
+    >>> from fts import transforms as tx
+    >>> tx.averaged_params(tx.ema_params(tx.sgd(0.1), 0.99).init({"w": torch.tensor([1.0])}))
+    {'w': tensor([1.])}
+    """
+    found: Params = {}
+    for state in _ema_states(opt_state):
+        found = {**state.average, **found}
+    if not found:
+        raise ArgumentError("There is no average in this state: wrap the transform in ema_params(transform, decay).")
+    return found
+
+
+def _ema_states(state: OptState) -> list[EmaState]:
+    if isinstance(state, EmaState):
+        return [state, *_ema_states(state.inner)]
+    if isinstance(state, dict):
+        return [found for child in state.values() for found in _ema_states(child)]
+    if isinstance(state, (tuple, list)):
+        return [found for child in state for found in _ema_states(child)]
+    return []
+
+
+def _where(condition: Tensor, yes: Any, no: Any) -> Any:
+    return pytree.tree_map(lambda a, b: torch.where(condition.to(a.device), a, b), yes, no)
+
+
+def _all_finite(grads: Params, device: torch.device) -> Tensor:
+    flags = [g.isfinite().all().to(device) for g in grads.values()]
+    return torch.stack(flags).all()
+
+
+def _finite_now(grads: Params) -> bool:
+    """On the CPU: a finite norm proves finite gradients with one kernel; else look again, as squares may overflow."""
+    norms = torch._foreach_norm(list(grads.values()))
+    return math.isfinite(sum(map(float, norms))) or all(bool(g.isfinite().all()) for g in grads.values())

@@ -1,0 +1,159 @@
+"""Every transform obeys the laws. A new one gets them by being listed here."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import fts.testing
+from fts import transforms as tx
+from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_update
+from fts.testing.forms import structure_is_stable
+from fts.testing.of_transforms import run_examples
+from fts.testing.purity import inputs_unchanged, state_owns_its_memory
+
+NAMES = ("w", "b", "layers.10.norm.weight")
+
+
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.ndim > 1
+
+
+def has_no_b(name: str, tensor: torch.Tensor) -> bool:
+    return "b" not in name
+
+
+def by_shape(name: str, tensor: torch.Tensor) -> str:
+    return "matrix" if tensor.ndim > 1 else "vector"
+
+
+COSINE = tx.cosine_schedule(0.1, warmup_steps=2, total_steps=5)
+
+# One line for each way in which a transform is used: its options, a schedule, a mask.
+REGISTRY = [
+    tx.identity(),
+    tx.scale(-0.1),
+    tx.scale(torch.tensor(0.5)),
+    tx.set_to_zero(),
+    tx.scale_by_schedule(tx.linear_schedule(1.0, -1.0, 3)),
+    tx.scale_by_schedule(tx.join_schedules([tx.constant_schedule(1.0, warmup_steps=1), tx.polynomial_schedule(1.0, 0.0, 2.0, 3)], [2])),
+    tx.scale_by_schedule(lambda step: 0.5**step),
+    tx.scale_by_learning_rate(0.1),
+    tx.scale_by_learning_rate(torch.tensor(0.1)),
+    tx.scale_by_learning_rate(tx.warmup(COSINE, 1)),
+    tx.add_decayed_weights(0.1),
+    tx.add_decayed_weights(0.1, mask=is_matrix),
+    tx.clip_by_value(0.7),
+    tx.clip_by_global_norm(1.0),
+    tx.clip_by_block_rms(0.5),
+    tx.adaptive_clip(0.1),
+    tx.trace(0.9),
+    tx.trace(0.9, nesterov=True),
+    tx.sgd(0.1),
+    tx.sgd(torch.tensor(0.1), momentum=0.9),
+    tx.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    tx.sgd(COSINE, momentum=0.9, dampening=0.5),
+    tx.scale_by_adam(),
+    tx.scale_by_adam(b1=0.0, b2=0.5, eps=1e-3),
+    tx.adam(0.1),
+    tx.adam(COSINE, weight_decay=0.1),
+    tx.adamw(0.1),
+    tx.adamw(torch.tensor(0.1), weight_decay=0.0),
+    tx.adamw(COSINE, weight_decay=0.1, mask=is_matrix),
+    tx.skip_nonfinite(tx.adamw(0.1)),
+    tx.skip_nonfinite(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), limit=1),
+    tx.multi_steps(tx.adamw(COSINE), every=2),
+    tx.multi_steps(tx.chain(tx.clip_by_global_norm(1.0), tx.trace(0.9)), every=3),
+    tx.ema_params(tx.adamw(0.1), decay=0.9),
+    tx.ema_params(tx.sgd(COSINE, momentum=0.9), decay=0.9, debias=True),
+    tx.ema_params(tx.scale(-0.1), decay=0.5),
+    tx.add_noise(0.01, 0.55, seed=0),
+    tx.centralize(),
+    tx.masked(tx.adamw(0.1), mask=is_matrix),
+    tx.masked(tx.add_decayed_weights(0.1), mask=has_no_b),
+    tx.masked(tx.trace(0.9), mask=lambda name, tensor: False),
+    tx.partition({"matrix": tx.adamw(COSINE), "vector": tx.sgd(0.1, momentum=0.9)}, by_shape),
+    tx.partition({"matrix": tx.chain(tx.clip_by_global_norm(1.0), tx.adam(0.1)), "vector": tx.set_to_zero()}, by_shape),
+    tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(COSINE, weight_decay=0.1)),
+    tx.chain(tx.trace(0.9), tx.scale(-0.1), momentum=tx.trace(0.5), rate=tx.scale_by_learning_rate(0.1)),
+    tx.chain(tx.centralize(), tx.clip_by_block_rms(1.0), tx.scale_by_adam(), tx.add_decayed_weights(0.1), tx.scale_by_learning_rate(COSINE)),
+    tx.chain(tx.sgd(0.1), tx.sgd(0.1, momentum=0.9)),
+    tx.chain(tx.add_noise(0.01, 0.55, seed=1), tx.adaptive_clip(0.1), tx.skip_nonfinite(tx.multi_steps(tx.adam(0.1), every=2))),
+    tx.ema_params(
+        tx.multi_steps(
+            tx.skip_nonfinite(tx.partition({"matrix": tx.adamw(COSINE), "vector": tx.masked(tx.sgd(0.1), has_no_b)}, by_shape)), every=2
+        ),
+        decay=0.9,
+    ),
+]
+
+# Those that know their parameters by name.
+NAMED_REGISTRY = [
+    tx.masked(tx.adamw(0.1), mask=["w"]),
+    tx.masked(tx.sgd(0.1, momentum=0.9), mask={"w": True, "b": False, "layers.10.norm.weight": True}),
+    tx.adamw(0.1, weight_decay=0.1, mask=["w"]),
+    tx.add_decayed_weights(0.1, mask={"w": True, "b": False, "layers.10.norm.weight": False}),
+    tx.partition({0: tx.adam(0.1), 1: tx.sgd(0.1)}, {"w": 0, "b": 1, "layers.10.norm.weight": 0}),
+]
+
+# These stop on a gradient that is not finite, or change its kind: what they give then is not a law.
+NOT_TRANSFORMS = {
+    "apply_updates", "averaged_params", "global_norm",
+    "constant_schedule", "cosine_schedule", "join_schedules", "linear_schedule", "polynomial_schedule", "warmup",
+}  # fmt: skip
+
+
+def in_words(transform: fts.Transform) -> str:
+    inner = f"({'; '.join(map(in_words, transform.children))})" if transform.children else ""
+    return transform.label + inner
+
+
+@pytest.mark.parametrize("transform", REGISTRY, ids=in_words)
+def test_laws(transform: fts.Transform) -> None:
+    fts.testing.check_transform(transform)
+
+
+@pytest.mark.parametrize("transform", NAMED_REGISTRY, ids=in_words)
+def test_laws_at_known_names(transform: fts.Transform) -> None:
+    fts.testing.check_transform(transform, params=fts.testing.strategies.params(named=NAMES))
+
+
+@pytest.mark.parametrize("transform", REGISTRY, ids=in_words)
+def test_fast_paths_agree_on_gradients_that_are_not_finite(transform: fts.Transform) -> None:
+    laws = ["apply_equals_update", "update_in_place_equals_update", "structure_is_stable", "same_inputs_same_outputs"]
+    fts.testing.check_transform(transform, laws=laws, nonfinite=True)
+
+
+@given(st.tuples(*[st.sampled_from(REGISTRY)] * 3), fts.testing.strategies.trajectories())
+@settings(max_examples=5 * settings().max_examples)
+def test_any_three_in_a_chain(three, example) -> None:
+    """Fast paths write in place: what is right alone may be wrong before or after another."""
+    fts.testing.chain_is_associative(*three, *example)
+    for law in (structure_is_stable, inputs_unchanged, apply_equals_update, update_in_place_equals_update, state_owns_its_memory):
+        law(tx.chain(*three), *example)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: tx.skip_nonfinite(t), lambda t: tx.multi_steps(t, every=2), lambda t: tx.ema_params(t, 0.9),
+                                  lambda t: tx.masked(t, is_matrix), lambda t: tx.partition({"matrix": t, "vector": t}, by_shape)],
+                         ids=["skip_nonfinite", "multi_steps", "ema_params", "masked", "partition"])  # fmt: skip
+def test_any_other_inside(wrap) -> None:
+    def check(example) -> None:
+        transform, trajectory = example
+        for law in (structure_is_stable, inputs_unchanged, apply_equals_update, update_in_place_equals_update, state_owns_its_memory):
+            law(wrap(transform), *trajectory)
+
+    run_examples(check, st.tuples(st.sampled_from(REGISTRY), fts.testing.strategies.trajectories()))
+
+
+def test_every_public_factory_is_listed() -> None:
+    factories = {
+        name for name in tx.__all__ if inspect.isfunction(getattr(tx, name)) and name not in NOT_TRANSFORMS
+    }
+    listed = " ".join(map(in_words, [*REGISTRY, *NAMED_REGISTRY]))
+    missing = [name for name in sorted(factories) if name not in listed]
+    assert not missing, f"add {missing} to REGISTRY in tests/laws/test_transforms.py"
+
+
+def test_all_that_is_no_transform_is_known() -> None:
+    assert NOT_TRANSFORMS <= set(tx.__all__)

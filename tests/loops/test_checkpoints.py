@@ -1,0 +1,299 @@
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fts
+from fts import transforms as tx
+from fts.errors import ArgumentError, CheckpointError
+from fts.loops import Position, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from fts.loops.checkpoints import is_whole, load_extra, verify_checkpoint
+
+OPTIMIZER = tx.adamw(1e-3)
+
+
+def state_at(step):
+    state = fts.TrainState.create({"w": torch.full((4, 3), float(step)), "b": torch.arange(3.0)}, OPTIMIZER, seed=7)
+    return state.replace(step=torch.tensor(step))
+
+
+def saved(root, step, **options):
+    return save_checkpoint(Path(root) / f"checkpoint-{step}", state_at(step), Position(step, 1), **options)
+
+
+def step_of(path):
+    state, position = load_checkpoint(path, like=state_at(0))
+    step = int(state.step)
+    assert torch.equal(state.params["w"], state_at(step).params["w"])
+    assert position == Position(step, 1)
+    return step
+
+
+def test_round_trip(tmp_path):
+    path = saved(tmp_path / "deep" / "er", 3, extra={"log": [{"loss": 0.5}], "best": None})
+    assert path == tmp_path / "deep" / "er" / "checkpoint-3"
+    assert step_of(path) == 3
+    assert load_extra(path) == {"log": [{"loss": 0.5}], "best": None}
+    assert load_extra(saved(tmp_path, 4)) == {}
+    assert {entry.name for entry in path.parent.iterdir()} == {"checkpoint-3"}
+
+
+def test_the_manifest_lists_every_file(tmp_path):
+    def write(directory):
+        (directory / "config.json").write_text("{}")
+        (directory / "tokenizer").mkdir()
+        (directory / "tokenizer" / "vocabulary.txt").write_text("a b c")
+
+    path = saved(tmp_path, 1, write=write)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert files.keys() == present - {"manifest.json"}
+    assert {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer/vocabulary.txt"} < files.keys()
+    assert files["tokenizer/vocabulary.txt"]["size"] == 5
+    (path / "tokenizer" / "vocabulary.txt").write_text("a b d")
+    with pytest.raises(CheckpointError, match=r"vocabulary.txt has changed"):
+        verify_checkpoint(path)
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "progress.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "emptied", "flipped", "longer"])
+def test_damage_is_found_and_an_earlier_checkpoint_used(tmp_path, name, damage):
+    saved(tmp_path, 9)
+    path = saved(tmp_path, 10)
+    file = path / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 0x80]) + content[middle + 1 :])
+    else:
+        file.write_bytes({"truncated": content[:-7], "emptied": b"", "longer": content + b"x"}[damage])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_checkpoint(path, like=state_at(0))
+    assert step_of(newest_checkpoint(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("index", range(0, 2000, 97))
+def test_any_flipped_bit_is_found(tmp_path, index):
+    path = saved(tmp_path, 1)
+    files = sorted(p for p in path.iterdir() if p.name != "manifest.json")
+    file = files[index % len(files)]
+    content = bytearray(file.read_bytes())
+    content[index % len(content)] ^= 1 << (index % 8)
+    file.write_bytes(content)
+    assert not is_whole(path)
+
+
+def test_newest_is_by_number_and_passes_over_what_is_no_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+    assert newest_checkpoint(tmp_path) is None
+    for step in (2, 10, 9):
+        saved(tmp_path, step)
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-12").write_text("a file")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / ".checkpoint-13.writing").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_messages(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "checkpoint-1", like=state_at(0))
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(CheckpointError, match=r"manifest.json is missing, so this is no complete checkpoint"):
+        load_checkpoint(tmp_path / "checkpoint-1", like=state_at(0))
+    path = saved(tmp_path, 2)
+    (path / "model.safetensors").write_bytes(b"12345")
+    with pytest.raises(CheckpointError, match=r"has 5 bytes, but was written with \d+\. .*use an earlier one"):
+        load_checkpoint(path, like=state_at(0))
+    with pytest.raises(ArgumentError, match="what JSON can hold"):
+        saved(tmp_path, 3, extra={"tensor": torch.zeros(1)})
+    other = fts.TrainState.create({"v": torch.zeros(2)}, OPTIMIZER)
+    with pytest.raises(CheckpointError, match="another model"):
+        load_checkpoint(saved(tmp_path, 4), like=other)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+def test_a_manifest_cannot_lead_outside(tmp_path, name):
+    path = saved(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 1, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("document", ["[]", '{"format": 2}', '{"format": 1, "epoch": -1, "batch": 0}', '{"format": 1}'])
+def test_progress_is_checked_even_if_the_manifest_fits(tmp_path, document):
+    path = saved(tmp_path, 1)
+    (path / "progress.json").write_text(document)
+    (path / "manifest.json").unlink()
+    checkpoints._seal(path)
+    with pytest.raises(CheckpointError, match=r"progress\.json"):
+        load_checkpoint(path, like=state_at(0))
+
+
+# -- crashes ------------------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_after(monkeypatch, calls):
+    """Everything that changes the disk works `calls` times, and then the process counts as dead."""
+    left = calls
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (Path, "write_text"), (Path, "mkdir")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_crash_at_any_call_leaves_a_whole_checkpoint(tmp_path, again):
+    """`again`: the checkpoint that is being written replaces one of the same name."""
+    for calls in range(100):
+        root = tmp_path / str(calls)
+        before = saved(root, 5)
+        target = before if again else root / "checkpoint-6"
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            crash_after(monkeypatch, calls)
+            try:
+                save_checkpoint(target, state_at(6), Position(6, 1))
+                died = False
+            except Crash:
+                died = True
+        assert step_of(newest_checkpoint(root)) in (5, 6)
+        assert step_of(before) in ((5, 6) if again else (5,))
+        save_checkpoint(target, state_at(6), Position(6, 1))
+        assert step_of(newest_checkpoint(root)) == 6
+        assert [p.name for p in root.iterdir() if p.name.startswith(".")] == []
+        if not died:
+            break
+    assert calls > 10
+
+
+def test_a_replaced_checkpoint_is_found_by_load_alone(tmp_path):
+    path = saved(tmp_path, 5)
+    os.rename(path, tmp_path / ".checkpoint-5.replaced")
+    assert step_of(path) == 5
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    saved(tmp_path, 5)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for step in (5, 6):
+        with pytest.raises(OSError, match="No space left"):
+            saved(tmp_path, step)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
+    assert step_of(newest_checkpoint(tmp_path)) == 5
+
+
+def test_a_failing_write_hook_leaves_nothing(tmp_path):
+    def write(directory):
+        raise ValueError("no config")
+
+    with pytest.raises(ValueError, match="no config"):
+        saved(tmp_path, 5, write=write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_moves_the_old_one_back_does_not_fail_the_save(tmp_path, monkeypatch):
+    saved(tmp_path, 5)
+    rename, disturbed = os.rename, []
+
+    def slow(source, target):
+        if str(source).endswith(".writing") and not disturbed:
+            disturbed.append(newest_checkpoint(tmp_path))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    save_checkpoint(tmp_path / "checkpoint-5", state_at(6), Position(6, 1))
+    assert disturbed == [tmp_path / "checkpoint-5"]
+    assert step_of(tmp_path / "checkpoint-5") == 6
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("milliseconds", [3, 7, 11, 16, 23, 31])
+def test_a_killed_process_leaves_whole_checkpoints(tmp_path, milliseconds):
+    saved(tmp_path, 0)
+    child = os.fork()
+    if child == 0:
+        try:
+            for step in range(1, 10**6):
+                saved(tmp_path, step)
+                save_checkpoint(tmp_path / "checkpoint-0", state_at(step), Position(step, 1))
+        finally:
+            os._exit(1)
+    time.sleep(milliseconds / 1000)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    newest = newest_checkpoint(tmp_path)
+    assert step_of(newest) == int(newest.name.removeprefix("checkpoint-"))
+    step_of(tmp_path / "checkpoint-0")
+    for path in tmp_path.glob("checkpoint-*"):
+        assert is_whole(path)
+    assert step_of(saved(tmp_path, 10**6)) == 10**6
+
+
+# -- pickles ------------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_planted_pickles_are_never_loaded(tmp_path):
+    exploded = tmp_path / "exploded"
+    path = saved(tmp_path, 1)
+    bomb = pickle.dumps(Bomb(exploded))
+    for name in ("optimizer.pt", "scheduler.pt", "pytorch_model.bin", "training_args.bin", "rng_state.pth", "state.pkl"):
+        (path / name).write_bytes(bomb)
+    assert step_of(newest_checkpoint(tmp_path)) == 1
+    for name in FILES:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(bomb)
+        if name != "manifest.json":  # as an attacker would
+            (path / "manifest.json").unlink()
+            checkpoints._seal(path)
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            load_checkpoint(path, like=state_at(0))
+        (path / name).write_bytes(content)
+        checkpoints._seal(path)
+    assert not exploded.exists()
+    pickle.loads(bomb)  # noqa: S301
+    assert exploded.exists()  # it would have worked
+
+
+def test_only_a_state_that_can_be_saved_is_accepted(tmp_path):
+    with pytest.raises(ArgumentError, match=r"dict.*save"):
+        save_checkpoint(tmp_path / "checkpoint-1", {"w": torch.zeros(1)})
