@@ -18,6 +18,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -114,9 +115,7 @@ def hand_written(task: Task, total: int) -> Callable[[], None]:
 
 def core(task: Task, total: int, *, compiled: bool = False, donate: bool = True) -> Callable[[], None]:
     model = new_model(task).train()
-    optimizer = tx.chain(
-        tx.clip_by_global_norm(CLIP), tx.adamw(tx.linear_schedule(RATE, 0.0, total), weight_decay=DECAY)
-    )
+    optimizer = tx.chain(tx.clip_by_global_norm(CLIP), tx.adamw(tx.linear_schedule(RATE, 0.0, total), weight_decay=DECAY))
     loss = steps.module_loss(model, lambda model, batch: model(*batch)["loss"])
     step: Any = steps.train_step(loss, optimizer, donate=donate)
     if compiled:
@@ -128,9 +127,9 @@ def core(task: Task, total: int, *, compiled: bool = False, donate: bool = True)
     def turn() -> None:
         nonlocal state, position
         end = int(state.step) + task.steps
-        for event in loops.fit(step, state, source, total_steps=end, start=position, due=loops.cadence(log=100), donate=donate):
-            pass
-        state, position = event.state, event.counters.position
+        run = loops.fit(step, state, source, total_steps=end, start=position, due=loops.cadence(log=100), donate=donate)
+        last: Any = deque(run, maxlen=1).pop()
+        state, position = last.state, last.counters.position
 
     return turn
 

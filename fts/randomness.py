@@ -58,7 +58,8 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
 def generator_states(device: torch.device) -> tuple[Any, ...]:
     """The states of all generators that `seed_generators` seeds, to be compared by `same_states`."""
     own = () if device.type == "cpu" else (_device_generator(device).get_state(),)
-    return (torch.default_generator.get_state(), *own, np.random.get_state()[1], np.random.get_state()[2], random.getstate())
+    numpy = np.random.get_state(legacy=False)["state"]
+    return (torch.default_generator.get_state(), *own, numpy["key"], numpy["pos"], random.getstate())
 
 
 def same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -68,11 +69,11 @@ def same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 def _device_generator(device: torch.device) -> torch.Generator:
     if device.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
     if device.type == "mps":
-        return torch.mps._get_default_mps_generator()  # type: ignore[no-untyped-call, no-any-return]
+        return torch.mps._get_default_mps_generator()
     return torch.default_generator
 
 

@@ -220,7 +220,8 @@ def mark_donated(state: TrainState, step_name: str) -> None:
 
 
 def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, Layout]:
-    params, frozen = {}, {}
+    params: Params = {}
+    frozen: Params = {}
     for name, tensor in module.named_parameters():
         if isinstance(tensor, nn.parameter.UninitializedParameter):
             raise ArgumentError(f"Parameter {name!r} is lazy and has no shape yet. Run one batch through the module first.")

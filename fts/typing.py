@@ -1,9 +1,9 @@
 """The protocols that everything else is written against.
 
-    LossFn      (params or model, batch) -> loss, with an optional weight and metrics
-    Schedule    step -> value
-    Transform   init(params) -> state;  update(grads, state, params) -> (updates, state, info)
-    StepFn      (state, batch) -> (state, metrics)
+LossFn      (params or model, batch) -> loss, with an optional weight and metrics
+Schedule    step -> value
+Transform   init(params) -> state;  update(grads, state, params) -> (updates, state, info)
+StepFn      (state, batch) -> (state, metrics)
 """
 
 from __future__ import annotations

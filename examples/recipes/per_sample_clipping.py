@@ -1,11 +1,11 @@
 """Per-sample clipping: bound what any single sample can do to the weights.
 
-`vmap` gives the gradient of each sample of a batch at once. Each is scaled down to a norm of at most 1, then they are
-averaged. With noise added to the mean this is DP-SGD; the noise is a transform in the optimizer's chain.
+`vmap` gives the gradient of every sample of a batch at once. Each is scaled down to a norm of at most LIMIT before they are
+averaged, and noise is added to the average, which makes it DP-SGD.
 
 Paper: Abadi et al. 2016, "Deep Learning with Differential Privacy". https://arxiv.org/abs/1607.00133
-Shows: replacing one sample by a gross outlier moves the weights after a step by at most 2 * rate * limit / batch
-size, while it moves those after a plain step far more; and the clipped run still fits the data.
+Shows: putting a gross outlier in the place of one sample moves the weights after a step by at most
+2 * RATE * LIMIT / SAMPLES, but those after a plain step far more; and the other samples are learned beside the outlier.
 """
 
 import torch
@@ -16,43 +16,48 @@ from torch.func import vmap
 import fts
 from fts import steps, transforms as tx
 
-RATE, LIMIT, SAMPLES = 0.5, 1.0, 64
+RATE, LIMIT, NOISE, SAMPLES = 0.5, 1.0, 0.5, 64
 
 
 def main() -> dict[str, float]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
     loss = steps.module_loss(net, lambda model, batch: F.mse_loss(model(batch[0])[..., 0], batch[1]))
-    optimizer = tx.sgd(RATE)
-    value_and_grad = steps.value_and_grad(loss, engine="func")
+    # the deviation of the noise is a share of what one sample can contribute to the mean; add_noise takes the variance
+    optimizer = tx.chain(tx.add_noise((NOISE * LIMIT / SAMPLES) ** 2, gamma=0.0, seed=0), tx.sgd(RATE))
+    value_and_grad = steps.value_and_grad(loss, engine="func")  # the engine that vmap can map
     clip = tx.clip_by_global_norm(LIMIT)
 
-    def clipped_step(state, batch):
+    def private_step(state, batch):
         def of_sample(sample):
             value, grads = value_and_grad(state, sample)
             grads, _, info = clip.update(grads, (), None)
-            return grads, {"loss": value.loss, **info}
+            return grads, {"loss": value.loss, "clipped": (info["grad_norm"] > LIMIT).float()}
 
         grads, metrics = vmap(of_sample)(batch)
-        mean = {name: grad.mean(0) for name, grad in grads.items()}
-        state, info = steps.apply_gradients(state, mean, optimizer)
-        return state, {"loss": metrics["loss"].mean(), "clipped": (metrics["grad_norm"] > LIMIT).float().mean(), **info}
+        grads = {name: grad.mean(0) for name, grad in grads.items()}
+        state, info = steps.apply_gradients(state, grads, optimizer)
+        return state, {**{name: value.mean() for name, value in metrics.items()}, **info}
 
     x = torch.randn(SAMPLES, 3)
-    batch = (x, x.sum(1).sin())
-    spoiled = (x, batch[1].index_fill(0, torch.tensor([0]), 1000.0))
+    y = x.sum(1).sin()
+    spoiled_x, spoiled_y = x.clone(), y.clone()
+    spoiled_x[0], spoiled_y[0] = -10 * x[0], 1000.0
     state = fts.TrainState.create(net, optimizer, seed=0)
 
     def influence(step):
-        """How far the outlier moves the weights after one step."""
-        with_it, without = step(state, spoiled)[0].params, step(state, batch)[0].params
-        return fts.global_norm({name: with_it[name] - without[name] for name in without}).item()
+        with_outlier, without = step(state, (spoiled_x, spoiled_y))[0].params, step(state, (x, y))[0].params
+        return fts.global_norm({name: with_outlier[name] - without[name] for name in without}).item()
 
-    figures = {"clipped influence": influence(clipped_step), "plain influence": influence(steps.train_step(loss, optimizer))}
-    for _ in range(300):
-        state, metrics = clipped_step(state, spoiled)
-    figures["loss"] = steps.eval_step(loss)(state, (x[1:], batch[1][1:]))["loss"][0].item()
-    print(metrics)
+    figures = {"influence": influence(private_step), "influence in a plain step": influence(steps.train_step(loss, optimizer))}
+    for _ in range(500):
+        state, metrics = private_step(state, (spoiled_x, spoiled_y))
+    figures["loss on the others"] = steps.eval_step(loss)(state, (x[1:], y[1:]))["loss"][0].item()
+    figures["share clipped"] = metrics["clipped"].item()
+
+    bound = 2 * RATE * LIMIT / SAMPLES
+    assert figures["influence"] <= bound < figures["influence in a plain step"] / 100, f"the bound is {bound}: {figures}"
+    assert figures["loss on the others"] < 0.2 * y.var(), f"the samples beside the outlier are not learned: {figures}"
     return figures
 
 

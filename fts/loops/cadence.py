@@ -22,7 +22,7 @@ class Counters:
     """How far a run has come. All are Python integers that the loop counts itself: reading one never waits for a device.
 
     Attributes:
-        step: how many updates were applied since the state was created.
+        step: how many steps were taken since the state was created.
         epoch: the pass over the data, from 0.
         batch: how many of the steps' batches were consumed in this epoch.
         total_steps: the step at which the run ends as planned; None where that is not known.

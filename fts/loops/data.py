@@ -128,15 +128,8 @@ def source(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ArgumentError(f"source({name}={value!r}) must be a whole number of at least {least}.")
     if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
-        _refuse(
-            batch_size=batch_size,
-            shuffle=shuffle,
-            sampler=sampler,
-            collate=collate,
-            drop_last=drop_last,
-            workers=workers,
-            **loading,
-        )
+        given = {"batch_size": batch_size, "shuffle": shuffle, "sampler": sampler, "collate": collate, "drop_last": drop_last}
+        _refuse(given | {"workers": workers} | loading)
         reading = attrs.evolve(reading_of(data, seed), micro_batches=micro_batches)
     else:
         if sampler is not None and shuffle:
@@ -148,7 +141,7 @@ def source(
     return _read(reading)
 
 
-def _refuse(**given: Any) -> None:
+def _refuse(given: dict[str, Any]) -> None:
     doubled = [name for name, value in given.items() if value]
     if doubled:
         raise ArgumentError(

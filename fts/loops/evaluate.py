@@ -66,9 +66,7 @@ def _add(totals: dict[str, tuple[Tensor, Tensor | float]], name: str, value: Any
         )
     mean, weight = _wide(value[0]), value[1]
     if mean.ndim != 0:
-        raise BatchError(
-            f"The evaluation step returned a mean of shape {list(mean.shape)} for {name!r}; it must be a 0-d tensor."
-        )
+        raise BatchError(f"The evaluation step returned a mean of shape {list(mean.shape)} for {name!r}; it must be 0-d.")
     if isinstance(weight, Tensor):
         weight = _wide(weight)
         amount = torch.where(weight == 0, 0.0, mean * weight)  # the mean of no items is NaN, but adds nothing

@@ -125,7 +125,7 @@ def too_short(start: int, found: int) -> DataError:
 def row_batches(tensors: tuple[Tensor, ...], order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """What the default collate function makes of a TensorDataset's items, with one indexing operation a tensor."""
     for indices in order:
-        yield [tensor.index_select(0, indices) for tensor in tensors]
+        yield [tensor.index_select(0, indices if tensor.is_cpu else indices.to(tensor.device)) for tensor in tensors]
 
 
 def has_rows(dataset: Any, collate: Collate | None) -> bool:
@@ -133,7 +133,7 @@ def has_rows(dataset: Any, collate: Collate | None) -> bool:
     return (
         type(dataset) is TensorDataset
         and collate is default_collate
-        and all(type(tensor) is Tensor and tensor.is_cpu and tensor.layout == torch.strided for tensor in dataset.tensors)
+        and all(type(tensor) is Tensor and tensor.layout == torch.strided for tensor in dataset.tensors)
     )
 
 

@@ -118,7 +118,7 @@ def _fit(
                 ended = wanted.stop or wanted.end_epoch
                 reason = "due" if wanted.stop else None
             if number == total_steps:
-                reason = reason or "total_steps"
+                reason = "total_steps"
             if reason is not None or ended:
                 complete = batch_number == per_epoch
                 break

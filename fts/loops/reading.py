@@ -109,18 +109,14 @@ def loading_options(workers: int, given: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if value}
     unknown = sorted(given.keys() - set(_LOADING))
     if unknown:
-        raise ArgumentError(
-            f"source has no argument {', '.join(unknown)}. About loading it takes workers, {', '.join(_LOADING)}."
-        )
+        raise ArgumentError(f"source has no argument {', '.join(unknown)}. About loading it has workers, {', '.join(_LOADING)}.")
     if not torch.accelerator.is_available():
         options.pop("pin_memory", None)
     if workers:
         return options | {"num_workers": workers}
     needless = sorted(options.keys() - {"pin_memory"})
     if needless:
-        raise ArgumentError(
-            f"source(workers=0) was given {', '.join(needless)}, which only workers can use. Give workers=1 or more."
-        )
+        raise ArgumentError(f"source(workers=0) was given {', '.join(needless)}, which only workers can use. Give workers=1.")
     return options
 
 

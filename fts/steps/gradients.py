@@ -8,7 +8,7 @@ For micro-batches i with weight w_i the loss, the gradient and every metric are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -146,7 +146,7 @@ def module_engine(
     buffers = state.buffers
     if buffers and not own_buffers:
         buffers = {name: tensor.clone() for name, tensor in buffers.items()}
-    leaves = {name: binding.parameters[name] for name in state.params}  # type: ignore[misc]
+    leaves = {name: binding.parameters[name] for name in state.params}
     with binding.lend(state.params, state.frozen, buffers):
         total = _backward(grad_fn, state, leaves, micro, args, weigh_rows, device)
         grads = _drain(leaves, total)
@@ -204,7 +204,9 @@ def _drain(leaves: Params, total: Total) -> Params:
     return grads
 
 
-def func_engine(grad_fn: ValueAndGrad, state: TrainState, micro: Sequence[Batch], args: Sequence[Any], weigh_rows: bool) -> tuple[Value, Params]:
+def func_engine(
+    grad_fn: ValueAndGrad, state: TrainState, micro: Sequence[Batch], args: Sequence[Any], weigh_rows: bool
+) -> tuple[Value, Params]:
     """Gradients by `torch.func.grad_and_value`; pure, so it can be traced, vmapped and differentiated."""
     device = device_of(state.params)
     outputs = []
@@ -225,7 +227,13 @@ def func_engine(grad_fn: ValueAndGrad, state: TrainState, micro: Sequence[Batch]
 
 
 def _grad_and_value(
-    grad_fn: ValueAndGrad, state: TrainState, buffers: Params, batch: Batch, args: Sequence[Any], weigh_rows: bool, device: torch.device
+    grad_fn: ValueAndGrad,
+    state: TrainState,
+    buffers: Params,
+    batch: Batch,
+    args: Sequence[Any],
+    weigh_rows: bool,
+    device: torch.device,
 ) -> tuple[Params, LossOutput, Number, Params]:
     loss, binding, frozen = grad_fn.loss, grad_fn.binding, state.frozen
     numbers: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from fts.errors import ArgumentError, BatchError, LossError
@@ -48,7 +49,9 @@ def module_loss(module: nn.Module, fn: Callable[..., Any] | None = None) -> Modu
     'module_loss(Linear, <lambda>)'
     """
     if not isinstance(module, nn.Module):
-        raise ArgumentError(f"module_loss needs a torch.nn.Module, not {type(module).__name__}; a plain function is a loss already.")
+        raise ArgumentError(
+            f"module_loss needs a torch.nn.Module, not {type(module).__name__}; a plain function is a loss already."
+        )
     if fn is not None:
         check_callable(fn, "module_loss", "fn(model, batch)")
     return ModuleLoss(module, fn)
@@ -155,7 +158,7 @@ def _loss_of_output(output: Any, batch: Mapping[str, Any]) -> LossOutput:
     labels = batch.get("labels")
     # a model of tokens takes its mean over the labels that are not ignored
     tokens = isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
-    return LossOutput(_own_loss(output, batch), (labels != -100).sum() if tokens else None)
+    return LossOutput(_own_loss(output, batch), torch.ne(labels, -100).sum() if tokens else None)
 
 
 def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -44,7 +44,7 @@ def names() -> SearchStrategy[str]:
 
 
 def shapes(*, empty: bool = True) -> SearchStrategy[tuple[int, ...]]:
-    """Shapes of zero to three axes of length 1 to 4.
+    """Shapes of zero to three axes of length 1 to 4, and some with enough numbers for vectorized kernels.
 
     Args:
         empty: now and then an axis has the length 0.
@@ -52,8 +52,10 @@ def shapes(*, empty: bool = True) -> SearchStrategy[tuple[int, ...]]:
     Returns:
         A strategy of tuples.
     """
-    plain = st.lists(st.integers(1, 4), max_size=3).map(tuple)
-    return st.one_of(plain, plain, plain, st.sampled_from([(0,), (3, 0)])) if empty else plain
+    small = st.lists(st.integers(1, 4), max_size=3).map(tuple)
+    # a kernel may treat a whole vector of numbers unlike the rest: 64 bytes hold 8 to 32 numbers
+    large = st.sampled_from([(33,), (5, 13), (64,), (3, 4, 7)])
+    return st.one_of(small, small, large, st.sampled_from([(0,), (3, 0)])) if empty else st.one_of(small, small, large)
 
 
 @st.composite

@@ -13,7 +13,7 @@ from fts.typing import Info, OptState, Params, Transform
 
 
 def traced_equals_eager(
-    transform: Transform, params: Params, gradients: Sequence[Params], *, backend: str = "aot_eager"
+    transform: Transform, params: Params, gradients: Sequence[Params], *, backend: str = "eager"
 ) -> None:
     """`init` and all updates, built inside one graph, give what they give eagerly.
 

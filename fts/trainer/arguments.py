@@ -63,7 +63,7 @@ class TrainingArguments:
     save_total_limit: int | None = arg(None, "How many checkpoints to keep beside the best one; the newest always stays.")
     load_best_model_at_end: bool = arg(False, "End with the weights of the best evaluation.")
     metric_for_best_model: str | None = arg(None, "The evaluation metric that decides which checkpoint is best.")
-    greater_is_better: bool | None = arg(None, "Whether a higher metric is better; by default if its name does not end in 'loss'.")
+    greater_is_better: bool | None = arg(None, "Whether a higher metric is better; default: if its name does not end in 'loss'.")
 
     seed: int = arg(42, "Everything random in the run is a function of this.")
     data_seed: int | None = arg(None, "The seed of the order of the data; `seed` if not given.")
@@ -79,7 +79,7 @@ class TrainingArguments:
     report_to: str | list[str] | None = arg("none", "Trackers; only 'none' for now.")
     resume_from_checkpoint: str | None = arg(None, "Read by scripts, which hand it to Trainer.train.")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> TrainingArguments:  # noqa: PYI034
+    def __new__(cls, *args: Any, **kwargs: Any) -> TrainingArguments:
         # Before the generated __init__, whose TypeError would not know the nearest name; works in subclasses as it is.
         check_names(cls.__name__, kwargs, [item.name for item in fields(cls) if item.init])
         return super().__new__(cls)
@@ -146,8 +146,8 @@ def _check_values(args: TrainingArguments) -> None:
         raise ArgumentError(f"label_names={args.label_names!r} must be a list of names: label_names=[{args.label_names!r}].")
     if args.report_to not in (None, "none", [], ["none"]):
         raise ArgumentError(
-            f"report_to={args.report_to!r}: trackers are not there yet in this version of fts. Use report_to='none', and a callback "
-            "with on_log(args, state, control, logs, **kwargs) to send logs elsewhere."
+            f"report_to={args.report_to!r}: trackers are not there yet in this version of fts. Use report_to='none', and a "
+            "callback with on_log(args, state, control, logs, **kwargs) to send logs elsewhere."
         )
 
 
@@ -167,7 +167,7 @@ def _check_contradictions(args: TrainingArguments) -> None:
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
         raise ArgumentError("`args.metric_for_best_model` must be provided with save_strategy='best': it says what is best.")
     if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
-        raise ArgumentError("save_strategy='best' needs evaluations, but eval_strategy='no'. Use eval_strategy='epoch' or 'steps'.")
+        raise ArgumentError("save_strategy='best' needs evaluations, but eval_strategy='no'. Use 'epoch' or 'steps'.")
     if args.load_best_model_at_end and args.save_strategy != SaveStrategy.BEST:
         _check_best_is_saved(args)
 

@@ -116,7 +116,7 @@ class CallbackHandler:
         """Add a callback, given as an instance or a class, behind the others."""
         instance = callback() if isinstance(callback, type) else callback
         if not any(hasattr(instance, event) for event in EVENTS):
-            raise ArgumentError(f"A callback has methods such as on_step_end; {type(instance).__name__} has none: {', '.join(EVENTS)}.")
+            raise ArgumentError(f"{type(instance).__name__} is no callback: it has none of the methods {', '.join(EVENTS)}.")
         if type(instance) in [type(other) for other in self.callbacks]:
             logger.warning("The Trainer already has a callback of class %s; now it has two.", type(instance))
         self.callbacks.append(instance)
@@ -135,7 +135,9 @@ class CallbackHandler:
         """Remove a callback, given as an instance or a class."""
         self.pop_callback(callback)
 
-    def call(self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+    def call(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         """Tell everybody who listens to an event.
 
         Returns:

@@ -68,7 +68,7 @@ def _stack(name: str, examples: Sequence[Mapping[str, Any]]) -> Tensor:
     try:
         values = [example[name] for example in examples]
     except KeyError:
-        raise BatchError(f"The first example of a batch has {name!r}, another one lacks it. Give all examples the same keys.") from None
+        raise BatchError(f"The first example of a batch has {name!r}, another one lacks it. Give all the same keys.") from None
     try:
         if isinstance(values[0], Tensor):
             return torch.stack(values)

@@ -95,5 +95,6 @@ class _DroppingCollator:
 def _nothing_left(what: str, columns: Sequence[str], accepted: Sequence[str]) -> DataError:
     return DataError(
         f"The model's forward takes none of the {what} set's columns: they are {', '.join(map(str, columns))}; it takes "
-        f"{', '.join(accepted)}. Rename columns, tokenize the text first, or set remove_unused_columns=False and pass a data_collator."
+        f"{', '.join(accepted)}. Rename columns, tokenize the text first, or set remove_unused_columns=False and pass a "
+        "data_collator."
     )

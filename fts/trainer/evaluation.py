@@ -176,8 +176,8 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], reading: Reading) -> 
     outputs, loss = reading.loss.forward(model, batch)
     if loss is None:
         raise LossError(
-            f"The model {type(model).__name__} returned {type(outputs).__name__} without a loss for a batch with labels. Return it "
-            'as "loss" or as the first of a tuple, or pass compute_loss_func=.'
+            f"The model {type(model).__name__} returned {type(outputs).__name__} without a loss for a batch with labels. "
+            'Return it as "loss" or as the first of a tuple, or pass compute_loss_func=.'
         )
     weight = item_count(batch, names)
     logits = logits_of(outputs, reading.ignore_keys, begins_with_loss=reading.loss.fn is None)
@@ -248,6 +248,6 @@ def batches_of(samples: int, size: int) -> int:
 def _checked(metrics: Any) -> dict[str, Any]:
     if not isinstance(metrics, Mapping):
         raise ArgumentError(
-            f'compute_metrics returned {type(metrics).__name__}; it must return a dictionary of numbers, such as {{"accuracy": 0.5}}.'
+            f'compute_metrics returned {type(metrics).__name__}; it must return numbers by name, such as {{"accuracy": 0.5}}.'
         )
     return dict(metrics)

@@ -59,7 +59,10 @@ def make_source(dataset: Any, how: Loading, device: torch.device, what: str) -> 
         micro_batches=how.micro_batches,
     )
     if source.batches_per_epoch == 0:
-        raise DataError(f"The {what} set holds {source.num_items} rows and a batch {how.batch_size}: with drop_last there is no batch.")
+        raise DataError(
+            f"The {what} set has {source.num_items} rows, fewer than a batch of {how.batch_size}, and dataloader_drop_last=True "
+            "leaves them out. Use a smaller batch, or keep the last one."
+        )
     if device.type == "cpu":
         return source
     return attrs.evolve(source, batches=_on_device(source.batches, device))
@@ -94,7 +97,8 @@ def check_labels(dataset: Any, collator: Collator, label_names: list[str], what:
     batch = collator([dataset[0]])
     if not isinstance(batch, Mapping):
         raise DataError(
-            f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch) and needs a dictionary."
+            f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch), so it must make "
+            "a dictionary."
         )
     if label_names and not any(batch.get(name) is not None for name in label_names):
         raise DataError(

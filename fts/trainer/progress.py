@@ -47,8 +47,8 @@ class ProgressCallback(TrainerCallback):
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            shown = {"loss": logs["loss"], "lr": logs.get("learning_rate")}
-            self.training_bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items() if value is not None}, refresh=False)
+            shown = readable({"loss": logs["loss"], "lr": logs.get("learning_rate", 0.0)})
+            self.training_bar.set_postfix(shown, refresh=False)
         self._close_prediction()
         self.training_bar.write(str(readable(dict(logs))))
 

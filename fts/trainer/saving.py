@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 ARGUMENTS_FILE = "training_args.json"
 
 
-def save_model(model: nn.Module, directory: str | Path, processing_class: Any = None, args: TrainingArguments | None = None) -> None:
+def save_model(
+    model: nn.Module, directory: str | Path, processing_class: Any = None, args: TrainingArguments | None = None
+) -> None:
     """Write a model so that `from_pretrained` reads it, or for other modules its `model.safetensors`.
 
     Args:
@@ -94,7 +96,9 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     missing = [name for name, _ in model.named_parameters() if name not in found]
     unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
     if missing or unknown:
-        raise ArgumentError(f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}.")
+        raise ArgumentError(
+            f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}."
+        )
     with torch.no_grad():
         for name, tensor in found.items():
             targets[name].copy_(tensor)
@@ -116,22 +120,24 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
         newest = loops.newest_checkpoint(root)
         if newest is None:
             raise ArgumentError(
-                f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it first, "
-                "or give the path of a checkpoint."
+                f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
+                "first, or give the path of a checkpoint."
             )
         return newest
     path = Path(resume)
     if not (path / WEIGHTS).is_file():
         there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
-        raise ArgumentError(f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one.")
+        raise ArgumentError(
+            f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
+        )
     return path
 
 
 def checkpoints_in(root: str | Path) -> dict[int, Path]:
     """The checkpoints of a directory by step, in order."""
     root = Path(root)
-    found = [(int(match[1]), path) for path in root.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
-    return dict(sorted(found))
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in root.glob("checkpoint-*"))
+    return dict(sorted((int(name[1]), path) for name, path in names if name))
 
 
 def outdated(checkpoint_steps: Sequence[int], limit: int | None, best: int | None) -> list[int]:
@@ -165,17 +171,6 @@ def rotate(root: str | Path, limit: int | None, best: str | None) -> None:
     for step in outdated(list(there), limit, best_step):
         logger.info("Deleting %s, because save_total_limit=%s.", there[step], limit)
         shutil.rmtree(there[step])
-
-
-def compare_with(state: TrainerState, plan: Any) -> list[str]:
-    """What differs between a resumed run and its checkpoint, one line each."""
-    pairs = {
-        "logging_steps": (plan.logging_steps, state.logging_steps),
-        "eval_steps": (plan.eval_steps, state.eval_steps),
-        "save_steps": (plan.save_steps, state.save_steps),
-        "per_device_train_batch_size": (plan.train_batch_size, state.train_batch_size),
-    }
-    return [f"{name}: {ours} (from args) != {theirs} (from {STATE_FILE})" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
 def _save_configuration(model: nn.Module, directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 
-class Choice(str, Enum):
+class Choice(str, Enum):  # noqa: UP042 - a StrEnum would not be what Hugging Face's are
     """A string enum whose members equal, and print as, their values."""
 
     def __str__(self) -> str:

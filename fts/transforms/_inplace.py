@@ -18,7 +18,8 @@ Apply: TypeAlias = Callable[[Params, OptState, Params], tuple[Params, OptState, 
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "xpu", "mps"})
 _dtype_of, _is_cpu, _is_contiguous = attrgetter("dtype"), attrgetter("is_cpu"), Tensor.is_contiguous
-_FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_WIDE_DTYPES = frozenset({torch.float64, torch.float32})
+_FUSED_DTYPES = _WIDE_DTYPES | {torch.bfloat16, torch.float16}
 
 
 def is_fast(*transforms: Transform) -> bool:
@@ -91,16 +92,17 @@ def for_kernel(rate: Number) -> Number:
     return rate
 
 
-def fused_lists(params: Params, grads: Params, *moments: Params) -> list[list[Tensor]] | None:
+def fused_lists(params: Params, grads: Params, *moments: Params, half_on_cpu: bool = True) -> list[list[Tensor]] | None:
     """Parameters, gradients and moments as lists for a fused kernel, or None where no fused kernel can take them.
 
     The kernels walk through memory and ignore strides, so a gradient that is laid out unlike its parameter is
-    copied, and other differences in layout are left to kernels that respect them.
+    copied, and other differences in layout are left to kernels that respect them. With `half_on_cpu=False` so are
+    bfloat16 and float16 on the CPU, where torch 2.13's `_fused_sgd_` silently does nothing.
     """
     weights, slopes = list(params.values()), [grads[name] for name in params]
     rest = [[tensors[name] for name in params] for tensors in moments]
     dtypes = set(map(_dtype_of, concatenate(weights, slopes)))
-    if not dtypes <= _FUSED_DTYPES:
+    if not dtypes <= (_FUSED_DTYPES if half_on_cpu or not weights[0].is_cpu else _WIDE_DTYPES):
         return None
     if len(dtypes) > 1 and list(map(_dtype_of, weights)) != list(map(_dtype_of, slopes)):
         return None

@@ -61,7 +61,8 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
 
     def update(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
         count = state.step + 1
-        mu = {name: b1 * state.mu[name] + (1 - b1) * g for name, g in grads.items()}
+        # lerp(a, b, w) is a + w (b - a): the same mean, also to the last bit of the fused kernels
+        mu = {name: torch.lerp(state.mu[name], g, 1 - b1) for name, g in grads.items()}
         nu = {name: b2 * state.nu[name] + (1 - b2) * g * g for name, g in grads.items()}
         unbias1, unbias2 = 1 / (1 - b1 ** real(count)), 1 / (1 - b2 ** real(count))
         updates = {name: times(mu[name], unbias1) / (times(nu[name], unbias2).sqrt() + eps) for name in grads}

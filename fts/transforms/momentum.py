@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, in_words, need_params
-from fts.transforms._inplace import for_kernel, fused_lists, pure_apply
+from fts.transforms._inplace import added, for_kernel, fused_lists, scale_in_place
 from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
 from fts.transforms._scalars import choose, new_count, times
 from fts.typing import Info, OptState, Params, Transform
@@ -133,11 +133,30 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
         updates = {name: times(g, -rate) for name, g in grads.items()}
         return updates, SgdState(state.step + 1, sums), {"lr": report(rate, state.step.device)}
 
-    this = Transform(init, update, check=checking(lr))
-    slow_apply = pure_apply(this)
+    def update_(grads: Params, state: SgdState, params: Params | None) -> tuple[Params, OptState, Info]:
+        rate = rate_now(lr, state.step)
+        slopes, sums = list(grads.values()), [state.trace[name] for name in grads] if momentum else []
+        if weight_decay:
+            weights = need_params(params, "sgd with weight_decay")
+            torch._foreach_add_(slopes, [weights[name] for name in grads], alpha=weight_decay)
+        if momentum:
+            torch._foreach_mul_(sums, momentum)
+            if dampening:
+                scale_in_place(slopes, choose((int(state.step) if state.step.is_cpu else state.step) == 0, 1.0, 1.0 - dampening))
+            torch._foreach_add_(sums, slopes)
+            if nesterov:
+                torch._foreach_add_(slopes, sums, alpha=momentum)
+            else:
+                torch._foreach_copy_(slopes, sums)
+        scale_in_place(slopes, -rate)
+        info = {"lr": report_now(lr, rate, state.step.device)}
+        state.step.add_(1)
+        return grads, state, info
+
+    slow_apply = added(update_)
 
     def apply(grads: Params, state: SgdState, params: Params) -> tuple[Params, OptState, Info]:
-        lists = fused_lists(params, grads, state.trace) if momentum else fused_lists(params, grads)
+        lists = fused_lists(params, grads, *([state.trace] if momentum else []), half_on_cpu=False)
         # whether this is the first update matters to the kernel with dampening alone, and can be read on the CPU alone
         if lists is None or (dampening and not state.step.is_cpu):
             return slow_apply(grads, state, params)
@@ -159,7 +178,8 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
         state.step.add_(1)
         return params, state, info
 
-    return this._replace(apply=apply, label=_sgd_in_words(lr, momentum, dampening, weight_decay, nesterov))
+    words = _sgd_in_words(lr, momentum, dampening, weight_decay, nesterov)
+    return Transform(init, update, apply, update_, checking(lr), words)
 
 
 def _sgd_in_words(lr: Rate, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> str:

@@ -13,7 +13,7 @@ from fts.errors import ArgumentError, NonFiniteError
 from fts.transforms._arguments import check_count, check_number, check_transform, need_params
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import fast_apply, is_fast, pure_apply, scale_in_place
-from fts.transforms._scalars import new_count, real, times
+from fts.transforms._scalars import new_count, real
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -244,7 +244,7 @@ def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transfor
         updates, inner_state, info = inner.update(grads, state.inner, weights)
         count = state.step + 1
         share = share_of_new(count)
-        average = {name: old + times(weights[name] + updates[name] - old, share) for name, old in state.average.items()}
+        average = {name: _lerp(old, weights[name] + updates[name], share) for name, old in state.average.items()}
         return updates, EmaState(inner_state, count, average), info
 
     def share_of_new(count: Any) -> Any:
@@ -302,6 +302,10 @@ def _ema_states(state: OptState) -> list[EmaState]:
     if isinstance(state, (tuple, list)):
         return [found for child in state for found in _ema_states(child)]
     return []
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
+    return torch.lerp(start, end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def _where(condition: Tensor, yes: Any, no: Any) -> Any:

@@ -97,7 +97,6 @@ NAMED_REGISTRY = [
     tx.partition({0: tx.adam(0.1), 1: tx.sgd(0.1)}, {"w": 0, "b": 1, "layers.10.norm.weight": 0}),
 ]
 
-# These stop on a gradient that is not finite, or change its kind: what they give then is not a law.
 NOT_TRANSFORMS = {
     "apply_updates", "averaged_params", "global_norm",
     "constant_schedule", "cosine_schedule", "join_schedules", "linear_schedule", "polynomial_schedule", "warmup",

@@ -143,6 +143,12 @@ def test_a_stop_at_the_last_batch_leaves_the_epoch_to_be_closed_on_resume():
     assert names(second[:4]) == ["EpochBegin", "EpochEnd", "Evaluated", "Saved"]
 
 
+def test_a_stop_at_the_planned_last_step_is_no_early_stop():
+    due = cadence(stop=lambda counters: counters.step >= 3)
+    *_, last = fit(add, Count(), [1.0, 2.0, 3.0], total_steps=3, due=due)
+    assert last == Stopped(Counters(3, 1, 0, 3, 3, "end"), Count(), "total_steps")
+
+
 def test_an_epoch_can_be_ended_early():
     def due(counters):
         return Due(end_epoch=counters.moment == "step" and counters.batch == 2)

@@ -10,6 +10,7 @@ from fts.loops import Position, StepEnd, Stopped, cadence
 from tests.loops.kinds import Augmented, Numbers
 
 EPOCHS, ITEMS, BATCH = 3, 11, 3
+BEGIN = Position()
 STEPS = EPOCHS * 4
 
 
@@ -33,7 +34,7 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def run(data, start=Position(), directory=None, stop=None):
+def run(data, start=BEGIN, directory=None, stop=None):
     """Train, from a checkpoint if one is given; stop after `stop` steps if given. The state after each step by number."""
     step, state = training()
     if directory is not None:

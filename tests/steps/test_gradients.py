@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fts
-from fts import steps
-from fts import transforms as tx
+from fts import steps, transforms as tx
 from fts.errors import ArgumentError, BatchError, LossError, UnknownParameterError
 
 ENGINES = ["module", "func"]

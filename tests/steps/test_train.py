@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fts
-from fts import steps
-from fts import transforms as tx
+from fts import steps, transforms as tx
 from fts.errors import ArgumentError, CompileFallbackWarning, DonatedStateError, LossError, NonFiniteError
 
 needs_compiler = pytest.mark.skipif(
@@ -101,8 +100,10 @@ def test_a_replayed_step_gives_the_same_bits_with_dropout_and_batchnorm():
 def test_the_caller_s_module_is_untouched_until_apply_to():
     net = net_of()
     before = copy.deepcopy(net.state_dict())
-    state, _ = run(steps.train_step(steps.module_loss(net, cross_entropy), optimizer(), donate=True),
-                   fts.TrainState.create(net, optimizer(), seed=0))
+    state, _ = run(
+        steps.train_step(steps.module_loss(net, cross_entropy), optimizer(), donate=True),
+        fts.TrainState.create(net, optimizer(), seed=0),
+    )
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     state.apply_to(net)
     assert all(torch.equal(state.params[name], p) for name, p in net.named_parameters())

@@ -1,0 +1,44 @@
+"""Which evaluation is the best so far."""
+
+from __future__ import annotations
+
+from fts.errors import ArgumentError
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.callbacks import best_metric_name
+from fts.trainer.state import TrainerState
+from fts.trainer.strategies import SaveStrategy
+
+
+def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
+    """Record an evaluation in the state if it is the best so far.
+
+    Args:
+        args: say which metric decides.
+        told: is changed if the evaluation is the best.
+        metrics: those of the evaluation.
+
+    Returns:
+        Whether it is.
+
+    Raises:
+        ArgumentError: the metric that decides is not among them.
+
+    >>> args, told = TrainingArguments(metric_for_best_model="loss"), TrainerState(global_step=5)
+    >>> note_best(args, told, {"eval_loss": 0.5}), told.best_metric, told.best_global_step
+    (True, 0.5, 5)
+    """
+    if args.metric_for_best_model is None:
+        return False
+    name = best_metric_name(args)
+    if name not in metrics:
+        raise ArgumentError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not among the figures of the evaluation: "
+            f"{', '.join(metrics)}. Name one of them, or return it from compute_metrics."
+        )
+    value, best = metrics[name], told.best_metric
+    is_best = best is None or (value > best if args.greater_is_better else value < best)
+    if is_best:
+        told.best_metric = value
+        if args.save_strategy != SaveStrategy.NO:
+            told.best_global_step = told.global_step
+    return is_best
