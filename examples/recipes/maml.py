@@ -51,7 +51,7 @@ def main() -> dict[str, float]:
     optimizer = tx.adam(3e-3)
     meta_step, joint_step = steps.train_step(meta_loss, optimizer), steps.train_step(joint_loss, optimizer)
     meta = joint = fts.TrainState.create(net, optimizer, seed=0)
-    for _ in range(1000):
+    for _ in range(800):
         tasks = draw_tasks(25, generator)
         meta, _ = meta_step(meta, tasks)
         joint, _ = joint_step(joint, tasks)

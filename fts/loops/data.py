@@ -13,7 +13,7 @@ from fts.errors import ArgumentError, DataError
 from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, skip, too_short
 from fts.loops.order import Order, regular_order, sampled_order
 from fts.loops.reading import Collate, Reading, loading_options, reading_of
-from fts.randomness import fold
+from fts.randomness import DATA, fold
 from fts.steps.microbatches import MicroBatches
 from fts.typing import Batch
 
@@ -93,7 +93,7 @@ def source(
 
     In epoch e, n shuffled items are visited in the order of `torch.randperm(n)` under a CPU generator seeded with
     `seed + e`. While batch b is fetched (items and collation, in whichever process), torch's, numpy's and Python's
-    generators are seeded with `fold(seed, e, b)`. Skipping reads no data where items can be indexed.
+    generators are seeded with `fold(seed, DATA, e, b)`. Skipping reads no data where items can be indexed.
 
     Args:
         data: a map-style dataset; an iterable dataset (its `set_epoch` is called if it has one); a DataLoader, of which the
@@ -205,11 +205,11 @@ def _indexed(reading: Reading) -> Source:
 
     def requests(epoch: int, start: int) -> Iterator[Request]:
         for number, indices in enumerate(order(epoch, start), start):
-            yield epoch, fold(seed, epoch, number) if draws else None, indices
+            yield epoch, fold(seed, DATA, epoch, number) if draws else None, indices
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         if reading.loading:
-            return workers.fetch(fetcher, requests(epoch, start), fold(seed, epoch))
+            return workers.fetch(fetcher, requests(epoch, start), fold(seed, DATA, epoch))
         return map(fetcher.__getitem__, requests(epoch, start))
 
     def rows(epoch: int, start: int) -> Iterator[Batch]:
@@ -238,7 +238,7 @@ def _streamed(reading: Reading) -> Source:
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         if reading.loading:
-            return skip(workers.stream(stream, epoch, fold(seed, epoch)), start, reading.micro_batches)
+            return skip(workers.stream(stream, epoch, fold(seed, DATA, epoch)), start, reading.micro_batches)
         return stream.batches(epoch, start)
 
     # with several workers the length depends on how they divide the items

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from fts.errors import DataError
 from fts.loops.order import Indices, announce_epoch
 from fts.loops.reading import Collate, Reading
-from fts.randomness import fold, seed_generators
+from fts.randomness import DATA, fold, seed_generators
 from fts.typing import Batch
 
 Request: TypeAlias = tuple[int, int | None, Indices]
@@ -87,10 +87,10 @@ class Stream(IterableDataset[Batch]):
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         announce_epoch(data, epoch)
-        seed_generators(fold(seed, epoch, first))
+        seed_generators(fold(seed, DATA, epoch, first))
         items = iter(data)
         for number in count():
-            seed_generators(fold(seed, epoch, first + number * stride))
+            seed_generators(fold(seed, DATA, epoch, first + number * stride))
             found = list(islice(items, size or 1))
             if not found or (drop_last and len(found) < (size or 1)):
                 if number <= start - self.reading.micro_batches:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fts.randomness import fold, seed_generators
+from fts.randomness import DATA, fold, seed_generators
 
 Indices: TypeAlias = Any
 """What one batch is made of: a tensor or list of indices, or a single index where a fetch asks for one item."""
@@ -60,7 +60,7 @@ def regular_order(items: int, batch_size: int | None, *, shuffle: bool, seed: in
 def sampled_order(sampler: Iterable[Any], batch_size: int | None, *, seed: int, drop_last: bool) -> Order:
     """The order of a custom sampler, cut into batches; with `batch_size` None what it gives is taken as it comes.
 
-    The sampler draws from generators that are seeded with `fold(seed, epoch)` and kept apart from everyone else's. So its
+    The sampler draws from generators that are seeded with `fold(seed, DATA, epoch)` and kept apart from everyone else's. So its
     order is a function of the two. Skipped indices are drawn again; their data is not read.
     """
 
@@ -69,8 +69,8 @@ def sampled_order(sampler: Iterable[Any], batch_size: int | None, *, seed: int, 
             announce_epoch(holder, epoch)
             own = getattr(holder, "generator", None)
             if isinstance(own, torch.Generator):
-                own.manual_seed(fold(seed, epoch))
-        apart = Apart(fold(seed, epoch))
+                own.manual_seed(fold(seed, DATA, epoch))
+        apart = Apart(fold(seed, DATA, epoch))
         with apart:
             indices = iter(sampler)
         for number in count():

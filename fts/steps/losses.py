@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
 from fts.errors import ArgumentError, BatchError, LossError
@@ -156,9 +155,11 @@ def _to_loss_output(result: Any) -> LossOutput:
 
 def _loss_of_output(output: Any, batch: Mapping[str, Any]) -> LossOutput:
     labels = batch.get("labels")
-    # a model of tokens takes its mean over the labels that are not ignored
-    tokens = isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
-    return LossOutput(_own_loss(output, batch), torch.ne(labels, -100).sum() if tokens else None)
+    loss = _own_loss(output, batch)
+    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        # a model of tokens takes its mean over the labels that are not ignored
+        return LossOutput(loss, (labels != -100).sum())
+    return LossOutput(loss)
 
 
 def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, example as explicit, given, settings, strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fts.errors import ArgumentError
@@ -38,7 +38,7 @@ SLOW_LAWS: tuple[TransformLaw, ...] = (traced_equals_eager, traced_once)
 TRANSFORM_LAWS: dict[str, TransformLaw] = {law.__name__: law for law in (*QUICK_LAWS, *MIDDLING_LAWS, *SLOW_LAWS)}
 """Every law of a transform, `law(transform, params, gradients)`, by name."""
 
-_SHARES = {QUICK_LAWS: 1, MIDDLING_LAWS: 4, SLOW_LAWS: 10}
+_SHARES = {QUICK_LAWS: 1, MIDDLING_LAWS: 4, SLOW_LAWS: 20}
 """One in how many of the profile's examples a group of laws gets."""
 
 
@@ -54,7 +54,7 @@ def check_transform(
 ) -> None:
     """Check every law of a transform on generated parameters and gradients.
 
-    Hypothesis's active profile says how many examples there are; laws that compile get a tenth of them.
+    Hypothesis's active profile says how many examples there are; laws that compile get a twentieth of them.
 
     Args:
         transform: is checked.
@@ -79,13 +79,16 @@ def check_transform(
     chosen = chosen_laws(TRANSFORM_LAWS, laws, skip)
     if params is None:
         tree = strategies.params(dtypes=dtypes)
+        always = [strategies.ordinary(dtype, length=steps) for dtype in dtypes]
     else:
-        tree = st.just(params) if isinstance(params, Mapping) else params
+        tree = st.just(dict(params)) if isinstance(params, Mapping) else params
+        always = []
     examples = strategies.trajectories(tree, length=steps, nonfinite=nonfinite)
     for group, share in _SHARES.items():
         wanted = [law for law in group if law.__name__ in chosen]
         if wanted:
-            run_examples(_all_of(transform, wanted), examples, share=share, explain=group is not SLOW_LAWS)
+            slow = group is SLOW_LAWS
+            run_examples(_all_of(transform, wanted), examples, share=share, always=always[: 1 if slow else None], shrink=not slow)
 
 
 def chosen_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip: Collection[str]) -> set[str]:
@@ -100,31 +103,39 @@ def chosen_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip:
     return set(all_laws if laws is None else laws) - set(skip)
 
 
-def run_examples(check: Callable[[Any], None], examples: SearchStrategy[Any], *, share: int = 1, explain: bool = True) -> None:
+def run_examples(
+    check: Callable[[Any], None],
+    examples: SearchStrategy[Any],
+    *,
+    share: int = 1,
+    always: Sequence[Any] = (),
+    shrink: bool = True,
+) -> None:
     """Run a check on examples under Hypothesis's active profile, without its limits on time.
 
     Args:
         check: raises where an example breaks a law.
         examples: a strategy.
         share: one in how many of the profile's examples to take.
-        explain: let Hypothesis search for a smaller example after a failure.
+        always: examples that come before the generated ones.
+        shrink: look for a smaller example after a failure.
     """
     current = settings()
-    phases = [phase for phase in current.phases if phase is not Phase.explain and (explain or phase is not Phase.shrink)]
-    chosen = settings(
+
+    @settings(
         current,
         max_examples=max(1, current.max_examples // share),
         deadline=None,  # the first call of an operator is slow
         report_multiple_bugs=False,  # one law at a time
         suppress_health_check=list(HealthCheck),
-        phases=phases,
+        phases=[phase for phase in current.phases if phase is not Phase.explain and (shrink or phase is not Phase.shrink)],
     )
-
-    @chosen
     @given(examples)
     def run(example: Any) -> None:
         check(example)
 
+    for each in reversed(always):
+        run = explicit(each)(run)
     run()
 
 

@@ -159,3 +159,25 @@ def trajectories(
     start = draw(params() if tree is None else tree)
     count = draw(st.integers(1, length))
     return Trajectory(start, [draw(grads_like(start, nonfinite=nonfinite)) for _ in range(count)])
+
+
+def ordinary(dtype: torch.dtype, *, length: int = 3) -> Trajectory:
+    """One fixed trajectory of ordinary numbers, with a tensor that is longer than a vector register.
+
+    Args:
+        dtype: of all tensors.
+        length: the number of updates.
+
+    Returns:
+        The trajectory.
+
+    >>> sorted(ordinary(torch.float32).params)
+    ['layers.0.bias', 'layers.0.weight', 'temperature']
+    """
+    generator = torch.Generator().manual_seed(0)
+    forms = {"layers.0.weight": (5, 13), "layers.0.bias": (64,), "temperature": ()}
+
+    def tree() -> Params:
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in forms.items()}
+
+    return Trajectory(tree(), [tree() for _ in range(length)])

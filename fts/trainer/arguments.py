@@ -1,5 +1,7 @@
 """TrainingArguments: what a run is asked to be."""
 
+# ruff: noqa: RUF009 - arg() makes a dataclass field
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields

@@ -204,9 +204,7 @@ def readable(logs: dict[str, Any]) -> dict[str, Any]:
     >>> readable({"loss": 0.123456, "total_flos": 0.0})
     {'loss': '0.1235'}
     """
-    return {
-        name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items() if name != "total_flos"
-    }
+    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items() if name != "total_flos"}
 
 
 class EarlyStoppingCallback(TrainerCallback, ExportableState):
@@ -234,9 +232,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         if not args.load_best_model_at_end:
             logger.warning("EarlyStoppingCallback without load_best_model_at_end=True: training ends with the last weights.")
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
-    ) -> Any:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> Any:
         """Count evaluations without progress."""
         value = (metrics or {}).get(best_metric_name(args))
         if value is None:

@@ -97,8 +97,8 @@ def check_labels(dataset: Any, collator: Collator, label_names: list[str], what:
     batch = collator([dataset[0]])
     if not isinstance(batch, Mapping):
         raise DataError(
-            f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch), so it must make "
-            "a dictionary."
+            f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch), so it must "
+            "make a dictionary."
         )
     if label_names and not any(batch.get(name) is not None for name in label_names):
         raise DataError(

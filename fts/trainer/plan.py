@@ -53,9 +53,7 @@ class Plan:
     transform: Transform = attrs.field(eq=False)
 
 
-def make_plan(
-    args: TrainingArguments, *, batches: int | None, items: int | None, decayed: Collection[str] | None = None
-) -> Plan:
+def make_plan(args: TrainingArguments, *, batches: int | None, items: int | None, decayed: Collection[str] | None = None) -> Plan:
     """Resolve arguments for data of a given size.
 
     Args:

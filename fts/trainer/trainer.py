@@ -311,7 +311,8 @@ class Trainer:
 
 def _check_arguments(args: Any, model: Any, model_init: Any, eval_dataset: Any, optimizers: tuple[Any, Any]) -> None:
     if not isinstance(args, TrainingArguments):
-        raise ArgumentError(f"Trainer(args=...) must be fts.TrainingArguments, not {type(args).__module__}.{type(args).__name__}.")
+        found = f"{type(args).__module__}.{type(args).__name__}"
+        raise ArgumentError(f"Trainer(args=...) must be fts.TrainingArguments, not {found}.")
     if (model is None) == (model_init is None):
         found = "neither" if model is None else "both"
         raise ArgumentError(f"Trainer needs either model or model_init; {found} was given.")

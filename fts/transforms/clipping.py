@@ -15,7 +15,7 @@ from fts.transforms._scalars import times
 from fts.typing import Info, OptState, Params, Transform
 
 _EPSILON = 1e-6  # that of torch.nn.utils.clip_grad_norm_
-_WIDE = (torch.float32, torch.float64)  # half precision is summed in float32
+_WIDE = frozenset({torch.float32, torch.float64})  # half precision is summed in float32
 
 
 def global_norm(tree: Any) -> Tensor:
@@ -93,7 +93,8 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         tensors = list(grads.values())
-        norm = _norm_of(list(torch._foreach_norm(tensors)) if tensors[0].dtype in _WIDE else _norms(tensors))
+        wide = {g.dtype for g in tensors} <= _WIDE
+        norm = _norm_of(list(torch._foreach_norm(tensors)) if wide else _norms(tensors))
         if not norm.is_cpu:
             scale_in_place(tensors, (max_norm / (norm + _EPSILON)).clamp(max=1.0))
             return grads, state, {"grad_norm": norm}

@@ -20,7 +20,7 @@ from torch.utils.data import (
 from fts.errors import ArgumentError, DataError
 from fts.loops import source
 from fts.loops.reading import loading_options
-from fts.randomness import fold, seed_generators
+from fts.randomness import DATA, fold, seed_generators
 from fts.steps import MicroBatches
 from tests.loops.kinds import Augmented, Items, Numbers, Together, listed
 
@@ -103,7 +103,7 @@ def test_collate_is_used():
 
 
 def augmented(indices, seed, epoch, number):
-    seed_generators(fold(seed, epoch, number))
+    seed_generators(fold(seed, DATA, epoch, number))
     return [[float(i), torch.rand(()).item(), np.random.rand(), random.random()] for i in indices]
 
 

@@ -1,0 +1,318 @@
+"""Laws of steps: purity, replay, donation, engines, accumulation, resumption."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import optree
+import torch
+from torch import Tensor, nn
+
+from fts.errors import DonatedStateError
+from fts.state import TrainState
+from fts.steps import TrainStep, describe, donating, rows
+from fts.steps.losses import ModuleLoss
+from fts.testing.comparing import copy_of, fail, law, named_tensors, require_close, require_equal, size_of, tensors_in
+from fts.typing import Batch, StepFn
+
+Step = StepFn[TrainState]
+
+
+def words_of(step: Any) -> str:
+    """A step in one line, for messages."""
+    return " / ".join(line.strip() for line in describe(step).splitlines()) if isinstance(step, TrainStep) else _name(step)
+
+
+def metrics_are_flat(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """Metrics are a dictionary of 0-d tensors without gradients, with the same names in every step.
+
+    Args:
+        step: is checked.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: they are something else.
+    """
+    with law("metrics_are_flat", words_of(step)):
+        state = copy_of(state)
+        first: set[str] | None = None
+        for batch in batches:
+            state, metrics = _undonated(step)(state, batch)
+            for name, value in metrics.items():
+                if not isinstance(value, Tensor) or value.ndim != 0:
+                    found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                    fail(f"metrics[{name!r}] is {found}, not a 0-d tensor")
+                if value.requires_grad:
+                    fail(f"metrics[{name!r}] holds on to the step's graph; detach it")
+            first = set(metrics) if first is None else first
+            if set(metrics) != first:
+                fail(f"the metrics' names became {sorted(metrics)} from {sorted(first)}")
+
+
+def state_moves_on(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """A new state has the structure, shapes and dtypes of the old one, and a higher step.
+
+    Args:
+        step: is checked.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: the form of the state changed, or its step did not rise.
+    """
+    with law("state_moves_on", words_of(step)):
+        state = copy_of(state)
+        for batch in batches:
+            after, _ = _undonated(step)(state, batch)
+            if int(after.step) <= int(state.step):
+                fail(f"state.step is {int(after.step)} after a step from {int(state.step)}; a step raises it")
+            found, expected = optree.tree_structure(after), optree.tree_structure(state)  # type: ignore[arg-type]
+            if found != expected:
+                fail(f"the state's structure became {found} from {expected}")
+            for path, tensor in named_tensors("state", after).items():
+                old = named_tensors("state", state)[path]
+                if (tensor.shape, tensor.dtype, tensor.device) != (old.shape, old.dtype, old.device):
+                    fail(f"{path} became {tensor.dtype}{list(tensor.shape)} from {old.dtype}{list(old.shape)}")
+                if tensor.requires_grad:
+                    fail(f"{path} holds on to the step's graph; detach it")
+            state = after
+
+
+def step_inputs_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """A step that does not donate writes neither the state nor the batch, nor do later steps write what it returned.
+
+    Args:
+        step: is checked.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: an input was changed.
+    """
+    with law("step_inputs_unchanged", words_of(step)):
+        state = copy_of(state)
+        kept: list[tuple[str, Any, Any]] = []
+        for index, batch in enumerate(batches):
+            kept.append((f"state {index}", state, copy_of(state)))
+            before = copy_of(batch)
+            state, metrics = _undonated(step)(state, batch)
+            kept.append((f"metrics {index}", metrics, copy_of(metrics)))
+            require_equal("after the step, batch", batch, before)
+        for what, now, copied in kept:
+            require_equal(what, now, copied)
+
+
+def module_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """The module that a loss runs is as it was: tensors, their values, gradients and modes.
+
+    Args:
+        step: is checked, where it comes from `train_step` with a `module_loss`.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: the module was changed.
+    """
+    if not isinstance(step, TrainStep) or not isinstance(step.gradients.loss, ModuleLoss):
+        return
+    module = step.gradients.loss.module
+    with law("module_unchanged", words_of(step)):
+        for variant in (step, donating(step)):
+            before, tensors = _portrait(module), copy_of(module.state_dict())
+            run(variant, copy_of(state), batches)
+            if _portrait(module) != before:
+                fail("a parameter or buffer was exchanged, or a gradient, requires_grad or training flag changed")
+            require_equal("module", module.state_dict(), tensors)
+
+
+def replayed_equals_first(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """The same state and batch give the same bits, whatever was drawn from any generator in between.
+
+    Args:
+        step: is checked.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: a replayed step gave something else.
+    """
+    with law("replayed_equals_first", words_of(step)):
+        state = copy_of(state)
+        for batch in batches:
+            first = _undonated(step)(state, batch)
+            _disturb_generators()
+            again = _undonated(step)(state, batch)
+            require_equal("state", again[0], first[0])
+            require_equal("metrics", again[1], first[1])
+            state = first[0]
+
+
+def donated_equals_pure(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """Steps that reuse the old state's storage give the same bits, and consume that state.
+
+    Args:
+        step: is checked, where it can donate.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: the bits differ, or a consumed state can still be used.
+    """
+    if donating(step) is step and not getattr(step, "donate", False):
+        return
+    with law("donated_equals_pure", words_of(step)):
+        expected, metrics = run(_undonated(step), copy_of(state), batches)
+        given = copy_of(state)
+        found = given
+        donated_metrics: Any = {}
+        for batch in batches:
+            before = found
+            found, donated_metrics = donating(step)(before, batch)
+            try:
+                _ = before.params
+            except DonatedStateError:
+                continue
+            fail("the donated state can still be read; a step that reuses it must mark it as consumed")
+        require_equal("the donated state", found, expected)
+        require_equal("the donated metrics", donated_metrics, metrics)
+
+
+def engines_agree(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """The engines `module` and `func` give the same states and metrics, to rounding.
+
+    Args:
+        step: is checked, where it comes from `train_step`.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: the engines differ.
+    """
+    if not isinstance(step, TrainStep):
+        return
+    with law("engines_agree", words_of(step)):
+        for batch in batches:
+            (one, said), (two, told) = (_undonated(_with(step, engine=name))(copy_of(state), batch) for name in ("module", "func"))
+            _require_close_states("the state by engine 'func'", two, one)
+            require_close("the metrics by engine 'func'", told, said, looser=_loose(step))
+            state = one
+
+
+def accumulated_equals_big_batch(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """A batch that is cut into two, three or all its rows gives the state and metrics of the whole, to rounding.
+
+    Args:
+        step: is checked, where it comes from `train_step`.
+        state: the first state.
+        batches: of successive steps; those without rows are left out.
+
+    Raises:
+        LawError: a cut batch gives something else, as when a loss is not a mean over the items that its weight counts.
+    """
+    if not isinstance(step, TrainStep):
+        return
+    with law("accumulated_equals_big_batch", words_of(step)):
+        for batch in batches:
+            whole, said = _undonated(_with(step, accumulate=1))(copy_of(state), batch)
+            for parts in sorted({2, 3, rows(batch) or 1}):
+                if parts > (rows(batch) or 1):
+                    continue
+                for engine in ("module", "func"):
+                    cut, told = _undonated(_with(step, accumulate=parts, engine=engine))(copy_of(state), batch)
+                    what = f"of {parts} micro-batches by engine {engine!r}"
+                    _require_close_states(f"the state {what}", cut, whole)
+                    require_close(f"the metrics {what}", told, said, looser=_loose(step))
+            state = whole
+
+
+def resumed_equals_uninterrupted(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+    """A run that is saved and loaded between any two steps ends with the same bits.
+
+    Args:
+        step: is checked.
+        state: the first state.
+        batches: of successive steps.
+
+    Raises:
+        LawError: the resumed run ends elsewhere, or the state cannot be saved.
+    """
+    with law("resumed_equals_uninterrupted", words_of(step)):
+        expected, metrics = run(_undonated(step), copy_of(state), batches)
+        for cut in range(len(batches)):
+            middle, _ = run(_undonated(step), copy_of(state), batches[:cut])
+            with tempfile.TemporaryDirectory() as directory:
+                # what the file does not hold must come from a fresh state, not from the one that was trained
+                middle = TrainState.load(middle.save(directory), like=copy_of(state).replace(seed=state.seed + 1))
+            _disturb_generators()
+            found, told = run(_undonated(step), middle, batches[cut:])
+            require_equal(f"resumed at {cut}, state", found, expected)
+            require_equal(f"resumed at {cut}, metrics", told, metrics)
+
+
+def run(step: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Any]:
+    """Fold a step over batches; the metrics are those of the last one."""
+    metrics: Any = {}
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def _undonated(step: Step) -> Step:
+    return donating(step, donate=False)  # type: ignore[no-any-return]
+
+
+def _with(step: TrainStep, **changes: Any) -> TrainStep:
+    return attrs.evolve(step, gradients=attrs.evolve(step.gradients, **changes))
+
+
+def _require_close_states(what: str, found: TrainState, expected: TrainState) -> None:
+    # an optimizer that divides by the gradient's size makes much of a small one's rounding
+    require_close(f"{what}, params", found.params, expected.params, scale=size_of(expected.params), looser=100)
+    require_close(f"{what}, buffers", found.buffers, expected.buffers, looser=100)
+    require_close(f"{what}, opt_state", found.opt_state, expected.opt_state, scale=size_of(expected.opt_state), looser=100)
+    require_equal(f"{what}, step", found.step, expected.step)
+
+
+def _loose(step: TrainStep) -> float:
+    return 1e4 if step.gradients.precision == "bf16" else 100.0
+
+
+def _disturb_generators() -> None:
+    import random
+
+    import numpy as np
+
+    torch.rand(3)
+    np.random.random(3)
+    random.random()
+
+
+def _portrait(module: nn.Module) -> list[Any]:
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [(name, id(t), t.data_ptr(), t.requires_grad, id(t.grad) if t.grad is not None else None) for name, t in tensors] + [
+        child.training for child in module.modules()
+    ]
+
+
+def _name(step: Any) -> str:
+    return getattr(step, "__name__", type(step).__name__)
+
+
+__all__ = [
+    "accumulated_equals_big_batch",
+    "donated_equals_pure",
+    "engines_agree",
+    "metrics_are_flat",
+    "module_unchanged",
+    "replayed_equals_first",
+    "resumed_equals_uninterrupted",
+    "run",
+    "state_moves_on",
+    "step_inputs_unchanged",
+    "tensors_in",
+    "words_of",
+]
