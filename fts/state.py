@@ -80,7 +80,8 @@ class TrainState:
                 state takes them over, which saves their size in memory.
 
         Returns:
-            A state at step 0.
+            A state at step 0. It is detached from its source: to differentiate with respect to parameters, put them in by
+            `replace(params=...)`. States that are to be stacked (for vmap) need the same seed.
 
         Raises:
             ArgumentError: there is nothing to train, or a parameter is not a floating-point tensor.
@@ -196,8 +197,10 @@ class TrainState:
         if "params" not in self.__dict__:
             return f"TrainState(donated to {self.__dict__.get('donated_to', 'a step')})"
         count = sum(tensor.numel() for tensor in self.params.values())
+        # a stack of states has a stack of steps
+        step = int(self.step) if self.step.ndim == 0 else list(self.step.shape)
         return (
-            f"TrainState(step={int(self.step)}, seed={self.seed}, params={len(self.params)} tensors with {count:,} numbers, "
+            f"TrainState(step={step}, seed={self.seed}, params={len(self.params)} tensors with {count:,} numbers, "
             f"frozen={len(self.frozen)}, buffers={len(self.buffers)})"
         )
 

@@ -95,6 +95,7 @@ class LossOutput(NamedTuple):
 class LossFn(Protocol):
     """A loss: `(params, batch)` for a plain function, `(model, batch)` inside `steps.module_loss`.
 
+    What a step is given behind the batch is passed on: `step(state, batch, teacher)` calls `(model, batch, teacher)`.
     It returns a 0-d tensor, or `(loss, weight)`, `(loss, metrics)`, `(loss, weight, metrics)`, a `LossOutput`,
     or an output object with `.loss`.
     """

@@ -36,7 +36,7 @@ def main() -> dict[str, float]:
 
     learning = tx.sgd(0.02)
     learner = fts.TrainState.create(net, learning)
-    learn = steps.train_step(loss, learning, engine="func")  # the engine whose steps can be mapped over tasks
+    learn = steps.train_step(loss, learning)
 
     def meta_loss(params, tasks):
         def after_one_step(support, query):

@@ -25,7 +25,7 @@ def main() -> dict[str, float]:
     loss = steps.module_loss(net, lambda model, batch: F.mse_loss(model(batch[0])[..., 0], batch[1]))
     # the deviation of the noise is a share of what one sample can contribute to the mean; add_noise takes the variance
     optimizer = tx.chain(tx.add_noise((NOISE * LIMIT / SAMPLES) ** 2, gamma=0.0, seed=0), tx.sgd(RATE))
-    value_and_grad = steps.value_and_grad(loss, engine="func")  # the engine that vmap can map
+    value_and_grad = steps.value_and_grad(loss)
     clip = tx.clip_by_global_norm(LIMIT)
 
     def private_step(state, batch):

@@ -19,7 +19,7 @@ EPISODES, LONGEST = 64, 100
 
 
 def play(policy, draw):
-    """Episodes as one batch: what was seen and done, whether the pole still stood, and the mean length."""
+    """Episodes as one batch: what was seen and done, whether the pole still stood, and how good an action turned out."""
     angle, speed = 0.05 * torch.randn(2, EPISODES, generator=draw)
     standing, seen, done, alive = torch.ones(EPISODES), [], [], []
     for _ in range(LONGEST):

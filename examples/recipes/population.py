@@ -27,7 +27,7 @@ def main() -> dict[str, float]:
     batch = (x, x.sum(1).sin())
 
     def step_at_rate(state, batch, rate):
-        return steps.train_step(loss, tx.adam(rate), engine="func")(state, batch)
+        return steps.train_step(loss, tx.adam(rate))(state, batch)
 
     rates = torch.logspace(-5, 1, 16, dtype=torch.float64)
     start = fts.TrainState.create(net, tx.adam(0.0), seed=0)

@@ -39,11 +39,12 @@ def fit(
     event was handled, so it may depend on what the consumer decided there.
 
     Args:
-        step: `(state, batch) -> (state, metrics)`.
+        step: `(state, batch) -> (state, metrics)`. What else a step needs, a function of the state gives it:
+            `lambda state, batch: step(state, batch, tx.averaged_params(state.opt_state))`.
         state: the first state; its `step` is where counting starts. It is consumed if states are donated.
         data: a `source`, or what `source` accepts without further arguments, such as a DataLoader or a list of batches;
             its order then follows from `state.seed`.
-        total_steps: stop when this many updates were applied since the state was created, over as many epochs as that needs.
+        total_steps: stop when this many steps were taken since the state was created, over as many epochs as that needs.
         epochs: stop after this many epochs, counted from epoch 0. With neither, one epoch.
         start: where in the data to begin, such as the position that a checkpoint holds.
         due: a function `Counters -> Due`; the default logs every 50 steps, and evaluates and saves at the end of each

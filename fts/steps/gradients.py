@@ -72,13 +72,15 @@ class ValueAndGrad:
             return func_engine(self, state, micro, args, weigh_rows)
         if self.binding is not None:
             self.binding.check(state)
+        # only torch.func can be differentiated or vmapped from outside
+        func = self.engine == "func" or in_transform() or differentiated(state.params)
         with nullcontext() if self.binding is None else self.binding.mode(training=True):
-            if self.engine == "module":
+            if not func:
                 return module_engine(self, state, micro, args, weigh_rows, own_buffers)
             try:
                 return func_engine(self, state, micro, args, weigh_rows)
             except RuntimeError as error:
-                if "saved tensor hooks" not in str(error):
+                if "saved tensor hooks" not in str(error) or in_transform() or differentiated(state.params):
                     raise
                 # torch.func cannot record activation checkpoints; the other engine means the same
                 return module_engine(self, state, micro, args, weigh_rows, own_buffers)
@@ -103,7 +105,8 @@ def value_and_grad(
 
     Args:
         loss: `loss(params, batch)`, or a `module_loss`.
-        engine: "module" for speed, hooks and activation checkpointing; "func" for `torch.func` transformations.
+        engine: "module" for speed, hooks and activation checkpointing, or "func" for `torch.func`. Inside a graph or a
+            `torch.func` transformation, and where the parameters are differentiated from outside, it is always "func".
         accumulate: into how many micro-batches to cut each batch, to save memory; the result is that of the whole batch.
         precision: None or "bf16"; see `autocast_dtype`.
 
@@ -223,6 +226,8 @@ def func_engine(
     total = total_of(outputs, single=len(micro) == 1)
     if total.divisor is not None:
         grads = {name: grad / total.divisor for name, grad in grads.items()}
+    if in_transform() and not isinstance(total.weight, Tensor):  # vmap returns tensors only
+        total = total._replace(weight=torch.full((), float(total.weight), device=device))
     return _value(total, buffers), grads
 
 
@@ -315,6 +320,11 @@ def device_of(params: Mapping[str, Tensor]) -> torch.device:
     for tensor in params.values():
         return tensor.device
     raise ArgumentError("The state has no parameters to train.")
+
+
+def differentiated(*trees: Mapping[str, Tensor]) -> bool:
+    """Whether someone outside takes a derivative with respect to any of these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tree in trees for tensor in tree.values())
 
 
 def in_graph() -> bool:

@@ -53,8 +53,9 @@ def train_step(
         donate: reuse the storage of the state that is given; using it afterwards raises `DonatedStateError`.
 
     Returns:
-        A step: `(state, batch) -> (state, metrics)`. The metrics are 0-d tensors: `loss`, what the loss function
-        returned beside it, and the transform's info such as `lr` and `grad_norm`.
+        A step: `(state, batch, *args) -> (state, metrics)`; `args` are passed on to the loss. The metrics are 0-d tensors:
+        `loss`, what the loss function returned beside it, and the transform's info such as `lr` and `grad_norm`. A step
+        leaves torch's, numpy's and Python's generators seeded by where it was: draw your own numbers from a generator.
 
     Raises:
         ArgumentError: an argument has a value that cannot work.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optree
 import torch
 from torch import Tensor
 
 from fts import transforms as tx
-from fts.errors import LossError
+from fts.errors import LossError, UnknownParameterError
 from fts.state import TrainState, mark_donated
-from fts.steps.gradients import device_of, in_transform
+from fts.steps.gradients import device_of, differentiated, in_transform
 from fts.typing import Info, Metrics, Params, Transform
 
 
@@ -30,12 +28,20 @@ def apply_gradients(
     Returns:
         The state one step later, and what the transform reports.
 
+    Raises:
+        UnknownParameterError: the gradients' names are not those of the parameters.
+
     >>> state = TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.5))
     >>> state, info = apply_gradients(state, {"w": torch.tensor([1.0])}, tx.sgd(0.5))
     >>> state.params["w"], int(state.step)
     (tensor([0.5000]), 1)
     """
-    fast = transform.apply is not None and not in_transform() and not _differentiable(state.params, grads)
+    if grads.keys() != state.params.keys():
+        raise UnknownParameterError(
+            f"apply_gradients needs one gradient for each parameter: missing {sorted(state.params.keys() - grads.keys())[:5]}, "
+            f"unexpected {sorted(grads.keys() - state.params.keys())[:5]}."
+        )
+    fast = transform.apply is not None and not in_transform() and not differentiated(state.params, grads)
     if fast and not donate:
         grads = _clones(grads)
     buffers = state.buffers if buffers is None else buffers
@@ -47,7 +53,7 @@ def next_state(
 ) -> tuple[TrainState, Info]:
     """As `apply_gradients`, for gradients that nobody else needs: their storage may be overwritten."""
     params, opt_state = state.params, state.opt_state
-    if transform.apply is None or in_transform() or _differentiable(params, grads):
+    if transform.apply is None or in_transform() or differentiated(params, grads):
         updates, opt_state, info = transform.update(grads, opt_state, params)
         params = tx.apply_updates(params, updates)
         step = state.step + 1
@@ -82,7 +88,3 @@ def merge_metrics(loss: Tensor, metrics: Metrics, info: Info) -> Metrics:
 
 def _clones(tensors: Params) -> Params:
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _differentiable(*trees: Any) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tree in trees for tensor in tree.values())

@@ -88,7 +88,7 @@ def check_transform(
         wanted = [law for law in group if law.__name__ in chosen]
         if wanted:
             slow = group is SLOW_LAWS
-            run_examples(_all_of(transform, wanted), examples, share=share, always=always[: 1 if slow else None], shrink=not slow)
+            run_examples(_all_of(transform, wanted), examples, share=share, always=always if group is QUICK_LAWS else always[:1], shrink=not slow)
 
 
 def chosen_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip: Collection[str]) -> set[str]:

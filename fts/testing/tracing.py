@@ -15,7 +15,7 @@ from fts.typing import Info, OptState, Params, Transform
 def traced_equals_eager(
     transform: Transform, params: Params, gradients: Sequence[Params], *, backend: str = "eager"
 ) -> None:
-    """`init` and all updates, built inside one graph, give what they give eagerly.
+    """`init` and the first two updates, built inside one graph, give what they give eagerly.
 
     Args:
         transform: is checked.
@@ -36,8 +36,10 @@ def traced_equals_eager(
         return updates, state, infos
 
     with law("traced_equals_eager", transform.label):
-        expected = run(params, list(gradients))
-        found = _compiled(run, backend)(params, list(gradients))
+        # a graph grows with the updates in it; the second one starts from a state that was made inside
+        first_two = list(gradients[:2])
+        expected = run(params, first_two)
+        found = _compiled(run, backend)(params, first_two)
         _require_same(found, expected, params, gradients)
 
 

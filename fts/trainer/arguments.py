@@ -1,6 +1,6 @@
 """TrainingArguments: what a run is asked to be."""
 
-# ruff: noqa: RUF009 - arg() makes a dataclass field
+# ruff: noqa: RUF009, RUF036 - arg() makes a dataclass field; HfArgumentParser wants None in front of a list
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TrainingArguments:
     remove_unused_columns: bool = arg(True, "Drop columns that the model's forward does not name.")
     label_names: list[str] | None = arg(None, "The batch's keys that are labels; by default those that forward names so.")
     disable_tqdm: bool | None = arg(None, "Print logs instead of showing a progress bar.")
-    report_to: str | list[str] | None = arg("none", "Trackers; only 'none' for now.")
+    report_to: None | str | list[str] = arg("none", "Trackers; only 'none' for now.")
     resume_from_checkpoint: str | None = arg(None, "Read by scripts, which hand it to Trainer.train.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TrainingArguments:

@@ -108,7 +108,7 @@ class CallbackHandler:
     def __init__(self, callbacks: Iterable[Any], **context: Any) -> None:
         self.callbacks: list[Any] = []
         self.context = context
-        self.listeners: dict[str, list[Callable[..., Any]]] = {event: [] for event in EVENTS}
+        self.listeners: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(EVENTS, ())
         for callback in callbacks:
             self.add_callback(callback)
 
@@ -150,10 +150,9 @@ class CallbackHandler:
         return control
 
     def _find_listeners(self) -> None:
-        # in place: a loop holds on to the lists
-        for event, listeners in self.listeners.items():
+        for event in EVENTS:
             found = (getattr(callback, event, None) for callback in self.callbacks)
-            listeners[:] = [method for method in found if method is not None and not _is_inherited(method, event)]
+            self.listeners[event] = tuple(method for method in found if method is not None and not _is_inherited(method, event))
 
 
 def _is_inherited(method: Any, event: str) -> bool:

@@ -57,7 +57,8 @@ def _mapping(feature: Any) -> Mapping[str, Any]:
     if isinstance(feature, Mapping):
         return feature
     if hasattr(feature, "__dict__"):
-        return vars(feature)
+        attributes: Mapping[str, Any] = vars(feature)
+        return attributes
     raise BatchError(
         f"An example of the data is a {type(feature).__name__}; the default collator needs dictionaries such as "
         '{"input_ids": ..., "labels": ...}. Change the dataset, or pass data_collator=.'

@@ -25,9 +25,7 @@ def accepted_columns(model: nn.Module, label_names: Sequence[str]) -> tuple[str,
     >>> accepted_columns(nn.Linear(1, 1), ["labels"])
     ('input', 'label', 'label_ids', 'labels')
     """
-    base = getattr(model, "get_base_model", None)  # peft's wrappers have forward(*args, **kwargs)
-    inner = base() if callable(base) else model
-    parameters = inspect.signature(inner.forward).parameters.values()
+    parameters = _parameters(model)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not names and any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
@@ -42,11 +40,21 @@ def label_names_of(model: nn.Module) -> list[str]:
     >>> label_names_of(Net())
     ['labels']
     """
-    base = getattr(model, "get_base_model", None)
-    inner = base() if callable(base) else model
-    names = list(inspect.signature(inner.forward).parameters)
-    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(inner).__name__ else ()
-    return [name for name in names if "label" in name or name in answers]
+    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(_inner(model)).__name__ else ()
+    return [p.name for p in _parameters(model) if "label" in p.name or p.name in answers]
+
+
+def unexpected_keys(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """The keys of a batch that a model's forward does not take.
+
+    >>> unexpected_keys(nn.Linear(1, 1), {"input": 1, "text": "a"})
+    ['text']
+    """
+    parameters = _parameters(model)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return []
+    names = {p.name for p in parameters}
+    return [str(key) for key in batch if key not in names]
 
 
 def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | None, what: str) -> tuple[Any, Collator]:
@@ -73,6 +81,16 @@ def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | N
     if unused:
         logger.info("The %s set's columns %s are no arguments of the model's forward and were dropped.", what, ", ".join(unused))
     return remove(unused) if unused else dataset, collator
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    base: Any = getattr(model, "get_base_model", None)  # peft's wrappers have forward(*args, **kwargs)
+    inner: nn.Module = base() if callable(base) else model
+    return inner
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(_inner(model).forward).parameters.values())
 
 
 @attrs.frozen

@@ -185,13 +185,14 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], reading: Reading) -> 
 
 
 def logits_of(outputs: Any, ignore_keys: Sequence[str], *, begins_with_loss: bool) -> Any:
-    """The predictions among a model's outputs: all but the loss and what is ignored; one alone stands for itself.
+    """The predictions among a model's outputs: all but the loss, None and what is ignored; one alone stands for itself.
 
     >>> logits_of({"loss": 1, "logits": 2, "cache": 3}, ["cache"], begins_with_loss=True)
     2
     """
     if isinstance(outputs, Mapping):
-        kept = tuple(value for name, value in outputs.items() if name != "loss" and name not in ignore_keys)
+        shown = {name: value for name, value in outputs.items() if value is not None and name != "loss"}
+        kept = tuple(value for name, value in shown.items() if name not in ignore_keys)
     elif isinstance(outputs, (tuple, list)):
         kept = tuple(outputs[1:] if begins_with_loss else outputs)
     else:

@@ -85,8 +85,6 @@ class Teller:
         """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must."""
         trainer, told = self.trainer, self.told
         listeners = trainer.callback_handler.listeners
-        inner = [listeners[name] for name in ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")]
-        on_step_begin = listeners["on_step_begin"]
         batches, accumulate = self.batches, self.accumulate
         batch: Any = None
         for event in events:
@@ -95,12 +93,12 @@ class Teller:
                 control = trainer.control
                 control.should_log = control.should_evaluate = control.should_save = False
                 batch = event.batch
-                if on_step_begin:
+                if listeners["on_step_begin"]:
                     trainer.tell("on_step_begin")
             elif kind is StepEnd:
                 if not self.in_place:
                     self._bring_model_up_to(event.state)
-                if any(inner):
+                if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
                     self._tell_inner(batch)
                 counters = event.counters
                 told.global_step = counters.step

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fts import loops
@@ -15,6 +15,7 @@ from fts.errors import DataError
 from fts.loops import Source
 from fts.steps import MicroBatches
 from fts.trainer.collate import Collator
+from fts.trainer.columns import unexpected_keys
 
 
 @attrs.frozen
@@ -86,11 +87,18 @@ def is_indexable(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
-def check_labels(dataset: Any, collator: Collator, label_names: list[str], what: str) -> None:
-    """Collate one row, and raise where the batch cannot be used, before long work begins.
+def check_first_row(dataset: Any, collator: Collator, model: nn.Module, label_names: Sequence[str], what: str) -> None:
+    """Collate one row, and raise where the model could not use the batch, before long work begins.
+
+    Args:
+        dataset: is left alone if its rows cannot be read in any order.
+        collator: makes a batch.
+        model: is called with the batch.
+        label_names: from which of the batch's keys the model computes its loss; empty if it needs none.
+        what: "training" or "evaluation", for messages.
 
     Raises:
-        DataError: the batch is no dictionary, or has none of the labels from which the model computes its loss.
+        DataError: the batch is no dictionary, has keys that forward does not take, or none of the labels.
     """
     if not is_indexable(dataset):
         return
@@ -99,6 +107,11 @@ def check_labels(dataset: Any, collator: Collator, label_names: list[str], what:
         raise DataError(
             f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch), so it must "
             "make a dictionary."
+        )
+    if unknown := unexpected_keys(model, batch):
+        raise DataError(
+            f"{type(model).__name__}.forward does not take {', '.join(unknown)}, which a batch of the {what} set has. Remove "
+            "these columns, rename them, or leave it to remove_unused_columns=True."
         )
     if label_names and not any(batch.get(name) is not None for name in label_names):
         raise DataError(

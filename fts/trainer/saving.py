@@ -38,8 +38,9 @@ def save_model(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if callable(getattr(model, "save_pretrained", None)):
-        model.save_pretrained(directory)
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if callable(save_pretrained):
+        save_pretrained(directory)
     else:
         from safetensors.torch import save_model as save_tensors  # knows tied tensors
 
@@ -173,16 +174,16 @@ def rotate(root: str | Path, limit: int | None, best: str | None) -> None:
         shutil.rmtree(there[step])
 
 
-def _save_configuration(model: nn.Module, directory: Path) -> None:
+def _save_configuration(model: Any, directory: Path) -> None:
     if callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
-        model.save_pretrained(directory)  # type: ignore[operator]  # adapters, beside the whole state
+        model.save_pretrained(directory)  # the adapters, beside the whole state
         return
     for name in ("config", "generation_config"):
-        part = getattr(model, name, None)
+        part: Any = getattr(model, name, None)
         if callable(getattr(part, "save_pretrained", None)):
             if name == "config" and not getattr(part, "architectures", None):
-                part.architectures = [type(model).__name__]  # type: ignore[union-attr]
-            part.save_pretrained(directory)  # type: ignore[union-attr, operator]
+                part.architectures = [type(model).__name__]
+            part.save_pretrained(directory)
 
 
 def _save_companions(directory: Path, processing_class: Any, args: TrainingArguments | None) -> None:

@@ -30,7 +30,7 @@ from fts.trainer.evaluation import (
     speed_metrics,
 )
 from fts.trainer.following import follow
-from fts.trainer.loading import Loading, check_labels, make_loader, make_source
+from fts.trainer.loading import Loading, check_first_row, make_loader, make_source
 from fts.trainer.losses import Loss
 from fts.trainer.progress import ProgressCallback
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
@@ -171,7 +171,7 @@ class Trainer:
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
         keep = self.compute_metrics is not None
-        output = self.evaluation_loop(dataset, "evaluation", ignore_keys, metric_key_prefix, keep=keep)
+        output = self._run(dataset, "evaluation", ignore_keys, metric_key_prefix, keep=keep)
         self.log(dict(output.metrics))
         self.tell("on_evaluate", metrics=output.metrics)
         return output.metrics
@@ -190,38 +190,9 @@ class Trainer:
             Predictions (an array with a row per example, or a tuple of arrays; rows of different sizes are padded with -100),
             labels or None, and figures.
         """
-        output = self.evaluation_loop(test_dataset, "prediction", ignore_keys, metric_key_prefix, keep=True)
+        output = self._run(test_dataset, "prediction", ignore_keys, metric_key_prefix, keep=True)
         self.tell("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
-
-    def evaluation_loop(
-        self, dataset: Any, what: str, ignore_keys: list[str] | None = None, prefix: str = "eval", *, keep: bool = True
-    ) -> EvalLoopOutput:
-        """Run the model over a data set; what `evaluate` and `predict` share."""
-        how, dataset = self._loading(dataset, what, shuffle=False)
-        source = make_source(dataset, how, self.args.device, what)
-        self._set_context(eval_dataloader=make_loader(dataset, how))
-        config = getattr(self.model, "config", None)
-        ignored = getattr(config, "keys_to_ignore_at_inference", ()) if ignore_keys is None else ignore_keys
-        reading = Reading(
-            loss=self.loss,
-            label_names=self.label_names,
-            ignore_keys=ignored,
-            precision="bf16" if self.args.bf16 else None,
-            keep=keep,
-            preprocess_logits=self.preprocess_logits_for_metrics,
-        )
-        start = time.perf_counter()
-        output = evaluation_loop(
-            self.model,
-            source,
-            reading,
-            prefix=prefix,
-            compute_metrics=self.compute_metrics,
-            on_batch=lambda: self.tell("on_prediction_step"),
-        )
-        speed = speed_metrics(prefix, start, output.num_samples, batches_of(output.num_samples, how.batch_size))
-        return output._replace(metrics=output.metrics | speed)
 
     # Files
 
@@ -238,8 +209,8 @@ class Trainer:
 
     # Callbacks
 
-    def log(self, logs: dict[str, float]) -> None:
-        """Add figures to the history, and tell the callbacks."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add figures to the history, and tell the callbacks; `start_time` is there for overriding methods that expect it."""
         logs["epoch"] = self.state.epoch
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.tell("on_log", logs=logs)
@@ -265,9 +236,9 @@ class Trainer:
     def train_source(self) -> Source:
         """The batches of training, checked on their first row."""
         how, dataset = self._loading(self.train_dataset, "training", shuffle=True)
-        if self.loss.fn is None:
-            check_labels(dataset, how.collator, self.label_names, "training")
-        return make_source(dataset, how, self.args.device, "training")
+        source = make_source(dataset, how, self.args.device, "training")
+        check_first_row(dataset, how.collator, self.model, () if self.loss.fn is not None else self.label_names, "training")
+        return source
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training set as a torch DataLoader."""
@@ -294,6 +265,32 @@ class Trainer:
         return attrs.evolve(how, micro_batches=args.gradient_accumulation_steps) if shuffle else how, dataset
 
     # Model
+
+    def _run(self, dataset: Any, what: str, ignore_keys: list[str] | None, prefix: str, *, keep: bool) -> EvalLoopOutput:
+        how, dataset = self._loading(dataset, what, shuffle=False)
+        source = make_source(dataset, how, self.args.device, what)
+        self._set_context(eval_dataloader=make_loader(dataset, how))
+        config = getattr(self.model, "config", None)
+        ignored = getattr(config, "keys_to_ignore_at_inference", ()) if ignore_keys is None else ignore_keys
+        reading = Reading(
+            loss=self.loss,
+            label_names=self.label_names,
+            ignore_keys=ignored,
+            precision="bf16" if self.args.bf16 else None,
+            keep=keep,
+            preprocess_logits=self.preprocess_logits_for_metrics,
+        )
+        start = time.perf_counter()
+        output = evaluation_loop(
+            self.model,
+            source,
+            reading,
+            prefix=prefix,
+            compute_metrics=self.compute_metrics,
+            on_batch=lambda: self.tell("on_prediction_step"),
+        )
+        speed = speed_metrics(prefix, start, output.num_samples, batches_of(output.num_samples, how.batch_size))
+        return output._replace(metrics=output.metrics | speed)
 
     def _new_model(self) -> nn.Module:
         assert self.model_init is not None

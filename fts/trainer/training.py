@@ -68,6 +68,9 @@ def prepare(trainer: Trainer, checkpoint: Path | None) -> Run:
         loaded.apply_to(model)
         state = state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
         told = TrainerState.load_from_json(checkpoint / STATE_FILE)
+        if told.best_model_checkpoint is not None and not Path(told.best_model_checkpoint).is_dir():
+            logger.warning("The best checkpoint, %s, does not exist any more.", told.best_model_checkpoint)
+            told.best_model_checkpoint = None
         tally = Tally(**load_extra(checkpoint).get("tally", {}))
         for line in differences(plan, told):
             logger.warning("%s: the arguments differ from those of the checkpoint, and win.", line)

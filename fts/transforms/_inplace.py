@@ -54,19 +54,23 @@ def pure_apply(transform: Transform) -> Apply:
 
 
 def _separated(update: Update) -> Update:
-    """A pure update that shares no memory between its results and the tensors that are overwritten after it.
+    """A pure update whose results may be overwritten one by one.
 
-    A pure update may put a gradient or a parameter in its state (the last gradient, slow weights) or return its
-    state as updates (momentum): right as long as nothing is written in place.
+    A pure update may put a gradient or a parameter in its state (the last gradient, slow weights), return its state
+    as updates (momentum), or the same tensor twice: right as long as nothing is written in place.
     """
 
     def separate(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         updates, state, info = update(grads, state, params)
-        written = {_memory(tensor) for tensor in concatenate(grads.values(), (params or {}).values())}
-        state = pytree.tree_map(lambda leaf: leaf.clone() if _memory(leaf) in written else leaf, state)
-        kept = {_memory(leaf) for leaf in pytree.tree_leaves(state)}
-        kept.update(_memory(tensor) for tensor in (params or {}).values())
-        return {name: u.clone() if _memory(u) in kept else u for name, u in updates.items()}, state, info
+        weights = {_memory(tensor) for tensor in (params or {}).values()}
+        given = weights | {_memory(tensor) for tensor in grads.values()}
+        state = pytree.tree_map(lambda leaf: leaf.clone() if _memory(leaf) in given else leaf, state)
+        taken = weights | {_memory(leaf) for leaf in pytree.tree_leaves(state)}
+        own: Params = {}
+        for name, tensor in updates.items():
+            own[name] = tensor.clone() if _memory(tensor) in taken or 0 in tensor.stride() else tensor
+            taken.add(_memory(tensor))
+        return own, state, info
 
     return separate
 

@@ -79,7 +79,7 @@ REGISTRY = [
     tx.chain(tx.trace(0.9), tx.scale(-0.1), momentum=tx.trace(0.5), rate=tx.scale_by_learning_rate(0.1)),
     tx.chain(tx.centralize(), tx.clip_by_block_rms(1.0), tx.scale_by_adam(), tx.add_decayed_weights(0.1), tx.scale_by_learning_rate(COSINE)),
     tx.chain(tx.sgd(0.1), tx.sgd(0.1, momentum=0.9)),
-    tx.chain(tx.add_noise(0.01, 0.55, seed=1), tx.adaptive_clip(0.1), tx.skip_nonfinite(tx.multi_steps(tx.adam(0.1), every=2))),
+    tx.chain(tx.add_noise(0.01, 0.55, seed=1), tx.adaptive_clip(2.0), tx.skip_nonfinite(tx.multi_steps(tx.adam(0.1), every=2))),
     tx.ema_params(
         tx.multi_steps(
             tx.skip_nonfinite(tx.partition({"matrix": tx.adamw(COSINE), "vector": tx.masked(tx.sgd(0.1), has_no_b)}, by_shape)), every=2

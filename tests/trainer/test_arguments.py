@@ -68,7 +68,7 @@ def test_a_subclass_is_checked_too():
         temperature: float = 1.0
 
     assert Mine(temperature=2.0).temperature == 2.0
-    with pytest.raises(ArgumentError, match="Mine has no argument 'temprature'. Did you mean 'temperature'"):
+    with pytest.raises(ArgumentError, match=r"Mine has no argument 'temprature'. Did you mean 'temperature'"):
         Mine(temprature=2.0)
 
 
@@ -96,7 +96,11 @@ def test_arguments_can_be_copied_pickled_and_parsed():
         ({"max_steps": 25}, None, {"total_steps": 25, "epochs": 1, "steps_per_epoch": None}),
         ({"gradient_accumulation_steps": 4}, 10, {"total_steps": 9, "steps_per_epoch": 3, "accumulate": 4}),
         ({"gradient_accumulation_steps": 40}, 10, {"total_steps": 3, "steps_per_epoch": 1}),
-        ({"warmup_steps": 0.1, "logging_steps": 0.05, "save_steps": 7}, 10, {"warmup_steps": 3, "logging_steps": 2, "save_steps": 7}),
+        (
+            {"warmup_steps": 0.1, "logging_steps": 0.05, "save_steps": 7},
+            10,
+            {"warmup_steps": 3, "logging_steps": 2, "save_steps": 7},
+        ),
         ({"bf16": True, "torch_compile": True}, 10, {"precision": "bf16", "compiled": True}),
     ],
 )
@@ -129,7 +133,9 @@ def test_schedules_are_those_of_transformers(kind, total, warmup):
 
 def test_weight_decay_spares_what_transformers_spares():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20
+    )
     model = transformers.BertForSequenceClassification(config)
     theirs = transformers.Trainer(model).get_decay_parameter_names(model)
     assert decayed_names(model) == set(theirs)

@@ -4,18 +4,18 @@ import math
 
 import pytest
 import torch
-from tests.trainer.helpers import Regression, losses, make_trainer, rows
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from fts.errors import ArgumentError, BatchError, DataError, LossError
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from tests.trainer.helpers import Linear, Regression, losses, make_trainer, rows
 
 EPOCH = 6  # steps: 22 rows in batches of 4
 
 
 def test_training_learns_and_logs(tmp_path):
-    trainer = make_trainer(tmp_path, logging_steps=2, num_train_epochs=10)
+    trainer = make_trainer(tmp_path, Linear(), logging_steps=2, num_train_epochs=10, learning_rate=0.1)
     output = trainer.train()
     assert output.global_step == trainer.state.global_step == 10 * EPOCH
     assert losses(trainer)[-1] < 0.3 * losses(trainer)[0]
@@ -81,26 +81,13 @@ def test_a_user_rides_along_with_tuples_objects_and_loss_functions(tmp_path):
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     results = []
     for size, accumulate in ((8, 1), (2, 4)):
-        torch.manual_seed(0)
-        model = nn.Sequential()  # a linear model has neither dropout nor BatchNorm
-        model = Linear()
         trainer = make_trainer(
-            tmp_path, model, 24, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, logging_steps=1
+            tmp_path, Linear(), 24, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, logging_steps=1
         )
         trainer.train()
         results.append((losses(trainer), trainer.state.epoch))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert results[0][1] == results[1][1] == 3.0
-
-
-class Linear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(4))
-
-    def forward(self, x, labels=None):
-        logits = x @ self.w
-        return {"loss": None if labels is None else (logits - labels).square().mean(), "logits": logits}
 
 
 def test_the_order_of_the_data_is_that_of_the_seed(tmp_path):
@@ -138,7 +125,9 @@ def test_model_init_starts_anew(tmp_path):
 
 def test_compiled_step_or_its_fallback_keeps_the_model_up_to_date(tmp_path, recwarn):
     torch.manual_seed(0)
-    trainer = make_trainer(tmp_path, Linear(), 24, max_steps=6, logging_steps=1, torch_compile=True, eval_strategy="steps", eval_steps=3)
+    trainer = make_trainer(
+        tmp_path, Linear(), 24, max_steps=6, logging_steps=1, torch_compile=True, eval_strategy="steps", eval_steps=3
+    )
     trainer.train()
     torch.manual_seed(0)
     plain = make_trainer(tmp_path, Linear(), 24, max_steps=6, logging_steps=1, eval_strategy="steps", eval_steps=3)
@@ -204,6 +193,29 @@ def test_early_stopping_stops_at_once(tmp_path):
     assert trainer.train().global_step == 9
 
 
+def test_early_stopping_stops_at_the_end_of_an_epoch(tmp_path):
+    values = iter([1.0, 2.0, 3.0])
+    trainer = make_trainer(
+        tmp_path,
+        num_train_epochs=5,
+        eval_strategy="epoch",
+        metric_for_best_model="score",
+        greater_is_better=False,
+        compute_metrics=lambda prediction: {"score": next(values)},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+    )
+    assert trainer.train().global_step == 2 * EPOCH
+
+
+def test_workers_fetch_the_same_batches(tmp_path):
+    found = []
+    for workers in (0, 2):
+        trainer = make_trainer(tmp_path, Linear(), max_steps=8, logging_steps=1, dataloader_num_workers=workers)
+        trainer.train()
+        found.append((losses(trainer), trainer.predict(rows(6)).predictions.tolist()))
+    assert found[0] == found[1]
+
+
 def test_early_stopping_needs_a_metric(tmp_path):
     with pytest.raises(ArgumentError, match="metric_for_best_model"):
         make_trainer(tmp_path, callbacks=[EarlyStoppingCallback()]).train()
@@ -226,7 +238,8 @@ def test_save_best_saves_when_it_is_best(tmp_path):
 
 
 class Unmatched(Dataset):
-    column_names = ["text", "stars"]
+    def __init__(self):
+        self.column_names = ["text", "stars"]
 
     def remove_columns(self, names):
         return self
@@ -245,8 +258,22 @@ class Unmatched(Dataset):
         ({"train_dataset": []}, DataError, "The training set .* is empty"),
         ({"train_dataset": rows(3), "dataloader_drop_last": True}, DataError, "has 3 rows, fewer than a batch of 4"),
         ({"train_dataset": [{"x": torch.zeros(4)}]}, DataError, "no labels: a batch has x, the model's labels are called labels"),
-        ({"train_dataset": Unmatched()}, DataError, "none of the training set's columns: they are text, stars; it takes x, labels"),
-        ({"train_dataset": [{"text": "good", "stars": 5}]}, DataError, "none of the training set's columns: they are text, stars"),
+        (
+            {"train_dataset": Unmatched()},
+            DataError,
+            "none of the training set's columns: they are text, stars; it takes x, labels",
+        ),
+        (
+            {"train_dataset": [{"text": "good", "stars": 5}]},
+            DataError,
+            "none of the training set's columns: they are text, stars",
+        ),
+        (
+            {"train_dataset": [{"x": torch.zeros(4), "labels": 1.0, "stars": 5}], "remove_unused_columns": False},
+            DataError,
+            "Regression.forward does not take stars",
+        ),
+        ({"data_collator": list, "remove_unused_columns": False}, DataError, "The data_collator made a list of the training set"),
         ({"train_dataset": [(1, 2)]}, BatchError, "is a tuple; the default collator needs dictionaries"),
         ({"eval_strategy": "epoch", "eval_dataset": None}, ArgumentError, "eval_strategy='epoch' needs data to evaluate"),
         ({"optimizers": ("adam", None)}, ArgumentError, "not there yet"),
@@ -262,7 +289,7 @@ def test_errors_about_the_model(tmp_path):
         Trainer(args=TrainingArguments(tmp_path))
     with pytest.raises(ArgumentError, match=r"must be a torch.nn.Module, not str"):
         Trainer("bert-base")
-    with pytest.raises(ArgumentError, match="must be fts.TrainingArguments, not builtins.dict"):
+    with pytest.raises(ArgumentError, match=r"must be fts\.TrainingArguments, not builtins\.dict"):
         Trainer(Regression(), {})
 
     class Lossless(nn.Module):
