@@ -226,9 +226,23 @@ def func_engine(
     total = total_of(outputs, single=len(micro) == 1)
     if total.divisor is not None:
         grads = {name: grad / total.divisor for name, grad in grads.items()}
-    if in_transform() and not isinstance(total.weight, Tensor):  # vmap returns tensors only
+    if not in_transform():
+        grads = _separate(grads)
+    elif not isinstance(total.weight, Tensor):  # vmap returns tensors only
         total = total._replace(weight=torch.full((), float(total.weight), device=device))
     return _value(total, buffers), grads
+
+
+def _separate(grads: Params) -> Params:
+    # torch.func may give one tensor to two parameters, or an expanded one; what follows may write in place
+    seen: set[int] = set()
+    separate = {}
+    for name, grad in grads.items():
+        memory = grad.untyped_storage()
+        shared = memory.data_ptr() in seen or memory.nbytes() < grad.nbytes
+        seen.add(memory.data_ptr())
+        separate[name] = grad.clone(memory_format=torch.contiguous_format) if shared else grad
+    return separate
 
 
 def _grad_and_value(

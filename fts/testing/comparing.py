@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import FtsError
+from fts.state import TrainState
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
 """How far two ways of computing the same may differ, relative to the numbers involved.
@@ -142,6 +143,10 @@ def shown(tensor: Tensor) -> str:
 
 
 def _named(what: str, tree: Any) -> list[tuple[str, Any]]:
+    if isinstance(tree, TrainState):
+        # optree numbers the attributes of a state; a message names them
+        parts = {name: getattr(tree, name) for name in ("params", "frozen", "buffers", "opt_state", "step")}
+        return [pair for name, part in parts.items() for pair in _named(f"{what}.{name}", part)]
     accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
     return [(accessor.codify(what), leaf) for accessor, leaf in zip(accessors, leaves, strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from hypothesis.strategies import SearchStrategy
@@ -42,6 +43,9 @@ SLOW_LAWS: tuple[StepLaw, ...] = (compiled_equals_eager, compiled_once, compiled
 STEP_LAWS: dict[str, StepLaw] = {law.__name__: law for law in (*QUICK_LAWS, *SLOW_LAWS)}
 """Every law of a step, `law(step, state, batches)`, by name."""
 
+_SHARES = {QUICK_LAWS: 4, SLOW_LAWS: 20}
+"""One in how many of the profile's examples a group of laws gets."""
+
 
 def check_step(
     step: StepFn[TrainState],
@@ -57,8 +61,8 @@ def check_step(
         step: from `train_step`, or any function `(state, batch) -> (state, metrics)`. Laws of engines, donation and
             accumulation are checked on the first kind alone, since a composition decides about these by itself.
         state: the first state; it is not consumed.
-        batches: of successive steps, at least one; or a strategy of such sequences, of which laws that compile see a
-            tenth of Hypothesis's active profile.
+        batches: of successive steps, at least one; or a strategy of such sequences, a quarter as many as
+            Hypothesis's active profile says, and a twentieth for laws that compile.
         laws: check these alone; the names are those of `STEP_LAWS`.
         skip: leave these out: `accumulated_equals_big_batch` and `engines_agree` for what mixes or draws at random
             within a batch (BatchNorm, dropout), `compiled_equals_eager` for what draws at random.
@@ -76,13 +80,12 @@ def check_step(
     if not callable(step):
         raise ArgumentError(f"check_step needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
     chosen = chosen_laws(STEP_LAWS, laws, skip)
-    for group in (QUICK_LAWS, SLOW_LAWS):
+    for group, share in _SHARES.items():
         wanted = [law for law in group if law.__name__ in chosen]
         if not isinstance(batches, SearchStrategy):
             _check_all(wanted, step, state, batches)
         elif wanted:
-            slow = group is SLOW_LAWS
-            run_examples(lambda given, wanted=wanted: _check_all(wanted, step, state, given), batches, share=10 if slow else 1, shrink=not slow)
+            run_examples(partial(_check_all, wanted, step, state), batches, share=share, shrink=group is not SLOW_LAWS)
 
 
 def _check_all(laws: Sequence[StepLaw], step: StepFn[TrainState], state: TrainState, batches: Sequence[Batch]) -> None:

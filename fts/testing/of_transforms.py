@@ -38,7 +38,7 @@ SLOW_LAWS: tuple[TransformLaw, ...] = (traced_equals_eager, traced_once)
 TRANSFORM_LAWS: dict[str, TransformLaw] = {law.__name__: law for law in (*QUICK_LAWS, *MIDDLING_LAWS, *SLOW_LAWS)}
 """Every law of a transform, `law(transform, params, gradients)`, by name."""
 
-_SHARES = {QUICK_LAWS: 1, MIDDLING_LAWS: 4, SLOW_LAWS: 20}
+_SHARES = {QUICK_LAWS: 1, MIDDLING_LAWS: 4, SLOW_LAWS: 40}
 """One in how many of the profile's examples a group of laws gets."""
 
 
@@ -54,7 +54,7 @@ def check_transform(
 ) -> None:
     """Check every law of a transform on generated parameters and gradients.
 
-    Hypothesis's active profile says how many examples there are; laws that compile get a twentieth of them.
+    Hypothesis's active profile says how many examples there are; laws that compile get a fortieth of them.
 
     Args:
         transform: is checked.
@@ -117,10 +117,12 @@ def run_examples(
         check: raises where an example breaks a law.
         examples: a strategy.
         share: one in how many of the profile's examples to take.
-        always: examples that come before the generated ones.
+        always: examples that come before the generated ones, and alone where the profile leaves no share for others.
         shrink: look for a smaller example after a failure.
     """
     current = settings()
+    few = bool(always) and current.max_examples < share
+    unwanted = {Phase.explain} | (set() if shrink else {Phase.shrink}) | ({Phase.generate, Phase.reuse} if few else set())
 
     @settings(
         current,
@@ -128,7 +130,7 @@ def run_examples(
         deadline=None,  # the first call of an operator is slow
         report_multiple_bugs=False,  # one law at a time
         suppress_health_check=list(HealthCheck),
-        phases=[phase for phase in current.phases if phase is not Phase.explain and (shrink or phase is not Phase.shrink)],
+        phases=[phase for phase in current.phases if phase not in unwanted],
     )
     @given(examples)
     def run(example: Any) -> None:

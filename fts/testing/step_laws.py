@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 import optree
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from fts.errors import DonatedStateError
 from fts.state import TrainState
 from fts.steps import TrainStep, describe, donating, rows
 from fts.steps.losses import ModuleLoss
-from fts.testing.comparing import copy_of, fail, law, named_tensors, require_close, require_equal, size_of, tensors_in
+from fts.testing.comparing import copy_of, fail, law, named_tensors, require_close, require_equal, size_of
 from fts.typing import Batch, StepFn
 
 Step = StepFn[TrainState]
@@ -23,7 +25,7 @@ Step = StepFn[TrainState]
 
 def words_of(step: Any) -> str:
     """A step in one line, for messages."""
-    return " / ".join(line.strip() for line in describe(step).splitlines()) if isinstance(step, TrainStep) else _name(step)
+    return " / ".join(line.strip("│├└─ ") for line in describe(step).splitlines()) if isinstance(step, TrainStep) else _name(step)
 
 
 def metrics_are_flat(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
@@ -282,10 +284,6 @@ def _loose(step: TrainStep) -> float:
 
 
 def _disturb_generators() -> None:
-    import random
-
-    import numpy as np
-
     torch.rand(3)
     np.random.random(3)
     random.random()
@@ -301,18 +299,3 @@ def _portrait(module: nn.Module) -> list[Any]:
 def _name(step: Any) -> str:
     return getattr(step, "__name__", type(step).__name__)
 
-
-__all__ = [
-    "accumulated_equals_big_batch",
-    "donated_equals_pure",
-    "engines_agree",
-    "metrics_are_flat",
-    "module_unchanged",
-    "replayed_equals_first",
-    "resumed_equals_uninterrupted",
-    "run",
-    "state_moves_on",
-    "step_inputs_unchanged",
-    "tensors_in",
-    "words_of",
-]

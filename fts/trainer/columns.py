@@ -101,13 +101,20 @@ class _DroppingCollator:
     accepted: frozenset[str]
     what: str
 
-    def __call__(self, examples: Sequence[Any]) -> Any:
+    def __call__(self, examples: Any) -> Any:
+        if isinstance(examples, Mapping):  # a dataset's __getitems__ may give a whole batch
+            return self.collator(self._kept(examples))
         if not isinstance(examples[0], Mapping) or self.accepted.issuperset(examples[0]):
             return self.collator(examples)
-        kept = [{name: value for name, value in example.items() if name in self.accepted} for example in examples]
-        if not kept[0]:
-            raise _nothing_left(self.what, list(examples[0]), sorted(self.accepted))
-        return self.collator(kept)
+        return self.collator([self._kept(example) for example in examples])
+
+    def _kept(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.accepted.issuperset(example):
+            return example
+        kept = {name: value for name, value in example.items() if name in self.accepted}
+        if not kept:
+            raise _nothing_left(self.what, list(example), sorted(self.accepted))
+        return kept
 
 
 def _nothing_left(what: str, columns: Sequence[str], accepted: Sequence[str]) -> DataError:

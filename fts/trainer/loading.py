@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -16,6 +16,7 @@ from fts.loops import Source
 from fts.steps import MicroBatches
 from fts.trainer.collate import Collator
 from fts.trainer.columns import unexpected_keys
+from fts.trainer.losses import Loss
 
 
 @attrs.frozen
@@ -87,14 +88,14 @@ def is_indexable(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
-def check_first_row(dataset: Any, collator: Collator, model: nn.Module, label_names: Sequence[str], what: str) -> None:
+def check_first_row(dataset: Any, collator: Collator, model: nn.Module, loss: Loss, what: str) -> None:
     """Collate one row, and raise where the model could not use the batch, before long work begins.
 
     Args:
         dataset: is left alone if its rows cannot be read in any order.
         collator: makes a batch.
         model: is called with the batch.
-        label_names: from which of the batch's keys the model computes its loss; empty if it needs none.
+        loss: how the loss of the batch is computed.
         what: "training" or "evaluation", for messages.
 
     Raises:
@@ -102,21 +103,23 @@ def check_first_row(dataset: Any, collator: Collator, model: nn.Module, label_na
     """
     if not is_indexable(dataset):
         return
-    batch = collator([dataset[0]])
+    several = getattr(dataset, "__getitems__", None)
+    batch = collator(several([0]) if callable(several) else [dataset[0]])
     if not isinstance(batch, Mapping):
         raise DataError(
             f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch), so it must "
             "make a dictionary."
         )
-    if unknown := unexpected_keys(model, batch):
+    unknown = [key for key in unexpected_keys(model, batch) if loss.fn is None or key not in loss.label_names]
+    if unknown:
         raise DataError(
             f"{type(model).__name__}.forward does not take {', '.join(unknown)}, which a batch of the {what} set has. Remove "
             "these columns, rename them, or leave it to remove_unused_columns=True."
         )
-    if label_names and not any(batch.get(name) is not None for name in label_names):
+    if loss.fn is None and loss.label_names and not any(batch.get(name) is not None for name in loss.label_names):
         raise DataError(
             f"The {what} set has no labels: a batch has {', '.join(map(str, batch))}, the model's labels are called "
-            f"{', '.join(label_names)}. Add that column, name yours by label_names=[...], or pass compute_loss_func=."
+            f"{', '.join(loss.label_names)}. Add that column, name yours by label_names=[...], or pass compute_loss_func=."
         )
 
 

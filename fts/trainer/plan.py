@@ -139,7 +139,7 @@ def make_transform(args: TrainingArguments, schedule: Schedule, decayed: Collect
         mask = decayed if args.weight_decay else None
         betas = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
         parts.append(tx.adamw(schedule, **betas, weight_decay=args.weight_decay, mask=mask))
-    return tx.chain(*parts)
+    return parts[0] if len(parts) == 1 else tx.chain(*parts)
 
 
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")

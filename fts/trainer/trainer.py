@@ -171,7 +171,7 @@ class Trainer:
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {name: value for part in parts for name, value in part.items()}
         keep = self.compute_metrics is not None
-        output = self._run(dataset, "evaluation", ignore_keys, metric_key_prefix, keep=keep)
+        output = self._evaluate_on(dataset, "evaluation", ignore_keys, metric_key_prefix, keep=keep)
         self.log(dict(output.metrics))
         self.tell("on_evaluate", metrics=output.metrics)
         return output.metrics
@@ -190,7 +190,7 @@ class Trainer:
             Predictions (an array with a row per example, or a tuple of arrays; rows of different sizes are padded with -100),
             labels or None, and figures.
         """
-        output = self._run(test_dataset, "prediction", ignore_keys, metric_key_prefix, keep=True)
+        output = self._evaluate_on(test_dataset, "prediction", ignore_keys, metric_key_prefix, keep=True)
         self.tell("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
@@ -237,7 +237,7 @@ class Trainer:
         """The batches of training, checked on their first row."""
         how, dataset = self._loading(self.train_dataset, "training", shuffle=True)
         source = make_source(dataset, how, self.args.device, "training")
-        check_first_row(dataset, how.collator, self.model, () if self.loss.fn is not None else self.label_names, "training")
+        check_first_row(dataset, how.collator, self.model, self.loss, "training")
         return source
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -266,7 +266,7 @@ class Trainer:
 
     # Model
 
-    def _run(self, dataset: Any, what: str, ignore_keys: list[str] | None, prefix: str, *, keep: bool) -> EvalLoopOutput:
+    def _evaluate_on(self, dataset: Any, what: str, ignore_keys: list[str] | None, prefix: str, *, keep: bool) -> EvalLoopOutput:
         how, dataset = self._loading(dataset, what, shuffle=False)
         source = make_source(dataset, how, self.args.device, what)
         self._set_context(eval_dataloader=make_loader(dataset, how))

@@ -10,6 +10,7 @@
 """
 
 from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
+from fts.transforms.averaging import EmaState, averaged_params, ema_params
 from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_global_norm, clip_by_value, global_norm
 from fts.transforms.combining import apply_updates, chain, identity
 from fts.transforms.grouping import masked, partition
@@ -31,7 +32,7 @@ from fts.transforms.schedules import (
     polynomial_schedule,
     warmup,
 )
-from fts.transforms.wrapping import EmaState, MultiStepsState, SkipState, averaged_params, ema_params, multi_steps, skip_nonfinite
+from fts.transforms.wrapping import MultiStepsState, SkipState, multi_steps, skip_nonfinite
 
 __all__ = [
     "AdamState",

@@ -34,6 +34,12 @@ def check_count(name: str, value: Any, *, low: int = 0, error: type[FtsError] = 
         raise error(f"{name} must be an integer of at least {low}, not {value!r}.")
 
 
+def check_integer(name: str, value: Any) -> None:
+    """Raise unless `value` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError(f"{name} must be an integer, not {value!r}.")
+
+
 def check_transform(function: str, transform: Any) -> None:
     """Raise unless it is a transform."""
     if not isinstance(transform, Transform):

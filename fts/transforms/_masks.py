@@ -35,7 +35,7 @@ def check_known_names(function: str, names: Collection[Any], params: Params) -> 
     """Raise unless every name is that of a parameter."""
     unknown = [name for name in names if name not in params]
     if unknown:
-        raise UnknownParameterError(f"{function}: {_some(unknown)} is no parameter here; there are {_some(params)}.")
+        raise UnknownParameterError(f"{function}: there is no parameter {_some(unknown)} here; the names are {_some(params)}.")
 
 
 def check_same_names(function: str, names: Collection[Any], params: Params) -> None:

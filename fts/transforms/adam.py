@@ -112,8 +112,9 @@ def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight
     Source: as for `scale_by_adam`.
     """
     check_number("adam: weight_decay", weight_decay)
-    words = f"lr={in_words(lr)}" + (f", weight_decay={in_words(weight_decay)}" if weight_decay else "")
-    return _descent("adam", lr, (b1, b2, eps), weight_decay, None, torch._fused_adam_)._replace(label=f"adam({words})")
+    descent = _descent("adam", lr, (b1, b2, eps), weight_decay, None, torch._fused_adam_)
+    decayed = f", weight_decay={in_words(weight_decay)}" if weight_decay else ""
+    return descent._replace(label=f"adam(lr={in_words(lr)}{decayed})")
 
 
 def adamw(
@@ -151,10 +152,9 @@ def adamw(
     Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
     """
     check_number("adamw: weight_decay", weight_decay)
-    words = f"lr={in_words(lr)}, weight_decay={in_words(weight_decay)}" + (
-        f", mask={mask_in_words(mask)}" if mask is not None else ""
-    )
-    return _descent("adamw", lr, (b1, b2, eps), weight_decay, mask, torch._fused_adamw_)._replace(label=f"adamw({words})")
+    descent = _descent("adamw", lr, (b1, b2, eps), weight_decay, mask, torch._fused_adamw_)
+    masked = "" if mask is None else f", mask={mask_in_words(mask)}"
+    return descent._replace(label=f"adamw(lr={in_words(lr)}, weight_decay={in_words(weight_decay)}{masked})")
 
 
 def _descent(

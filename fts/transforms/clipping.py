@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fts.transforms._arguments import check_number, need_params
-from fts.transforms._inplace import scale_in_place
+from fts.transforms._inplace import WIDE_DTYPES, scale_in_place
 from fts.transforms._scalars import times
 from fts.typing import Info, OptState, Params, Transform
 
 _EPSILON = 1e-6  # that of torch.nn.utils.clip_grad_norm_
-_WIDE = frozenset({torch.float32, torch.float64})  # half precision is summed in float32
 
 
 def global_norm(tree: Any) -> Tensor:
@@ -30,8 +29,12 @@ def global_norm(tree: Any) -> Tensor:
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    norms = _norms(_leaves(tree))
-    return _norm_of(norms) if norms else torch.zeros(())
+    norms = [torch.linalg.vector_norm(leaf, dtype=_sum_dtype(leaf)) for leaf in _leaves(tree)]
+    if not norms:
+        return torch.zeros(())
+    device = norms[0].device
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    return norm
 
 
 def clip_by_value(limit: float) -> Transform:
@@ -93,8 +96,8 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         tensors = list(grads.values())
-        wide = {g.dtype for g in tensors} <= _WIDE
-        norm = _norm_of(list(torch._foreach_norm(tensors)) if wide else _norms(tensors))
+        fast = {g.dtype for g in tensors} <= WIDE_DTYPES and len({g.device for g in tensors}) == 1
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))) if fast else global_norm(grads)
         if not norm.is_cpu:
             scale_in_place(tensors, (max_norm / (norm + _EPSILON)).clamp(max=1.0))
             return grads, state, {"grad_norm": norm}
@@ -181,14 +184,8 @@ def _rms(tensor: Tensor) -> Tensor:
     return norm / math.sqrt(max(tensor.numel(), 1))
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.linalg.vector_norm(t, dtype=t.dtype if t.dtype in _WIDE else torch.float32) for t in tensors]
-
-
-def _norm_of(norms: list[Tensor]) -> Tensor:
-    device = norms[0].device
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
-    return norm
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype in WIDE_DTYPES else torch.float32
 
 
 def _leaves(tree: Any) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fts.randomness import normal_like
-from fts.transforms._arguments import check_number
+from fts.transforms._arguments import check_integer, check_number
 from fts.transforms._scalars import new_count, real, times
 from fts.transforms.scaling import ScheduleState
 from fts.typing import Info, OptState, Params, Transform
@@ -23,7 +23,7 @@ def add_noise(eta: float, gamma: float, seed: int) -> Transform:
         A transform with `ScheduleState`.
 
     Raises:
-        ArgumentError: `eta` or `gamma` is negative or not finite.
+        ArgumentError: `eta` or `gamma` is negative or not finite, or `seed` is no integer.
 
     >>> import torch
     >>> noisy = add_noise(0.01, 0.55, seed=0)
@@ -36,6 +36,7 @@ def add_noise(eta: float, gamma: float, seed: int) -> Transform:
     """
     check_number("add_noise: eta", eta)
     check_number("add_noise: gamma", gamma)
+    check_integer("add_noise: seed", seed)
 
     def update(grads: Params, state: ScheduleState, params: Params | None) -> tuple[Params, OptState, Info]:
         deviation = (eta / (1.0 + real(state.step)) ** gamma) ** 0.5

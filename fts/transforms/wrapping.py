@@ -1,4 +1,4 @@
-"""Transforms around a whole transform: what to do with bad gradients, with several gradients, with the parameters after."""
+"""When a transform updates: not on bad gradients, or once for several."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.errors import ArgumentError, NonFiniteError
-from fts.transforms._arguments import check_count, check_number, check_transform, need_params
+from fts.errors import NonFiniteError
+from fts.transforms._arguments import check_count, check_transform
 from fts.transforms._infos import merged, values_of
-from fts.transforms._inplace import fast_apply, is_fast, pure_apply, scale_in_place
-from fts.transforms._scalars import new_count, real
+from fts.transforms._inplace import fast_apply, is_fast, pure_apply
+from fts.transforms._scalars import new_count
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -45,20 +45,6 @@ class MultiStepsState(NamedTuple):
     gathered: Tensor
     sums: Params
     info: Info
-
-
-class EmaState(NamedTuple):
-    """State of `ema_params`.
-
-    Attributes:
-        inner: the state of the inner transform.
-        step: 0-d int64 tensor: the number of updates so far.
-        average: the averaged parameters, by name.
-    """
-
-    inner: OptState
-    step: Tensor
-    average: Params
 
 
 def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
@@ -124,8 +110,7 @@ def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
             return slow_apply(grads, state, params)
         if _finite_now(grads):
             params, inner_state, info = inner_apply(grads, state.inner, params)
-            state.in_a_row.zero_()
-            state, skipped = state._replace(inner=inner_state), 0
+            state, skipped = SkipState(inner_state, state.total, state.in_a_row.zero_()), 0
         else:
             _, _, info = inner.update(grads, state.inner, params)  # for what it reports; writes nothing
             state.total.add_(1)
@@ -207,105 +192,6 @@ def multi_steps(inner: Transform, every: int) -> Transform:
         return params, state, {key: value.clone() for key, value in state.info.items()}
 
     return this._replace(apply=apply if is_fast(inner) else None)
-
-
-def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transform:
-    """Keep an exponential moving average of the parameters; `averaged_params` finds it.
-
-    Args:
-        inner: the whole of the other transforms: the average is of the parameters after its updates.
-        decay: the share of the older average, in [0, 1).
-        debias: start from nothing, and divide by the sum of the weights, as Adam does with its moments; otherwise
-            the average starts at the first parameters.
-
-    Returns:
-        A transform with `EmaState`; its `update` needs the parameters.
-
-    Raises:
-        ArgumentError: `inner` is no transform, `decay` is outside [0, 1), or `update` gets no parameters.
-
-    >>> from fts import transforms as tx
-    >>> averaging = tx.ema_params(tx.scale(-1.0), decay=0.9)
-    >>> params = {"w": torch.tensor([1.0])}
-    >>> updates, state, _ = averaging.update({"w": torch.tensor([1.0])}, averaging.init(params), params)
-    >>> tx.averaged_params(state)
-    {'w': tensor([0.9000])}
-
-    Source: Polyak, Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging", with exponential weights.
-    """
-    check_transform("ema_params", inner)
-    check_number("ema_params: decay", decay, high=1.0)
-
-    def init(params: Params) -> OptState:
-        return EmaState(inner.init(params), new_count(params), {name: p.detach().clone() for name, p in params.items()})
-
-    def update(grads: Params, state: EmaState, params: Params | None) -> tuple[Params, OptState, Info]:
-        weights = need_params(params, "ema_params")
-        updates, inner_state, info = inner.update(grads, state.inner, weights)
-        count = state.step + 1
-        share = share_of_new(count)
-        average = {name: _lerp(old, weights[name] + updates[name], share) for name, old in state.average.items()}
-        return updates, EmaState(inner_state, count, average), info
-
-    def share_of_new(count: Any) -> Any:
-        # with the sum of the weights of t updates, 1 - decay^t, divided out at once
-        return (1 - decay) / (1 - decay ** real(count)) if debias else 1 - decay
-
-    inner_apply = fast_apply(inner)
-
-    def apply(grads: Params, state: EmaState, params: Params) -> tuple[Params, OptState, Info]:
-        params, inner_state, info = inner_apply(grads, state.inner, params)
-        count = state.step.add_(1)
-        share = share_of_new(int(count) if count.is_cpu else count)
-        average, latest = [state.average[name] for name in params], list(params.values())
-        if isinstance(share, Tensor):
-            moves = list(torch._foreach_sub(latest, average))
-            scale_in_place(moves, share)
-            torch._foreach_add_(average, moves)
-        else:
-            torch._foreach_lerp_(average, latest, share)
-        return params, EmaState(inner_state, count, state.average), info
-
-    words = f"ema_params({decay}{', debias' if debias else ''})"
-    return Transform(init, update, apply if is_fast(inner) else None, check=inner.check, label=words, children=(inner,))
-
-
-def averaged_params(opt_state: OptState) -> Params:
-    """The averages that `ema_params` keeps, wherever it stands in a transform.
-
-    Args:
-        opt_state: the state of a transform that contains `ema_params`.
-
-    Returns:
-        The state's own tensors by parameter name, not copies; they are consumed with the state when it is donated.
-
-    Raises:
-        ArgumentError: there is no average in it.
-
-    >>> from fts import transforms as tx
-    >>> tx.averaged_params(tx.ema_params(tx.sgd(0.1), 0.99).init({"w": torch.tensor([1.0])}))
-    {'w': tensor([1.])}
-    """
-    found: Params = {}
-    for state in _ema_states(opt_state):
-        found = {**state.average, **found}
-    if not found:
-        raise ArgumentError("There is no average in this state: wrap the transform in ema_params(transform, decay).")
-    return found
-
-
-def _ema_states(state: OptState) -> list[EmaState]:
-    if isinstance(state, EmaState):
-        return [state, *_ema_states(state.inner)]
-    if isinstance(state, dict):
-        return [found for child in state.values() for found in _ema_states(child)]
-    if isinstance(state, (tuple, list)):
-        return [found for child in state for found in _ema_states(child)]
-    return []
-
-
-def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
-    return torch.lerp(start, end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def _where(condition: Tensor, yes: Any, no: Any) -> Any:

@@ -370,3 +370,13 @@ def test_train_mode_follows_the_root():
     net.eval()
     assert torch.equal(grad_fn(state, batch_of(6))[0].buffers["1.num_batches_tracked"], torch.tensor(1))
     assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_share_no_memory(engine):
+    params = {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(2)}
+    state = fts.TrainState.create(params, tx.identity())
+    _, grads = steps.value_and_grad(lambda p, x: ((p["a"] + p["b"]) * x).sum() + p["c"].sum(), engine=engine)(state, torch.ones(3))
+    for grad in grads.values():
+        grad.mul_(2)
+    assert [grad.tolist() for grad in grads.values()] == [[2.0] * 3, [2.0] * 3, [2.0] * 2]

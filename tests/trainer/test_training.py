@@ -216,6 +216,24 @@ def test_workers_fetch_the_same_batches(tmp_path):
     assert found[0] == found[1]
 
 
+def test_a_dataset_may_give_whole_batches(tmp_path):
+    class Columns(Dataset):
+        x, labels = torch.stack([row["x"] for row in rows(22)]), torch.tensor([row["labels"] for row in rows(22)])
+
+        def __len__(self):
+            return 22
+
+        def __getitems__(self, indices):
+            return {"x": self.x[indices], "labels": self.labels[indices], "extra": self.x[indices]}
+
+    found = []
+    for options in ({}, {"train_dataset": Columns(), "data_collator": lambda batch: batch}):
+        trainer = make_trainer(tmp_path, Linear(), max_steps=8, logging_steps=1, **options)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1]
+
+
 def test_early_stopping_needs_a_metric(tmp_path):
     with pytest.raises(ArgumentError, match="metric_for_best_model"):
         make_trainer(tmp_path, callbacks=[EarlyStoppingCallback()]).train()

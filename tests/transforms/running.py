@@ -20,9 +20,7 @@ def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> Params:
 
 def make_gradients(count: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> list[Params]:
     """Gradients of growing and shrinking size, so that clipping at 1 acts on some and not on others."""
-    return [
-        {name: g * (0.02 + (i % 7) / 7.0) for name, g in make_params(dtype, seed * 1_000 + i).items()} for i in range(count)
-    ]
+    return [{name: g * (0.02 + (i % 7) / 7.0) for name, g in make_params(dtype, seed * 1_000 + i).items()} for i in range(count)]
 
 
 def copy(tree: Any) -> Any:

@@ -84,7 +84,12 @@ def test_clip_by_value():
 
 
 def test_clip_by_block_rms():
-    grads = {"w": torch.tensor([[3.0, 4.0], [0.0, 0.0]]), "b": torch.tensor([0.1, -0.1]), "e": torch.zeros(0), "s": torch.tensor(-8.0)}
+    grads = {
+        "w": torch.tensor([[3.0, 4.0], [0.0, 0.0]]),
+        "b": torch.tensor([0.1, -0.1]),
+        "e": torch.zeros(0),
+        "s": torch.tensor(-8.0),
+    }
     updates, _, _ = tx.clip_by_block_rms(0.5).update(grads, (), None)
     # the root mean square of w is sqrt(25 / 4) = 2.5, five times the threshold
     torch.testing.assert_close(updates["w"], grads["w"] / 5)

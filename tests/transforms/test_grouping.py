@@ -61,9 +61,11 @@ def test_a_predicate_may_return_anything_true():
 )
 def test_mask_errors(make):
     params = make_params()
-    with pytest.raises(UnknownParameterError, match="'bias', 'weight' is no parameter here; there are 'b', 'kernel', 's', 'w'"):
+    with pytest.raises(
+        UnknownParameterError, match="there is no parameter 'bias', 'weight' here; the names are 'b', 'kernel', 's', 'w'"
+    ):
         make(["weight", "b", "bias"]).init(params)
-    with pytest.raises(UnknownParameterError, match="'weight' is no parameter"):
+    with pytest.raises(UnknownParameterError, match="no parameter 'weight'"):
         make({"weight": False}).init(params)
     with pytest.raises(UnknownParameterError, match="no entry for 'b', 's'; every parameter needs one"):
         make({"w": True, "kernel": True}).init(params)
@@ -74,12 +76,16 @@ def test_mask_errors(make):
 
 def test_long_lists_of_names_are_cut():
     params = {f"layer{i}": torch.zeros(1) for i in range(9)}
-    with pytest.raises(UnknownParameterError, match="'x'.*'layer0', 'layer1', 'layer2', 'layer3' and 5 more"):
+    with pytest.raises(UnknownParameterError, match=r"'x'.*'layer0', 'layer1', 'layer2', 'layer3' and 5 more"):
         tx.masked(tx.scale(1.0), ["x"]).init(params)
 
 
 def groups():
-    return {"matrix": tx.adamw(0.1), "vector": tx.chain(tx.clip_by_global_norm(0.5), tx.sgd(0.2, momentum=0.9)), "none": tx.scale(1.0)}
+    return {
+        "matrix": tx.adamw(0.1),
+        "vector": tx.chain(tx.clip_by_global_norm(0.5), tx.sgd(0.2, momentum=0.9)),
+        "none": tx.scale(1.0),
+    }
 
 
 def by_shape(name, tensor):
@@ -121,7 +127,8 @@ def test_labels_need_not_be_strings():
 
 def test_each_group_checks_its_own_info():
     transform = tx.partition(
-        {"strict": tx.skip_nonfinite(tx.sgd(0.1), limit=1), "lax": tx.skip_nonfinite(tx.sgd(0.1), limit=3)}, {"a": "strict", "b": "lax"}
+        {"strict": tx.skip_nonfinite(tx.sgd(0.1), limit=1), "lax": tx.skip_nonfinite(tx.sgd(0.1), limit=3)},
+        {"a": "strict", "b": "lax"},
     )
     params = {"a": torch.zeros(2), "b": torch.zeros(2)}
     bad, good = torch.full((2,), torch.nan), torch.ones(2)
@@ -136,14 +143,14 @@ def test_partition_errors():
     params = make_params()
     with pytest.raises(ArgumentError, match="at least one transform"):
         tx.partition({}, by_shape)
-    with pytest.raises(ArgumentError, match="partition takes transforms, not 0.1"):
+    with pytest.raises(ArgumentError, match=r"partition takes transforms, not 0\.1"):
         tx.partition({"a": 0.1}, by_shape)
     with pytest.raises(ArgumentError, match="written alike"):
         tx.partition({1: tx.scale(1.0), "1": tx.scale(1.0)}, by_shape)
     missing = tx.partition({"matrix": tx.scale(1.0)}, by_shape)
     with pytest.raises(ArgumentError, match=r"parameter 'b' has the label 'vector', but .* only for \['matrix'\]"):
         missing.init(params)
-    with pytest.raises(UnknownParameterError, match="'x' is no parameter"):
+    with pytest.raises(UnknownParameterError, match="no parameter 'x'"):
         tx.partition(groups(), {**dict.fromkeys(params, "matrix"), "x": "matrix"}).init(params)
     with pytest.raises(UnknownParameterError, match="no entry for 'b', 'kernel', 's'"):
         tx.partition(groups(), {"w": "matrix"}).init(params)

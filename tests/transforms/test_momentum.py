@@ -40,14 +40,18 @@ def test_sgd_without_momentum_keeps_no_buffers():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.5}]
+)
 def test_half_precision_moves(dtype, options):
     """torch 2.13's fused SGD leaves bfloat16 and float16 tensors on the CPU as they were."""
     params = {"w": torch.linspace(-1, 1, 100).to(dtype)}
     gradients = [{"w": torch.ones(100, dtype=dtype)}] * 3
     for run in (by_update, by_apply):
         found, _, _ = run(tx.sgd(0.1, **options), params, gradients)
-        expected, _, _ = by_update(tx.sgd(0.1, **options), {"w": params["w"].double()}, [{"w": g["w"].double()} for g in gradients])
+        expected, _, _ = by_update(
+            tx.sgd(0.1, **options), {"w": params["w"].double()}, [{"w": g["w"].double()} for g in gradients]
+        )
         torch.testing.assert_close(found["w"].double(), expected["w"], rtol=0.02, atol=0.02)
 
 

@@ -95,7 +95,7 @@ def test_no_update_changes_dtype(dtype):
         tx.scale(torch.tensor(0.1, dtype=torch.float64)), tx.scale_by_schedule(schedule), tx.scale_by_learning_rate(schedule),
         tx.sgd(schedule, momentum=0.9, dampening=0.1, weight_decay=0.1), tx.adam(schedule, weight_decay=0.1), tx.adamw(schedule),
         tx.clip_by_global_norm(1.0), tx.clip_by_block_rms(1.0), tx.adaptive_clip(0.1), tx.add_noise(0.1, 0.5, 0),
-        tx.ema_params(tx.sgd(schedule), 0.9, debias=True), tx.skip_nonfinite(tx.sgd(schedule)), tx.multi_steps(tx.sgd(schedule), 2),
+        tx.ema_params(tx.sgd(schedule), 0.9, debias=True), tx.skip_nonfinite(tx.sgd(0.1)), tx.multi_steps(tx.sgd(0.1), 2),
     ):  # fmt: skip
         updates, _, _ = transform.update(grads, transform.init(grads), grads)
         assert {u.dtype for u in updates.values()} == {dtype}

@@ -8,13 +8,13 @@ from torch.optim import lr_scheduler
 from fts import transforms as tx
 from fts.errors import ScheduleError
 
-STEPS = range(0, 40)
+STEPS = range(40)
 PEAK, WARMUP, TOTAL = 3e-4, 7, 30
 
 
-def by_scheduler(make, lr=PEAK, count=len(STEPS)):
+def by_scheduler(make, count=40):
     """The rates that a torch scheduler gives to successive updates."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], PEAK)
     scheduler = make(optimizer)
     rates = []
     for _ in range(count):
@@ -126,7 +126,9 @@ def test_in_a_graph_and_under_vmap(name):
 
 
 def test_descriptions():
-    assert repr(tx.cosine_schedule(3e-4, warmup_steps=100, total_steps=1_000)) == "cosine_schedule(0.0003, warmup 100, total 1000)"
+    assert (
+        repr(tx.cosine_schedule(3e-4, warmup_steps=100, total_steps=1_000)) == "cosine_schedule(0.0003, warmup 100, total 1000)"
+    )
     assert repr(tx.cosine_schedule(0.1, total_steps=9, end_value=0.01)) == "cosine_schedule(0.1, total 9, end 0.01)"
     assert repr(tx.constant_schedule(0.1)) == "constant_schedule(0.1)"
     assert repr(tx.linear_schedule(0.1, 0, 5, warmup_steps=2)) == "linear_schedule(0.1 to 0 in 5, warmup 2)"
