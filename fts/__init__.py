@@ -22,10 +22,26 @@ from fts.typing import LossOutput, Transform
 if TYPE_CHECKING:
     from fts import loops as loops, testing as testing, trainer as trainer
     from fts.trainer import (
+        CallbackHandler as CallbackHandler,
+        DefaultFlowCallback as DefaultFlowCallback,
         EarlyStoppingCallback as EarlyStoppingCallback,
+        EvalLoopOutput as EvalLoopOutput,
+        EvalPrediction as EvalPrediction,
+        ExportableState as ExportableState,
+        IntervalStrategy as IntervalStrategy,
+        OptimizerNames as OptimizerNames,
+        PredictionOutput as PredictionOutput,
+        PrinterCallback as PrinterCallback,
+        ProgressCallback as ProgressCallback,
+        SaveStrategy as SaveStrategy,
+        SchedulerType as SchedulerType,
         Trainer as Trainer,
         TrainerCallback as TrainerCallback,
+        TrainerControl as TrainerControl,
+        TrainerState as TrainerState,
         TrainingArguments as TrainingArguments,
+        TrainOutput as TrainOutput,
+        default_data_collator as default_data_collator,
     )
 
 __version__ = "0.1.0"
@@ -35,7 +51,28 @@ __all__ = ["LossOutput", "TrainState", "Transform", "__version__", "errors", "gl
 _LAZY_ROOMS = ("loops", "testing", "trainer")
 
 _LAZY_NAMES = dict.fromkeys(
-    ("EarlyStoppingCallback", "Trainer", "TrainerCallback", "TrainingArguments"),
+    (
+        "CallbackHandler",
+        "DefaultFlowCallback",
+        "EarlyStoppingCallback",
+        "EvalLoopOutput",
+        "EvalPrediction",
+        "ExportableState",
+        "IntervalStrategy",
+        "OptimizerNames",
+        "PredictionOutput",
+        "PrinterCallback",
+        "ProgressCallback",
+        "SaveStrategy",
+        "SchedulerType",
+        "TrainOutput",
+        "Trainer",
+        "TrainerCallback",
+        "TrainerControl",
+        "TrainerState",
+        "TrainingArguments",
+        "default_data_collator",
+    ),
     "fts.trainer",
 )
 """Names that `fts` offers from a room that is loaded on first use."""

@@ -128,10 +128,17 @@ class TrainState:
 
         Raises:
             UnknownParameterError: the names differ; none was written.
+            ArgumentError: a shape differs; none was written.
         """
         targets = dict(module.named_parameters()) | dict(module.named_buffers())
         sources = self.params | self.frozen | self.buffers
         _check_names("apply_to: the module", have=targets, want=sources)
+        for name, source in sources.items():
+            if targets[name].shape != source.shape:
+                raise ArgumentError(
+                    f"apply_to: {name!r} is {list(targets[name].shape)} in the module and {list(source.shape)} in the state; "
+                    "nothing was written. Use the module (or a copy of the module) that the state was created from."
+                )
         with torch.no_grad():
             for name, source in sources.items():
                 targets[name].copy_(source)
@@ -310,8 +317,9 @@ def _read_document(path: Path) -> dict[str, Any]:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise CheckpointError(f"{path} has format {found!r}; this version of fts reads format {FORMAT}.")
     for key in ("step", "seed"):
-        if not isinstance(document.get(key), int):
-            raise CheckpointError(f"{path} has {key} = {document.get(key)!r}; an integer is needed.")
+        value = document.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or (key == "step" and value < 0):
+            raise CheckpointError(f"{path} has {key} = {value!r}; an integer is needed, and a step cannot be negative.")
     return document
 
 

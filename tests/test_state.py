@@ -67,9 +67,7 @@ def assert_same(one: fts.TrainState, two: fts.TrainState) -> None:
 
 def test_what_a_state_holds():
     state = fts.TrainState.create(net_of(), optimizer(), seed=5)
-    assert list(state.params) == ["embedding.weight", "temperature", "norm.weight", "norm.bias"] or set(state.params) == {
-        "embedding.weight", "temperature", "norm.weight", "norm.bias",
-    }  # fmt: skip
+    assert set(state.params) == {"embedding.weight", "temperature", "norm.weight", "norm.bias"}
     assert list(state.frozen) == ["position"]
     assert set(state.buffers) == {"scale", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
     assert state.layout.ties == (("out.weight", "embedding.weight"),)
@@ -89,7 +87,7 @@ def test_creation_copies_what_training_changes():
 
 
 def test_a_transform_that_keeps_the_parameters_gets_copies():
-    keeps = fts.Transform(lambda params: dict(params), lambda grads, state, params: (grads, state, {}))
+    keeps = fts.Transform(dict, lambda grads, state, params: (grads, state, {}))
     state = fts.TrainState.create({"w": torch.ones(2)}, keeps)
     assert state.opt_state["w"].data_ptr() != state.params["w"].data_ptr()
 
@@ -108,7 +106,7 @@ def test_creation_explains_what_it_cannot_take():
         fts.TrainState.create(nn.Linear(2, 2).requires_grad_(False), tx.sgd(0.1))
     with pytest.raises(ArgumentError, match=r"'w'.*torch\.int64"):
         fts.TrainState.create({"w": torch.arange(2)}, tx.sgd(0.1))
-    with pytest.raises(ArgumentError, match="'w'.*not float"):
+    with pytest.raises(ArgumentError, match=r"'w'.*not float"):
         fts.TrainState.create({"w": 1.0}, tx.sgd(0.1))
     with pytest.raises(ArgumentError, match=r"lazy"):
         fts.TrainState.create(nn.LazyLinear(2), tx.sgd(0.1))
@@ -151,13 +149,13 @@ def test_apply_to_another_module_writes_nothing():
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
 
-def test_apply_to_a_module_of_other_shapes_writes_nothing():
-    state = fts.TrainState.create(nn.Linear(2, 3), tx.sgd(0.1)).replace(
-        params={"weight": torch.full((3, 2), 7.0), "bias": torch.full((3,), 7.0)}
-    )
-    other = nn.Linear(4, 3)
+@pytest.mark.parametrize("width", [2, 5])
+def test_apply_to_a_module_of_other_shapes_writes_nothing(width):
+    """Also where a tensor could be broadcast, and where those before it fit."""
+    state = fts.TrainState.create(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), tx.sgd(0.1))
+    other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, width))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises((UnknownParameterError, ArgumentError, RuntimeError)):
+    with pytest.raises((UnknownParameterError, ArgumentError), match=r"1\.weight"):
         state.apply_to(other)
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
@@ -214,8 +212,8 @@ def test_the_repr_is_one_line_without_tensors():
     "use",
     [
         lambda s: s.params, lambda s: s.frozen, lambda s: s.buffers, lambda s: s.opt_state, lambda s: s.step, lambda s: s.seed,
-        lambda s: s.replace(seed=1), lambda s: s.apply_to(net_of()), lambda s: s.save("never"), lambda s: optree.tree_leaves(s),
-        lambda s: torch_pytree.tree_leaves(s), lambda s: fts.TrainState.load("never", like=s),
+        lambda s: s.replace(seed=1), lambda s: s.apply_to(net_of()), lambda s: s.save("never"), optree.tree_leaves,
+        torch_pytree.tree_leaves, lambda s: fts.TrainState.load("never", like=s),
         lambda s: steps.train_step(steps.module_loss(net_of(), loss_fn), optimizer())(s, torch.arange(6)),
     ],
 )  # fmt: skip
@@ -285,7 +283,9 @@ def test_views_shared_storage_and_strides_are_saved(tmp_path):
     assert all(torch.equal(loaded.params[name], params[name]) for name in params)
 
 
-@pytest.mark.parametrize("transform", [tx.identity(), tx.adam(0.1), fts.Transform(lambda p: torch.zeros(()), lambda g, s, p: (g, s + 1, {}))])
+@pytest.mark.parametrize(
+    "transform", [tx.identity(), tx.adam(0.1), fts.Transform(lambda p: torch.zeros(()), lambda g, s, p: (g, s + 1, {}))]
+)
 def test_any_form_of_state_is_saved(transform, tmp_path):
     state = fts.TrainState.create({"w": torch.ones(2)}, transform)
     assert_same(fts.TrainState.load(state.save(tmp_path), like=state), state)
@@ -343,7 +343,9 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=31, n_positions=16, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -351,7 +353,9 @@ def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=31, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=31, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+    )
     return T5ForConditionalGeneration(config)
 
 
@@ -389,7 +393,9 @@ def test_gradients_of_real_models_are_those_of_backward(make, engine):
     torch.testing.assert_close(value.loss, loss.detach())
     assert grads.keys() == expected.keys()
     for name in grads:
-        torch.testing.assert_close(grads[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            grads[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -442,7 +448,7 @@ def factor(step: int) -> float:
 
 
 TRAJECTORIES = {
-    "sgd": (lambda lr: tx.sgd(lr), lambda g: torch.optim.SGD(g, lr=RATE)),
+    "sgd": (tx.sgd, lambda g: torch.optim.SGD(g, lr=RATE)),
     "momentum": (
         lambda lr: tx.sgd(lr, momentum=0.9, weight_decay=0.1),
         lambda g: torch.optim.SGD(g, lr=RATE, momentum=0.9, weight_decay=0.1),
@@ -455,7 +461,7 @@ TRAJECTORIES = {
         lambda lr: tx.sgd(lr, momentum=0.9, dampening=0.5),
         lambda g: torch.optim.SGD(g, lr=RATE, momentum=0.9, dampening=0.5),
     ),
-    "adam": (lambda lr: tx.adam(lr), lambda g: torch.optim.Adam(g, lr=RATE)),
+    "adam": (tx.adam, lambda g: torch.optim.Adam(g, lr=RATE)),
     "adam with decay": (lambda lr: tx.adam(lr, weight_decay=0.1), lambda g: torch.optim.Adam(g, lr=RATE, weight_decay=0.1)),
     "adamw": (lambda lr: tx.adamw(lr, weight_decay=0.1), lambda g: torch.optim.AdamW(g, lr=RATE, weight_decay=0.1)),
     "adamw with a mask": (lambda lr: tx.adamw(lr, weight_decay=0.1, mask=is_matrix), "masked"),
@@ -496,7 +502,9 @@ def by_fts(make_transform, scheduled: bool, clipped: bool, dtype: torch.dtype, *
     transform = make_transform(rate)
     if clipped:
         transform = tx.chain(tx.clip_by_global_norm(0.3), transform)
-    step = steps.train_step(steps.module_loss(net, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])), transform, **options)
+    step = steps.train_step(
+        steps.module_loss(net, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])), transform, **options
+    )
     state = fts.TrainState.create(net, transform)
     for index in range(STEPS):
         state, _ = step(state, data(index, dtype))

@@ -24,9 +24,9 @@ except ImportError as error:
 
 from fts.testing import strategies
 from fts.testing.chains import chain_is_associative
+from fts.testing.comparing import LawError
 from fts.testing.of_steps import STEP_LAWS, check_step
 from fts.testing.of_transforms import TRANSFORM_LAWS, check_transform
-from fts.testing.comparing import LawError
 
 __all__ = [
     "STEP_LAWS",

@@ -136,4 +136,5 @@ def _require_same_forms(what: str, found: dict[str, Any], expected: dict[str, An
         fail(f"{what}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")
     for path, form in found.items():
         if form != expected[path]:
-            fail(f"{path} is {form[0]}{form[1]} on {form[2]}, expected {expected[path][0]}{expected[path][1]} on {expected[path][2]}")
+            one, two = (f"{dtype}{shape} on {device}" for dtype, shape, device in (form, expected[path]))
+            fail(f"{path} is {one}, expected {two}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from hypothesis.strategies import SearchStrategy
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
 from fts.testing.of_transforms import chosen_laws, run_examples
-from fts.testing.step_graphs import compiled_equals_eager, compiled_once, compiled_replays
+from fts.testing.step_graphs import compiled_equals_eager, compiled_replays
 from fts.testing.step_laws import (
     accumulated_equals_big_batch,
     donated_equals_pure,
@@ -38,7 +38,7 @@ QUICK_LAWS: tuple[StepLaw, ...] = (
     accumulated_equals_big_batch,
     resumed_equals_uninterrupted,
 )
-SLOW_LAWS: tuple[StepLaw, ...] = (compiled_equals_eager, compiled_once, compiled_replays)
+SLOW_LAWS: tuple[StepLaw, ...] = (compiled_equals_eager, compiled_replays)
 
 STEP_LAWS: dict[str, StepLaw] = {law.__name__: law for law in (*QUICK_LAWS, *SLOW_LAWS)}
 """Every law of a step, `law(step, state, batches)`, by name."""
@@ -75,7 +75,7 @@ def check_step(
     >>> from fts import steps, transforms as tx
     >>> state = TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.1))
     >>> step = steps.train_step(lambda params, batch: (params["w"] - batch).square().mean(), tx.sgd(0.1))
-    >>> check_step(step, state, [torch.tensor([1.0, 2.0])], skip=["compiled_equals_eager", "compiled_once", "compiled_replays"])
+    >>> check_step(step, state, [torch.tensor([1.0, 2.0])], skip=["compiled_equals_eager", "compiled_replays"])
     """
     if not callable(step):
         raise ArgumentError(f"check_step needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")

@@ -74,7 +74,8 @@ def check_transform(
     """
     if not isinstance(transform, Transform):
         raise ArgumentError(
-            f"check_transform needs a Transform, not {type(transform).__name__}. Did you forget to call the function that makes one?"
+            f"check_transform needs a Transform, not {type(transform).__name__}. Did you forget to call the function that "
+            "makes one, as in `sgd(0.1)`?"
         )
     chosen = chosen_laws(TRANSFORM_LAWS, laws, skip)
     if params is None:
@@ -88,7 +89,13 @@ def check_transform(
         wanted = [law for law in group if law.__name__ in chosen]
         if wanted:
             slow = group is SLOW_LAWS
-            run_examples(_all_of(transform, wanted), examples, share=share, always=always if group is QUICK_LAWS else always[:1], shrink=not slow)
+            run_examples(
+                _all_of(transform, wanted),
+                examples,
+                share=share,
+                always=always if group is QUICK_LAWS else always[:1],
+                shrink=not slow,
+            )
 
 
 def chosen_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip: Collection[str]) -> set[str]:

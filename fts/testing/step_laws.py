@@ -198,7 +198,9 @@ def engines_agree(step: Step, state: TrainState, batches: Sequence[Batch]) -> No
         return
     with law("engines_agree", words_of(step)):
         for batch in batches:
-            (one, said), (two, told) = (_undonated(_with(step, engine=name))(copy_of(state), batch) for name in ("module", "func"))
+            (one, said), (two, told) = (
+                _undonated(_with(step, engine=name))(copy_of(state), batch) for name in ("module", "func")
+            )
             _require_close_states("the state by engine 'func'", two, one)
             require_close("the metrics by engine 'func'", told, said, looser=_loose(step))
             state = one
@@ -298,4 +300,3 @@ def _portrait(module: nn.Module) -> list[Any]:
 
 def _name(step: Any) -> str:
     return getattr(step, "__name__", type(step).__name__)
-

@@ -59,9 +59,7 @@ def shapes(*, empty: bool = True) -> SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def tensors(
-    draw: DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, nonfinite: bool = False, strided: bool = True
-) -> Tensor:
+def tensors(draw: DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, nonfinite: bool = False, strided: bool = True) -> Tensor:
     """Tensors with values of one kind: ordinary, zero, partly zero, tiny, huge, or all the same.
 
     Args:

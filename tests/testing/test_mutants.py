@@ -99,7 +99,7 @@ def init_writes_parameters():
 
 @breaks("state_owns_its_memory")
 def keeps_the_parameters_themselves():
-    return transform(init=lambda p: dict(p))
+    return transform(init=dict)
 
 
 @breaks("state_owns_its_memory")
@@ -266,7 +266,9 @@ def reads_a_number():
 
 @breaks("traced_equals_eager")
 def means_something_else_in_a_graph():
-    return transform(lambda g, s, p: ({k: v * (2 if torch.compiler.is_compiling() else 1) for k, v in g.items()}, s, {}), lambda p: ())
+    return transform(
+        lambda g, s, p: ({k: v * (2 if torch.compiler.is_compiling() else 1) for k, v in g.items()}, s, {}), lambda p: ()
+    )
 
 
 @breaks("traced_once")
@@ -299,7 +301,9 @@ def cuts_the_graph():
 
 @breaks("differentiable")
 def hides_a_nan_behind_where():
-    return transform(lambda g, s, p: ({k: torch.where(v.abs() > 0, v, (v - v).sqrt()) for k, v in g.items()}, s, {}), lambda p: ())
+    return transform(
+        lambda g, s, p: ({k: torch.where(v.abs() > 0, v, (v - v).sqrt()) for k, v in g.items()}, s, {}), lambda p: ()
+    )
 
 
 @breaks("chaining_is_associative")
@@ -314,9 +318,10 @@ def depends_on_who_calls():
     return transform(sign, init)
 
 
-@pytest.mark.parametrize(
-    ("law", "make"), [(law, make) for law, mutants in MUTANTS.items() for make in mutants], ids=lambda value: getattr(value, "__name__", value)
-)  # fmt: skip
+PAIRS = [(law, make) for law, mutants in MUTANTS.items() for make in mutants]
+
+
+@pytest.mark.parametrize(("law", "make"), PAIRS, ids=[f"{law}-{make.__name__}" for law, make in PAIRS])
 def test_a_mutant_is_caught(law, make):
     with pytest.raises(LawError, match=rf"mutant.* breaks the law {law.replace('chaining_is', '.*_is')}"):
         fts.testing.check_transform(make(), laws=[law])
@@ -385,7 +390,15 @@ def test_wrong_arguments_are_explained():
 
 
 def test_without_hypothesis_the_remedy_is_named():
-    code = "import sys; sys.modules['hypothesis'] = None\nimport fts\ntry:\n    fts.testing\nexcept fts.errors.MissingDependencyError as e:\n    print(e)"
+    code = """
+import sys
+sys.modules["hypothesis"] = None
+import fts
+try:
+    fts.testing
+except fts.errors.MissingDependencyError as error:
+    print(error)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'fts[dev]'" in done.stdout
 
@@ -398,7 +411,9 @@ def squares(params, batch):
 
 
 def state_of(optimizer=None) -> fts.TrainState:
-    return fts.TrainState.create({"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}, optimizer or tx.sgd(0.1, momentum=0.9))
+    return fts.TrainState.create(
+        {"w": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}, optimizer or tx.sgd(0.1, momentum=0.9)
+    )
 
 
 BATCHES = [torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3), -torch.ones(3, 3, dtype=torch.float64)]
@@ -490,7 +505,7 @@ def in_graph(params, batch):
 
 
 def breaks_graph(params, batch):
-    return squares(params, batch) if squares(params, batch).item() > 0 else squares(params, batch)
+    return squares(params, batch) if float(batch.sum()) > 0 else -squares(params, batch)
 
 
 def total(params, batch):
@@ -522,7 +537,9 @@ class Drifting(nn.Module):
 
 def drifting():
     net = Drifting()
-    return steps.train_step(steps.module_loss(net, lambda model, x: model(x)), tx.sgd(0.01)), fts.TrainState.create(net, tx.sgd(0.01))
+    return steps.train_step(steps.module_loss(net, lambda model, x: model(x)), tx.sgd(0.01)), fts.TrainState.create(
+        net, tx.sgd(0.01)
+    )
 
 
 def recompiling():
@@ -554,7 +571,6 @@ STEP_MUTANTS = [
     ("resumed_equals_uninterrupted", drifting),
     ("compiled_equals_eager", lambda: steps.train_step(in_graph, tx.sgd(0.1, momentum=0.9))),
     ("compiled_equals_eager", lambda: steps.train_step(breaks_graph, tx.sgd(0.1, momentum=0.9))),
-    ("compiled_once", recompiling),
     ("compiled_replays", recompiling),
 ]
 
@@ -573,5 +589,5 @@ def test_every_law_of_steps_has_a_mutant():
 
 def test_a_sound_step_passes_and_its_state_stays_usable():
     state = state_of()
-    fts.testing.check_step(GOOD, state, BATCHES, skip=["compiled_equals_eager", "compiled_once", "compiled_replays"])
+    fts.testing.check_step(GOOD, state, BATCHES, skip=["compiled_equals_eager", "compiled_replays"])
     assert int(state.step) == 0 and torch.equal(state.params["w"], state_of().params["w"])
