@@ -47,8 +47,9 @@ def fit(
         total_steps: stop when this many steps were taken since the state was created, over as many epochs as that needs.
         epochs: stop after this many epochs, counted from epoch 0. With neither, one epoch.
         start: where in the data to begin, such as the position that a checkpoint holds.
-        due: a function `Counters -> Due`; the default logs every 50 steps, and evaluates and saves at the end of each
-            epoch where the functions for that are given.
+        due: a function `Counters -> Due`. Its answer's `log`, `evaluate`, `save`, `stop` and `end_epoch` are read in this
+            order, each when its turn comes, so an answer may change its mind after an evaluation. The default logs every 50
+            steps, and evaluates and saves at the end of each epoch where the functions for that are given.
         evaluate: `state -> metrics`, or `state -> events` such as those of `fts.loops.evaluate`, which are passed on.
         save: `(state, position) -> path`.
         donate: let the step reuse the storage of old states (`fts.steps.donating`).

@@ -64,6 +64,9 @@ def traced_once(transform: Transform, params: Params, gradients: Sequence[Params
 
     with law("traced_once", transform.label):
         traced = _compiled(run, counting)
+        # a graph is for one layout of memory, so each tensor has the usual one
+        params = {name: p.contiguous() for name, p in params.items()}
+        gradients = [{name: g.contiguous() for name, g in grads.items()} for grads in gradients]
         state = transform.init(params)
         for grads in (*gradients, *gradients, *gradients):
             # a new dictionary, for the graph must not depend on which one it is given

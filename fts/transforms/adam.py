@@ -202,32 +202,38 @@ def _descent(
             return slow_apply(grads, state, params)
         rate = rate_now(lr, state.step)
         info = {"lr": report_now(lr, rate, state.step.device)}
-        step = state.step.add_(1).float()
-        for (weights, slopes, mu, nu), fraction in by_decay(lists, params):
-            kernel(
-                weights,
-                slopes,
-                mu,
-                nu,
-                [],
-                [step] * len(weights),
-                lr=for_kernel(rate),
-                beta1=b1,
-                beta2=b2,
-                weight_decay=fraction,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-            )
+        weights, slopes, mu, nu = lists
+        fraction = weight_decay
+        if mask is not None and weight_decay:
+            # decayed beforehand, one call of the kernel serves all; a second one would cost more than this product
+            decayed = [weight for weight, flag in zip(weights, flags_of(params), strict=True) if flag]
+            if decayed:
+                scale_in_place(decayed, 1 - rate * weight_decay)
+            fraction = 0.0
+        kernel(
+            weights,
+            slopes,
+            mu,
+            nu,
+            [],
+            [state.step.add_(1).float()] * len(weights),
+            lr=for_kernel(rate),
+            beta1=b1,
+            beta2=b2,
+            weight_decay=fraction,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
         return params, state, info
 
-    def by_decay(lists: list[list[Tensor]], params: Params) -> list[tuple[list[list[Tensor]], float]]:
-        if mask is None or not weight_decay:
-            return [(lists, weight_decay)]
-        flags = [bool(decays(name, param)) for name, param in params.items()]
-        with_decay = [[tensor for tensor, flag in zip(column, flags, strict=True) if flag] for column in lists]
-        without = [[tensor for tensor, flag in zip(column, flags, strict=True) if not flag] for column in lists]
-        return [(group, fraction) for group, fraction in ((with_decay, weight_decay), (without, 0.0)) if group[0]]
+    known: dict[tuple[str, ...], list[bool]] = {}
+
+    def flags_of(params: Params) -> list[bool]:
+        names = tuple(params)
+        if names not in known:
+            known[names] = [bool(decays(name, param)) for name, param in params.items()]
+        return known[names]
 
     return Transform(init, update, apply, update_, checking(lr))
 
