@@ -376,7 +376,9 @@ def test_train_mode_follows_the_root():
 def test_gradients_share_no_memory(engine):
     params = {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(2)}
     state = fts.TrainState.create(params, tx.identity())
-    _, grads = steps.value_and_grad(lambda p, x: ((p["a"] + p["b"]) * x).sum() + p["c"].sum(), engine=engine)(state, torch.ones(3))
+    _, grads = steps.value_and_grad(lambda p, x: ((p["a"] + p["b"]) * x).sum() + p["c"].sum(), engine=engine)(
+        state, torch.ones(3)
+    )
     for grad in grads.values():
         grad.mul_(2)
     assert [grad.tolist() for grad in grads.values()] == [[2.0] * 3, [2.0] * 3, [2.0] * 2]
