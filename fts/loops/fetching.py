@@ -175,6 +175,7 @@ class Workers:
         """The batches of an epoch, taken from the workers in turn."""
         stream.epoch.share_memory_()  # type: ignore[no-untyped-call]
         stream.epoch.fill_(epoch)
+        announce_epoch(stream.reading.data, epoch)  # where workers share it, before they start
         return self._start(stream, seed)
 
     def _start(self, dataset: Any, seed: int, **sampler: Any) -> Iterator[Batch]:

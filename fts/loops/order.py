@@ -85,9 +85,12 @@ def sampled_order(sampler: Iterable[Any], batch_size: int | None, *, seed: int, 
 
 
 def announce_epoch(holder: Any, epoch: int) -> None:
-    """Call `set_epoch` where a sampler or dataset has one."""
+    """Call `set_epoch` where a sampler or dataset has one, unless it says by its `epoch` that it knows.
+
+    `datasets` keeps its epoch in memory that workers share, and two that set it at once can get it wrong.
+    """
     set_epoch = getattr(holder, "set_epoch", None)
-    if callable(set_epoch):
+    if callable(set_epoch) and getattr(holder, "epoch", None) != epoch:
         set_epoch(epoch)
 
 

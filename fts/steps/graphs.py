@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import attrs
+import optree
 import torch
 from torch import Tensor
 
@@ -36,12 +37,13 @@ class Graph:
     """A compiled step for batches of one shape; made by `graph_of`.
 
     Attributes:
-        run: `run(parts, batch, *args) -> (parts or None, metrics)`; None where the parts were written in place.
+        run: `run(parts, batch, *args) -> (parts, metrics)`; or, where the parts were written in place, the few numbers that
+            could not be, instead of parts.
         code: the code object under which dynamo keeps what it compiled.
         draws: whether it draws random numbers, so that it must be seeded; None until the first call has shown it.
     """
 
-    run: Callable[..., tuple[GraphState | None, Metrics]]
+    run: Callable[..., tuple[GraphState | list[Tensor], Metrics]]
     code: Any
     draws: bool | None = None
 
@@ -57,8 +59,8 @@ class Graph:
             if before is not None:
                 # a graph always draws the same count of numbers; most draw none, and seeding costs a tenth of a small step
                 self.draws = not same_states(before, generator_states(device))
-        if after is None:
-            after = parts
+        if not isinstance(after, GraphState):
+            after = _with_scalars(parts, after) if after else parts
         new = TrainState(after.params, state.frozen, after.buffers, after.opt_state, after.step, state.seed, state.layout)
         return new, metrics
 
@@ -80,18 +82,39 @@ def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: d
         options: further arguments of `torch.compile`.
     """
 
-    def run(parts: GraphState, batch: Batch, *args: Any) -> tuple[GraphState | None, Metrics]:
+    def run(parts: GraphState, batch: Batch, *args: Any) -> tuple[Any, Metrics]:
         after, metrics = step(parts, batch, *args)
         if not donate:
             return after, metrics
+        old, new = _tensors(parts), _tensors(after)
+        given = dict.fromkeys(old)
+        # a transform may keep an input as its state (the last parameters): read it before anything is written
+        new = [b.clone() if a is not b and b in given else b for a, b in zip(old, new, strict=True)]
+        fresh = []
         with torch.no_grad():
-            for old, new in zip(_tensors(parts), _tensors(after), strict=True):
-                if old is not new:
-                    old.copy_(new)
-        return None, metrics
+            for a, b in zip(old, new, strict=True):
+                if _is_scalar(a):
+                    fresh.append(b)
+                elif a is not b:
+                    a.copy_(b)
+        return fresh, metrics
 
     own = _with_own_code(cast(FunctionType, run))
     return Graph(torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options), own.__code__)
+
+
+def _is_scalar(tensor: Tensor) -> bool:
+    # torch 2.13 loses what a graph writes into a 0-d float64 tensor on the CPU: it takes such an input for a number
+    return tensor.ndim == 0 and tensor.dtype == torch.float64 and tensor.device.type == "cpu"
+
+
+def _with_scalars(parts: GraphState, fresh: list[Tensor]) -> GraphState:
+    tree = (parts.params, parts.buffers, parts.opt_state, parts.step)
+    leaves, structure = optree.tree_flatten(cast(Any, tree))  # in the order of _tensors
+    remaining = iter(fresh)
+    leaves = [next(remaining) if _is_scalar(leaf) else leaf for leaf in leaves]
+    params, buffers, opt_state, step = optree.tree_unflatten(structure, leaves)
+    return parts.replace(params=params, buffers=buffers, opt_state=opt_state, step=step)
 
 
 def _tensors(parts: GraphState) -> list[Tensor]:

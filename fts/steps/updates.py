@@ -67,7 +67,7 @@ def next_state(
                 step = state.step + 1
             params, opt_state, info = transform.apply(grads, opt_state, params)
     check(transform, params, info)
-    after = TrainState(params, state.frozen, buffers, opt_state, step, state.seed, state.layout)
+    after = state.replace(params=params, opt_state=opt_state, step=step, buffers=buffers)
     if donate:
         mark_donated(state, step_name)
     return after, info

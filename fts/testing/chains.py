@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fts import transforms as tx
-from fts.testing.comparing import copy_of, law, require_equal
+from fts.testing.comparing import copy_of, in_words, law, require_equal
 from fts.typing import Params, Transform
 
 
@@ -37,7 +37,7 @@ def chain_is_associative(
         "chain(identity(), a, b, c)": chain(tx.identity(), first, second, third),
     }
     plain = chain(first, second, third)
-    with law("chain_is_associative", f"chain({first.label}, {second.label}, {third.label})"):
+    with law("chain_is_associative", in_words(plain)):
         for words, other in ways.items():
             state = plain.init(params)
             require_equal(f"the state of {words}", other.init(params), state)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fts.errors import FtsError
 from fts.state import TrainState
+from fts.typing import Transform
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
 """How far two ways of computing the same may differ, relative to the numbers involved.
@@ -22,6 +23,16 @@ The float64 figure holds the formula; the others leave room for rounding that a 
 
 class LawError(FtsError, AssertionError):
     """A transform or a step breaks a law of `fts.testing`."""
+
+
+def in_words(transform: Transform) -> str:
+    """A transform and what it is made of, in one line.
+
+    >>> from fts import transforms as tx
+    >>> in_words(tx.chain(tx.scale(2.0), tx.sgd(0.1)))
+    'chain(scale(2.0); sgd(lr=0.1))'
+    """
+    return transform.label + (f"({'; '.join(map(in_words, transform.children))})" if transform.children else "")
 
 
 @contextmanager
@@ -83,7 +94,7 @@ def require_equal(what: str, found: Any, expected: Any) -> None:
             fail(f"{path} is {shown(one)}, expected {shown(two)}")
 
 
-def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, looser: float = 1.0) -> None:
+def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, looser: float = 1.0, made_from: Any = ()) -> None:
     """Raise LawError unless two trees have the same structure and dtypes, and values equal to rounding.
 
     Where a value is expected to be NaN or infinite, any such value will do.
@@ -94,9 +105,12 @@ def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, l
         expected: what should have come out.
         scale: the size of the numbers that the values were computed from, which cancellation may leave as an error.
         looser: a factor on the tolerance.
+        made_from: the tensors that the values were computed from: a float32 norm of bfloat16 gradients is no better
+            than these.
 
     >>> require_close("updates", {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.0 + 1e-7])})
     """
+    least = max((TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_in(made_from)), default=0.0)
     for path, one, two in _pairs(what, found, expected):
         if not isinstance(one, Tensor) or not isinstance(two, Tensor):
             if one is not two and one != two:
@@ -107,7 +121,7 @@ def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, l
             if not _same_bits(one, two):
                 fail(f"{path} is {shown(one)}, expected {shown(two)}")
             continue
-        bound = looser * tolerance * max(size_of(two), scale)
+        bound = looser * max(tolerance, least) * max(size_of(two), scale)
         if not torch.allclose(_plain(one), _plain(two), rtol=0.0, atol=bound, equal_nan=True):
             fail(f"{path} is {shown(one)}, expected {shown(two)} (within {bound:.3g})")
 

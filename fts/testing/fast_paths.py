@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fts.testing.comparing import copy_of, law, require_close, require_equal, size_of
+from fts.testing.comparing import copy_of, in_words, law, require_close, require_equal, size_of
 from fts.transforms import apply_updates
 from fts.typing import Params, Transform
 
@@ -25,7 +25,7 @@ def apply_equals_update(transform: Transform, params: Params, gradients: Sequenc
     """
     if transform.apply is None:
         return
-    with law("apply_equals_update", transform.label):
+    with law("apply_equals_update", in_words(transform)):
         scale = size_of(params, gradients)
         state = transform.init(params)
         fast_params = copy_of(params)
@@ -35,7 +35,7 @@ def apply_equals_update(transform: Transform, params: Params, gradients: Sequenc
             expected = apply_updates(params, updates)
             found = transform.apply(copy_of(grads), copy_of(state), copy_of(params))
             for what, one, two in zip(("params", "state", "info"), found, (expected, after, info), strict=True):
-                require_close(f"apply's {what}", one, two, scale=scale)
+                require_close(f"apply's {what}", one, two, scale=scale, made_from=grads)
             # the same in place, on one's own results, with gradients that are overwritten afterwards
             given = copy_of(grads)
             fast_params, fast_state, _ = transform.apply(given, fast_state, fast_params)
@@ -60,7 +60,7 @@ def update_in_place_equals_update(transform: Transform, params: Params, gradient
     """
     if transform.update_ is None:
         return
-    with law("update_in_place_equals_update", transform.label):
+    with law("update_in_place_equals_update", in_words(transform)):
         scale = size_of(params, gradients)
         kept = copy_of(params)
         state = transform.init(params)
@@ -69,7 +69,7 @@ def update_in_place_equals_update(transform: Transform, params: Params, gradient
             updates, after, info = transform.update(grads, state, params)
             found = transform.update_(copy_of(grads), copy_of(state), params)
             for what, one, two in zip(("updates", "state", "info"), found, (updates, after, info), strict=True):
-                require_close(f"update_'s {what}", one, two, scale=scale)
+                require_close(f"update_'s {what}", one, two, scale=scale, made_from=grads)
             given = copy_of(grads)
             fast_updates, fast_state, _ = transform.update_(given, fast_state, params)
             _overwrite(given)

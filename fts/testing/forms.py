@@ -10,7 +10,7 @@ import optree
 from torch import Tensor
 
 from fts.state import TrainState
-from fts.testing.comparing import fail, law, named_tensors, require_equal
+from fts.testing.comparing import fail, in_words, law, named_tensors, require_equal
 from fts.transforms import apply_updates
 from fts.typing import OptState, Params, Transform
 
@@ -26,7 +26,7 @@ def state_is_tensors(transform: Transform, params: Params, gradients: Sequence[P
     Raises:
         LawError: something else is in a state.
     """
-    with law("state_is_tensors", transform.label):
+    with law("state_is_tensors", in_words(transform)):
         state = transform.init(params)
         _require_tensors("init(params)", state)
         for grads in gradients:
@@ -45,7 +45,7 @@ def structure_is_stable(transform: Transform, params: Params, gradients: Sequenc
     Raises:
         LawError: a structure, shape, dtype or device changed.
     """
-    with law("structure_is_stable", transform.label):
+    with law("structure_is_stable", in_words(transform)):
         state = transform.init(params)
         start = _forms("state", state)
         structure = optree.tree_structure(state)
@@ -72,7 +72,7 @@ def info_is_flat(transform: Transform, params: Params, gradients: Sequence[Param
     Raises:
         LawError: an info is something else.
     """
-    with law("info_is_flat", transform.label):
+    with law("info_is_flat", in_words(transform)):
         state = transform.init(params)
         for grads in gradients:
             _, state, info = transform.update(grads, state, params)
@@ -97,7 +97,7 @@ def state_round_trips(transform: Transform, params: Params, gradients: Sequence[
     Raises:
         LawError: the loaded state differs, or the state cannot be saved.
     """
-    with law("state_round_trips", transform.label):
+    with law("state_round_trips", in_words(transform)):
         state = TrainState.create(params, transform, seed=3)
         for grads in gradients:
             updates, opt_state, _ = transform.update(grads, state.opt_state, state.params)

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.testing.comparing import fail, law, require_close, size_of
+from fts.testing.comparing import fail, in_words, law, require_close, size_of
 from fts.typing import OptState, Params, Transform
 
 
@@ -24,7 +24,7 @@ def vmapped_equals_loop(transform: Transform, params: Params, gradients: Sequenc
     Raises:
         LawError: vmap fails, or the results differ.
     """
-    with law("vmapped_equals_loop", transform.label):
+    with law("vmapped_equals_loop", in_words(transform)):
         members = [params, {name: tensor * 0.5 for name, tensor in params.items()}]
         states = [transform.init(member) for member in members]
         vmapped = torch.vmap(transform.update)
@@ -36,7 +36,7 @@ def vmapped_equals_loop(transform: Transform, params: Params, gradients: Sequenc
             found = vmapped(_stacked(given), many, _stacked(members))
             for what, index in (("updates", 0), ("state", 1), ("info", 2)):
                 expected = _stacked([result[index] for result in results])
-                require_close(f"the vmapped {what}", found[index], expected, scale=2 * scale)
+                require_close(f"the vmapped {what}", found[index], expected, scale=2 * scale, made_from=params)
             many, states = found[1], [result[1] for result in results]
 
 
@@ -55,7 +55,7 @@ def differentiable(transform: Transform, params: Params, gradients: Sequence[Par
     """
     if not any(tensor.numel() for tensor in params.values()):
         return
-    with law("differentiable", transform.label):
+    with law("differentiable", in_words(transform)):
         generator = torch.Generator().manual_seed(0)
         trees = [_ordinary(params, generator) for _ in range(len(gradients) + 1)]
         directions = [_ordinary(params, generator) for _ in trees]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fts.testing.comparing import copy_of, fail, law, named_tensors, require_equal, storages, tensors_in
+from fts.testing.comparing import copy_of, fail, in_words, law, named_tensors, require_equal, storages, tensors_in
 from fts.typing import Params, Transform
 
 
@@ -21,7 +21,7 @@ def same_inputs_same_outputs(transform: Transform, params: Params, gradients: Se
     Raises:
         LawError: a second call gave something else.
     """
-    with law("same_inputs_same_outputs", transform.label):
+    with law("same_inputs_same_outputs", in_words(transform)):
         state = transform.init(params)
         torch.rand(1)  # whatever else draws random numbers must not matter
         require_equal("init(params)", transform.init(params), state)
@@ -45,7 +45,7 @@ def inputs_unchanged(transform: Transform, params: Params, gradients: Sequence[P
     Raises:
         LawError: an argument was changed.
     """
-    with law("inputs_unchanged", transform.label):
+    with law("inputs_unchanged", in_words(transform)):
         kept = copy_of(params)
         state = transform.init(params)
         require_equal("after init, params", params, kept)
@@ -71,7 +71,7 @@ def state_owns_its_memory(transform: Transform, params: Params, gradients: Seque
     Raises:
         LawError: memory is shared.
     """
-    with law("state_owns_its_memory", transform.label):
+    with law("state_owns_its_memory", in_words(transform)):
         mine = copy_of(params)
         state = transform.init(mine)
         _require_apart("init(params)", state, mine)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fts.testing.comparing import fail, law, require_close, size_of
+from fts.testing.comparing import fail, in_words, law, require_close, size_of
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -33,7 +33,7 @@ def traced_equals_eager(transform: Transform, params: Params, gradients: Sequenc
             infos.append(info)
         return updates, state, infos
 
-    with law("traced_equals_eager", transform.label):
+    with law("traced_equals_eager", in_words(transform)):
         # one update, because tracing takes most of the time; `traced_once` goes on from there
         first = list(gradients[:1])
         expected = run(params, first)
@@ -62,11 +62,13 @@ def traced_once(transform: Transform, params: Params, gradients: Sequence[Params
     def run(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
         return transform.update(grads, state, params)
 
-    with law("traced_once", transform.label):
+    with law("traced_once", in_words(transform)):
         traced = _compiled(run, counting)
         # a graph is for one layout of memory, so each tensor has the usual one
-        params = {name: p.contiguous() for name, p in params.items()}
-        gradients = [{name: g.contiguous() for name, g in grads.items()} for grads in gradients]
+        params, *gradients = [
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tree.items()}
+            for tree in (params, *gradients)
+        ]
         state = transform.init(params)
         for grads in (*gradients, *gradients, *gradients):
             # a new dictionary, for the graph must not depend on which one it is given
@@ -91,4 +93,4 @@ def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
 def _require_same(found: Any, expected: Any, params: Params, gradients: Sequence[Params]) -> None:
     scale = size_of(params, gradients)
     for what, one, two in zip(("updates", "state", "info"), found, expected, strict=True):
-        require_close(f"the graph's {what}", one, two, scale=scale)
+        require_close(f"the graph's {what}", one, two, scale=scale, made_from=params)

@@ -206,7 +206,7 @@ def _descent(
         fraction = weight_decay
         if mask is not None and weight_decay:
             # decayed beforehand, one call of the kernel serves all; a second one would cost more than this product
-            decayed = [weight for weight, flag in zip(weights, flags_of(params), strict=True) if flag]
+            decayed = [param for name, param in params.items() if decays(name, param)]
             if decayed:
                 scale_in_place(decayed, 1 - rate * weight_decay)
             fraction = 0.0
@@ -226,14 +226,6 @@ def _descent(
             maximize=False,
         )
         return params, state, info
-
-    known: dict[tuple[str, ...], list[bool]] = {}
-
-    def flags_of(params: Params) -> list[bool]:
-        names = tuple(params)
-        if names not in known:
-            known[names] = [bool(decays(name, param)) for name, param in params.items()]
-        return known[names]
 
     return Transform(init, update, apply, update_, checking(lr))
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 import fts.testing
 from fts import transforms as tx
+from fts.testing.comparing import in_words
 from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_update
 from fts.testing.forms import structure_is_stable
 from fts.testing.of_transforms import run_examples
@@ -80,14 +81,18 @@ REGISTRY = [
     tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(COSINE, weight_decay=0.1)),
     tx.chain(tx.trace(0.9), tx.scale(-0.1), momentum=tx.trace(0.5), rate=tx.scale_by_learning_rate(0.1)),
     tx.chain(
-        tx.centralize(),
         tx.clip_by_block_rms(1.0),
         tx.scale_by_adam(),
+        tx.centralize(),
         tx.add_decayed_weights(0.1),
         tx.scale_by_learning_rate(COSINE),
     ),
     tx.chain(tx.sgd(0.1), tx.sgd(0.1, momentum=0.9)),
-    tx.chain(tx.add_noise(0.01, 0.55, seed=1), tx.adaptive_clip(2.0), tx.skip_nonfinite(tx.multi_steps(tx.adam(0.1), every=2))),
+    tx.chain(
+        tx.add_noise(0.01, 0.55, seed=1),
+        tx.adaptive_clip(2.0),
+        tx.skip_nonfinite(tx.multi_steps(tx.sgd(0.1, momentum=0.9), every=2)),
+    ),
     tx.ema_params(
         tx.multi_steps(
             tx.skip_nonfinite(tx.partition({"matrix": tx.adamw(COSINE), "vector": tx.masked(tx.sgd(0.1), has_no_b)}, by_shape)),
@@ -110,11 +115,6 @@ NOT_TRANSFORMS = {
     "apply_updates", "averaged_params", "global_norm",
     "constant_schedule", "cosine_schedule", "join_schedules", "linear_schedule", "polynomial_schedule", "warmup",
 }  # fmt: skip
-
-
-def in_words(transform: fts.Transform) -> str:
-    inner = f"({'; '.join(map(in_words, transform.children))})" if transform.children else ""
-    return transform.label + inner
 
 
 @pytest.mark.parametrize("transform", REGISTRY, ids=in_words)
