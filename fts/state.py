@@ -108,7 +108,7 @@ class TrainState:
         return cls(params, frozen, buffers, opt_state, step, int(seed), layout)
 
     def replace(self, **changes: Any) -> TrainState:
-        """A new state with some attributes exchanged; it shares the others with this one.
+        """A new state with some attributes exchanged; it shares the others, so a step that consumes one consumes both.
 
         >>> from fts import transforms as tx
         >>> state = TrainState.create({"w": torch.zeros(2)}, tx.sgd(0.1))

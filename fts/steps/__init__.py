@@ -3,9 +3,10 @@
 from fts.steps.compiled import CompiledStep, compile
 from fts.steps.describing import describe
 from fts.steps.donation import donating
+from fts.steps.engines import Value
 from fts.steps.evaluate import EvalStep, eval_step, module_at
-from fts.steps.gradients import Value, ValueAndGrad, value_and_grad
-from fts.steps.losses import ModuleLoss, module_loss
+from fts.steps.gradients import ValueAndGrad, value_and_grad
+from fts.steps.losses import ModuleLoss, label_count, module_loss
 from fts.steps.microbatches import MicroBatches, rows, split
 from fts.steps.train import TrainStep, train_step
 from fts.steps.updates import apply_gradients
@@ -23,6 +24,7 @@ __all__ = [
     "describe",
     "donating",
     "eval_step",
+    "label_count",
     "module_at",
     "module_loss",
     "rows",

@@ -31,7 +31,9 @@ class Binding:
         self.buffer_places = _places([child._buffers for child in self.modules], names)
         # recurrent layers keep a second list of their weights, which must follow
         self.recurrent = [child for child in self.modules if isinstance(child, nn.RNNBase)]
+        self.empty = [(child._buffers, key) for child in self.modules for key, tensor in child._buffers.items() if tensor is None]
         self._fitting: tuple[Any, Any, Any] = (None, None, None)
+        self._settled = False
 
     def check(self, state: TrainState) -> None:
         """Raise UnknownParameterError where the state's names are not those of the module."""
@@ -47,6 +49,25 @@ class Binding:
                 f"module lacks {sorted(want - have)[:5]}. Create the state from the module that the loss runs."
             )
         self._fitting = tuple(frozenset(keys) for keys in current)  # type: ignore[assignment]
+
+    def check_structure(self) -> None:
+        """Raise UnknownParameterError where the first forward pass made tensors that no state knows."""
+        if self._settled:
+            return
+        known = self.parameters.keys() | self.buffer_places.keys()
+        found = dict(self.module.named_parameters()).keys() | dict(self.module.named_buffers()).keys()
+        if made := sorted(found - known):
+            for buffers, key in self.empty:
+                buffers[key] = None
+            raise UnknownParameterError(
+                f"The forward pass of {type(self.module).__name__} made {made[:5]}, which the state does not hold, so they would "
+                "be neither trained nor saved. Run one batch through the module before you create the state and the loss."
+            )
+        self._settled = True
+
+    def has_hooks(self) -> bool:
+        """Whether a parameter has hooks on its gradient, which only `loss.backward()` runs."""
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters.values())
 
     @contextmanager
     def exchange(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fts.errors import ArgumentError, CompileFallbackWarning
 from fts.state import TrainState, mark_donated
-from fts.steps.graphs import Graph, graph_of
+from fts.steps.binding import Binding
+from fts.steps.graphs import Graph, graph_of, is_compile_error, reason_of
 from fts.steps.train import TrainStep
 from fts.steps.updates import check
 from fts.typing import Batch, Metrics, StepFn
@@ -41,23 +42,27 @@ class CompiledStep:
     graphs: Graphs = attrs.field(factory=Graphs)
 
     def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
-        # such as Hugging Face's BatchEncoding, which no registry of trees knows
-        batch = dict(batch) if isinstance(batch, Mapping) else batch
-        graph = self._graph(batch, args)
+        if isinstance(batch, Mapping):
+            # also Hugging Face's BatchEncoding, which no registry of trees knows; dynamo guards the order of keys
+            batch = {key: batch[key] for key in sorted(batch, key=str)}
+        graph = self._graph(state, batch, args)
         if graph is None:
             return self._eager()(state, batch, *args)
         try:
             with self._train_mode():
                 new, metrics = graph(state, batch, *args)
-        except Exception as error:
-            if not _is_compile_error(error):
+        except BaseException as error:
+            if not is_compile_error(error):
+                if self.donate and graph.draws is not None:  # what a graph was doing when it was interrupted is unknown
+                    mark_donated(state, "a compiled step, which failed")
                 raise
-            self._fall_back(error)
-            return self._eager()(state, batch, *args)
-        if isinstance(self.step, TrainStep):
-            check(self.step.transform, new.params, metrics)
+            result = self._eager()(state, batch, *args)  # where the batch is to blame, this says so
+            self._fall_back(reason_of(error))
+            return result
         if self.donate:
             mark_donated(state, "a compiled step")
+        if isinstance(self.step, TrainStep):
+            check(self.step.transform, new.params, metrics)
         return new, metrics
 
     @property
@@ -70,41 +75,53 @@ class CompiledStep:
         if isinstance(self.step, TrainStep):
             self.step.check(info)
 
-    def _graph(self, batch: Batch, args: tuple[Any, ...]) -> Graph | None:
+    @property
+    def traced(self) -> StepFn[Any]:
+        """The step as a graph traces it: pure, and differentiated by `torch.func`."""
+        if not isinstance(self.step, TrainStep):
+            return self.step
+        return attrs.evolve(self.step, donate=False, gradients=attrs.evolve(self.step.gradients, engine="func"))
+
+    def _graph(self, state: TrainState, batch: Batch, args: tuple[Any, ...]) -> Graph | None:
+        graphs, binding = self.graphs, self._binding
         leaves, structure = optree.tree_flatten(cast(Any, (batch, *args)))
-        key = (self.donate, structure, tuple([_shape(leaf) for leaf in leaves]))
-        graph = self.graphs.by_shape.get(key)
-        if graph is not None or self.graphs.eager:
+        modes = () if binding is None else tuple([child.training for child in binding.modules])
+        key = (self.donate, modes, structure, tuple([_shape(leaf) for leaf in leaves]))
+        graph = graphs.by_shape.get(key)
+        if graph is not None or graphs.eager:
             return graph
-        if len(self.graphs.by_shape) >= MAX_GRAPHS:
-            self.graphs.eager = True
+        if binding is not None and binding.has_hooks():
+            self._fall_back("A parameter has a hook on its gradient, which a graph would not run.")
+            return None
+        if len(graphs.by_shape) >= MAX_GRAPHS:
+            graphs.eager = True
             _warn(
                 f"This step has been compiled for {MAX_GRAPHS} different shapes of the batch and runs eagerly on further ones. "
                 "Pad batches to a few lengths (pad_to_multiple_of in Hugging Face's collators) and drop the short last one."
             )
             return None
-        step = self.step
-        if isinstance(step, TrainStep):
-            step = attrs.evolve(step, donate=False, gradients=attrs.evolve(step.gradients, engine="func"))
-        graph = graph_of(step, donate=self.donate, backend=self.backend, options=self.options)
-        self.graphs.by_shape[key] = graph
+        if isinstance(self.step, TrainStep) and not graphs.by_shape:
+            # finds what is wrong with the loss or the batch, and settles what models decide in their first forward pass
+            self.step.gradients(state, batch, *args)
+        graph = graphs.by_shape[key] = graph_of(self.traced, donate=self.donate, backend=self.backend, options=self.options)
         return graph
+
+    @property
+    def _binding(self) -> Binding | None:
+        return self.step.gradients.binding if isinstance(self.step, TrainStep) else None
 
     def _train_mode(self) -> AbstractContextManager[None]:
         # flags of modules must be set outside the graph
-        binding = self.step.gradients.binding if isinstance(self.step, TrainStep) else None
+        binding = self._binding
         return nullcontext() if binding is None or binding.module.training else binding.mode(training=True)
 
     def _eager(self) -> StepFn[Any]:
         return attrs.evolve(self.step, donate=self.donate) if isinstance(self.step, TrainStep) else self.step
 
-    def _fall_back(self, error: Exception) -> None:
+    def _fall_back(self, reason: str) -> None:
         self.graphs.eager = True
         self.graphs.by_shape.clear()
-        _warn(
-            f"This step cannot be compiled as one graph and runs eagerly from now on. {_reason(error)} "
-            "(Set TORCH_LOGS=graph_breaks for torch's full account.)"
-        )
+        _warn(f"This step cannot be compiled as one graph and runs eagerly from now on. {reason}")
 
 
 def compile(step: StepFn[Any], *, donate: bool | None = None, backend: str = "inductor", **options: Any) -> CompiledStep:
@@ -149,20 +166,6 @@ def _shape(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return (leaf.shape, leaf.dtype.str) if hasattr(leaf, "shape") else leaf
-
-
-def _is_compile_error(error: Exception) -> bool:
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
-
-    return isinstance(error, (TorchDynamoException, InductorError, InvalidCxxCompiler))
-
-
-def _reason(error: Exception) -> str:
-    if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-        return "No C++ compiler was found; install one (g++ or clang) to compile on a CPU."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}"
 
 
 def _warn(message: str) -> None:

@@ -53,11 +53,11 @@ def _node(part: Any) -> Node:
     if isinstance(part, CompiledStep):
         return f"compiled to one graph, {part.backend}", [part.step]
     if isinstance(part, EvalStep):
-        return "eval_step" + _with_precision(part.precision), [("loss: " + _name(part.loss), [])]
+        return "eval_step" + _with_precision(part.precision), [("loss: " + _name(part.forward.loss), [])]
     if isinstance(part, ValueAndGrad):
         accumulate = f", accumulate x{part.accumulate}" if part.accumulate > 1 else ""
         label = f"gradients: {part.engine} engine{accumulate}{_with_precision(part.precision)}"
-        return label, [("loss: " + _name(part.loss), [])]
+        return label, [("loss: " + _name(part.forward.loss), [])]
     if isinstance(part, Transform):
         return part.label, list(part.children)
     return _name(part), []

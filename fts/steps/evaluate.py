@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fts.randomness import EVALUATION, fold, seed_generators
 from fts.state import TrainState
 from fts.steps.binding import Binding
-from fts.steps.gradients import device_of
-from fts.steps.losses import ModuleLoss, call_loss, check_callable
-from fts.steps.microbatches import rows
-from fts.steps.precision import autocast, autocast_dtype
+from fts.steps.engines import Forward
+from fts.steps.losses import ModuleLoss, check_callable
+from fts.steps.precision import autocast_dtype
+from fts.steps.tracing import device_of
+from fts.steps.weighing import weight_of
 from fts.typing import Batch, LossFn, LossOutput, Number
 
 Means: TypeAlias = dict[str, tuple[Tensor, Number]]
@@ -25,20 +26,18 @@ Means: TypeAlias = dict[str, tuple[Tensor, Number]]
 
 @attrs.frozen(eq=False)
 class EvalStep:
-    """A function `(state, batch) -> {name: (mean, weight)}`; made by `eval_step`."""
+    """A function `(state, batch, *args) -> {name: (mean, weight)}`; made by `eval_step`."""
 
-    loss: LossFn | ModuleLoss
+    forward: Forward
     precision: str | None
-    dtype: torch.dtype | None
-    binding: Binding | None
 
     def __call__(self, state: TrainState, batch: Batch, *args: Any) -> Means:
         device = device_of(state.params)
         # what is random in an evaluation depends on the step alone, and differs from what training drew there
         seed_generators(fold(state.seed, EVALUATION, int(state.step)), device)
-        with torch.no_grad(), autocast(device, self.dtype), _evaluating(self.binding, state):
-            output = call_loss(self.loss, state.params, batch, *args)
-        weight = (rows(batch) or 1) if output.weight is None else output.weight
+        with torch.no_grad(), _evaluating(self.forward.binding, state):
+            output = self.forward(state.params, batch, args, device)
+        weight = weight_of(output, batch, weigh_rows=True)
         return {"loss": (output.loss, weight), **_weighted(output, weight)}
 
 
@@ -61,7 +60,7 @@ def eval_step(loss: LossFn | ModuleLoss, *, precision: str | None = None) -> Eva
     if not isinstance(loss, ModuleLoss):
         check_callable(loss, "eval_step", "loss(params, batch)")
     binding = Binding(loss.module) if isinstance(loss, ModuleLoss) else None
-    return EvalStep(loss, precision, autocast_dtype(precision), binding)
+    return EvalStep(Forward(loss, autocast_dtype(precision), binding), precision)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fts.randomness import STEP, fold, generator_states, same_states, seed_generators
 from fts.state import TrainState
-from fts.steps.gradients import device_of
+from fts.steps.tracing import device_of
 from fts.typing import Batch, Metrics, OptState, Params
 
 
@@ -55,7 +57,8 @@ class Graph:
             device = device_of(state.params)
             seed_generators(fold(state.seed, STEP, int(state.step), 0), device)
             before = generator_states(device) if self.draws is None else None
-            after, metrics = self.run(parts, batch, *args)
+            with nullcontext() if before is None else _without_logging():
+                after, metrics = self.run(parts, batch, *args)
             if before is not None:
                 # a graph always draws the same count of numbers; most draw none, and seeding costs a tenth of a small step
                 self.draws = not same_states(before, generator_states(device))
@@ -103,23 +106,58 @@ def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: d
     return Graph(torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options), own.__code__)
 
 
+def is_compile_error(error: BaseException) -> bool:
+    """Whether an error comes from compiling, and not from running, a step."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit, InductorError, InvalidCxxCompiler))
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a step was not compiled, in a sentence or two out of torch's page."""
+    text = str(error)
+    if "InvalidCxxCompiler" in f"{type(error).__name__} {text}":
+        return "No C++ compiler was found; install one (g++ or clang) to compile on a CPU."
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return (
+            "Something in Python that the graph depends on changes from step to step, such as a number in a closure. Make it a "
+            "0-d tensor in the batch, or behind the batch."
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    context = next((line for line in lines if line.startswith("Developer debug context:")), "")
+    frames = [line for line in lines if line.startswith("File ") and "/fts/" not in line and "/torch/" not in line]
+    parts = [f"{type(error).__name__}: {lines[0] if lines else ''}", context, *frames[-1:]]
+    return " ".join(part.rstrip(".") + "." for part in parts if part)
+
+
+def _without_logging() -> AbstractContextManager[Any]:
+    # calls of a logger in a model (GPT-2 has one) would break the graph
+    from torch._dynamo import config
+
+    names = ("debug", "info", "warning", "error", "warning_once", "info_once")
+    functions = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+    return config.patch(ignore_logging_functions=functions | config.ignore_logging_functions)  # type: ignore[no-any-return]
+
+
 def _is_scalar(tensor: Tensor) -> bool:
     # torch 2.13 loses what a graph writes into a 0-d float64 tensor on the CPU: it takes such an input for a number
     return tensor.ndim == 0 and tensor.dtype == torch.float64 and tensor.device.type == "cpu"
 
 
 def _with_scalars(parts: GraphState, fresh: list[Tensor]) -> GraphState:
-    tree = (parts.params, parts.buffers, parts.opt_state, parts.step)
+    tree = (parts.opt_state, parts.buffers, parts.step, parts.params)
     leaves, structure = optree.tree_flatten(cast(Any, tree))  # in the order of _tensors
     remaining = iter(fresh)
     leaves = [next(remaining) if _is_scalar(leaf) else leaf for leaf in leaves]
-    params, buffers, opt_state, step = optree.tree_unflatten(structure, leaves)
+    opt_state, buffers, step, params = optree.tree_unflatten(structure, leaves)
     return parts.replace(params=params, buffers=buffers, opt_state=opt_state, step=step)
 
 
 def _tensors(parts: GraphState) -> list[Tensor]:
     leaves: list[Tensor] = []
-    for tree in (parts.params, parts.buffers, parts.opt_state, parts.step):
+    # the parameters last: what a transform keeps of them may be a view
+    for tree in (parts.opt_state, parts.buffers, parts.step, parts.params):
         _collect(tree, leaves)
     return leaves
 

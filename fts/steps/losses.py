@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from fts.errors import ArgumentError, BatchError, LossError
@@ -34,7 +35,7 @@ def module_loss(module: nn.Module, fn: Callable[..., Any] | None = None) -> Modu
         fn: `fn(model, batch)` returns a loss (see `fts.typing.LossFn`); `model` is the module at the state's tensors.
             Without it the module is called as Hugging Face's models are, `module(**batch)`, and must return its loss:
             an object with `.loss`, a dictionary with "loss", or a tuple that begins with it. Its weight is then the
-            number of labels that are not -100 where `labels` are tokens (integers in two or more dimensions).
+            number of labels that count where `labels` are tokens (see `label_count`).
 
     Returns:
         The loss.
@@ -93,7 +94,7 @@ def call_loss(loss: LossFn | ModuleLoss, params: Any, batch: Batch, *args: Any) 
         elif loss.fn is not None:
             result = loss.fn(loss.module, batch, *args)
         elif isinstance(batch, Mapping):
-            result = _loss_of_output(loss.module(**batch), batch)
+            result = _loss_of_output(loss.module, loss.module(**batch), batch)
         else:
             raise BatchError(
                 f"A module loss without a function calls module(**batch), so the batch must be a dictionary, not "
@@ -153,13 +154,39 @@ def _to_loss_output(result: Any) -> LossOutput:
     return LossOutput(loss)
 
 
-def _loss_of_output(output: Any, batch: Mapping[str, Any]) -> LossOutput:
-    labels = batch.get("labels")
-    loss = _own_loss(output, batch)
-    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-        # a model of tokens takes its mean over the labels that are not ignored
-        return LossOutput(loss, (labels != -100).sum())
-    return LossOutput(loss)
+def _loss_of_output(module: nn.Module, output: Any, batch: Mapping[str, Any]) -> LossOutput:
+    return LossOutput(_own_loss(output, batch), label_count(module, batch.get("labels")))
+
+
+def label_count(module: nn.Module, labels: Any) -> Tensor | None:
+    """Over how many labels a model of tokens takes its mean loss.
+
+    Args:
+        module: a causal language model in Hugging Face's manner does not predict the first token of a row.
+        labels: integers, of which -100 does not count; of shape [rows, tokens, ...] for a model of tokens.
+
+    Returns:
+        A 0-d int64 tensor, or None where the labels are not tokens.
+
+    >>> import torch
+    >>> label_count(nn.Linear(1, 1), torch.tensor([[1, 2, -100], [3, -100, -100]]))
+    tensor(3)
+    """
+    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return None
+    counted = labels[..., 1:] if _shifts(module) else labels
+    count: Tensor = torch.ne(counted, -100).sum()
+    return count
+
+
+def _shifts(module: nn.Module) -> bool:
+    base = getattr(module, "get_base_model", None)  # peft's
+    if callable(base):
+        module = base()
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return False
+    kind = getattr(module, "loss_type", None)
+    return kind == "ForCausalLM" or (kind is None and type(module).__name__.endswith("LMHeadModel"))
 
 
 def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fts import transforms as tx
 from fts.errors import LossError, UnknownParameterError
 from fts.state import TrainState, mark_donated
-from fts.steps.gradients import device_of, differentiated, in_transform
+from fts.steps.tracing import device_of, differentiated, in_transform
 from fts.typing import Info, Metrics, Params, Transform
 
 
@@ -53,24 +53,46 @@ def next_state(
 ) -> tuple[TrainState, Info]:
     """As `apply_gradients`, for gradients that nobody else needs: their storage may be overwritten."""
     params, opt_state = state.params, state.opt_state
-    if transform.apply is None or in_transform() or differentiated(params, grads):
-        updates, opt_state, info = transform.update(grads, opt_state, params)
-        params = tx.apply_updates(params, updates)
-        step = state.step + 1
-    else:
-        with torch.no_grad():
-            if donate:
-                step = state.step.add_(1)
-            else:
-                # the fast path on copies, so that donated and undonated steps give the same bits
-                params, opt_state = _clones(params), optree.tree_map(Tensor.clone, opt_state)
-                step = state.step + 1
-            params, opt_state, info = transform.apply(grads, opt_state, params)
-    check(transform, params, info)
-    after = state.replace(params=params, opt_state=opt_state, step=step, buffers=buffers)
+    written = False
+    try:
+        if transform.apply is None or in_transform() or differentiated(params, grads):
+            updates, opt_state, info = transform.update(grads, opt_state, params)
+            params = tx.apply_updates(params, updates)
+            step = state.step + 1
+            buffers = _buffers_after(state.buffers, buffers, info)
+        else:
+            with torch.no_grad():
+                if not donate:
+                    # the fast path on copies, so that donated and undonated steps give the same bits
+                    params, opt_state = _clones(params), optree.tree_map(Tensor.clone, opt_state)
+                written = donate
+                params, opt_state, info = transform.apply(grads, opt_state, params)
+                buffers = _buffers_after(state.buffers, buffers, info)
+                if donate:
+                    buffers = {name: _stored(buffers[name], old) for name, old in state.buffers.items()}
+                step = state.step.add_(1) if donate else state.step + 1
+        after = state.replace(params=params, opt_state=opt_state, step=step, buffers=buffers)
+        check(transform, params, info)
+    except BaseException:
+        if written:
+            mark_donated(state, f"{step_name}, which failed in the middle of an update")
+        raise
     if donate:
         mark_donated(state, step_name)
     return after, info
+
+
+def _buffers_after(old: Params, new: Params, info: Info) -> Params:
+    """The new buffers, or the old ones if the update was skipped: a batch that gave NaN must not leave it in the statistics."""
+    skipped = info.get("skipped")
+    if skipped is None:
+        return new
+    return {name: torch.where(skipped.to(old[name].device) > 0, old[name], tensor) for name, tensor in new.items()}
+
+
+def _stored(new: Tensor, old: Tensor) -> Tensor:
+    """The new values in the old storage, where they fit."""
+    return old if new is old else old.copy_(new) if new.shape == old.shape and new.dtype == old.dtype else new
 
 
 def check(transform: Transform, params: Params, info: Info) -> None:

@@ -185,10 +185,15 @@ def last_parameters() -> fts.Transform:
     """Momentum from the difference to the parameters before: a state that holds the very tensors of the old one."""
 
     def update(grads, state, params):
-        updates = {name: 0.5 * (params[name] - state[name]) - 0.1 * g for name, g in grads.items()}
-        return updates, params, {}
+        updates = {name: 0.5 * (params[name] - state["last"][name]) - 0.1 * g for name, g in grads.items()}
+        # the tensors themselves, views of them, and a history that moves on by one place
+        views = {name: p.detach() for name, p in params.items()}
+        return updates, {"last": dict(params), "views": views, "older": state["last"]}, {}
 
-    return fts.Transform(lambda params: {name: p.clone() for name, p in params.items()}, update, label="last_parameters")
+    def init(params):
+        return {key: {name: p.clone() for name, p in params.items()} for key in ("last", "views", "older")}
+
+    return fts.Transform(init, update, label="last_parameters")
 
 
 @pytest.mark.parametrize("name", REGISTRY)

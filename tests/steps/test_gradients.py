@@ -158,14 +158,7 @@ class Checkpointed(nn.Module):
         return self.second(hidden)
 
 
-def test_torch_func_says_that_it_cannot_take_reentrant_checkpoints():
-    net = Checkpointed(reentrant=True)
-    loss = steps.module_loss(net, cross_entropy)
-    with pytest.raises(RuntimeError, match="functorch"):
-        steps.value_and_grad(loss, engine="func")(fts.TrainState.create(net, tx.identity()), batch_of(4))
-
-
-@pytest.mark.parametrize(("engine", "reentrant"), [("module", False), ("module", True), ("func", False)])
+@pytest.mark.parametrize(("engine", "reentrant"), [("module", False), ("module", True), ("func", False), ("func", True)])
 def test_activation_checkpointing(engine, reentrant):
     net = Checkpointed(reentrant)
     batch = batch_of(4)
