@@ -1,7 +1,7 @@
 # One command per job; a bare `make` lists them. Everything is installed into .venv, nothing outside the checkout.
 #
 #   PYTHON=python3.12 make test      another interpreter
-#   make demo WORDS="lovely dread"   words to predict
+#   make demo WORDS="charming vile"   words to predict
 #   make test TESTS=tests/loops      some tests only
 #   make test WORKERS=1              one process
 

@@ -162,7 +162,6 @@ def trainer(task: Task, total: int) -> Callable[[], float]:
                 logging_steps=100,
                 save_strategy="no",
                 disable_tqdm=True,
-                report_to="none",
                 use_cpu=True,
             )
             runner = Trainer(
@@ -175,7 +174,7 @@ def trainer(task: Task, total: int) -> Callable[[], float]:
     return turn
 
 
-class Columns(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Columns(torch.utils.data.Dataset):
     """Rows of a few tensors; `__getitems__` fetches a whole batch at once, as torch's loaders allow."""
 
     def __init__(self, columns: dict[str, torch.Tensor]) -> None:

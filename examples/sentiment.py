@@ -1,6 +1,6 @@
 """Fine-tune a pretrained MiniLM to rate the sentiment of single words, as humans did for the VADER lexicon.
 
-    python examples/sentiment.py                      # one or two minutes on two cores
+    python examples/sentiment.py                      # a few minutes on two free cores
     python examples/sentiment.py wonderful gruesome   # then rate these words
 
 The model (22M parameters, real weights) and the ratings come with Python packages; nothing is downloaded. The words are split by

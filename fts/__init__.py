@@ -50,32 +50,29 @@ __all__ = ["LossOutput", "TrainState", "Transform", "__version__", "errors", "gl
 
 _LAZY_ROOMS = ("loops", "testing", "trainer")
 
-_LAZY_NAMES = dict.fromkeys(
-    (
-        "CallbackHandler",
-        "DefaultFlowCallback",
-        "EarlyStoppingCallback",
-        "EvalLoopOutput",
-        "EvalPrediction",
-        "ExportableState",
-        "IntervalStrategy",
-        "OptimizerNames",
-        "PredictionOutput",
-        "PrinterCallback",
-        "ProgressCallback",
-        "SaveStrategy",
-        "SchedulerType",
-        "TrainOutput",
-        "Trainer",
-        "TrainerCallback",
-        "TrainerControl",
-        "TrainerState",
-        "TrainingArguments",
-        "default_data_collator",
-    ),
-    "fts.trainer",
+_LAZY_NAMES = (
+    "CallbackHandler",
+    "DefaultFlowCallback",
+    "EarlyStoppingCallback",
+    "EvalLoopOutput",
+    "EvalPrediction",
+    "ExportableState",
+    "IntervalStrategy",
+    "OptimizerNames",
+    "PredictionOutput",
+    "PrinterCallback",
+    "ProgressCallback",
+    "SaveStrategy",
+    "SchedulerType",
+    "TrainOutput",
+    "Trainer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingArguments",
+    "default_data_collator",
 )
-"""Names that `fts` offers from a room that is loaded on first use."""
+"""The names of `fts.trainer` that `fts` offers, too; the room is loaded when the first one is used."""
 
 
 def __getattr__(name: str) -> object:
@@ -83,7 +80,7 @@ def __getattr__(name: str) -> object:
     if name in _LAZY_ROOMS:
         return _import_module(f"fts.{name}")  # the import system sets the attribute
     if name in _LAZY_NAMES:
-        value = globals()[name] = getattr(_import_module(_LAZY_NAMES[name]), name)
+        value = globals()[name] = getattr(_import_module("fts.trainer"), name)
         return value
     raise AttributeError(f"module 'fts' has no attribute {name!r}")
 

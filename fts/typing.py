@@ -41,9 +41,6 @@ class Schedule(Protocol):
     def __call__(self, step: Any, /) -> Any: ...
 
 
-ScalarOrSchedule: TypeAlias = float | Schedule
-
-
 class Transform(NamedTuple):
     """A pure mapping of gradients to updates, with its own state.
 

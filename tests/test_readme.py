@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -42,7 +44,10 @@ def given() -> dict[str, object]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     data = [{"x": torch.randn(16, 8), "y": torch.randint(3, (16,))} for _ in range(4)]
-    return {"torch": torch, "net": net, "data": data, "batch": data[0], "__name__": "snippets"}
+    module = ModuleType("snippets")
+    sys.modules[module.__name__] = module  # torch.compile looks the globals of a function up in its module
+    vars(module).update(torch=torch, net=net, data=data, batch=data[0])
+    return vars(module)
 
 
 def run(blocks: list[Block], namespace: dict[str, object]) -> dict[str, object]:

@@ -51,7 +51,7 @@ def _node(part: Any) -> Node:
     if isinstance(part, TrainStep):
         return "train_step" + (", donates" if part.donate else ""), [part.gradients, part.transform]
     if isinstance(part, CompiledStep):
-        return f"compiled to one graph, {part.backend}", [part.step]
+        return f"compiled to one graph, {part.backend}" + (", donates" if part.donate else ""), [part.traced]
     if isinstance(part, EvalStep):
         return "eval_step" + _with_precision(part.precision), [("loss: " + _name(part.forward.loss), [])]
     if isinstance(part, ValueAndGrad):

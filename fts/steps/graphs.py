@@ -102,7 +102,7 @@ def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: d
                     a.copy_(b)
         return fresh, metrics
 
-    own = _with_own_code(cast(FunctionType, run))
+    own = with_own_code(cast(FunctionType, run))
     return Graph(torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options), own.__code__)
 
 
@@ -174,8 +174,11 @@ def _collect(tree: Any, leaves: list[Tensor]) -> None:
             _collect(child, leaves)
 
 
-def _with_own_code(function: FunctionType) -> FunctionType:
-    # dynamo keeps its graphs by code object; one for each shape keeps its guards few and its limit on graphs away
+def with_own_code(function: FunctionType) -> FunctionType:
+    """The same function under a code object of its own.
+
+    dynamo keeps its graphs by code object: one for each shape keeps its guards few and its limit on graphs away.
+    """
     return FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )

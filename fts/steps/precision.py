@@ -9,14 +9,14 @@ import torch
 
 from fts.errors import ArgumentError
 
-_POLICIES = {None: None, "fp32": None, "bf16": torch.bfloat16}
+_POLICIES = {None: None, "bf16": torch.bfloat16}
 
 
 def autocast_dtype(precision: str | None) -> torch.dtype | None:
     """The dtype that a policy computes in, or None for that of the parameters.
 
     Args:
-        precision: None or "fp32" (no change), or "bf16" (`torch.autocast` to bfloat16 around the loss function).
+        precision: None (no change), or "bf16" (`torch.autocast` to bfloat16 around the loss function).
 
     Raises:
         ArgumentError: the policy is unknown, or needs loss scaling.
@@ -27,7 +27,7 @@ def autocast_dtype(precision: str | None) -> torch.dtype | None:
     if precision == "fp16":
         raise ArgumentError("precision='fp16' needs loss scaling, which fts does not have yet. Use precision='bf16'.")
     if precision not in _POLICIES:
-        raise ArgumentError(f"precision={precision!r} is unknown. Use None, 'fp32' or 'bf16'.")
+        raise ArgumentError(f"precision={precision!r} is unknown. Use None or 'bf16'.")
     return _POLICIES[precision]
 
 

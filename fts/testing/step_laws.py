@@ -25,7 +25,7 @@ Step = StepFn[TrainState]
 
 def words_of(step: Any) -> str:
     """A step in one line, for messages."""
-    return " / ".join(line.strip("│├└─ ") for line in describe(step).splitlines()) if isinstance(step, TrainStep) else _name(step)
+    return " / ".join(line.strip("│├└─ ") for line in describe(step).splitlines())
 
 
 def metrics_are_flat(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
@@ -119,9 +119,9 @@ def module_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) ->
     Raises:
         LawError: the module was changed.
     """
-    if not isinstance(step, TrainStep) or not isinstance(step.gradients.loss, ModuleLoss):
+    if not isinstance(step, TrainStep) or not isinstance(step.gradients.forward.loss, ModuleLoss):
         return
-    module = step.gradients.loss.module
+    module = step.gradients.forward.loss.module
     with law("module_unchanged", words_of(step)):
         for variant in (step, donating(step)):
             before, tensors = _portrait(module), copy_of(module.state_dict())
@@ -296,7 +296,3 @@ def _portrait(module: nn.Module) -> list[Any]:
     return [(name, id(t), t.data_ptr(), t.requires_grad, id(t.grad) if t.grad is not None else None) for name, t in tensors] + [
         child.training for child in module.modules()
     ]
-
-
-def _name(step: Any) -> str:
-    return getattr(step, "__name__", type(step).__name__)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fts.steps.graphs import with_own_code
 from fts.testing.comparing import fail, in_words, law, require_close, size_of
 from fts.typing import Info, OptState, Params, Transform
 
@@ -82,11 +83,8 @@ def traced_once(transform: Transform, params: Params, gradients: Sequence[Params
 
 
 def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    # dynamo keeps graphs by code object, so each check gets one of its own
     assert isinstance(function, FunctionType)
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
+    own = with_own_code(function)  # graphs of one check must not serve another
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
 

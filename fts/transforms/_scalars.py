@@ -73,3 +73,8 @@ def device_of(tensors: dict[str, Tensor]) -> torch.device:
 def new_count(params: dict[str, Tensor]) -> Tensor:
     """A counter at zero, on the device of the first parameter."""
     return torch.zeros((), dtype=torch.int64, device=device_of(params))
+
+
+def readable(count: Tensor) -> Any:
+    """A counter for fast paths: a Python number on the CPU, where reading it waits for nothing, else the tensor."""
+    return int(count) if count.is_cpu else count

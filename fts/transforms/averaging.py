@@ -10,7 +10,7 @@ from torch import Tensor
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, check_transform, need_params
 from fts.transforms._inplace import fast_apply, is_fast, scale_in_place
-from fts.transforms._scalars import new_count, real
+from fts.transforms._scalars import new_count, readable, real
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -75,7 +75,7 @@ def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transfor
     def apply(grads: Params, state: EmaState, params: Params) -> tuple[Params, OptState, Info]:
         params, inner_state, info = inner_apply(grads, state.inner, params)
         count = state.step.add_(1)
-        share = share_of_new(int(count) if count.is_cpu else count)
+        share = share_of_new(readable(count))
         average, latest = [state.average[name] for name in params], list(params.values())
         if isinstance(share, Tensor):
             moves = list(torch._foreach_sub(latest, average))

@@ -11,7 +11,7 @@ from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import added, for_kernel, fused_lists, scale_in_place
 from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
-from fts.transforms._scalars import choose, new_count, times
+from fts.transforms._scalars import choose, new_count, readable, times
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -142,7 +142,7 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
         if momentum:
             torch._foreach_mul_(sums, momentum)
             if dampening:
-                scale_in_place(slopes, choose((int(state.step) if state.step.is_cpu else state.step) == 0, 1.0, 1.0 - dampening))
+                scale_in_place(slopes, choose(readable(state.step) == 0, 1.0, 1.0 - dampening))
             torch._foreach_add_(sums, slopes)
             if nesterov:
                 torch._foreach_add_(slopes, sums, alpha=momentum)

@@ -13,7 +13,7 @@ from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
 from fts.transforms._rates import Rate, check_rate, checking, rate_now, report, report_now
-from fts.transforms._scalars import device_of, new_count, times
+from fts.transforms._scalars import device_of, new_count, readable, times
 from fts.typing import Info, OptState, Params, Schedule, Transform
 
 
@@ -104,7 +104,7 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
         return {name: times(g, factor) for name, g in grads.items()}, ScheduleState(state.step + 1), {}
 
     def update_(grads: Params, state: ScheduleState, params: Params | None) -> tuple[Params, OptState, Info]:
-        factor = schedule(int(state.step) if state.step.is_cpu else state.step)
+        factor = schedule(readable(state.step))
         state.step.add_(1)
         scale_in_place(list(grads.values()), factor)
         return grads, state, {}

@@ -121,7 +121,6 @@ def cosine_schedule(peak_value: float, *, warmup_steps: int = 0, total_steps: in
         done = at_most(at_least(real(step) / descent_steps, 0.0), 1.0)
         return end_value + (peak_value - end_value) * (0.5 * (1.0 + cosine(math.pi * done)))
 
-    end = f", end {in_words(end_value)}" if end_value else ""
     rise = f", warmup {warmup_steps}" if warmup_steps else ""
     end = f", end {in_words(end_value)}" if end_value else ""
     words = f"cosine_schedule({in_words(peak_value)}{rise}, total {total_steps}{end})"

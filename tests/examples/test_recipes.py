@@ -50,13 +50,6 @@ def private_names(source: str) -> list[str]:
     return found
 
 
-def test_all_methods_of_the_examination_are_there() -> None:
-    names = {path.stem for path in FILES}
-    assert names >= {
-        "gan", "sam", "mean_teacher", "per_sample_clipping", "gradual_unfreezing", "maml", "policy_gradient", "distillation",
-    }  # fmt: skip
-
-
 @each_recipe
 def test_recipe_does_what_it_claims(path: Path) -> None:
     figures = load(path).main()
