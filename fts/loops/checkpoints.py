@@ -9,16 +9,20 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops.position import Position
+from fts.state import OPTIMIZER, STATE, WEIGHTS
 
 FORMAT = 1
 """Version of the files that `save_checkpoint` writes beside those of the state."""
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
+
+LOADED = (WEIGHTS, OPTIMIZER, STATE, PROGRESS)
+"""The files that loading reads, so that a manifest must list them."""
 
 State = TypeVar("State")
 
@@ -39,7 +43,7 @@ def save_checkpoint(
 
     Args:
         directory: where the checkpoint shall be, by convention `.../checkpoint-<step>`; parents are made.
-        state: has `save(directory)`, as a `TrainState` does.
+        state: a `TrainState`, or what has a `save(directory)` that writes the same files.
         position: where in the data to resume.
         extra: what else to keep; anything that JSON can hold.
         write: called with the hidden directory before it is sealed, to add files such as `config.json`.
@@ -49,7 +53,7 @@ def save_checkpoint(
 
     Raises:
         ArgumentError: the state cannot be saved, or `extra` cannot be written as JSON.
-        OSError: the disk is full or not writable. The earlier checkpoint stays.
+        CheckpointError: the disk is full or not writable. Earlier checkpoints stay, also one of the same name.
 
     >>> import tempfile, torch, fts
     >>> from fts import transforms as tx
@@ -65,8 +69,21 @@ def save_checkpoint(
             f"save_checkpoint was given a state of type {type(state).__name__}, which has no `save`. Give a TrainState, or call "
             "save_checkpoint for each of several in directories of their own."
         )
+    from safetensors import SafetensorError  # what safetensors makes of an OSError
+
     directory = Path(directory)
     progress = _progress(position, extra)
+    try:
+        _save(directory, state, progress, write)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{directory} could not be written: {error}. Earlier checkpoints are whole. Make room or choose another directory, "
+            "then resume from the newest one."
+        ) from error
+    return directory
+
+
+def _save(directory: Path, state: Any, progress: str, write: Callable[[Path], None] | None) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     _undo_interrupted(directory)
     hidden = directory.with_name(f".{directory.name}.writing")
@@ -75,6 +92,9 @@ def save_checkpoint(
     try:
         state.save(hidden)
         (hidden / PROGRESS).write_text(progress)
+        lacking = [name for name in LOADED if not (hidden / name).is_file()]
+        if lacking:
+            raise ArgumentError(f"{type(state).__name__}.save wrote no {lacking[0]}, which a checkpoint is loaded from.")
         if write is not None:
             write(hidden)
         _seal(hidden)
@@ -83,7 +103,6 @@ def save_checkpoint(
         shutil.rmtree(hidden, ignore_errors=True)
         _undo_interrupted(directory)
         raise
-    return directory
 
 
 def load_checkpoint(directory: str | Path, like: State) -> tuple[State, Position]:
@@ -170,10 +189,13 @@ def verify_checkpoint(directory: str | Path) -> None:
         raise CheckpointError(f"There is no checkpoint at {directory}.")
     manifest = directory / MANIFEST
     files = _read_json(manifest).get("files")
-    if not isinstance(files, dict) or PROGRESS not in files:
+    if not isinstance(files, dict):
         raise CheckpointError(f"{manifest} does not list the checkpoint's files. Use an earlier checkpoint.")
+    for name in LOADED:
+        if name not in files:
+            raise CheckpointError(f"{manifest} does not list {name}, so nothing vouches for it. Use an earlier checkpoint.")
     for name, entry in files.items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not isinstance(entry, dict):
+        if PurePath(name).anchor or ".." in PurePath(name).parts or not isinstance(entry, dict):
             raise CheckpointError(f"{manifest} has an entry that cannot be used: {name!r}.")
         _verify(directory / name, entry)
 
@@ -187,8 +209,8 @@ def _verify(path: Path, entry: dict[str, Any]) -> None:
         digest = _digest(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. {remedy}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {remedy}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}. {remedy}") from error
     if digest != entry.get("sha256"):
         raise CheckpointError(f"{path} has changed since it was written: its SHA-256 differs. {remedy}")
 
@@ -267,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, so this is no complete checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__

@@ -101,11 +101,11 @@ def source(
             iterated again and again and gives ready batches, such as a list. An iterator serves one epoch.
         batch_size: items in a batch. None: the data's items are ready batches (a map-style dataset needs a size).
         shuffle: visit the items (of a list without `batch_size`: the batches) in random order.
-        seed: any integer.
+        seed: an integer of 64 bits.
         sampler: gives the indices of an epoch in its own order, instead of `shuffle`; its `set_epoch` is called if it has one.
         collate: makes a batch of a list of items; default `torch.utils.data.default_collate`. Without `batch_size`
             it is applied to each ready batch, if given.
-        drop_last: leave out a last batch that is not full.
+        drop_last: leave out a last batch that is not full; needs a `batch_size`.
         workers: how many processes fetch ahead; 0 fetches in this one.
         micro_batches: how many consecutive batches make the `MicroBatches` of one step; an epoch's last may have fewer.
         **loading: the DataLoader's `pin_memory` (nothing happens without an accelerator), `prefetch_factor`,
@@ -127,6 +127,8 @@ def source(
     for name, value, least in (("micro_batches", micro_batches, 1), ("workers", workers, 0), ("batch_size", batch_size, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ArgumentError(f"source({name}={value!r}) must be a whole number of at least {least}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"source(seed={seed!r}) must be a whole number of at least -2**63 and below 2**63.")
     if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
         given = {"batch_size": batch_size, "shuffle": shuffle, "sampler": sampler, "collate": collate, "drop_last": drop_last}
         _refuse(given | {"workers": workers} | loading)
@@ -134,6 +136,10 @@ def source(
     else:
         if sampler is not None and shuffle:
             raise ArgumentError("source was given shuffle=True and a sampler. Give one of them: either decides the order.")
+        if drop_last and batch_size is None:
+            raise ArgumentError(
+                "source(drop_last=True) does nothing to batches that come ready. Give a batch_size, or leave it out."
+            )
         if batch_size is not None and collate is None:
             collate = default_collate
         options = loading_options(workers, loading)
@@ -174,6 +180,8 @@ def _read(reading: Reading) -> Source:
 def _is_indexable(reading: Reading) -> bool:
     data, name = reading.data, type(reading.data).__name__
     if reading.sampler is not None:
+        if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+            raise DataError(f"A sampler was given with data of type {name}, which has no items by number. Give it a __getitem__.")
         return True
     if isinstance(data, (IterableDataset, Mapping, str, bytes)) or not hasattr(data, "__getitem__"):
         return False
@@ -251,6 +259,12 @@ def _streamed(reading: Reading) -> Source:
 
 def _once(reading: Reading) -> Source:
     """An iterator: one epoch from its beginning, and no second."""
+    if reading.shuffle or reading.sampler is not None:
+        given = "shuffle=True" if reading.shuffle else "a sampler"
+        raise DataError(
+            f"source was given {given} with an iterator ({type(reading.data).__name__}), which comes in an order of its own. "
+            "Give its items as a list."
+        )
     if reading.loading.get("num_workers"):
         raise ArgumentError("Workers cannot share an iterator: each would consume it. Use workers=0, or an IterableDataset.")
     stream = Stream(reading)

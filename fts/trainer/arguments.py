@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.checks import check_choice, check_interval, check_names, check_real, check_whole
+from fts.trainer.checks import check_choice, check_flag, check_interval, check_names, check_real, check_whole
 from fts.trainer.strategies import IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 
 
@@ -67,13 +67,13 @@ class TrainingArguments:
     metric_for_best_model: str | None = arg(None, "The evaluation metric that decides which checkpoint is best.")
     greater_is_better: bool | None = arg(None, "Whether a higher metric is better; default: if its name does not end in 'loss'.")
 
-    seed: int = arg(42, "Everything random in the run is a function of this.")
-    data_seed: int | None = arg(None, "The seed of the order of the data; `seed` if not given.")
+    seed: int = arg(42, "Everything random in the run is a function of this; a resumed run keeps the seed that it began with.")
+    data_seed: int | None = arg(None, "The seed of the order of the data; `seed` if not given. A resumed run keeps it, too.")
     bf16: bool = arg(False, "Compute in bfloat16; parameters stay as they are.")
     use_cpu: bool = arg(False, "Use the CPU even where there is an accelerator.")
     torch_compile: bool = arg(False, "Compile the whole step, from loss to update, as one graph.")
 
-    dataloader_drop_last: bool = arg(False, "Leave out a last batch that is not full.")
+    dataloader_drop_last: bool = arg(False, "Leave out a last training batch that is not full; evaluation keeps every row.")
     dataloader_num_workers: int = arg(0, "How many processes fetch data ahead; 0 fetches in this one.")
     remove_unused_columns: bool = arg(True, "Drop columns that the model's forward does not name.")
     label_names: list[str] | None = arg(None, "The batch's keys that are labels; by default those that forward names so.")
@@ -117,6 +117,11 @@ class TrainingArguments:
 
 
 def _check_values(args: TrainingArguments) -> None:
+    for item in fields(TrainingArguments):
+        if isinstance(item.default, bool):
+            check_flag(item.name, getattr(args, item.name))
+    check_flag("disable_tqdm", args.disable_tqdm, or_none=True)
+    check_flag("greater_is_better", args.greater_is_better, or_none=True)
     args.eval_strategy = check_choice("eval_strategy", args.eval_strategy, IntervalStrategy)
     args.logging_strategy = check_choice("logging_strategy", args.logging_strategy, IntervalStrategy)
     args.save_strategy = check_choice("save_strategy", args.save_strategy, SaveStrategy)
@@ -125,9 +130,9 @@ def _check_values(args: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         check_whole(name, getattr(args, name), 1)
     check_whole("dataloader_num_workers", args.dataloader_num_workers, 0)
-    check_whole("seed", args.seed, 0)
+    check_whole("seed", args.seed, 0, bits=63)
     if args.data_seed is not None:
-        check_whole("data_seed", args.data_seed, 0)
+        check_whole("data_seed", args.data_seed, 0, bits=63)
     if args.max_steps != -1:
         check_whole("max_steps", args.max_steps, 1, "Use -1 to train for num_train_epochs.")
     if args.save_total_limit is not None:
@@ -144,8 +149,11 @@ def _check_values(args: TrainingArguments) -> None:
     check_interval("save_steps", args.save_steps)
     if args.eval_steps is not None:
         check_interval("eval_steps", args.eval_steps)
-    if isinstance(args.label_names, str):
-        raise ArgumentError(f"label_names={args.label_names!r} must be a list of names: label_names=[{args.label_names!r}].")
+    metric = args.metric_for_best_model
+    if metric is not None and not (isinstance(metric, str) and metric):
+        raise ArgumentError(f"metric_for_best_model={metric!r} must be the name of a figure of the evaluation, such as 'loss'.")
+    if args.label_names is not None and not isinstance(args.label_names, (list, tuple)):
+        raise ArgumentError(f"label_names={args.label_names!r} must be a list of names, such as label_names=['labels'].")
     if args.report_to not in (None, "none", [], ["none"]):
         raise ArgumentError(
             f"report_to={args.report_to!r}: trackers are not there yet in this version of fts. Use report_to='none', and a "

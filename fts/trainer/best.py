@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import best_metric_name
+from fts.trainer.evaluation import GIVEN
 from fts.trainer.state import TrainerState
-from fts.trainer.strategies import SaveStrategy
+from fts.trainer.strategies import IntervalStrategy, SaveStrategy
+
+
+def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:
+    """Raise ArgumentError before training where no evaluation can have the metric that decides.
+
+    Args:
+        args: say which metric decides.
+        eval_dataset: a dictionary of several gives the figures of each its name.
+        computes: whether there is a compute_metrics, whose names are not known before it is called.
+
+    >>> check_metric(TrainingArguments(metric_for_best_model="f1", eval_strategy="epoch"), None, computes=True)
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    name = best_metric_name(args)
+    prefixes = [f"eval_{key}_" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
+    known = [prefix + figure for prefix in prefixes for figure in GIVEN]
+    if name not in known and not (computes and name.startswith(tuple(prefixes))):
+        raise _unknown(args, known)
 
 
 def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
@@ -31,10 +54,7 @@ def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, fl
         return False
     name = best_metric_name(args)
     if name not in metrics:
-        raise ArgumentError(
-            f"metric_for_best_model={args.metric_for_best_model!r} is not among the figures of the evaluation: "
-            f"{', '.join(metrics)}. Name one of them, or return it from compute_metrics."
-        )
+        raise _unknown(args, metrics)
     value, best = metrics[name], told.best_metric
     is_best = best is None or (value > best if args.greater_is_better else value < best)
     if is_best:
@@ -42,3 +62,10 @@ def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, fl
         if args.save_strategy != SaveStrategy.NO:
             told.best_global_step = told.global_step
     return is_best
+
+
+def _unknown(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:
+    return ArgumentError(
+        f"metric_for_best_model={args.metric_for_best_model!r} is not among the figures of the evaluation: {', '.join(names)}. "
+        "Name one of them, or return it from compute_metrics."
+    )

@@ -55,10 +55,25 @@ def check_choice(name: str, value: Any, choices: type[E]) -> E:
         raise ArgumentError(f"{name}={value!r} is unknown. Use one of {values}.") from None
 
 
-def check_whole(name: str, value: Any, low: int, remedy: str = "") -> None:
-    """Raise ArgumentError unless the value is an integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(f"{name}={value!r} must be a whole number of at least {low}.{' ' + remedy if remedy else ''}")
+def check_whole(name: str, value: Any, low: int, remedy: str = "", *, bits: int = 0) -> None:
+    """Raise ArgumentError unless the value is an integer of at least `low`, and of at most so many bits if that is given."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (bits and value >> bits):
+        most = f" and below 2**{bits}" if bits else ""
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least {low}{most}.{' ' + remedy if remedy else ''}")
+
+
+def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
+    """Raise ArgumentError unless the value is True or False, or None where that is allowed.
+
+    >>> check_flag("bf16", "False")
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: bf16='False' must be True or False. It is a str; write it without quotes.
+    """
+    if isinstance(value, bool) or (or_none and value is None):
+        return
+    hint = " It is a str; write it without quotes." if isinstance(value, str) else ""
+    raise ArgumentError(f"{name}={value!r} must be {'True, False or None' if or_none else 'True or False'}.{hint}")
 
 
 def check_real(

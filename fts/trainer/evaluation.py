@@ -19,6 +19,10 @@ from fts.loops import Source
 from fts.trainer.gathering import Gathered
 from fts.trainer.losses import Loss, item_count
 
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
+GIVEN = ("loss", *SPEED)
+"""The figures that every evaluation on labelled data has."""
+
 
 @attrs.frozen(eq=False)
 class EvalPrediction:
@@ -119,7 +123,8 @@ def evaluation_loop(
         source: batches that are dictionaries.
         reading: how to read them.
         prefix: is put before the names of the figures.
-        compute_metrics: `EvalPrediction -> {name: number}`; called once, if there are labels.
+        compute_metrics: `EvalPrediction -> {name: number}`; called once, if there are labels. Arrays and tensors of one element
+            count as numbers.
         on_batch: called after each batch.
 
     Returns:
@@ -127,7 +132,7 @@ def evaluation_loop(
 
     Raises:
         DataError: there is no batch.
-        ArgumentError: compute_metrics returned something that is not a dictionary.
+        ArgumentError: compute_metrics returned something that is not a dictionary of numbers, or a name that is taken.
     """
     predictions, labels, seen = Gathered(source.num_items), Gathered(source.num_items), [0]
 
@@ -152,9 +157,8 @@ def evaluation_loop(
                 on_batch()
     outputs, targets = predictions.arrays(), labels.arrays()
     if compute_metrics is not None and outputs is not None and targets is not None:
-        figures = {**_checked(compute_metrics(EvalPrediction(outputs, targets))), **figures}
-    metrics = {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": plain(value) for name, value in figures.items()}
-    return EvalLoopOutput(outputs, targets, metrics, seen[0])
+        figures = own_figures(compute_metrics(EvalPrediction(outputs, targets)), prefix) | figures
+    return EvalLoopOutput(outputs, targets, {f"{prefix}_{name}": value for name, value in figures.items()}, seen[0])
 
 
 class Found(NamedTuple):
@@ -179,7 +183,7 @@ def read_batch(model: nn.Module, batch: Mapping[str, Any], reading: Reading) -> 
             f"The model {type(model).__name__} returned {type(outputs).__name__} without a loss for a batch with labels. "
             'Return it as "loss" or as the first of a tuple, or pass compute_loss_func=.'
         )
-    weight = item_count(batch, names)
+    weight = item_count(model, batch, names)
     logits = logits_of(outputs, reading.ignore_keys, begins_with_loss=reading.loss.fn is None)
     return Found(loss, weight, logits, labels[0] if len(labels) == 1 else labels)
 
@@ -224,11 +228,37 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def speed_metrics(prefix: str, start: float, samples: float, count: float) -> dict[str, float]:
     """Seconds since `start`, and samples and steps a second."""
     seconds = max(time.perf_counter() - start, 1e-9)
-    return {
-        f"{prefix}_runtime": round(seconds, 4),
-        f"{prefix}_samples_per_second": round(samples / seconds, 3),
-        f"{prefix}_steps_per_second": round(count / seconds, 3),
-    }
+    values = round(seconds, 4), round(samples / seconds, 3), round(count / seconds, 3)
+    return {f"{prefix}_{name}": value for name, value in zip(SPEED, values, strict=True)}
+
+
+def own_figures(metrics: Any, prefix: str) -> dict[str, int | float]:
+    """What `compute_metrics` returned, by names without the prefix, and as Python numbers.
+
+    Raises:
+        ArgumentError: it is not a dictionary of numbers, or a name is that of another figure.
+
+    >>> own_figures({"eval_f1": np.float32(0.5)}, "eval")
+    {'f1': 0.5}
+    """
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(
+            f'compute_metrics returned {type(metrics).__name__}; it must return numbers by name, such as {{"accuracy": 0.5}}.'
+        )
+    figures: dict[str, int | float] = {}
+    for key, value in metrics.items():
+        if not isinstance(key, str):
+            raise ArgumentError(f"compute_metrics returned a figure named {key!r}; use a string, such as {str(key)!r}.")
+        name, number = key.removeprefix(f"{prefix}_"), plain(value)
+        if name in GIVEN or name in figures:
+            raise ArgumentError(f"compute_metrics returned {key!r}, but there is another {prefix}_{name} already. Rename it.")
+        if not isinstance(number, (int, float)):
+            raise ArgumentError(
+                f"compute_metrics returned {type(value).__name__} for {key!r}; it must be a number. Reduce it, as with .mean(), "
+                "or return its parts under names of their own."
+            )
+        figures[name] = number
+    return figures
 
 
 def plain(value: Any) -> Any:
@@ -244,11 +274,3 @@ def plain(value: Any) -> Any:
 def batches_of(samples: int, size: int) -> int:
     """How many batches hold so many rows."""
     return math.ceil(samples / size)
-
-
-def _checked(metrics: Any) -> dict[str, Any]:
-    if not isinstance(metrics, Mapping):
-        raise ArgumentError(
-            f'compute_metrics returned {type(metrics).__name__}; it must return numbers by name, such as {{"accuracy": 0.5}}.'
-        )
-    return dict(metrics)

@@ -74,6 +74,7 @@ class Teller:
 
     def __init__(self, trainer: Trainer, run: Run) -> None:
         self.trainer = trainer
+        self.run = run
         self.told = run.told
         self.tally = run.tally
         self.in_place: bool | None = None
@@ -135,7 +136,7 @@ class Teller:
         """Write a checkpoint."""
         self.trainer.control.should_save = False
         self.told.stateful_callbacks = export_callbacks(self.trainer.callback_handler.callbacks)
-        return save_run(self.trainer, state, position, self.tally)
+        return save_run(self.trainer, self.run, state, position)
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer

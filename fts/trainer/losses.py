@@ -39,7 +39,7 @@ class Loss:
         found = [batch[name] for name in self.label_names if name in batch]
         outputs = model(**inputs)
         labels = found[0] if len(found) == 1 else tuple(found) or None
-        return outputs, self.fn(outputs, labels, num_items_in_batch=item_count(batch, self.label_names))
+        return outputs, self.fn(outputs, labels, num_items_in_batch=item_count(model, batch, self.label_names))
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> Any:
         """The loss as the core wants it: with the number of items that its mean runs over."""
@@ -49,7 +49,7 @@ class Loss:
                 "Return dictionaries from the data_collator."
             )
         _, loss = self.forward(model, batch)
-        return LossOutput(loss, item_count(batch, self.label_names))  # type: ignore[arg-type]  # the core checks it
+        return LossOutput(loss, item_count(model, batch, self.label_names))  # type: ignore[arg-type]  # the core checks it
 
 
 def train_loss(model: nn.Module, loss: Loss) -> ModuleLoss:
@@ -57,17 +57,15 @@ def train_loss(model: nn.Module, loss: Loss) -> ModuleLoss:
     return steps.module_loss(model) if loss.fn is None else steps.module_loss(model, loss)
 
 
-def item_count(batch: Mapping[str, Any], label_names: Sequence[str]) -> Number:
-    """Over how many items a batch's mean loss runs: labels that are not -100 where labels are tokens, else rows.
+def item_count(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence[str]) -> Number:
+    """Over how many items a batch's mean loss runs: labels that count where labels are tokens, else rows.
 
     >>> import torch
-    >>> int(item_count({"labels": torch.tensor([[1, -100], [2, 3]])}, ["labels"])), item_count({"x": torch.zeros(4, 2)}, [])
-    (3, 4)
+    >>> item_count(nn.Linear(2, 1), {"x": torch.zeros(4, 2), "labels": torch.zeros(4)}, ["labels"])
+    4
     """
-    labels = batch.get(label_names[0]) if label_names else None
-    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-        return (labels != -100).sum()
-    return steps.rows(batch) or 1
+    count = steps.label_count(model, batch.get(label_names[0])) if label_names else None
+    return (steps.rows(batch) or 1) if count is None else count
 
 
 def _own(outputs: Any) -> Any:

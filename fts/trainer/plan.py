@@ -53,7 +53,9 @@ class Plan:
     transform: Transform = attrs.field(eq=False)
 
 
-def make_plan(args: TrainingArguments, *, batches: int | None, items: int | None, decayed: Collection[str] | None = None) -> Plan:
+def make_plan(
+    args: TrainingArguments, *, batches: int | None, items: int | None, decayed: Collection[str] | None = None, offset: int = 0
+) -> Plan:
     """Resolve arguments for data of a given size.
 
     Args:
@@ -61,6 +63,7 @@ def make_plan(args: TrainingArguments, *, batches: int | None, items: int | None
         batches: micro-batches in an epoch; None where the data does not tell.
         items: rows in an epoch; None where the data does not tell.
         decayed: names of the parameters that weight decay applies to; None for all.
+        offset: updates to add where `num_train_epochs` decides, because some epochs were cut into others.
 
     Returns:
         The plan, a function of the arguments of this call alone.
@@ -81,9 +84,9 @@ def make_plan(args: TrainingArguments, *, batches: int | None, items: int | None
     elif per_epoch is None:
         raise ArgumentError("max_steps=-1 with training data that has no length: nothing says when to end. Set max_steps.")
     else:
-        total = math.ceil(args.num_train_epochs * per_epoch)
+        total = max(1, math.ceil(args.num_train_epochs * per_epoch) + offset)
         epochs = math.ceil(args.num_train_epochs)
-        samples = args.num_train_epochs * (items or 0)
+        samples = total * rows_per_step if offset else args.num_train_epochs * (items or 0)
     warmup = steps_of(args.warmup_steps, total)
     schedule = make_schedule(args, total, warmup)
     return Plan(

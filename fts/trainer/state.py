@@ -62,7 +62,7 @@ class TrainerState:
         """
         try:
             document = json.loads(Path(json_path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{json_path} cannot be read: {error}") from error
         if not isinstance(document, dict):
             raise CheckpointError(f"{json_path} holds {type(document).__name__}; it must be an object.")

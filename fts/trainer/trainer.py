@@ -17,6 +17,7 @@ from fts.loops import Source
 from fts.randomness import seed_generators
 from fts.trainer import saving
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.best import check_metric
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback
 from fts.trainer.collate import collator_for
 from fts.trainer.columns import accepted_columns, label_names_of, without_unused
@@ -125,17 +126,23 @@ class Trainer:
 
         Args:
             resume_from_checkpoint: the path of a checkpoint, or True for the newest whole one in `output_dir`. The run then goes
-                on as if it had not been interrupted, bit for bit.
+                on as if it had not been interrupted, bit for bit. Arguments that differ from the checkpoint's are warned of:
+                they win, but for the seeds, which stay those that the run began with. With another batch size or number of
+                micro-batches it goes on at the same row.
 
         Returns:
             The number of updates, the mean loss and the figures of the run.
 
         Raises:
-            ArgumentError: there is no training set, or no such checkpoint.
+            ArgumentError: there is no training set, or no such checkpoint; no evaluation can have `metric_for_best_model`; or
+                the checkpoint is at a row where no update of the new sizes begins.
+            CheckpointError: the checkpoint is damaged, or of another model or optimizer.
             DataError: the training set cannot be used.
         """
         if self.train_dataset is None:
             raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
+        if getattr(self.evaluate, "__func__", None) is Trainer.evaluate:  # another one may have any metric
+            check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
         checkpoint = saving.find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if self.model_init is not None:
             self.model = self._placed(self._new_model())
@@ -151,7 +158,7 @@ class Trainer:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate on the evaluation set, or on another one.
+        """Evaluate on the evaluation set, or on another one: on every row, also with `dataloader_drop_last`.
 
         Args:
             eval_dataset: instead of that of the Trainer; a dictionary of several is evaluated one by one.
@@ -159,10 +166,10 @@ class Trainer:
             metric_key_prefix: is put before the figures' names.
 
         Returns:
-            The figures by name.
+            The figures by name. Data without labels gives no loss, and a warning.
 
         Raises:
-            ArgumentError: there is no evaluation set.
+            ArgumentError: there is no evaluation set, or compute_metrics returned something else than numbers by name.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -172,6 +179,13 @@ class Trainer:
             return {name: value for part in parts for name, value in part.items()}
         keep = self.compute_metrics is not None
         output = self._evaluate_on(dataset, "evaluation", ignore_keys, metric_key_prefix, keep=keep)
+        if f"{metric_key_prefix}_loss" not in output.metrics:
+            called = ", ".join(self.label_names) or "not named by the model's forward"
+            logger.warning(
+                "The evaluation set has no labels: there is no %s_loss, and compute_metrics is not called. The labels of %s are "
+                "%s; add that column, or name yours by label_names=[...].",
+                *(metric_key_prefix, type(self.model).__name__, called),
+            )
         self.log(dict(output.metrics))
         self.tell("on_evaluate", metrics=output.metrics)
         return output.metrics
@@ -179,7 +193,7 @@ class Trainer:
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Predict every row of a data set, in its order.
+        """Predict every row of a data set, in its order, also with `dataloader_drop_last`.
 
         Args:
             test_dataset: labels are optional.
@@ -233,9 +247,10 @@ class Trainer:
 
     # Data
 
-    def train_source(self) -> Source:
-        """The batches of training, checked on their first row."""
+    def train_source(self, seed: int | None = None) -> Source:
+        """The batches of training, checked on their first row; a seed of their order replaces that of the arguments."""
         how, dataset = self._loading(self.train_dataset, "training", shuffle=True)
+        how = how if seed is None else attrs.evolve(how, seed=seed)
         source = make_source(dataset, how, self.args.device, "training")
         check_first_row(dataset, how.collator, self.model, self.loss, "training")
         return source
@@ -259,7 +274,7 @@ class Trainer:
             batch_size=args.train_batch_size if shuffle else args.eval_batch_size,
             shuffle=shuffle,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last,
+            drop_last=args.dataloader_drop_last and shuffle,
             workers=args.dataloader_num_workers,
         )
         return attrs.evolve(how, micro_batches=args.gradient_accumulation_steps) if shuffle else how, dataset

@@ -4,10 +4,13 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 import fts
@@ -134,6 +137,54 @@ def test_a_manifest_cannot_lead_outside(tmp_path, name):
         verify_checkpoint(path)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "", "x" * 5000])
+def test_names_that_are_no_file_are_refused(tmp_path, name):
+    path = saved(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 1, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "progress.json"])
+def test_the_manifest_must_list_what_is_loaded(tmp_path, name):
+    saved(tmp_path, 1)
+    path = saved(tmp_path, 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"manifest.json does not list {name}"):
+        load_checkpoint(path, like=state_at(0))
+    assert step_of(newest_checkpoint(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
+def test_deeply_nested_json_is_a_damaged_checkpoint(tmp_path, name):
+    saved(tmp_path, 1)
+    path = saved(tmp_path, 2)
+    (path / name).write_text('{"format": 1, "extra": ' + "[" * 100_000)
+    if name == "progress.json":
+        (path / "manifest.json").unlink()
+        checkpoints._seal(path)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_extra(path)
+    else:
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        load_checkpoint(path, like=state_at(0))
+
+
+def test_a_state_must_write_what_a_checkpoint_is_loaded_from(tmp_path):
+    class Odd:
+        def save(self, directory):
+            (directory / "odd.json").write_text("{}")
+
+    with pytest.raises(ArgumentError, match=r"Odd.*model\.safetensors"):
+        save_checkpoint(tmp_path / "checkpoint-1", Odd())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("document", ["[]", '{"format": 2}', '{"format": 1, "epoch": -1, "batch": 0}', '{"format": 1}'])
 def test_progress_is_checked_even_if_the_manifest_fits(tmp_path, document):
     path = saved(tmp_path, 1)
@@ -207,10 +258,46 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", full)
     for step in (5, 6):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-.*No space left.*[Ee]arlier checkpoints are whole"):
             saved(tmp_path, step)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
     assert step_of(newest_checkpoint(tmp_path)) == 5
+
+
+def test_what_safetensors_says_of_a_full_disk_is_a_checkpoint_error(tmp_path, monkeypatch):
+    saved(tmp_path, 5)
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written.*No space left.*Earlier checkpoints are whole"):
+        saved(tmp_path, 6)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
+    assert step_of(newest_checkpoint(tmp_path)) == 5
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount")
+    try:
+        saved(disk, 5)
+        state = fts.TrainState.create({"w": torch.zeros(100_000)}, OPTIMIZER)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_checkpoint(disk / "checkpoint-6", state)
+        assert {p.name for p in disk.iterdir()} == {"checkpoint-5"}
+        assert step_of(newest_checkpoint(disk)) == 5
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        saved(tmp_path / "file", 5)
 
 
 def test_a_failing_write_hook_leaves_nothing(tmp_path):

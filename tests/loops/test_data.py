@@ -87,6 +87,35 @@ def test_a_batch_of_a_tensor_dataset_is_a_copy():
     assert data.tensors[0].tolist() == [0, 0, 0, 0]
 
 
+# -- arguments that would do nothing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"sampler": [1, 0]}])
+def test_an_iterator_has_its_own_order(options):
+    with pytest.raises(DataError, match=f"{next(iter(options))}.*iterator.*list"):
+        source(iter([1, 2]), batch_size=1, **options)
+
+
+def test_a_sampler_needs_items_with_numbers():
+    with pytest.raises(DataError, match=r"sampler.*Numbers.*__getitem__"):
+        source(Numbers(5), batch_size=2, sampler=[1, 0])
+    with pytest.raises(DataError, match=r"sampler.*set.*__getitem__"):
+        source({1, 2}, batch_size=2, sampler=[1, 0])
+
+
+@pytest.mark.parametrize("data", [[1, 2], iter([1, 2]), Numbers(5)])
+def test_dropping_the_last_batch_needs_a_batch_size(data):
+    with pytest.raises(ArgumentError, match=r"drop_last=True.*batch_size"):
+        source(data, drop_last=True)
+
+
+@pytest.mark.parametrize("seed", [1.5, "0", None, True, 2**63, -(2**63) - 1])
+def test_a_seed_is_an_integer(seed):
+    for data in (Items(4), DataLoader(Items(4), batch_size=2)):
+        with pytest.raises(ArgumentError, match=r"source\(seed=.*whole number"):
+            source(data, seed=seed)
+
+
 def test_getitems_is_used_where_a_dataset_has_it():
     data = Together(6)
     assert listed(source(data, batch_size=4).epoch(0)) == [[0, 1, 2, 3], [4, 5]]

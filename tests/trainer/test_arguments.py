@@ -46,8 +46,19 @@ def test_defaults_equal_those_of_transformers():
         ({"logging_steps": 2.5}, "logging_steps=2.5 must be a whole number of steps, or a share"),
         ({"save_steps": 0}, "save_steps=0"),
         ({"save_total_limit": 0}, "save_total_limit=0 .* save_strategy='no'"),
-        ({"label_names": "labels"}, r"label_names=\['labels'\]"),
+        ({"label_names": "labels"}, r"label_names='labels' must be a list of names, such as label_names=\['labels'\]"),
         ({"report_to": "tensorboard"}, "report_to='tensorboard': trackers are not there yet"),
+        ({"label_names": 3}, "label_names=3 must be a list of names"),
+        ({"bf16": "yes"}, "bf16='yes' must be True or False"),
+        ({"use_cpu": "False"}, "use_cpu='False' must be True or False.*without quotes"),
+        ({"load_best_model_at_end": 1}, "load_best_model_at_end=1 must be True or False"),
+        ({"disable_tqdm": "no"}, "disable_tqdm='no' must be True, False or None"),
+        ({"greater_is_better": 0}, "greater_is_better=0 must be True, False or None"),
+        ({"metric_for_best_model": 3}, "metric_for_best_model=3 must be the name of a figure"),
+        ({"metric_for_best_model": ""}, "metric_for_best_model='' must be the name of a figure"),
+        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be a whole number of at least 0 and below"),
+        ({"data_seed": 2**64}, "data_seed=18446744073709551616 must be"),
         ({"save_strategy": "best", "eval_strategy": "epoch"}, "`args.metric_for_best_model` must be provided"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "needs evaluations"),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "eval_strategy='epoch' and save_strategy='steps'"),
@@ -60,6 +71,19 @@ def test_defaults_equal_those_of_transformers():
 def test_a_bad_argument_is_an_error_that_says_what_to_do(changes, message):
     with pytest.raises(ArgumentError, match=message):
         TrainingArguments("out", **changes)
+
+
+def test_every_flag_is_checked():
+    for field in dataclasses.fields(TrainingArguments):
+        if isinstance(field.default, bool):
+            with pytest.raises(ArgumentError, match=f"{field.name}='true' must be True or False"):
+                TrainingArguments("out", **{field.name: "true"})
+
+
+def test_the_largest_seed_trains(tmp_path):
+    from tests.trainer.helpers import make_trainer
+
+    assert make_trainer(tmp_path, seed=2**63 - 1).train().global_step == 18
 
 
 def test_a_subclass_is_checked_too():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from fts.errors import ArgumentError, CheckpointError
-from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from fts.trainer.saving import outdated
 from tests.trainer.helpers import make_trainer
 
@@ -103,6 +103,12 @@ def _damage(root):
     with (root / "checkpoint-10" / "optimizer.safetensors").open("r+b") as file:
         file.truncate(100)
     return "checkpoint-10"
+
+
+def test_a_deeply_nested_state_file_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json cannot be read"):
+        TrainerState.load_from_json(tmp_path / "trainer_state.json")
 
 
 def test_nothing_to_resume_from(tmp_path):

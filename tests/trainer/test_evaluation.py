@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from fts.errors import ArgumentError, BatchError
 from fts.trainer import EvalPrediction, Trainer, TrainingArguments, default_data_collator
 from fts.trainer.gathering import Gathered, Rows
-from tests.trainer.helpers import Linear, make_trainer, rows
+from tests.trainer.helpers import Linear, arguments, make_trainer, rows
 
 
 class Tagger(nn.Module):
@@ -78,6 +80,19 @@ def test_figures_are_the_same_at_every_batch_size():
         assert accuracy == seen[0][1]
 
 
+def test_the_loss_of_a_causal_language_model_is_the_same_at_every_batch_size(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sentences() if len(row["labels"]) > 1]
+    found = []
+    for size in (1, 5, 64):
+        torch.manual_seed(0)
+        args = TrainingArguments(tmp_path, per_device_eval_batch_size=size, use_cpu=True, disable_tqdm=True)
+        trainer = Trainer(transformers.GPT2LMHeadModel(config), args, data_collator=pad)
+        found.append(trainer.evaluate(data)["eval_loss"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
 def test_ignored_keys_and_preprocessed_logits():
     output = tagger(4).predict(sentences(), ignore_keys=["pooled"])
     assert output.predictions.ndim == 3
@@ -117,6 +132,113 @@ def test_errors_of_evaluation(tmp_path):
         make_trainer(tmp_path, compute_metrics=lambda prediction: 0.5).evaluate()
     with pytest.raises(ArgumentError, match="metric_for_best_model='f1' is not among the figures of the evaluation: eval_loss"):
         make_trainer(tmp_path, eval_strategy="epoch", metric_for_best_model="f1").train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric_for_best_model": "f1"}, "'f1' is not among .*: eval_loss, eval_runtime,"),
+        (
+            {"metric_for_best_model": "loss", "eval_dataset": {"easy": rows(3), "hard": rows(3)}},
+            "'loss' is not among .*: eval_easy_loss, .*eval_hard_loss",
+        ),
+        (
+            {
+                "metric_for_best_model": "f1",
+                "eval_dataset": {"easy": rows(3)},
+                "compute_metrics": lambda prediction: {"f1": 1.0},
+            },
+            "'f1' is not among .*: eval_easy_loss",
+        ),
+    ],
+)
+def test_the_metric_of_the_best_is_checked_before_training(tmp_path, options, message):
+    trainer = make_trainer(tmp_path, eval_strategy="epoch", **options)
+    with pytest.raises(ArgumentError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metric_for_best_model": "eval_runtime"},
+        {
+            "metric_for_best_model": "easy_f1",
+            "eval_dataset": {"easy": rows(3)},
+            "compute_metrics": lambda prediction: {"f1": 1.0},
+        },
+        {"metric_for_best_model": "eval_easy_loss", "eval_dataset": {"easy": rows(3), "hard": rows(3)}},
+        {"metric_for_best_model": "f1", "eval_strategy": "no"},
+    ],
+)
+def test_metrics_that_can_be_there_are_accepted(tmp_path, options):
+    assert make_trainer(tmp_path, max_steps=1, **({"eval_strategy": "steps"} | options)).train().global_step == 1
+
+
+def test_an_overridden_evaluation_may_give_any_metric(tmp_path):
+    class Own(Trainer):
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs) | {"eval_bleu": 1.0}
+
+    args = arguments(tmp_path, max_steps=1, eval_strategy="steps", metric_for_best_model="bleu")
+    assert Own(Linear(), args, train_dataset=rows(8), eval_dataset=rows(4)).train().global_step == 1
+
+
+# What compute_metrics returns
+
+
+@pytest.mark.parametrize("value", ["high", None, [0.5], {"a": 1.0}, np.zeros(2), torch.zeros(2), 1j, np.array("a")])
+def test_a_metric_must_be_a_number(tmp_path, value):
+    with pytest.raises(ArgumentError, match=r"compute_metrics returned .* for 'f1'.*number"):
+        make_trainer(tmp_path, compute_metrics=lambda prediction: {"accuracy": 1.0, "f1": value}).evaluate()
+
+
+def test_names_of_metrics_must_be_strings(tmp_path):
+    with pytest.raises(ArgumentError, match="compute_metrics returned a figure named 3"):
+        make_trainer(tmp_path, compute_metrics=lambda prediction: {3: 1.0}).evaluate()
+
+
+def test_numbers_of_numpy_and_torch_become_pythons(tmp_path):
+    values = {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.array(3.0), "d": np.array([4.0]), "e": True, "eval_f": 1}
+    metrics = make_trainer(tmp_path, compute_metrics=lambda prediction: values).evaluate()
+    found = {name: metrics[f"eval_{name}"] for name in "abcdef"}
+    assert found == {"a": 0.5, "b": 2, "c": 3.0, "d": 4.0, "e": True, "f": 1}
+    assert {type(value) for value in found.values()} == {int, float, bool}
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "runtime", "eval_samples_per_second"])
+def test_an_own_metric_cannot_hide_a_figure_of_the_evaluation(tmp_path, name):
+    with pytest.raises(ArgumentError, match=f"compute_metrics returned '{name}'.*[Rr]ename"):
+        make_trainer(tmp_path, compute_metrics=lambda prediction: {name: 1.0}).evaluate()
+
+
+def test_two_metrics_cannot_have_one_name(tmp_path):
+    with pytest.raises(ArgumentError, match=r"compute_metrics returned 'eval_f1'.*[Rr]ename"):
+        make_trainer(tmp_path, compute_metrics=lambda prediction: {"f1": 1.0, "eval_f1": 2.0}).evaluate()
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_metrics": lambda prediction: {"f1": 1.0}}])
+def test_an_evaluation_without_labels_warns(tmp_path, caplog, options):
+    trainer = make_trainer(tmp_path, Linear(), eval_dataset=[{"x": row["x"]} for row in rows(5)], **options)
+    with caplog.at_level(logging.WARNING):
+        metrics = trainer.evaluate()
+        assert "eval_loss" not in metrics
+    assert "no labels" in caplog.text
+    assert "label_names" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        trainer.predict([{"x": row["x"]} for row in rows(5)])
+    assert caplog.text == ""
+
+
+def test_evaluation_and_prediction_keep_every_row(tmp_path):
+    whole = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4)
+    cut = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4, dataloader_drop_last=True)
+    assert cut.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    assert cut.predict(rows(3)).predictions.shape == (3,)
+    assert len(cut.get_eval_dataloader()) == 3
+    assert len(cut.get_train_dataloader()) == 5
 
 
 def test_eval_prediction_unpacks():

@@ -1,0 +1,172 @@
+"""Resuming with other arguments: where in the data to go on, and what to tell about the changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from fts import loops
+from fts.errors import ArgumentError, CheckpointError
+from fts.loops import Position
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.plan import Plan
+from fts.trainer.saving import ARGUMENTS_FILE
+from fts.trainer.state import STATE_FILE, TrainerState
+
+UNHEEDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
+"""Arguments that a comparison leaves out: those that only scripts read, and the seeds, which have lines of their own."""
+
+SHAPING = ("optim", "max_grad_norm", "weight_decay")
+"""Arguments that decide which tensors an optimizer's state has."""
+
+
+@attrs.frozen
+class Cut:
+    """How the rows of an epoch are cut into updates; checkpoints keep it.
+
+    Attributes:
+        batch_size: rows in a micro-batch.
+        micro_batches: micro-batches in an update.
+        items: rows in an epoch; None where the data does not tell.
+        drop_last: whether a last micro-batch that is not full is left out.
+        shares: how many workers divide a stream among them, each cutting its share; otherwise 1.
+        seed: the seed of the rows' order.
+        offset: how many more updates were taken than this cut would have needed to come as far, because another cut came before.
+    """
+
+    batch_size: int
+    micro_batches: int
+    items: int | None = None
+    drop_last: bool = False
+    shares: int = 1
+    seed: int = 0
+    offset: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows in an update."""
+        return self.batch_size * self.micro_batches
+
+    @property
+    def steps(self) -> int | None:
+        """Updates in an epoch; None where the data does not tell."""
+        if self.items is None:
+            return None
+        batches = self.items // self.batch_size if self.drop_last else -(-self.items // self.batch_size)
+        return -(-batches // self.micro_batches)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What decides which rows an update has."""
+        return self.batch_size, self.micro_batches, self.drop_last, self.shares
+
+
+def convert(position: Position, old: Cut, new: Cut) -> Position:
+    """The same place in the rows of an epoch, by another cut.
+
+    Raises:
+        ArgumentError: no update of the new cut begins there, so rows would be trained twice or never.
+
+    >>> convert(Position(epoch=1, batch=3), Cut(batch_size=8, micro_batches=1), Cut(batch_size=2, micro_batches=2))
+    Position(epoch=1, batch=6)
+    """
+    if position.batch == 0 or old.sizes == new.sizes:
+        return position
+    if old.steps is not None and new.steps is not None and position.batch >= old.steps:
+        return Position(position.epoch, new.steps)
+    rows = position.batch * old.rows
+    before = f"per_device_train_batch_size={old.batch_size} and gradient_accumulation_steps={old.micro_batches}"
+    if (old.shares, old.batch_size) != (new.shares, new.batch_size) and max(old.shares, new.shares) > 1:
+        raise ArgumentError(
+            f"The checkpoint is in epoch {position.epoch} of a stream read by {old.shares} worker(s) with {before}; "
+            f"dataloader_num_workers={new.shares} with per_device_train_batch_size={new.batch_size} would read its rows in "
+            "another order. Set them as they were, or resume from a checkpoint at the end of an epoch."
+        )
+    if rows % new.rows:
+        raise ArgumentError(
+            f"The checkpoint is in epoch {position.epoch} after {rows} rows, where no update of per_device_train_batch_size="
+            f"{new.batch_size} times gradient_accumulation_steps={new.micro_batches} begins: rows would be trained twice or "
+            f"never. Set sizes whose product divides {rows} (the checkpoint has {before}), or resume from a checkpoint at the "
+            "end of an epoch."
+        )
+    return Position(position.epoch, rows // new.rows)
+
+
+def cut_of(checkpoint: Path) -> Cut | None:
+    """How the data of a checkpoint's run was cut; None where it does not say.
+
+    Raises:
+        CheckpointError: it says so in a way that this version does not know.
+    """
+    record = loops.load_extra(checkpoint).get("cut")
+    try:
+        return None if record is None else Cut(**record)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{checkpoint} was written by another version of fts: {error}. Use the version that wrote it."
+        ) from error
+
+
+def offset_after(step: int, start: Position, old: Cut, new: Cut) -> int:
+    """`Cut.offset` of a run that goes on after `step` updates at a place of the new cut."""
+    if (old.sizes, old.items) == (new.sizes, new.items) or new.steps is None:
+        return old.offset
+    return step - start.epoch * new.steps - start.batch
+
+
+def saved_arguments(checkpoint: Path) -> dict[str, Any]:
+    """The training arguments that a checkpoint was written with; empty if it has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = checkpoint / ARGUMENTS_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds {type(document).__name__}; it must be an object.")
+    return document
+
+
+def argument_changes(args: TrainingArguments, before: dict[str, Any], names: Sequence[str] | None = None) -> list[str]:
+    """How arguments differ from those of a checkpoint, one line each.
+
+    >>> argument_changes(TrainingArguments(learning_rate=0.1), {"learning_rate": 0.2})
+    ['learning_rate: 0.1 (from args) != 0.2 (from training_args.json)']
+    """
+    now = json.loads(json.dumps(args.to_dict(), default=str))
+    shown = [name for name in now if name in before and (name in names if names is not None else name not in UNHEEDED)]
+    return [_line(name, now[name], before[name], ARGUMENTS_FILE) for name in shown if now[name] != before[name]]
+
+
+def changes(args: TrainingArguments, plan: Plan, told: TrainerState, before: dict[str, Any]) -> list[str]:
+    """All changes that win over a checkpoint; intervals are compared as resolved to steps."""
+    resolved = {
+        "logging_steps": (plan.logging_steps, told.logging_steps),
+        "eval_steps": (plan.eval_steps, told.eval_steps),
+        "save_steps": (plan.save_steps, told.save_steps),
+        "per_device_train_batch_size": (plan.train_batch_size, told.train_batch_size),
+    }
+    lines = [_line(name, new, old, STATE_FILE) for name, (new, old) in resolved.items() if new != old]
+    return lines + argument_changes(args, {name: value for name, value in before.items() if name not in resolved})
+
+
+def seed_changes(args: TrainingArguments, seed: int, data_seed: int) -> list[str]:
+    """Where the arguments name other seeds than the run began with."""
+    lines = [] if args.seed == seed else [_line("seed", args.seed, seed, "checkpoint")]
+    wanted = args.seed if args.data_seed is None else args.data_seed
+    if wanted != data_seed and not (args.data_seed is None and data_seed == seed):
+        lines.append(_line("data_seed", args.data_seed, data_seed, "checkpoint"))
+    return lines
+
+
+def _line(name: str, new: Any, old: Any, where: str) -> str:
+    return f"{name}: {new} (from args) != {old} (from {where})"

@@ -1,0 +1,212 @@
+"""What happens if a run is resumed with other arguments."""
+
+import logging
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from fts.errors import ArgumentError, CheckpointError
+from fts.loops import Position, load_extra
+from fts.trainer import TrainerCallback
+from fts.trainer.resuming import Cut, convert
+from tests.trainer.helpers import Linear, make_trainer
+
+ROWS = 24
+SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "logging_strategy": "no"}
+
+
+def numbered(count=ROWS):
+    return [{"x": torch.full((4,), float(i)), "labels": float(i)} for i in range(count)]
+
+
+class Watching(Linear):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, labels=None):
+        self.seen.extend(int(label) for label in labels.tolist())
+        return super().forward(x, labels)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def run(directory, resume=None, stop=None, data=None, **changes):
+    """Train; the rows that were seen, in order, and the trainer."""
+    model = Watching()
+    callbacks = [] if stop is None else [Stop(stop)]
+    data = numbered() if data is None else data
+    trainer = make_trainer(directory, model, train_dataset=data, callbacks=callbacks, **(SETTINGS | changes))
+    trainer.train(resume_from_checkpoint=resume)
+    return model.seen, trainer
+
+
+# batch size and micro-batches
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2},
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    ],
+)
+def test_with_other_sizes_every_row_is_still_trained_once_an_epoch(tmp_path, changes):
+    whole, _ = run(tmp_path / "whole", save_strategy="no")
+    before, _ = run(tmp_path / "run", stop=2)  # 8 of 24 rows
+    after, trainer = run(tmp_path / "run", resume=True, **changes)
+    assert before == whole[:8]
+    assert after == whole[8:]
+    assert trainer.state.epoch == 2.0
+    assert trainer.state.global_step == trainer.state.max_steps
+
+
+def test_other_sizes_can_follow_other_sizes(tmp_path):
+    whole, _ = run(tmp_path / "whole", save_strategy="no")
+    seen, _ = run(tmp_path / "run", stop=2)
+    seen += run(tmp_path / "run", resume=True, stop=6, per_device_train_batch_size=2)[0]
+    seen += run(tmp_path / "run", resume=True, stop=8, per_device_train_batch_size=2)[0]
+    assert seen == whole[:20]
+    rest, trainer = run(tmp_path / "run", resume=True)
+    assert seen + rest == whole
+    assert trainer.state.epoch == 2.0
+
+
+def test_at_the_end_of_an_epoch_any_size_fits(tmp_path):
+    whole, _ = run(tmp_path / "whole", save_strategy="no")
+    run(tmp_path / "run", save_steps=6, stop=6)
+    after, trainer = run(tmp_path / "run", resume=True, save_steps=6, per_device_train_batch_size=7)
+    assert after == whole[24:]
+    assert trainer.state.global_step == 6 + 4
+
+
+def test_a_place_that_the_new_sizes_cannot_name_is_an_error(tmp_path):
+    run(tmp_path, stop=2)
+    with pytest.raises(ArgumentError, match=r"epoch 0 after 8 rows.*per_device_train_batch_size=3.*divides 8.*end of an epoch"):
+        run(tmp_path, resume=True, per_device_train_batch_size=3)
+    with pytest.raises(ArgumentError, match="per_device_train_batch_size=4 and gradient_accumulation_steps=1"):
+        run(tmp_path, resume=True, gradient_accumulation_steps=4)
+
+
+def test_max_steps_stays_what_it_is(tmp_path):
+    run(tmp_path, max_steps=9, stop=2)
+    after, trainer = run(tmp_path, resume=True, max_steps=9, per_device_train_batch_size=2)
+    assert (trainer.state.global_step, len(after)) == (9, 14)
+
+
+def test_a_changed_size_is_reported(tmp_path, caplog):
+    run(tmp_path, stop=2)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, resume=True, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert "per_device_train_batch_size: 2 (from args) != 4 (from trainer_state.json)" in caplog.text
+    assert "gradient_accumulation_steps: 2 (from args) != 1 (from training_args.json)" in caplog.text
+
+
+def test_a_changed_number_of_rows_is_reported(tmp_path, caplog):
+    run(tmp_path, stop=2)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, resume=True, data=numbered(28))
+    assert "28 rows" in caplog.text
+    assert "24" in caplog.text
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(numbered())
+
+
+def test_streams_are_converted_unless_workers_divide_them(tmp_path):
+    run(tmp_path, data=Stream(), max_steps=6, stop=2)
+    after, _ = run(tmp_path, data=Stream(), max_steps=6, resume=True, per_device_train_batch_size=2)
+    assert after == list(range(8, 16))
+    with pytest.raises(ArgumentError, match="dataloader_num_workers=2"):
+        run(tmp_path, data=Stream(), max_steps=9, resume=True, dataloader_num_workers=2)
+
+
+def test_conversion():
+    old = Cut(batch_size=4, micro_batches=1, items=22)  # 6 steps
+    for position in (Position(0, 0), Position(1, 3), Position(1, 6)):
+        assert convert(position, old, old) == position
+    new = Cut(batch_size=2, micro_batches=2, items=22)
+    assert convert(Position(1, 3), old, new) == Position(1, 3)
+    new = Cut(batch_size=2, micro_batches=1, items=22)
+    assert convert(Position(1, 3), old, new) == Position(1, 6)
+    assert convert(Position(1, 6), old, new) == Position(1, 11)
+    assert convert(Position(1, 5), Cut(4, 1, 22, drop_last=True), old) == Position(1, 6)
+    with pytest.raises(ArgumentError):
+        convert(Position(1, 1), old, Cut(3, 1, 22))
+
+
+# other arguments
+
+
+def test_every_changed_argument_is_reported_with_who_wins(tmp_path, caplog):
+    run(tmp_path, stop=2)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, resume=True, learning_rate=0.5, num_train_epochs=3, lr_scheduler_type="cosine")
+    lines = [record.getMessage() for record in caplog.records]
+    for line in (
+        "learning_rate: 0.5 (from args) != 0.01 (from training_args.json)",
+        "num_train_epochs: 3 (from args) != 2 (from training_args.json)",
+        "lr_scheduler_type: cosine (from args) != linear (from training_args.json)",
+    ):
+        (found,) = (message for message in lines if message.startswith(line))
+        assert "args win" in found
+
+
+def test_unchanged_arguments_are_not_reported(tmp_path, caplog):
+    run(tmp_path, stop=2)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, resume=True)
+    assert "from args" not in caplog.text
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"seed": 7}, "seed: 7"), ({"data_seed": 7}, "data_seed: 7")])
+def test_a_run_keeps_the_seeds_that_it_began_with(tmp_path, caplog, changes, name):
+    whole, uninterrupted = run(tmp_path / "whole", save_strategy="no")
+    seen, _ = run(tmp_path / "run", stop=2)
+    for stop in (4, None):  # the second time, training_args.json has the new seed and the run still the old one
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            rest, trainer = run(tmp_path / "run", resume=True, stop=stop, **changes)
+        seen += rest
+        assert f"{name} (from args) != 42 (from checkpoint)" in caplog.text
+        assert "the checkpoint wins" in caplog.text
+        assert caplog.text.count("from args") == 1
+    assert seen == whole
+    assert torch.equal(trainer.model.w, uninterrupted.model.w)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "names"),
+    [
+        ({}, {"optim": "sgd"}, r"optim: sgd \(from args\) != adamw_torch"),
+        ({}, {"max_grad_norm": 0.0}, r"max_grad_norm: 0.0 \(from args\) != 1.0"),
+        ({"optim": "sgd", "max_grad_norm": 0.0}, {}, r"optim: adamw_torch .*max_grad_norm: 1.0"),
+    ],
+)
+def test_another_optimizer_cannot_be_resumed_and_is_named(tmp_path, before, after, names):
+    run(tmp_path, stop=2, **before)
+    with pytest.raises(CheckpointError, match=names):
+        run(tmp_path, resume=True, **after)
+
+
+def test_both_kernels_of_adamw_resume_each_other(tmp_path):
+    run(tmp_path, stop=2)
+    assert run(tmp_path, resume=True, optim="adamw_torch_fused")[1].state.epoch == 2.0
+
+
+def test_the_checkpoint_says_how_data_was_cut(tmp_path):
+    run(tmp_path, stop=2, gradient_accumulation_steps=2)
+    cut = load_extra(tmp_path / "checkpoint-2")["cut"]
+    assert (cut["batch_size"], cut["micro_batches"], cut["items"]) == (4, 2, ROWS)
