@@ -8,5 +8,5 @@ COMMON = {
     "print_blob": True,
 }
 settings.register_profile("tests", max_examples=20, derandomize=True, **COMMON)
-settings.register_profile("fuzz", max_examples=1_000, **COMMON)
+settings.register_profile("fuzz", max_examples=300, **COMMON)
 settings.load_profile("tests")
