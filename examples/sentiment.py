@@ -73,7 +73,7 @@ def draw_learning_curve(before, history, path):
     left.legend()
     right.plot(epochs, [entry["eval_pearson_r"] for entry in held_out], "o-", label="Pearson r")
     right.plot(epochs, [entry["eval_sign_agreement"] for entry in held_out], "s-", label="sign agreement")
-    right.axhline(NEEDED_CORRELATION, color="gray", linestyle=":")
+    right.axhline(NEEDED_CORRELATION, color="gray", linestyle=":", label="needed r")
     right.set(xlabel="epoch", title="Agreement with human ratings (held-out words)")
     right.legend()
     figure.savefig(path, dpi=120)

@@ -6,7 +6,9 @@ from fts.loops.data import Source, source
 from fts.loops.evaluate import evaluate
 from fts.loops.events import EpochBegin, EpochEnd, EvalBatch, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
 from fts.loops.fit import fit
+from fts.loops.placement import on_device
 from fts.loops.position import Position
+from fts.loops.rotation import rotate_checkpoints
 
 __all__ = [
     "Cadence",
@@ -30,6 +32,8 @@ __all__ = [
     "load_checkpoint",
     "load_extra",
     "newest_checkpoint",
+    "on_device",
+    "rotate_checkpoints",
     "save_checkpoint",
     "source",
     "verify_checkpoint",

@@ -146,6 +146,12 @@ def load_extra(directory: str | Path) -> dict[str, Any]:
     return extra
 
 
+def checkpoints_in(root: str | Path) -> dict[int, Path]:
+    """The checkpoints of a directory by step, in order; whole or not."""
+    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(root).glob("checkpoint-*"))
+    return dict(sorted((int(name[1]), path) for name, path in names if name))
+
+
 def newest_checkpoint(root: str | Path) -> Path | None:
     """The checkpoint of the highest step that is whole.
 
@@ -162,7 +168,7 @@ def newest_checkpoint(root: str | Path) -> Path | None:
         aside = re.fullmatch(r"\.(checkpoint-\d+)\.replaced", entry.name)
         if aside:
             _undo_interrupted(root / aside[1])
-    steps = sorted((int(found[1]), path) for path in root.iterdir() if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)))
+    steps = checkpoints_in(root).items()
     return next((path for _, path in reversed(steps) if is_whole(path)), None)
 
 

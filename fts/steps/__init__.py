@@ -6,7 +6,7 @@ from fts.steps.donation import donating
 from fts.steps.engines import Value
 from fts.steps.evaluate import EvalStep, eval_step, module_at
 from fts.steps.gradients import ValueAndGrad, value_and_grad
-from fts.steps.losses import ModuleLoss, label_count, module_loss
+from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss
 from fts.steps.microbatches import MicroBatches, rows, split
 from fts.steps.train import TrainStep, train_step
 from fts.steps.updates import apply_gradients
@@ -25,6 +25,7 @@ __all__ = [
     "donating",
     "eval_step",
     "label_count",
+    "loss_in",
     "module_at",
     "module_loss",
     "rows",

@@ -189,12 +189,23 @@ def _shifts(module: nn.Module) -> bool:
     return kind == "ForCausalLM" or (kind is None and type(module).__name__.endswith("LMHeadModel"))
 
 
-def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
+def loss_in(output: Any) -> Any:
+    """The loss that a model returned: its output, `.loss`, "loss", or the first of a tuple; None if there is none.
+
+    >>> loss_in({"loss": 1.0, "logits": 2.0}), loss_in((1.0, 2.0))
+    (1.0, 1.0)
+    """
     if isinstance(output, Tensor):
         return output
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None and isinstance(output, tuple) and output:
-        loss = output[0]
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, (tuple, list)):
+        return getattr(output, "loss", output[0] if output else None)
+    return getattr(output, "loss", None)
+
+
+def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
+    loss = loss_in(output)
     if loss is None:
         raise LossError(
             f"The model returned {type(output).__name__} without a loss for a batch with the keys {sorted(map(str, batch))}. "

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fts import loops
 from fts.errors import DataError
 from fts.loops import Source
-from fts.steps import MicroBatches
 from fts.trainer.collate import Collator
 from fts.trainer.columns import unexpected_keys
 from fts.trainer.losses import Loss
@@ -65,9 +64,7 @@ def make_source(dataset: Any, how: Loading, device: torch.device, what: str) -> 
             f"The {what} set has {source.num_items} rows, fewer than a batch of {how.batch_size}, and dataloader_drop_last=True "
             "leaves them out. Use a smaller batch, or keep the last one."
         )
-    if device.type == "cpu":
-        return source
-    return attrs.evolve(source, batches=_on_device(source.batches, device))
+    return loops.on_device(source, device)
 
 
 def make_loader(dataset: Any, how: Loading) -> DataLoader[Any]:
@@ -121,21 +118,3 @@ def check_first_row(dataset: Any, collator: Collator, model: nn.Module, loss: Lo
             f"The {what} set has no labels: a batch has {', '.join(map(str, batch))}, the model's labels are called "
             f"{', '.join(loss.label_names)}. Add that column, name yours by label_names=[...], or pass compute_loss_func=."
         )
-
-
-def move(tree: Any, device: torch.device) -> Any:
-    """The same tree with its tensors on a device."""
-    if isinstance(tree, Tensor):
-        return tree.to(device, non_blocking=True)
-    if isinstance(tree, Mapping):
-        return {key: move(value, device) for key, value in tree.items()}
-    if isinstance(tree, MicroBatches):
-        return MicroBatches(move(value, device) for value in tree)
-    if isinstance(tree, (list, tuple)):
-        parts = [move(value, device) for value in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    return tree
-
-
-def _on_device(batches: Callable[[int, int], Iterator[Any]], device: torch.device) -> Callable[[int, int], Iterator[Any]]:
-    return lambda epoch, start: (move(batch, device) for batch in batches(epoch, start))

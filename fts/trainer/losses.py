@@ -34,7 +34,7 @@ class Loss:
         """Run a model; its outputs, and the loss, or None if it returned none."""
         if self.fn is None:
             outputs = model(**batch)
-            return outputs, _own(outputs)
+            return outputs, steps.loss_in(outputs)
         inputs = {name: value for name, value in batch.items() if name not in self.label_names}
         found = [batch[name] for name in self.label_names if name in batch]
         outputs = model(**inputs)
@@ -66,11 +66,3 @@ def item_count(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence
     """
     count = steps.label_count(model, batch.get(label_names[0])) if label_names else None
     return (steps.rows(batch) or 1) if count is None else count
-
-
-def _own(outputs: Any) -> Any:
-    if isinstance(outputs, Mapping):
-        return outputs.get("loss")
-    if isinstance(outputs, (tuple, list)):
-        return outputs[0] if outputs else None
-    return getattr(outputs, "loss", outputs if isinstance(outputs, Tensor) else None)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,6 @@ from fts.loops import Position
 from fts.state import WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.state import STATE_FILE, TrainerState
-
-logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "training_args.json"
 
@@ -132,46 +127,6 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
             f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
         )
     return path
-
-
-def checkpoints_in(root: str | Path) -> dict[int, Path]:
-    """The checkpoints of a directory by step, in order."""
-    root = Path(root)
-    names = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in root.glob("checkpoint-*"))
-    return dict(sorted((int(name[1]), path) for name, path in names if name))
-
-
-def outdated(checkpoint_steps: Sequence[int], limit: int | None, best: int | None) -> list[int]:
-    """Which checkpoints to delete, so that at most `limit` stay: the oldest ones, but never the newest nor the best.
-
-    Args:
-        checkpoint_steps: the steps of those that are there.
-        limit: how many may stay; None for all.
-        best: the step of the best one, if there is one.
-
-    Returns:
-        The steps to delete, in order.
-
-    >>> outdated([10, 20, 30, 40], 2, best=10)
-    [20, 30]
-    >>> outdated([10, 20], 1, best=10)
-    []
-    """
-    ordered = sorted(checkpoint_steps)
-    if limit is None:
-        return []
-    pinned = {best, *ordered[-1:]}
-    loose = [step for step in ordered if step not in pinned]
-    return loose[: max(0, min(len(loose), len(ordered) - limit))]
-
-
-def rotate(root: str | Path, limit: int | None, best: str | None) -> None:
-    """Delete outdated checkpoints of a directory."""
-    there = checkpoints_in(root)
-    best_step = next((step for step, path in there.items() if best is not None and path.resolve() == Path(best).resolve()), None)
-    for step in outdated(list(there), limit, best_step):
-        logger.info("Deleting %s, because save_total_limit=%s.", there[step], limit)
-        shutil.rmtree(there[step])
 
 
 def _save_configuration(model: Any, directory: Path) -> None:

@@ -180,5 +180,5 @@ def save_run(trainer: Trainer, run: Run, state: TrainState, position: Position) 
         trainer_state=told,
         extra={"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)},
     )
-    saving.rotate(root, trainer.args.save_total_limit, told.best_model_checkpoint)
+    loops.rotate_checkpoints(root, trainer.args.save_total_limit, told.best_model_checkpoint)
     return path

@@ -3,11 +3,9 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from fts.trainer.saving import outdated
 from tests.trainer.helpers import make_trainer
 
 TIMES = ("runtime", "per_second")
@@ -180,23 +178,3 @@ def test_lora_checkpoints_resume(tmp_path):
 def test_rotation_keeps_the_newest(tmp_path):
     make_trainer(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=2, save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
-
-
-@given(
-    st.lists(st.integers(1, 99), unique=True, max_size=12),
-    st.none() | st.integers(1, 12),
-    st.none() | st.integers(1, 99),
-)
-def test_outdated_checkpoints(steps, limit, best):
-    gone = outdated(steps, limit, best)
-    kept = [step for step in steps if step not in gone]
-    assert set(gone) <= set(steps)
-    assert best not in gone
-    if steps:
-        assert max(steps) in kept
-    if limit is None:
-        assert not gone
-    else:
-        pinned = len({best, *sorted(steps)[-1:]} & set(steps))
-        assert len(kept) == min(len(steps), max(limit, pinned))
-    assert all(step > max(gone) for step in kept if gone and step not in (best, max(steps)))
