@@ -87,7 +87,10 @@ def _buffers_after(old: Params, new: Params, info: Info) -> Params:
     skipped = info.get("skipped")
     if skipped is None:
         return new
-    return {name: torch.where(skipped.to(old[name].device) > 0, old[name], tensor) for name, tensor in new.items()}
+    return {
+        name: torch.where(skipped.to(tensor.device) > 0, old[name], tensor) if tensor.shape == old[name].shape else tensor
+        for name, tensor in new.items()
+    }
 
 
 def _stored(new: Tensor, old: Tensor) -> Tensor:
