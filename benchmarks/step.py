@@ -73,7 +73,7 @@ def tasks() -> list[Task]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 10, (6400,), generator=generator)
     return [
-        Task("mlp", Mlp, {"x": torch.randn(6400, 64, generator=generator), "labels": labels}, 400),
+        Task("mlp", Mlp, {"x": torch.randn(6400, 64, generator=generator), "labels": labels}, 1000),
         Task(
             "transformer",
             SmallTransformer,

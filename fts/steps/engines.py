@@ -7,6 +7,7 @@ func     `torch.func.grad_and_value`; for graphs, vmap, and derivatives through 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import attrs
@@ -105,7 +106,7 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
     outputs: list[tuple[LossOutput, Number]] = []
     for index, batch in enumerate(work.micro):
         work.seed(index, device)
-        with torch.enable_grad():
+        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
             output = forward(leaves, batch, work.args, device)
             weight = weight_of(output, batch, work.weigh_rows)
             if not output.loss.requires_grad:

@@ -64,7 +64,7 @@ class ValueAndGrad:
                 if outside:
                     raise ArgumentError("Parameters with gradient hooks cannot be vmapped or differentiated. Remove the hooks.")
                 func = False
-        with nullcontext() if binding is None else binding.mode(training=True):
+        with nullcontext() if binding is None or binding.module.training else binding.mode(training=True):
             if not func:
                 return module_engine(self.forward, work, own_buffers=own_buffers)
             try:
