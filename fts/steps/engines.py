@@ -135,9 +135,11 @@ def _weighted_backward(loss: Tensor, weight: Number, leaves: Params) -> None:
             leaf.register_hook(lambda grad: torch.where(weight == 0, 0.0, grad))  # type: ignore[no-untyped-call]
             for leaf in leaves.values()
         ]
-    (loss * weight).backward()  # type: ignore[no-untyped-call]
-    for hook in hooks:
-        hook.remove()
+    try:
+        (loss * weight).backward()  # type: ignore[no-untyped-call]
+    finally:  # the leaves are the caller's own Parameters
+        for hook in hooks:
+            hook.remove()
 
 
 def _drain(leaves: Params, total: Total) -> Params:
