@@ -11,7 +11,7 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.trainer.checks import check_choice, check_flag, check_interval, check_names, check_real, check_whole
-from fts.trainer.strategies import IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
+from fts.trainer.choices import IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 
 
 def arg(default: Any, text: str) -> Any:
@@ -127,6 +127,7 @@ def _check_values(args: TrainingArguments) -> None:
     args.save_strategy = check_choice("save_strategy", args.save_strategy, SaveStrategy)
     args.lr_scheduler_type = check_choice("lr_scheduler_type", args.lr_scheduler_type, SchedulerType)
     args.optim = check_choice("optim", args.optim, OptimizerNames)
+    _check_is_there(args)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         check_whole(name, getattr(args, name), 1)
     check_whole("dataloader_num_workers", args.dataloader_num_workers, 0)
@@ -159,6 +160,18 @@ def _check_values(args: TrainingArguments) -> None:
             f"report_to={args.report_to!r}: trackers are not there yet in this version of fts. Use report_to='none', and a "
             "callback with on_log(args, state, control, logs, **kwargs) to send logs elsewhere."
         )
+
+
+_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.SGD)
+_SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
+
+
+def _check_is_there(args: TrainingArguments) -> None:
+    if args.optim not in _OPTIMIZERS:
+        raise ArgumentError(f"optim='{args.optim}' is not yet in this version of fts. Use one of {', '.join(_OPTIMIZERS)}.")
+    if args.lr_scheduler_type not in _SCHEDULES:
+        kind = args.lr_scheduler_type
+        raise ArgumentError(f"lr_scheduler_type='{kind}' is not yet in this version of fts. Use one of {', '.join(_SCHEDULES)}.")
 
 
 def _fill_in(args: TrainingArguments) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import best_metric_name
+from fts.trainer.choices import IntervalStrategy, SaveStrategy
 from fts.trainer.evaluation import GIVEN
 from fts.trainer.state import TrainerState
-from fts.trainer.strategies import IntervalStrategy, SaveStrategy
 
 
 def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.choices import IntervalStrategy, SaveStrategy
 from fts.trainer.state import ExportableState, TrainerControl, TrainerState
-from fts.trainer.strategies import IntervalStrategy, SaveStrategy
 
 logger = logging.getLogger(__name__)
 

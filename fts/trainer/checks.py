@@ -44,7 +44,7 @@ def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
 def check_choice(name: str, value: Any, choices: type[E]) -> E:
     """The member of an enum that a value names.
 
-    >>> from fts.trainer.strategies import IntervalStrategy
+    >>> from fts.trainer.choices import IntervalStrategy
     >>> check_choice("eval_strategy", "epoch", IntervalStrategy)
     <IntervalStrategy.EPOCH: 'epoch'>
     """

@@ -18,8 +18,8 @@ from fts.steps import MicroBatches
 from fts.trainer import saving
 from fts.trainer.best import note_best
 from fts.trainer.callbacks import export_callbacks
+from fts.trainer.choices import SaveStrategy
 from fts.trainer.evaluation import TrainOutput, speed_metrics
-from fts.trainer.strategies import SaveStrategy
 from fts.trainer.training import Run, save_run
 
 if TYPE_CHECKING:

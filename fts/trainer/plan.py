@@ -12,7 +12,7 @@ from torch import nn
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.strategies import OptimizerNames, SchedulerType
+from fts.trainer.choices import OptimizerNames, SchedulerType
 from fts.typing import Schedule, Transform
 
 

@@ -19,6 +19,7 @@ from fts.trainer import saving
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.best import check_metric
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback
+from fts.trainer.choices import IntervalStrategy
 from fts.trainer.collate import collator_for
 from fts.trainer.columns import accepted_columns, label_names_of, without_unused
 from fts.trainer.evaluation import (
@@ -35,7 +36,6 @@ from fts.trainer.loading import Loading, check_first_row, make_loader, make_sour
 from fts.trainer.losses import Loss
 from fts.trainer.progress import ProgressCallback
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
-from fts.trainer.strategies import IntervalStrategy
 from fts.trainer.training import prepare
 
 logger = logging.getLogger(__name__)
