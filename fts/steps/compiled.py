@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fts.errors import ArgumentError, CompileFallbackWarning
 from fts.state import TrainState, mark_donated
+from fts.steps.backward import OwnBackward
 from fts.steps.binding import Binding
+from fts.steps.gradients import ValueAndGrad
 from fts.steps.graphs import Graph, graph_of, is_compile_error, reason_of
 from fts.steps.train import TrainStep
 from fts.steps.updates import check
@@ -80,7 +82,10 @@ class CompiledStep:
         """The step as a graph traces it: pure, and differentiated by `torch.func`."""
         if not isinstance(self.step, TrainStep):
             return self.step
-        return attrs.evolve(self.step, donate=False, gradients=attrs.evolve(self.step.gradients, engine="func"))
+        gradients = self.step.gradients
+        if isinstance(gradients, ValueAndGrad):
+            gradients = attrs.evolve(gradients, engine="func")
+        return attrs.evolve(self.step, donate=False, gradients=gradients)
 
     def _graph(self, state: TrainState, batch: Batch, args: tuple[Any, ...]) -> Graph | None:
         graphs, binding = self.graphs, self._binding
@@ -157,6 +162,11 @@ def compile(step: StepFn[Any], *, donate: bool | None = None, backend: str = "in
             raise ArgumentError(f"compile({name}=...) is fixed: a step is one whole graph for each shape of the batch.")
     if isinstance(step, CompiledStep):
         step = step.step
+    if isinstance(step, TrainStep) and isinstance(step.gradients, OwnBackward):
+        raise ArgumentError(
+            f"{step.gradients.label} cannot be compiled: it calls backward itself, which a graph of the whole step cannot follow. "
+            "Return the loss instead (steps.train_step), or do not compile."
+        )
     if not callable(step):
         raise ArgumentError(f"compile needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
     return CompiledStep(step, bool(getattr(step, "donate", False)) if donate is None else donate, backend, options)

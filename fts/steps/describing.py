@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from fts.steps.backward import OwnBackward
 from fts.steps.compiled import CompiledStep
 from fts.steps.evaluate import EvalStep
 from fts.steps.gradients import ValueAndGrad
 from fts.steps.losses import ModuleLoss, name_of
+from fts.steps.passing import Passing
 from fts.steps.train import TrainStep
 from fts.typing import Transform
 
@@ -58,6 +60,10 @@ def _node(part: Any) -> Node:
         accumulate = f", accumulate x{part.accumulate}" if part.accumulate > 1 else ""
         label = f"gradients: {part.engine} engine{accumulate}{_with_precision(part.precision)}"
         return label, [("loss: " + _name(part.forward.loss), [])]
+    if isinstance(part, Passing):
+        return f"passing {name_of(part.fn)}(batch) to the loss", [part.step]
+    if isinstance(part, OwnBackward):
+        return "gradients: " + part.label, []
     if isinstance(part, Transform):
         return part.label, list(part.children)
     return _name(part), []

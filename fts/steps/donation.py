@@ -6,6 +6,8 @@ from typing import Any
 
 import attrs
 
+from fts.steps.passing import Passing
+
 
 def donating(step: Any, donate: bool = True) -> Any:
     """The same step with `donate` set, or the step itself where it has no such choice.
@@ -22,6 +24,8 @@ def donating(step: Any, donate: bool = True) -> Any:
     >>> donating(steps.train_step(lambda params, batch: params["w"].sum(), tx.sgd(0.1))).donate
     True
     """
+    if isinstance(step, Passing):
+        return attrs.evolve(step, step=donating(step.step, donate))
     if attrs.has(type(step)) and "donate" in attrs.fields_dict(type(step)):
         return attrs.evolve(step, donate=donate)
     return step

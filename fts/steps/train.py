@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
-from fts.steps.gradients import Engine, ValueAndGrad, value_and_grad
+from fts.steps.binding import Binding
+from fts.steps.engines import Value
+from fts.steps.gradients import Engine, value_and_grad
 from fts.steps.losses import ModuleLoss
 from fts.steps.updates import merge_metrics, next_state
-from fts.typing import Batch, Info, LossFn, Metrics, Transform
+from fts.typing import Batch, Info, LossFn, Metrics, Params, Transform
+
+
+class Gradients(Protocol):
+    """From a state and a batch to a value and gradients, as `value_and_grad` and `own_backward` make it.
+
+    `binding` says where the tensors of a module live; None for a plain function. With `own_buffers` the forward pass may write
+    the state's non-persistent buffers in place.
+    """
+
+    @property
+    def binding(self) -> Binding | None: ...
+
+    def __call__(self, state: TrainState, batch: Batch, *args: Any, own_buffers: bool = False) -> tuple[Value, Params]: ...
 
 
 @attrs.frozen(eq=False)
 class TrainStep:
-    """A loss, its gradients and a transform, composed into `(state, batch) -> (state, metrics)`; made by `train_step`."""
+    """Gradients and a transform, composed into `(state, batch) -> (state, metrics)`; made by `train_step` or `gradient_step`."""
 
-    gradients: ValueAndGrad
+    gradients: Gradients
     transform: Transform
     donate: bool = False
 
@@ -69,9 +84,44 @@ def train_step(
     >>> state.params["w"], metrics["loss"]
     (tensor([0.7000]), tensor(3.))
     """
+    _check_transform("train_step", transform)
+    return TrainStep(value_and_grad(loss, engine=engine, accumulate=accumulate, precision=precision), transform, donate)
+
+
+def gradient_step(gradients: Gradients, transform: Transform, *, donate: bool = False) -> TrainStep:
+    """Compose gradients of any origin and a transform into one step of training.
+
+    Args:
+        gradients: what `value_and_grad` or `own_backward` makes, or a callable with their signature.
+        transform: the optimizer; the same that the state is created with.
+        donate: as for `train_step`.
+
+    Returns:
+        A step: `(state, batch, *args) -> (state, metrics)`; `args` are passed on to `gradients`.
+
+    Raises:
+        ArgumentError: an argument has a value that cannot work.
+
+    >>> import torch
+    >>> from fts import steps, transforms as tx
+    >>> gradients = steps.value_and_grad(lambda params, batch: (params["w"] * batch).mean())
+    >>> step = gradient_step(gradients, tx.sgd(0.1))
+    >>> state = TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.1))
+    >>> step(state, torch.tensor([2.0]))[0].params["w"]
+    tensor([0.8000])
+    """
+    _check_transform("gradient_step", transform)
+    if not callable(gradients) or not hasattr(gradients, "binding"):
+        raise ArgumentError(
+            f"gradient_step needs gradients such as steps.value_and_grad(loss), not {type(gradients).__name__}; they have a "
+            "`binding` (None for a plain function) and are called as (state, batch, *args, own_buffers=...)."
+        )
+    return TrainStep(gradients, transform, donate)
+
+
+def _check_transform(who: str, transform: Any) -> None:
     if not isinstance(transform, Transform):
         raise ArgumentError(
-            f"train_step needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. A torch optimizer keeps its "
-            "state inside; use the transform of the same name."
+            f"{who} needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. Make one of a torch optimizer by "
+            "tx.from_torch(torch.optim.RMSprop, lr=1e-3)."
         )
-    return TrainStep(value_and_grad(loss, engine=engine, accumulate=accumulate, precision=precision), transform, donate)

@@ -1,0 +1,96 @@
+"""Gradients of a function that calls backward itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fts.errors import ArgumentError, LossError
+from fts.randomness import STEP, fold, seed_generators
+from fts.state import TrainState
+from fts.steps.binding import Binding
+from fts.steps.engines import Value
+from fts.steps.losses import check_callable, name_of
+from fts.steps.microbatches import MicroBatches
+from fts.steps.tracing import device_of, in_transform
+from fts.typing import Batch, Params
+
+
+@attrs.frozen(eq=False)
+class OwnBackward:
+    """A function `(state, batch, *args) -> (value, grads)`; made by `own_backward`."""
+
+    module: nn.Module
+    fn: Callable[..., Any]
+    binding: Binding
+
+    @property
+    def label(self) -> str:
+        return f"own_backward({type(self.module).__name__}, {name_of(self.fn)})"
+
+    def __call__(self, state: TrainState, batch: Batch, *args: Any, own_buffers: bool = False) -> tuple[Value, Params]:
+        if in_transform():
+            raise ArgumentError(f"{self.label} calls backward itself, which a graph, vmap or torch.func cannot follow.")
+        micro: Sequence[Batch] = batch if isinstance(batch, MicroBatches) else (batch,)
+        binding, device = self.binding, device_of(state.params)
+        binding.check(state)
+        buffers = {name: tensor.clone() for name, tensor in state.buffers.items()}
+        with (
+            nullcontext() if self.module.training else binding.mode(training=True),
+            binding.lend(state.params, state.frozen, buffers),
+            torch.enable_grad(),
+        ):
+            losses = []
+            for index, part in enumerate(micro):
+                seed_generators(fold(state.seed, STEP, int(state.step), index), device)
+                losses.append(self._loss(part, args))
+            leaves = {name: binding.parameters[name] for name in state.params}
+            grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+            buffers = binding.get_buffers()
+        binding.check_structure()
+        return Value(torch.stack(losses).sum(), len(losses), {}, buffers), grads
+
+    def _loss(self, batch: Batch, args: Sequence[Any]) -> Tensor:
+        loss = self.fn(self.module, batch, *args)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossError(f"{name_of(self.fn)} must return its loss as a tensor of one number, not {found}.")
+        return loss.detach().reshape(())
+
+
+def own_backward(module: nn.Module, fn: Callable[..., Any]) -> OwnBackward:
+    """Gradients from a function that runs forward and backward itself, for `gradient_step`.
+
+    Args:
+        module: lends its code; while `fn` runs, its own Parameters hold the state's tensors, and `.grad` starts empty.
+        fn: `fn(model, batch, *args) -> loss` is called once for each micro-batch; it calls `backward` on what it wants to add to
+            the gradients (so it scales for accumulation itself), and returns its share of the step's loss, a 0-d tensor.
+
+    Returns:
+        `fn(state, batch, *args) -> (value, grads)`: the sum of the losses, and the sums of the gradients. It runs eagerly only.
+
+    Raises:
+        ArgumentError: `fn` is no function of two arguments.
+        LossError: `fn` returned something else than a loss.
+
+    >>> import fts
+    >>> from fts import steps, transforms as tx
+    >>> net = nn.Linear(1, 1, bias=False)
+    >>> def fn(model, x):
+    ...     loss = model(x).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> state = fts.TrainState.create(net, tx.sgd(0.1))
+    >>> value, grads = own_backward(net, fn)(state, torch.tensor([[3.0]]))
+    >>> grads["weight"]
+    tensor([[3.]])
+    """
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(f"own_backward needs a torch.nn.Module, not {type(module).__name__}.")
+    check_callable(fn, "own_backward", "fn(model, batch)")
+    return OwnBackward(module, fn, Binding(module))
