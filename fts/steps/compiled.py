@@ -164,7 +164,7 @@ def compile(step: StepFn[Any], *, donate: bool | None = None, backend: str = "in
         step = step.step
     if isinstance(step, TrainStep) and isinstance(step.gradients, OwnBackward):
         raise ArgumentError(
-            f"{step.gradients.label} cannot be compiled: it calls backward itself, which a graph of the whole step cannot follow. "
+            f"{step.gradients.label} cannot be compiled: a graph of the whole step cannot follow a backward of its own. "
             "Return the loss instead (steps.train_step), or do not compile."
         )
     if not callable(step):

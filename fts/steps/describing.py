@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from fts.steps.backward import OwnBackward
@@ -50,23 +51,20 @@ def _branches(children: list[Any]) -> list[str]:
 
 
 def _node(part: Any) -> Node:
-    if isinstance(part, TrainStep):
-        return "train_step" + (", donates" if part.donate else ""), [part.gradients, part.transform]
-    if isinstance(part, CompiledStep):
-        return f"compiled to one graph, {part.backend}" + (", donates" if part.donate else ""), [part.traced]
-    if isinstance(part, EvalStep):
-        return "eval_step" + _with_precision(part.precision), [("loss: " + _name(part.forward.loss), [])]
-    if isinstance(part, ValueAndGrad):
-        accumulate = f", accumulate x{part.accumulate}" if part.accumulate > 1 else ""
-        label = f"gradients: {part.engine} engine{accumulate}{_with_precision(part.precision)}"
-        return label, [("loss: " + _name(part.forward.loss), [])]
-    if isinstance(part, Passing):
-        return f"passing {name_of(part.fn)}(batch) to the loss", [part.step]
-    if isinstance(part, OwnBackward):
-        return "gradients: " + part.label, []
-    if isinstance(part, Transform):
-        return part.label, list(part.children)
+    for kind, node in _NODES.items():
+        if isinstance(part, kind):
+            return node(part)
     return _name(part), []
+
+
+def _of_gradients(part: ValueAndGrad) -> Node:
+    accumulate = f", accumulate x{part.accumulate}" if part.accumulate > 1 else ""
+    label = f"gradients: {part.engine} engine{accumulate}{_with_precision(part.precision)}"
+    return label, [("loss: " + _name(part.forward.loss), [])]
+
+
+def _donates(part: Any) -> str:
+    return ", donates" if part.donate else ""
 
 
 def _name(part: Any) -> str:
@@ -75,3 +73,14 @@ def _name(part: Any) -> str:
 
 def _with_precision(precision: str | None) -> str:
     return f", {precision}" if precision else ""
+
+
+_NODES: dict[type, Callable[[Any], Node]] = {
+    TrainStep: lambda part: ("train_step" + _donates(part), [part.gradients, part.transform]),
+    CompiledStep: lambda part: (f"compiled to one graph, {part.backend}{_donates(part)}", [part.traced]),
+    EvalStep: lambda part: ("eval_step" + _with_precision(part.precision), [("loss: " + _name(part.forward.loss), [])]),
+    Passing: lambda part: (f"passing {name_of(part.fn)}(batch) to the loss", [part.step]),
+    ValueAndGrad: _of_gradients,
+    OwnBackward: lambda part: ("gradients: " + part.label, []),
+    Transform: lambda part: (part.label, list(part.children)),
+}

@@ -174,15 +174,25 @@ def label_count(module: nn.Module, labels: Any) -> Tensor | None:
     """
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return None
-    counted = labels[..., 1:] if _shifts(module) else labels
+    counted = labels[..., 1:] if shifts_labels(module) else labels
     count: Tensor = torch.ne(counted, -100).sum()
     return count
 
 
-def _shifts(module: nn.Module) -> bool:
-    base = getattr(module, "get_base_model", None)  # peft's
-    if callable(base):
-        module = base()
+def base_model(module: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, or the module itself."""
+    base: Any = getattr(module, "get_base_model", None)
+    inner: nn.Module = base() if callable(base) else module
+    return inner
+
+
+def shifts_labels(module: nn.Module) -> bool:
+    """Whether a model's loss compares position t with label t + 1, as causal language models in Hugging Face's manner do.
+
+    >>> shifts_labels(nn.Linear(1, 1))
+    False
+    """
+    module = base_model(module)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return False
     kind = getattr(module, "loss_type", None)
