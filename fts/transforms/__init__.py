@@ -26,11 +26,15 @@ from fts.transforms.scaling import (
 )
 from fts.transforms.schedules import (
     constant_schedule,
+    cosine_restarts_schedule,
     cosine_schedule,
+    inverse_sqrt_schedule,
     join_schedules,
     linear_schedule,
     polynomial_schedule,
+    shift_schedule,
     warmup,
+    warmup_stable_decay_schedule,
 )
 from fts.transforms.wrapping import MultiStepsState, SkipState, multi_steps, skip_nonfinite
 
@@ -55,10 +59,12 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_value",
     "constant_schedule",
+    "cosine_restarts_schedule",
     "cosine_schedule",
     "ema_params",
     "global_norm",
     "identity",
+    "inverse_sqrt_schedule",
     "join_schedules",
     "linear_schedule",
     "masked",
@@ -71,7 +77,9 @@ __all__ = [
     "scale_by_schedule",
     "set_to_zero",
     "sgd",
+    "shift_schedule",
     "skip_nonfinite",
     "trace",
     "warmup",
+    "warmup_stable_decay_schedule",
 ]

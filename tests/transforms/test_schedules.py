@@ -33,6 +33,28 @@ SCHEDULES = {
     "cosine, warmup": tx.cosine_schedule(PEAK, warmup_steps=WARMUP, total_steps=TOTAL),
     "polynomial": tx.polynomial_schedule(PEAK, 1e-5, 2.5, TOTAL),
     "polynomial, warmup": tx.polynomial_schedule(PEAK, 1e-5, 0.5, TOTAL, warmup_steps=WARMUP),
+    "cosine, waves": tx.cosine_schedule(PEAK, warmup_steps=WARMUP, total_steps=TOTAL, cycles=1.3),
+    "restarts": tx.cosine_restarts_schedule(PEAK, warmup_steps=WARMUP, total_steps=TOTAL, cycles=3),
+    "restarts, end": tx.cosine_restarts_schedule(PEAK, total_steps=TOTAL, cycles=2, end_value=1e-5),
+    "inverse_sqrt": tx.inverse_sqrt_schedule(PEAK, warmup_steps=WARMUP),
+    "inverse_sqrt, timescale": tx.inverse_sqrt_schedule(PEAK, timescale=20.5),
+    "stable": tx.warmup_stable_decay_schedule(PEAK, warmup_steps=WARMUP, decay_steps=9, total_steps=TOTAL),
+    "stable, linear": tx.warmup_stable_decay_schedule(
+        PEAK, decay_steps=9, total_steps=TOTAL, end_value=1e-5, decay_shape="linear"
+    ),
+    "stable, roots": tx.warmup_stable_decay_schedule(
+        PEAK,
+        warmup_steps=WARMUP,
+        decay_steps=9,
+        total_steps=TOTAL,
+        init_value=2e-5,
+        warmup_shape="1-sqrt",
+        decay_shape="1-sqrt",
+    ),
+    "stable, waves": tx.warmup_stable_decay_schedule(
+        PEAK, warmup_steps=WARMUP, decay_steps=30, total_steps=TOTAL, warmup_shape="cosine", end_value=1e-5, cycles=1.2
+    ),
+    "shift": tx.shift_schedule(tx.cosine_schedule(PEAK, warmup_steps=WARMUP, total_steps=TOTAL), 2),
     "warmup": tx.warmup(tx.cosine_schedule(PEAK, total_steps=TOTAL), WARMUP),
     "join": tx.join_schedules(
         [tx.constant_schedule(1.0), tx.linear_schedule(1.0, 0.5, 5), lambda step: 0.5 * 0.9**step], [4, 12]
@@ -84,6 +106,53 @@ def test_polynomial_equals_other_libraries(power):
     assert [schedule(step) for step in STEPS] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.parametrize("cycles", [0.5, 1.0, 2.75])
+def test_cosine_waves_equal_other_libraries(cycles):
+    schedule = tx.cosine_schedule(PEAK, warmup_steps=WARMUP, total_steps=TOTAL, cycles=cycles)
+    theirs = by_scheduler(lambda o: transformers.get_cosine_schedule_with_warmup(o, WARMUP, TOTAL, cycles), TOTAL + 1)
+    assert [schedule(step) for step in range(TOTAL + 1)] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
+
+
+def test_restarts_equal_other_libraries():
+    make = transformers.get_cosine_with_hard_restarts_schedule_with_warmup
+    theirs = by_scheduler(lambda o: make(o, WARMUP, TOTAL, 3))
+    assert [SCHEDULES["restarts"](step) for step in STEPS] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
+    # torch's own, whose waves are of whole steps and which has no end
+    theirs = by_scheduler(lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, TOTAL // 2, eta_min=1e-5), TOTAL)
+    assert [SCHEDULES["restarts, end"](step) for step in range(TOTAL)] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize(("warmup", "timescale"), [(WARMUP, None), (0, None), (WARMUP, 33)])
+def test_inverse_sqrt_equals_other_libraries(warmup, timescale):
+    schedule = tx.inverse_sqrt_schedule(PEAK, warmup_steps=warmup, timescale=timescale)
+    theirs = by_scheduler(lambda o: transformers.get_inverse_sqrt_schedule(o, warmup, timescale))
+    assert [schedule(step) for step in STEPS] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("rise", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize("fall", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize("decay", [0, 9, 28])
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_stages_equal_other_libraries(rise, fall, decay, ratio):
+    schedule = tx.warmup_stable_decay_schedule(
+        PEAK,
+        warmup_steps=WARMUP,
+        decay_steps=decay,
+        total_steps=TOTAL,
+        init_value=ratio * PEAK,
+        end_value=ratio * PEAK,
+        warmup_shape=rise,
+        decay_shape=fall,
+    )
+    theirs = by_scheduler(lambda o: transformers.get_wsd_schedule(o, WARMUP, decay, TOTAL, None, rise, fall, ratio))
+    assert [schedule(step) for step in STEPS] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
+
+
+def test_shifted():
+    schedule = SCHEDULES["cosine, warmup"]
+    assert [SCHEDULES["shift"](step) for step in STEPS] == [schedule(step + 2) for step in STEPS]
+
+
 def test_values_stay_after_the_end():
     for name, end in (("linear", 1e-5), ("cosine", 1e-5), ("polynomial", 1e-5), ("cosine, warmup", 0.0)):
         assert SCHEDULES[name](10_000) == pytest.approx(end, abs=1e-18)
@@ -133,6 +202,12 @@ def test_descriptions():
     assert repr(tx.constant_schedule(0.1)) == "constant_schedule(0.1)"
     assert repr(tx.linear_schedule(0.1, 0, 5, warmup_steps=2)) == "linear_schedule(0.1 to 0 in 5, warmup 2)"
     assert repr(tx.polynomial_schedule(0.1, 0.0, 2, 5)) == "polynomial_schedule(0.1 to 0.0, power 2, in 5)"
+    assert repr(tx.cosine_schedule(0.1, total_steps=9, cycles=2)) == "cosine_schedule(0.1, total 9, 2 cycles)"
+    assert repr(tx.cosine_restarts_schedule(0.1, total_steps=9)) == "cosine_restarts_schedule(0.1, total 9, 1 cycles)"
+    assert repr(tx.inverse_sqrt_schedule(0.1, warmup_steps=3)) == "inverse_sqrt_schedule(0.1, timescale 3, warmup 3)"
+    stages = tx.warmup_stable_decay_schedule(0.1, warmup_steps=2, decay_steps=3, total_steps=9)
+    assert repr(stages) == "warmup_stable_decay_schedule(0.1, warmup 2, total 9, cosine decay 3)"
+    assert repr(tx.shift_schedule(tx.constant_schedule(0.1), 1)) == "shift_schedule(constant_schedule(0.1), 1)"
     assert repr(tx.warmup(tx.constant_schedule(1.0), 3)) == "warmup(constant_schedule(1.0), 3)"
     joined = tx.join_schedules([tx.constant_schedule(1.0), math.exp], [3])
     assert repr(joined) == "join_schedules(constant_schedule(1.0), from 3 exp)"
@@ -148,6 +223,22 @@ def test_descriptions():
         (lambda: tx.cosine_schedule(math.nan, total_steps=1), "peak_value must be a number .* not nan"),
         (lambda: tx.cosine_schedule("1", total_steps=1), "peak_value must be a number .* not '1'"),
         (lambda: tx.cosine_schedule(1.0, total_steps=1, end_value=math.inf), "end_value must be a number .* not inf"),
+        (lambda: tx.cosine_schedule(1.0, total_steps=1, cycles=0), "cycles must be a number .* not 0"),
+        (lambda: tx.cosine_restarts_schedule(1.0, total_steps=1, cycles=-1), "cycles must be a number .* not -1"),
+        (lambda: tx.cosine_restarts_schedule(1.0, total_steps=1, warmup_steps=2), "warmup_steps=2 is more than"),
+        (lambda: tx.inverse_sqrt_schedule(1.0, timescale=0), "timescale must be a number .* not 0"),
+        (lambda: tx.inverse_sqrt_schedule(1.0, warmup_steps=-3), "inverse_sqrt_schedule: warmup_steps .* not -3"),
+        (lambda: tx.warmup_stable_decay_schedule(1.0, decay_steps=-1, total_steps=2), "decay_steps .* not -1"),
+        (
+            lambda: tx.warmup_stable_decay_schedule(1.0, decay_steps=1, total_steps=2, decay_shape="sqrt"),
+            "decay_shape must be one of 'linear', 'cosine', '1-sqrt', not 'sqrt'",
+        ),
+        (
+            lambda: tx.warmup_stable_decay_schedule(1.0, decay_steps=1, total_steps=2, warmup_shape=3),
+            "warmup_shape must be one of .* not 3",
+        ),
+        (lambda: tx.shift_schedule(0.1, 1), "takes schedules .* not 0.1"),
+        (lambda: tx.shift_schedule(tx.constant_schedule(0.1), -1), "steps .* not -1"),
         (lambda: tx.constant_schedule(math.inf), "value must be a number .* not inf"),
         (lambda: tx.constant_schedule(1.0, warmup_steps=-2), "constant_schedule: warmup_steps .* not -2"),
         (lambda: tx.linear_schedule(1.0, 0.0, 0), "transition_steps .* not 0"),
