@@ -16,6 +16,7 @@ from fts.transforms.combining import apply_updates, chain, identity
 from fts.transforms.grouping import masked, partition
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
+from fts.transforms.plateau import FollowState, Greedy, Plateau, RateRule, follow_metric, followed_rate, observe_metric
 from fts.transforms.scaling import (
     ScheduleState,
     add_decayed_weights,
@@ -41,7 +42,11 @@ from fts.transforms.wrapping import MultiStepsState, SkipState, multi_steps, ski
 __all__ = [
     "AdamState",
     "EmaState",
+    "FollowState",
+    "Greedy",
     "MultiStepsState",
+    "Plateau",
+    "RateRule",
     "ScheduleState",
     "SgdState",
     "SkipState",
@@ -62,6 +67,8 @@ __all__ = [
     "cosine_restarts_schedule",
     "cosine_schedule",
     "ema_params",
+    "follow_metric",
+    "followed_rate",
     "global_norm",
     "identity",
     "inverse_sqrt_schedule",
@@ -69,6 +76,7 @@ __all__ = [
     "linear_schedule",
     "masked",
     "multi_steps",
+    "observe_metric",
     "partition",
     "polynomial_schedule",
     "scale",
