@@ -1,0 +1,27 @@
+"""Callbacks: the events of a run as method calls."""
+
+from fts.trainer.callbacks.base import EVENTS, TrainerCallback, overrides
+from fts.trainer.callbacks.early_stopping import EarlyStoppingCallback, best_metric_name
+from fts.trainer.callbacks.exporting import export_callbacks, restore_callbacks
+from fts.trainer.callbacks.failing import callback_error
+from fts.trainer.callbacks.flow import DefaultFlowCallback
+from fts.trainer.callbacks.handler import CallbackHandler
+from fts.trainer.callbacks.printer import PrinterCallback, readable
+from fts.trainer.callbacks.progress import ProgressCallback, close_bars
+
+__all__ = [
+    "EVENTS",
+    "CallbackHandler",
+    "DefaultFlowCallback",
+    "EarlyStoppingCallback",
+    "PrinterCallback",
+    "ProgressCallback",
+    "TrainerCallback",
+    "best_metric_name",
+    "callback_error",
+    "close_bars",
+    "export_callbacks",
+    "overrides",
+    "readable",
+    "restore_callbacks",
+]

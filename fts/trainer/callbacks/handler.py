@@ -1,0 +1,277 @@
+"""The list of callbacks, and who of them listens to what."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from fts.errors import ArgumentError, CallbackError
+from fts.trainer.callbacks.base import EVENTS, overrides
+from fts.trainer.callbacks.failing import callback_error
+
+logger = logging.getLogger(__name__)
+
+
+class CallbackHandler:
+    """Calls the callbacks that have something to do for an event, in order.
+
+    Each event is also a method, `on_...(args, state, control, **kwargs)`, that clears the flags which the event answers.
+
+    Args:
+        callbacks: instances or classes.
+        model: what each event gets under this name, as are the following.
+        processing_class: the tokenizer or processor.
+        optimizer: the optimizer.
+        lr_scheduler: the learning rate's schedule.
+
+    Attributes:
+        callbacks: the list of instances; it may be changed in place.
+        train_dataloader: what each event gets under this name.
+        eval_dataloader: the same.
+        listeners: for each event the callbacks that override it.
+
+    >>> from fts.trainer.callbacks import DefaultFlowCallback
+    >>> CallbackHandler([DefaultFlowCallback], None, None, None, None).callback_list
+    'DefaultFlowCallback'
+    """
+
+    def __init__(
+        self,
+        callbacks: Iterable[Any],
+        model: Any = None,
+        processing_class: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+    ) -> None:
+        self.model = model
+        self.processing_class = processing_class
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.train_dataloader: Any = None
+        self.eval_dataloader: Any = None
+        self.callbacks: list[Any] = []
+        self.listeners: dict[str, tuple[Any, ...]] = dict.fromkeys(EVENTS, ())
+        self._listed: list[int] = []
+        for callback in callbacks:
+            self.add_callback(callback)
+        if not any(_is_called(callback, "DefaultFlowCallback") for callback in self.callbacks):
+            logger.warning(
+                "No callback is a DefaultFlowCallback: nothing asks for logs, evaluations, checkpoints or the end of training. "
+                "Add one before you train: trainer.add_callback(DefaultFlowCallback). The callbacks are:\n%s",
+                self.callback_list,
+            )
+
+    @property
+    def callback_list(self) -> str:
+        """The names of the callbacks' classes, one a line."""
+        return "\n".join(type(callback).__name__ for callback in self.callbacks)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, given as an instance or a class, behind the others.
+
+        Raises:
+            ArgumentError: it has none of the events' methods, or it is a class whose instances need arguments.
+        """
+        instance = _made(callback)
+        if not any(hasattr(instance, event) for event in EVENTS):
+            raise ArgumentError(f"{type(instance).__name__} is no callback: it has none of the methods {', '.join(EVENTS)}.")
+        if any(type(other) is type(instance) or _is_twin(other, type(instance)) for other in self.callbacks):
+            logger.warning(
+                "The Trainer already has a callback of class %s; now it has two. The callbacks were:\n%s",
+                *(type(instance), self.callback_list),
+            )
+        _warn_of_unknown_events(type(instance))
+        self.callbacks.append(instance)
+        self._find_listeners()
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove the first callback that is, or is an instance of, the given one, and return it; None if there is none."""
+        for index, other in enumerate(self.callbacks):
+            if _is_a(other, callback) if isinstance(callback, type) else other == callback:
+                found = self.callbacks.pop(index)
+                self._find_listeners()
+                return found
+        return None
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, given as an instance or a class.
+
+        Raises:
+            ArgumentError: an instance is not there.
+        """
+        if self.pop_callback(callback) is None and not isinstance(callback, type):
+            names = self.callback_list.replace("\n", ", ")
+            raise ArgumentError(f"There is no such callback to remove: {callback!r}. The callbacks are: {names}.")
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Tell everybody who listens to an event.
+
+        Args:
+            event: the name of its method.
+            args: the arguments of the run.
+            state: how far it has come.
+            control: the flags that callbacks may set.
+            kwargs: what this event has beside what all have, such as `logs`.
+
+        Returns:
+            The control object, or the one that a callback returned in its place.
+
+        Raises:
+            CallbackError: a callback raised, or returned something else.
+        """
+        if self._listed != [id(callback) for callback in self.callbacks] or event not in self.listeners:
+            self.listeners.setdefault(event, ())
+            self._find_listeners()
+        for callback in self.listeners[event]:
+            try:
+                result = getattr(callback, event)(
+                    args,
+                    state,
+                    control,
+                    model=self.model,
+                    processing_class=self.processing_class,
+                    optimizer=self.optimizer,
+                    lr_scheduler=self.lr_scheduler,
+                    train_dataloader=self.train_dataloader,
+                    eval_dataloader=self.eval_dataloader,
+                    **kwargs,
+                )
+            except Exception as error:
+                raise callback_error(callback, event, state, error) from error
+            if result is not None:
+                control = _checked(result, callback, event)
+        return control
+
+    call = call_event
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What each event gets beside its own arguments."""
+        names = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+        return {name: getattr(self, name) for name in names}
+
+    @context.setter
+    def context(self, context: dict[str, Any]) -> None:
+        for name, value in context.items():
+            setattr(self, name, value)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """The Trainer was made."""
+        return self.call_event("on_init_end", args, state, control, **kwargs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Training begins; a wish to end it was for the last one."""
+        self._find_listeners()  # methods may have been replaced since
+        control.should_training_stop = False
+        return self.call_event("on_train_begin", args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Training is over."""
+        return self.call_event("on_train_end", args, state, control, **kwargs)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A pass over the data begins."""
+        control.should_epoch_stop = False
+        return self.call_event("on_epoch_begin", args, state, control, **kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A pass over the data is over."""
+        return self.call_event("on_epoch_end", args, state, control, **kwargs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """An update begins."""
+        control.should_log = control.should_evaluate = control.should_save = False
+        return self.call_event("on_step_begin", args, state, control, **kwargs)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A micro-batch that is not the last of its update is done."""
+        return self.call_event("on_substep_end", args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """The gradients are there."""
+        return self.call_event("on_pre_optimizer_step", args, state, control, **kwargs)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """The parameters are updated."""
+        return self.call_event("on_optimizer_step", args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """An update is done; callbacks get its tensors as `metrics` if they are given."""
+        return self.call_event("on_step_end", args, state, control, **kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> Any:
+        """An evaluation is done."""
+        control.should_evaluate = False
+        return self.call_event("on_evaluate", args, state, control, metrics=metrics, **kwargs)
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> Any:
+        """A prediction is done."""
+        return self.call_event("on_predict", args, state, control, metrics=metrics, **kwargs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A checkpoint is written."""
+        control.should_save = False
+        return self.call_event("on_save", args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> Any:
+        """Figures were logged."""
+        control.should_log = False
+        return self.call_event("on_log", args, state, control, logs=logs, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """A batch of evaluation or prediction is done."""
+        return self.call_event("on_prediction_step", args, state, control, **kwargs)
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """An upload begins."""
+        return self.call_event("on_push_begin", args, state, control, **kwargs)
+
+    def _find_listeners(self) -> None:
+        self._listed = [id(callback) for callback in self.callbacks]
+        for event in self.listeners:
+            self.listeners[event] = tuple(callback for callback in self.callbacks if overrides(callback, event))
+
+
+def _made(callback: Any) -> Any:
+    if not isinstance(callback, type):
+        return callback
+    try:
+        return callback()
+    except TypeError as error:
+        raise ArgumentError(
+            f"The callback {callback.__name__} cannot be made without arguments ({error}): give an instance."
+        ) from error
+
+
+def _is_a(callback: Any, wanted: type) -> bool:
+    return isinstance(callback, wanted) or _is_twin(callback, wanted)
+
+
+def _is_twin(callback: Any, wanted: type) -> bool:
+    # Scripts import PrinterCallback and the like from transformers, and mean the one that the Trainer has.
+    return wanted.__module__ == "transformers.trainer_callback" and any(
+        base.__name__ == wanted.__name__ and base.__module__.startswith("fts.trainer.callbacks.")
+        for base in type(callback).__mro__
+    )
+
+
+def _is_called(callback: Any, name: str) -> bool:
+    return any(base.__name__ == name for base in type(callback).__mro__)
+
+
+def _warn_of_unknown_events(kind: type) -> None:
+    for name in dir(kind):
+        if name.startswith("on_") and name not in EVENTS and callable(getattr(kind, name)):
+            near = difflib.get_close_matches(name, EVENTS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"The events are: {', '.join(EVENTS)}."
+            logger.warning("%s.%s is never called: there is no such event. %s", kind.__name__, name, hint)
+
+
+def _checked(result: Any, callback: Any, event: str) -> Any:
+    if not hasattr(result, "should_training_stop"):
+        raise CallbackError(
+            f"{type(callback).__name__}.{event} returned {result!r}; it must return nothing, or a control object."
+        )
+    return result
