@@ -74,9 +74,10 @@ def make_rate_rule(args: TrainingArguments) -> tx.RateRule | None:
         if isinstance(options.get(name), (list, tuple)):
             options[name] = _same(name, options[name])
     try:
-        return rule(**options)
+        made: tx.RateRule = rule(**options)
     except FtsError as error:
         raise ArgumentError(f"lr_scheduler_kwargs={options} cannot work: {error}") from error
+    return made
 
 
 def after_evaluation(args: TrainingArguments, opt_state: OptState, metrics: Mapping[str, float]) -> OptState:
@@ -99,8 +100,8 @@ def after_evaluation(args: TrainingArguments, opt_state: OptState, metrics: Mapp
     name = best_metric_name(args)
     if name not in metrics:
         raise ArgumentError(
-            f"lr_scheduler_type='{args.lr_scheduler_type}' follows metric_for_best_model={args.metric_for_best_model!r}, and there is no "
-            f"'{name}' in the evaluation's {sorted(metrics)}. Return it from compute_metrics, or choose one of these."
+            f"lr_scheduler_type='{args.lr_scheduler_type}' follows metric_for_best_model={args.metric_for_best_model!r}, and "
+            f"there is no '{name}' in the evaluation's {sorted(metrics)}. Return it from compute_metrics, or choose one of these."
         )
     return tx.observe_metric(opt_state, metrics[name], rule)
 
@@ -115,7 +116,8 @@ def _check_keys(args: TrainingArguments, options: dict[str, Any], taken: tuple[s
     if unknown:
         takes = f"takes {', '.join(taken)}" if taken else "takes none"
         raise ArgumentError(
-            f"lr_scheduler_kwargs has {unknown[0]!r}={options[unknown[0]]!r}, but lr_scheduler_type='{args.lr_scheduler_type}' {takes}."
+            f"lr_scheduler_kwargs has {unknown[0]!r}={options[unknown[0]]!r}, but "
+            f"lr_scheduler_type='{args.lr_scheduler_type}' {takes}."
         )
 
 
@@ -179,7 +181,7 @@ def _cosine_warmup_with_min_lr(
     # One step ahead of the plain wave, so the first update moves; the wave goes on for that one step behind the end.
     left = max(total - warmup, 1)
     check_real("num_cycles", num_cycles, open_low=True)
-    wave = {"end_value": _lowest(peak, min_lr, min_lr_rate), "cycles": num_cycles * (left + 1) / left}
+    wave: dict[str, Any] = {"end_value": _lowest(peak, min_lr, min_lr_rate), "cycles": num_cycles * (left + 1) / left}
     if warmup_lr_rate is None or not warmup:
         return tx.shift_schedule(tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=warmup + left + 1, **wave), 1)
     check_real("warmup_lr_rate", warmup_lr_rate)

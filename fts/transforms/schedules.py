@@ -126,7 +126,7 @@ def cosine_schedule(
 
 
 def cosine_restarts_schedule(
-    peak_value: float, *, warmup_steps: int = 0, total_steps: int, end_value: float = 0.0, cycles: int = 1
+    peak_value: float, *, warmup_steps: int = 0, total_steps: int, end_value: float = 0.0, cycles: float = 1
 ) -> Schedule:
     """Half a cosine wave from a peak to an end value, several times, after a warm-up.
 
