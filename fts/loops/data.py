@@ -7,12 +7,12 @@ from itertools import islice
 from typing import Any
 
 import attrs
-from torch.utils.data import DataLoader, Dataset as TorchDataset, IterableDataset, default_collate
+from torch.utils.data import Dataset as TorchDataset, IterableDataset, default_collate
 
 from fts.errors import ArgumentError, DataError
 from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, skip, too_short
-from fts.loops.order import Order, regular_order, sampled_order
-from fts.loops.reading import Collate, Reading, loading_options, reading_of
+from fts.loops.order import EpochSampler, Order, cut_order, regular_order, sampled_order
+from fts.loops.reading import Collate, Reading, loading_options, reading_of, torch_loader
 from fts.randomness import DATA, fold
 from fts.steps.microbatches import MicroBatches
 from fts.typing import Batch
@@ -29,6 +29,7 @@ class Source:
         batch_size: items in one of those batches; None where they come ready.
         micro_batches: how many of them make the batch of one step.
         kind: what the data is, in words.
+        shares: how many workers divide a stream among them, each cutting its share into batches; otherwise 1.
     """
 
     batches: Callable[[int, int], Iterator[Batch]] = attrs.field(repr=False)
@@ -37,6 +38,7 @@ class Source:
     batch_size: int | None = None
     micro_batches: int = 1
     kind: str = "data"
+    shares: int = 1
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -97,12 +99,14 @@ def source(
 
     Args:
         data: a map-style dataset; an iterable dataset (its `set_epoch` is called if it has one); a DataLoader, of which the
-            dataset, batch size, sampler, collate function and worker settings are taken over; or anything that can be
+            dataset, batch size, sampler, collate function and worker settings are taken over, also where accelerate has
+            prepared it; or anything that can be
             iterated again and again and gives ready batches, such as a list. An iterator serves one epoch.
         batch_size: items in a batch. None: the data's items are ready batches (a map-style dataset needs a size).
         shuffle: visit the items (of a list without `batch_size`: the batches) in random order.
         seed: an integer of 64 bits.
         sampler: gives the indices of an epoch in its own order, instead of `shuffle`; its `set_epoch` is called if it has one.
+            An `EpochSampler` gives its order at the source's seed.
         collate: makes a batch of a list of items; default `torch.utils.data.default_collate`. Without `batch_size`
             it is applied to each ready batch, if given.
         drop_last: leave out a last batch that is not full; needs a `batch_size`.
@@ -129,10 +133,11 @@ def source(
             raise ArgumentError(f"source({name}={value!r}) must be a whole number of at least {least}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ArgumentError(f"source(seed={seed!r}) must be a whole number of at least -2**63 and below 2**63.")
-    if isinstance(data, DataLoader) and type(data).__iter__ is DataLoader.__iter__:
+    loader = torch_loader(data)
+    if loader is not None:
         given = {"batch_size": batch_size, "shuffle": shuffle, "sampler": sampler, "collate": collate, "drop_last": drop_last}
         _refuse(given | {"workers": workers} | loading)
-        reading = attrs.evolve(reading_of(data, seed), micro_batches=micro_batches)
+        reading = attrs.evolve(reading_of(loader, seed), micro_batches=micro_batches)
     else:
         if sampler is not None and shuffle:
             raise ArgumentError("source was given shuffle=True and a sampler. Give one of them: either decides the order.")
@@ -204,6 +209,9 @@ def _indexed(reading: Reading) -> Source:
     if reading.sampler is None:
         items: int | None = len(data)
         order: Order = regular_order(len(data), reading.batch_size, shuffle=reading.shuffle, seed=seed, drop_last=drop_last)
+    elif isinstance(reading.sampler, EpochSampler) and not reading.batched_sampler:
+        items = len(reading.sampler)
+        order = cut_order(reading.sampler.order, items, reading.batch_size, seed=seed, drop_last=drop_last)
     else:
         items = _length(reading.sampler)
         order = sampled_order(reading.sampler, reading.batch_size, seed=seed, drop_last=drop_last)
@@ -224,7 +232,8 @@ def _indexed(reading: Reading) -> Source:
         return row_batches(data.tensors, order(epoch, start))
 
     # one indexing operation is faster than any worker
-    simple = reading.sampler is None and has_rows(data, collate) and not reading.loading.get("pin_memory")
+    ours = reading.sampler is None or isinstance(reading.sampler, EpochSampler)
+    simple = ours and reading.batched and has_rows(data, collate) and not reading.loading.get("pin_memory")
     if reading.batched_sampler:
         size, num_items, per_epoch = getattr(reading.sampler, "batch_size", None), None, items
     else:
@@ -253,7 +262,13 @@ def _streamed(reading: Reading) -> Source:
     items = _length(data) if count <= 1 else None
     num_items = None if reading.batch_size is None else items
     return Source(
-        batches, _batches(items, reading), num_items, reading.batch_size, reading.micro_batches, f"a {type(data).__name__}"
+        batches,
+        _batches(items, reading),
+        num_items,
+        reading.batch_size,
+        reading.micro_batches,
+        kind=f"a {type(data).__name__}",
+        shares=max(1, count),
     )
 
 

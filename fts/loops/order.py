@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from fts.randomness import DATA, fold, seed_generators
 
@@ -42,11 +43,90 @@ def permutation(items: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(items, generator=generator)
 
 
+def length_grouped(lengths: Sequence[int] | Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """A shuffled order in which neighbours have similar lengths, so that batches need little padding.
+
+    The shuffled items are cut into groups of 50 batches (fewer where that would be less than four groups); each group is sorted,
+    the longest first. The longest item of all comes first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: of each item.
+        batch_size: how many neighbours should be similar.
+        seed: the seed of the order.
+        epoch: which epoch, from 0.
+
+    Returns:
+        Each index once: int64, shape (items,). As transformers' LengthGroupedSampler under a generator seeded with
+        `seed + epoch`.
+
+    >>> length_grouped([10, 2, 30, 4, 50], batch_size=5, seed=0, epoch=0).tolist()
+    [4, 2, 0, 3, 1]
+    """
+    sizes = torch.as_tensor(lengths)
+    group = batch_size * max(1, min(len(sizes) // (4 * batch_size), 50))
+    groups = [_longest_first(part, sizes) for part in torch.split(permutation(len(sizes), seed, epoch), group)]
+    if not len(sizes):
+        return groups[0]
+    order = torch.cat(groups)
+    longest = int(sizes[order[::group]].argmax()) * group  # each group begins with its longest
+    ends = torch.tensor([0, longest])
+    order[ends] = order[ends.flip(0)]
+    return order
+
+
+def _longest_first(indices: Tensor, sizes: Tensor) -> Tensor:
+    return indices[torch.sort(sizes[indices], descending=True, stable=True).indices]
+
+
+class EpochSampler(Sampler[int]):
+    """A sampler whose order is a function of a seed and an epoch; each whole pass goes on to the next epoch.
+
+    In a DataLoader that is given to `source`, the seed is that of the source.
+
+    Args:
+        order: `(seed, epoch)` -> the indices of that epoch: int64, shape (items,).
+        items: how many indices an epoch has.
+        seed: the seed of the order.
+
+    >>> sampler = EpochSampler(lambda seed, epoch: permutation(4, seed, epoch), items=4, seed=5)
+    >>> first, second = list(sampler), list(sampler)
+    >>> second == permutation(4, seed=5, epoch=1).tolist()
+    True
+    """
+
+    def __init__(self, order: Callable[[int, int], Tensor], items: int, seed: int = 0) -> None:
+        self.order = order
+        self.items = items
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch
+        yield from self.order(self.seed, epoch).tolist()
+        self.epoch = epoch + 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be that of an epoch."""
+        self.epoch = epoch
+
+
 def regular_order(items: int, batch_size: int | None, *, shuffle: bool, seed: int, drop_last: bool) -> Order:
     """All items, shuffled or in sequence, cut into batches of `batch_size`; with None, item by item."""
 
+    def indices(seed: int, epoch: int) -> Tensor:
+        return permutation(items, seed, epoch) if shuffle else torch.arange(items)
+
+    return cut_order(indices, items, batch_size, seed=seed, drop_last=drop_last)
+
+
+def cut_order(order_of: Callable[[int, int], Tensor], items: int, batch_size: int | None, *, seed: int, drop_last: bool) -> Order:
+    """The order of an `EpochSampler` at another seed, cut into batches of `batch_size`; with None, item by item."""
+
     def order(epoch: int, start: int) -> Iterator[Indices]:
-        indices = permutation(items, seed, epoch) if shuffle else torch.arange(items)
+        indices = order_of(seed, epoch)
         if batch_size is None:
             yield from indices[start:].tolist()
             return
@@ -65,7 +145,7 @@ def sampled_order(sampler: Iterable[Any], batch_size: int | None, *, seed: int, 
     """
 
     def order(epoch: int, start: int) -> Iterator[Indices]:
-        for holder in (sampler, getattr(sampler, "sampler", None)):
+        for holder in _nested(sampler):
             announce_epoch(holder, epoch)
             own = getattr(holder, "generator", None)
             if isinstance(own, torch.Generator):
@@ -82,6 +162,14 @@ def sampled_order(sampler: Iterable[Any], batch_size: int | None, *, seed: int, 
                 yield found[0] if batch_size is None else found
 
     return order
+
+
+def _nested(sampler: Any) -> Iterator[Any]:
+    """A sampler and those inside it: batch samplers have a sampler, those of accelerate a batch sampler."""
+    while sampler is not None:
+        yield sampler
+        inner = getattr(sampler, "batch_sampler", None)
+        sampler = getattr(sampler, "sampler", None) if inner is None else inner
 
 
 def announce_epoch(holder: Any, epoch: int) -> None:

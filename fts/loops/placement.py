@@ -33,19 +33,20 @@ def on_device(source: Source, device: torch.device | str) -> Source:
         return source
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
-        return (_moved(batch, place) for batch in source.batches(epoch, start))
+        return (moved(batch, place) for batch in source.batches(epoch, start))
 
     return attrs.evolve(source, batches=batches)
 
 
-def _moved(tree: Any, device: torch.device) -> Any:
+def moved(tree: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, in the same containers; a mapping becomes a dictionary."""
     if isinstance(tree, Tensor):
         return tree.to(device, non_blocking=True)
     if isinstance(tree, Mapping):
-        return {key: _moved(value, device) for key, value in tree.items()}
+        return {key: moved(value, device) for key, value in tree.items()}
     if isinstance(tree, MicroBatches):
-        return MicroBatches(_moved(value, device) for value in tree)
+        return MicroBatches(moved(value, device) for value in tree)
     if isinstance(tree, (list, tuple)):
-        parts = [_moved(value, device) for value in tree]
+        parts = [moved(value, device) for value in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     return tree

@@ -52,6 +52,23 @@ class Reading:
         return self.batch_size is not None or self.batched_sampler
 
 
+def torch_loader(data: Any) -> DataLoader[Any] | None:
+    """The torch DataLoader whose batches some data gives; None where it is no loader, or iterates in a way of its own.
+
+    accelerate's loader of one process's batches does no more than to place what the loader in it gives; a class of ours that
+    does the same says so by `places_only`.
+
+    >>> torch_loader(DataLoader(range(2))) is not None, torch_loader([1, 2]) is None
+    (True, True)
+    """
+    if type(data).__module__ == "accelerate.data_loader" and type(data).__name__ == "DataLoaderShard":
+        return None if data.skip_batches else torch_loader(data.base_dataloader)
+    if not isinstance(data, DataLoader):
+        return None
+    plain = type(data).__iter__ is DataLoader.__iter__ or getattr(type(data), "places_only", False)
+    return data if plain else None
+
+
 def reading_of(loader: DataLoader[Any], seed: int) -> Reading:
     """Take over what a DataLoader was made with.
 

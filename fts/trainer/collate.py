@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,13 +45,41 @@ def default_data_collator(features: Sequence[Any]) -> dict[str, Any]:
 
 
 def collator_for(processing_class: Any) -> Collator:
-    """The collator that fits a processing class: one that pads if it can pad, else `default_data_collator`."""
-    if not callable(getattr(processing_class, "pad", None)):
-        return default_data_collator
-    from transformers import DataCollatorWithPadding  # there, since the tokenizer is
+    """The collator that fits a processing class.
 
+    Returns:
+        One that pads, for transformers' tokenizers and feature extractors of sequences, and for a class of one's own with a
+        method `pad(features, padding=True, return_tensors="pt")`; else `default_data_collator`.
+
+    >>> collator_for(None) is default_data_collator
+    True
+    """
+    if any(kind.__module__.startswith("transformers.") for kind in type(processing_class).__mro__):
+        return _transformers_collator(processing_class)
+    return _Padding(processing_class) if callable(getattr(processing_class, "pad", None)) else default_data_collator
+
+
+def _transformers_collator(processing_class: Any) -> Collator:
+    from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, SequenceFeatureExtractor
+
+    if not isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
+        return default_data_collator  # an image processor has a `pad` of another meaning
     padding: Collator = DataCollatorWithPadding(processing_class)
     return padding
+
+
+@attrs.frozen
+class _Padding:
+    """Pads by the method of a class that is not transformers'. A class, not a closure, so that workers can receive it."""
+
+    processing_class: Any
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        batch = dict(self.processing_class.pad(features, padding=True, return_tensors="pt"))
+        for name in ("label", "label_ids"):
+            if name in batch:
+                batch["labels"] = batch.pop(name)
+        return batch
 
 
 def _mapping(feature: Any) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ def accepted_columns(model: nn.Module, label_names: Sequence[str]) -> tuple[str,
     ('input', 'label', 'label_ids', 'labels')
     """
     parameters = _parameters(model)
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = takes_names(model)
     if not names and any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return tuple(dict.fromkeys([*names, "label", "label_ids", *label_names]))
@@ -40,8 +40,29 @@ def label_names_of(model: nn.Module) -> list[str]:
     >>> label_names_of(Net())
     ['labels']
     """
-    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(_inner(model)).__name__ else ()
+    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(bare_model(model)).__name__ else ()
     return [p.name for p in _parameters(model) if "label" in p.name or p.name in answers]
+
+
+def takes_names(model: nn.Module) -> list[str]:
+    """The names of the arguments that a model's forward takes.
+
+    >>> takes_names(nn.Linear(1, 1))
+    ['input']
+    """
+    return [p.name for p in _parameters(model) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def required_names(model: nn.Module) -> list[str]:
+    """The names of the arguments that a model's forward cannot do without.
+
+    >>> class Net(nn.Module):
+    ...     def forward(self, x, labels=None): ...
+    >>> required_names(Net())
+    ['x']
+    """
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in _parameters(model) if p.kind in named and p.default is p.empty]
 
 
 def unexpected_keys(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
@@ -73,7 +94,7 @@ def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | N
         return dataset, collator
     columns = getattr(dataset, "column_names", None)
     remove: Callable[[list[str]], Any] | None = getattr(dataset, "remove_columns", None)
-    if not isinstance(columns, list) or remove is None:
+    if not isinstance(columns, list) or remove is None or _transforms(dataset):
         return dataset, _DroppingCollator(collator, frozenset(accepted), what)
     unused = [name for name in columns if name not in accepted]
     if len(unused) == len(columns):
@@ -83,14 +104,34 @@ def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | N
     return remove(unused) if unused else dataset, collator
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    base: Any = getattr(model, "get_base_model", None)  # peft's wrappers have forward(*args, **kwargs)
-    inner: nn.Module = base() if callable(base) else model
-    return inner
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch and peft, whose own forward takes anything.
+
+    >>> type(bare_model(nn.DataParallel(nn.Linear(1, 1)))).__name__
+    'Linear'
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return bare_model(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        return bare_model(compiled)
+    base: Any = getattr(model, "get_base_model", None)
+    if callable(base):
+        return bare_model(base())
+    if type(model).__name__ == "PeftMixedModel":  # the one that has no get_base_model
+        mixed: Any = model
+        return bare_model(mixed.base_model.model)
+    return model
+
+
+def _transforms(dataset: Any) -> bool:
+    # a function set by `set_transform` makes the columns of a row; those in the table are its inputs
+    form = getattr(dataset, "format", None)
+    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(_inner(model).forward).parameters.values())
+    return list(inspect.signature(bare_model(model).forward).parameters.values())
 
 
 @attrs.frozen

@@ -1,36 +1,331 @@
-"""From datasets to batches for the model."""
+"""From data sets to loaders, and from loaders to the batches of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import attrs
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from fts import loops
-from fts.errors import DataError
+from fts.errors import ArgumentError, DataError
 from fts.loops import Source
+from fts.loops.order import EpochSampler, permutation
+from fts.loops.placement import moved
 from fts.trainer.collate import Collator
-from fts.trainer.columns import unexpected_keys
-from fts.trainer.losses import Loss
+from fts.trainer.columns import without_unused
+from fts.trainer.sampling import eval_sampler, is_indexable
+from fts.trainer.validating import check_first_row
+
+__all__ = ["check_first_row", "is_indexable"]  # names that moved, for those who import them from here
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+
+Sampling: TypeAlias = Callable[[Any], Any]
+"""A data set -> its sampler, or None where it is visited in its own order."""
 
 
 @attrs.frozen
-class Loading:
-    """How a dataset becomes batches.
+class Batching:
+    """How a data set becomes batches.
 
     Attributes:
         collator: makes a batch of examples.
         batch_size: rows in a batch.
-        shuffle: visit the rows in random order, where they can be indexed.
-        seed: the seed of the order.
         drop_last: leave out a last batch that is not full.
-        workers: how many processes fetch ahead.
-        micro_batches: how many batches make one step.
+        options: further arguments of `torch.utils.data.DataLoader`, about workers and memory.
+        device: where the loader puts its batches.
     """
+
+    collator: Collator
+    batch_size: int
+    drop_last: bool = False
+    options: Mapping[str, Any] = attrs.Factory(dict)
+    device: torch.device = CPU
+
+
+class PlacedLoader(DataLoader[Any]):
+    """A DataLoader that puts its batches on a device.
+
+    Args:
+        dataset: as in DataLoader.
+        device: where the batches go.
+        **options: as in DataLoader.
+    """
+
+    places_only = True
+
+    def __init__(self, dataset: Dataset[Any], *, device: torch.device, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.device = device
+
+    def __iter__(self) -> Any:
+        return (moved(batch, self.device) for batch in super().__iter__())
+
+
+class Iterated(IterableDataset[Any]):
+    """Anything that can be iterated, as a data set that torch's DataLoader takes.
+
+    Args:
+        data: an iterable; its `set_epoch` and length, if it has them, are passed on.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]  # a TypeError says that there is none, as torch expects
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data which epoch it is, if it wants to know."""
+        tell = getattr(self.data, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+def train_dataloader(
+    dataset: Any, args: Any, collator: Collator, accepted: Sequence[str] | None, sampling: Sampling
+) -> DataLoader[Any]:
+    """The training set as a DataLoader, which visits the rows that a run visits, in the same order.
+
+    Args:
+        dataset: the training set.
+        args: the training arguments.
+        collator: makes a batch of examples.
+        accepted: the columns to keep; None keeps all.
+        sampling: gives the sampler of the data set with all its columns; see `fts.trainer.sampling.train_sampler`.
+
+    Raises:
+        ArgumentError: there is no training set, or arguments contradict each other.
+        DataError: the data is empty, has nothing for the model, or is of a kind that cannot be read.
+    """
+    if dataset is None:
+        raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
+    how = batching_of(args, collator, args.train_batch_size, drop_last=args.dataloader_drop_last)
+    return _dataloader(dataset, how, accepted, sampling, "training")
+
+
+def eval_dataloader(
+    dataset: Any,
+    args: Any,
+    collator: Collator,
+    accepted: Sequence[str] | None,
+    sampling: Sampling = eval_sampler,
+    what: str = "evaluation",
+) -> DataLoader[Any]:
+    """A data set for evaluation or prediction as a DataLoader: every row, also with `dataloader_drop_last`.
+
+    Args:
+        dataset: the data.
+        args: the training arguments.
+        collator: makes a batch of examples.
+        accepted: the columns to keep; None keeps all.
+        sampling: gives the sampler of the data set.
+        what: "evaluation" or "prediction", for messages.
+
+    Raises:
+        ArgumentError: arguments contradict each other.
+        DataError: the data is empty, has nothing for the model, or is of a kind that cannot be read.
+    """
+    return _dataloader(dataset, batching_of(args, collator, args.eval_batch_size), accepted, sampling, what)
+
+
+def chosen_set(eval_dataset: Any, own: Any) -> Any:
+    """The evaluation set that is meant: one of the Trainer's by name, another one, or the Trainer's only one.
+
+    >>> chosen_set("long", {"short": [1], "long": [2]}), chosen_set(None, [3])
+    ([2], [3])
+    """
+    if isinstance(eval_dataset, str):
+        if not isinstance(own, Mapping) or eval_dataset not in own:
+            names = ", ".join(map(repr, own)) if isinstance(own, Mapping) else f"no names, it is a {type(own).__name__}"
+            raise ArgumentError(f"There is no evaluation set {eval_dataset!r}; Trainer(eval_dataset=...) has {names}.")
+        return own[eval_dataset]
+    found = own if eval_dataset is None else eval_dataset
+    if found is None:
+        raise ArgumentError("Evaluation needs data: Trainer(..., eval_dataset=...), or evaluate(dataset).")
+    if isinstance(found, dict):
+        raise ArgumentError(
+            f"There are several evaluation sets ({', '.join(map(repr, found))}), and a loader has one. Name it: "
+            f"get_eval_dataloader({next(iter(found), 'name')!r})."
+        )
+    return found
+
+
+def batching_of(args: Any, collator: Collator, batch_size: int, *, drop_last: bool = False) -> Batching:
+    """What the training arguments say about loading.
+
+    Raises:
+        ArgumentError: an argument needs workers, and there are none.
+    """
+    return Batching(collator, batch_size, drop_last, _options(args), args.device)
+
+
+def _options(args: Any) -> dict[str, Any]:
+    workers = args.dataloader_num_workers
+    for_workers = {
+        "persistent_workers": getattr(args, "dataloader_persistent_workers", False),
+        "prefetch_factor": getattr(args, "dataloader_prefetch_factor", None),
+        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
+    }
+    options = {name: value for name, value in for_workers.items() if value not in (None, False)}
+    if options and not workers:
+        name, value = next(iter(options.items()))
+        raise ArgumentError(
+            f"dataloader_{name}={value!r} is about workers, and dataloader_num_workers=0. Set dataloader_num_workers=1 or more."
+        )
+    # pinned memory is for copies to a GPU
+    pinned = bool(getattr(args, "dataloader_pin_memory", True)) and args.device.type == "cuda"
+    return options | {"num_workers": workers} | ({"pin_memory": True} if pinned else {})
+
+
+def _dataloader(dataset: Any, how: Batching, accepted: Sequence[str] | None, sampling: Sampling, what: str) -> DataLoader[Any]:
+    check_kind(dataset, what)
+    sampler = sampling(dataset)
+    if sampler is not None and not is_indexable(dataset):
+        raise DataError(
+            f"A sampler was given for a {type(dataset).__name__}, which can only be iterated. Return None instead of a sampler, "
+            "or give data with __getitem__ and __len__."
+        )
+    kept, collator = without_unused(dataset, how.collator, accepted, what)
+    return loader_of(kept, attrs.evolve(how, collator=collator), sampler)
+
+
+def loader_of(dataset: Any, how: Batching, sampler: Sampler[Any] | Iterable[Any] | None = None) -> DataLoader[Any]:
+    """A torch DataLoader of a data set.
+
+    Args:
+        dataset: indexable or iterable.
+        how: batch size, collator, workers, device.
+        sampler: the order of indexable data; None for its own.
+    """
+    options: dict[str, Any] = {"batch_size": how.batch_size, "collate_fn": how.collator, "drop_last": how.drop_last}
+    options |= how.options
+    if is_indexable(dataset):
+        options["sampler"] = sampler
+    elif not isinstance(dataset, IterableDataset):
+        dataset = Iterated(dataset)
+        if options.get("num_workers", 0) > 1:
+            raise ArgumentError(
+                f"{options['num_workers']} workers would each iterate the whole of a {type(dataset.data).__name__}. Use "
+                "dataloader_num_workers=1, or a torch IterableDataset that divides its items by "
+                "torch.utils.data.get_worker_info()."
+            )
+    if how.device.type == "cpu":
+        return DataLoader(dataset, **options)
+    return PlacedLoader(dataset, device=how.device, **options)
+
+
+def check_kind(dataset: Any, what: str) -> None:
+    """Raise DataError for data that is empty, or that nobody can read row by row."""
+    name = type(dataset).__name__
+    if isinstance(dataset, (Mapping, str, bytes)) or not (is_indexable(dataset) or isinstance(dataset, Iterable)):
+        length = " A dataset with __getitem__ needs __len__, too." if hasattr(dataset, "__getitem__") else ""
+        part = " Give one of the dictionary's values." if isinstance(dataset, Mapping) else ""
+        raise DataError(f"The {what} set is a {name}; it must be a list of rows, or a dataset.{length}{part}")
+    _check_not_empty(dataset, what)
+
+
+def _check_not_empty(dataset: Any, what: str) -> None:
+    if hasattr(dataset, "__len__") and _length(dataset) == 0:
+        raise DataError(f"The {what} set ({type(dataset).__name__}) is empty. Give it at least one row.")
+
+
+def source_of(loader: Any, *, seed: int, device: torch.device, what: str, micro_batches: int = 1) -> Source:
+    """The numbered epochs of numbered batches of a loader, on a device.
+
+    Args:
+        loader: that of `train_dataloader`, or a user's: any DataLoader, or an object that gives ready batches again and again.
+        seed: the seed of the order and of everything random in the data.
+        device: where the batches go.
+        what: "training" or "evaluation", for messages.
+        micro_batches: how many batches make one step.
+
+    Returns:
+        The source; where items can be indexed, what is skipped is not read.
+
+    Raises:
+        DataError: there is no batch, or the loader cannot be iterated.
+    """
+    if hasattr(loader, "dataset"):
+        _check_not_empty(loader.dataset, what)
+    source = loops.source(loader, seed=seed, micro_batches=micro_batches)
+    if source.batches_per_epoch == 0:
+        if source.num_items:
+            raise DataError(
+                f"The {what} set has {source.num_items} rows, fewer than a batch of {source.batch_size}, and "
+                "dataloader_drop_last=True leaves them out. Use a smaller batch, or keep the last one."
+            )
+        raise DataError(f"The {what} loader ({type(loader).__name__}) has no batch. Give it at least one.")
+    return loops.on_device(source, device)
+
+
+def num_examples(loader: Any, batch_size: int) -> int:
+    """How many rows a loader has; without a data set of known length, its batches times `batch_size`.
+
+    Raises:
+        DataError: neither has a length.
+
+    >>> num_examples(DataLoader(range(5), batch_size=2), 2), num_examples([[1, 2], [3]], 2)
+    (5, 4)
+    """
+    rows, batches = _length(getattr(loader, "dataset", None)), _length(loader)
+    if rows is not None:
+        return rows
+    if batches is None:
+        raise DataError(
+            f"The number of examples of a {type(loader).__name__} is unknown: neither it nor its dataset has a length."
+        )
+    return batches * batch_size
+
+
+def num_tokens(loader: Iterable[Any], max_steps: int | None = None) -> int:
+    """How many input tokens a loader's batches have, padding included.
+
+    Args:
+        loader: its batches are dictionaries with `input_ids`.
+        max_steps: if given, the first batch is taken as an example for so many.
+
+    Returns:
+        The count; 0, and a warning, if a batch has no `input_ids`.
+
+    >>> num_tokens([{"input_ids": torch.zeros(2, 3)}, {"input_ids": torch.zeros(1, 3)}])
+    9
+    """
+    total = 0
+    for batch in loader:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            logger.warning("Tokens cannot be counted: a batch has no 'input_ids'.")
+            return total
+        tokens = batch["input_ids"].numel()
+        if max_steps is not None:
+            return int(tokens * max_steps)
+        total += tokens
+    return total
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # no __len__, or one that says so
+        return None
+
+
+# What the Trainer calls until it is rewired to the functions above. To be deleted then.
+
+
+@attrs.frozen
+class Loading:
+    """How a dataset becomes batches."""
 
     collator: Collator
     batch_size: int
@@ -42,79 +337,14 @@ class Loading:
 
 
 def make_source(dataset: Any, how: Loading, device: torch.device, what: str) -> Source:
-    """The numbered epochs of numbered batches of a dataset, on a device.
-
-    Raises:
-        DataError: the dataset is empty.
-    """
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise DataError(f"The {what} set ({type(dataset).__name__}) is empty. Give it at least one row.")
-    source = loops.source(
-        dataset,
-        batch_size=how.batch_size,
-        shuffle=how.shuffle and is_indexable(dataset),
-        seed=how.seed,
-        collate=how.collator,
-        drop_last=how.drop_last,
-        workers=how.workers,
-        micro_batches=how.micro_batches,
-    )
-    if source.batches_per_epoch == 0:
-        raise DataError(
-            f"The {what} set has {source.num_items} rows, fewer than a batch of {how.batch_size}, and dataloader_drop_last=True "
-            "leaves them out. Use a smaller batch, or keep the last one."
-        )
-    return loops.on_device(source, device)
+    """The numbered epochs of numbered batches of a dataset, on a device."""
+    check_kind(dataset, what)
+    return source_of(make_loader(dataset, how), seed=how.seed, device=device, what=what, micro_batches=how.micro_batches)
 
 
 def make_loader(dataset: Any, how: Loading) -> DataLoader[Any]:
-    """The same batches as a torch DataLoader, for callbacks and users; its shuffling is torch's own."""
-    return DataLoader(
-        dataset,
-        batch_size=how.batch_size,
-        shuffle=how.shuffle and is_indexable(dataset),
-        collate_fn=how.collator,
-        drop_last=how.drop_last,
-        num_workers=how.workers,
-        generator=torch.Generator().manual_seed(how.seed),
-    )
-
-
-def is_indexable(dataset: Any) -> bool:
-    """Whether rows can be read in any order."""
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-
-
-def check_first_row(dataset: Any, collator: Collator, model: nn.Module, loss: Loss, what: str) -> None:
-    """Collate one row, and raise where the model could not use the batch, before long work begins.
-
-    Args:
-        dataset: is left alone if its rows cannot be read in any order.
-        collator: makes a batch.
-        model: is called with the batch.
-        loss: how the loss of the batch is computed.
-        what: "training" or "evaluation", for messages.
-
-    Raises:
-        DataError: the batch is no dictionary, has keys that forward does not take, or none of the labels.
-    """
-    if not is_indexable(dataset):
-        return
-    several = getattr(dataset, "__getitems__", None)
-    batch = collator(several([0]) if callable(several) else [dataset[0]])
-    if not isinstance(batch, Mapping):
-        raise DataError(
-            f"The data_collator made a {type(batch).__name__} of the {what} set; the Trainer calls model(**batch), so it must "
-            "make a dictionary."
-        )
-    unknown = [key for key in unexpected_keys(model, batch) if loss.fn is None or key not in loss.label_names]
-    if unknown:
-        raise DataError(
-            f"{type(model).__name__}.forward does not take {', '.join(unknown)}, which a batch of the {what} set has. Remove "
-            "these columns, rename them, or leave it to remove_unused_columns=True."
-        )
-    if loss.fn is None and loss.label_names and not any(batch.get(name) is not None for name in loss.label_names):
-        raise DataError(
-            f"The {what} set has no labels: a batch has {', '.join(map(str, batch))}, the model's labels are called "
-            f"{', '.join(loss.label_names)}. Add that column, name yours by label_names=[...], or pass compute_loss_func=."
-        )
+    """The same batches as a torch DataLoader."""
+    sampler: Any = None
+    if how.shuffle and is_indexable(dataset):
+        sampler = EpochSampler(partial(permutation, len(dataset)), len(dataset), how.seed)
+    return loader_of(dataset, Batching(how.collator, how.batch_size, how.drop_last, {"num_workers": how.workers}), sampler)

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.data import (
 
 from fts.errors import ArgumentError, DataError
 from fts.loops import source
+from fts.loops.order import EpochSampler, permutation
 from fts.loops.reading import loading_options
 from fts.randomness import DATA, fold, seed_generators
 from fts.steps import MicroBatches
@@ -520,3 +522,63 @@ def test_the_fetches_of_micro_batches_are_seeded_as_batches_of_their_own():
     grouped = source(Augmented(10), batch_size=2, shuffle=True, micro_batches=2)
     assert [batch for group in listed(grouped.epoch(1)) for batch in group] == alone
     assert [batch for group in listed(grouped.epoch(1, start=1)) for batch in group] == alone[2:]
+
+
+def test_an_epoch_sampler_gives_its_order_at_the_seed_of_the_source():
+    data = Items(11)
+    sampler = EpochSampler(partial(permutation, 11), items=11, seed=7)
+    found = source(DataLoader(data, batch_size=4, sampler=sampler), seed=3)
+    assert (found.num_items, found.steps_per_epoch) == (11, 3)
+    assert listed(found.epoch(2, start=1)) == chunks([float(i) for i in randperm(11, 5)], 4)[1:]
+    assert len(data.reads) == 7  # what is skipped is not read
+    rows = source(TensorDataset(torch.arange(11)), batch_size=4, sampler=sampler, seed=3, drop_last=True)
+    assert listed(rows.epoch(2)) == [[chunk] for chunk in chunks(randperm(11, 5), 4, drop_last=True)]
+
+
+def test_an_epoch_sampler_goes_on_by_whole_passes():
+    sampler = EpochSampler(partial(permutation, 5), items=5, seed=7)
+    next(iter(sampler))
+    passes = [list(sampler), list(sampler)]
+    assert passes == [randperm(5, 7), randperm(5, 8)]
+    sampler.set_epoch(0)
+    assert list(sampler) == passes[0]
+
+
+class Placing(DataLoader):
+    """Iterates as torch's own does, and says so."""
+
+    places_only = True
+
+    def __iter__(self):
+        return map(torch.clone, super().__iter__())
+
+
+def test_a_loader_that_only_places_its_batches_is_taken_over():
+    data = Items(6)
+    found = source(Placing(data, batch_size=2, shuffle=True), seed=1)
+    assert listed(found.epoch(0, start=2)) == chunks([float(i) for i in randperm(6, 1)], 2)[2:]
+    assert len(data.reads) == 2
+
+
+@pytest.mark.parametrize("seedable", [False, True])
+def test_loaders_that_accelerate_prepared_are_taken_over(seedable):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(
+        cpu=True, dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=seedable, data_seed=1)
+    )
+    data = Items(6)
+    loader = accelerator.prepare(DataLoader(data, batch_size=2, shuffle=True))
+    found = source(loader, seed=1)
+    whole = [listed(found.epoch(epoch)) for epoch in (0, 1)]
+    assert sorted(sum(whole[1], [])) == list(range(6))
+    assert whole == [chunks([float(i) for i in randperm(6, 1 + epoch)], 2) for epoch in (0, 1)]
+    data.reads.clear()
+    assert listed(found.epoch(1, start=2)) == whole[1][2:]
+    assert len(data.reads) == 2
+    skipping = accelerate.skip_first_batches(loader, 1)
+    assert len(listed(source(skipping, seed=1).epoch(0))) == 2
+
+
+def test_a_stream_says_how_many_workers_share_it():
+    assert source(Numbers(6), batch_size=2, workers=2).shares == 2
+    assert source(Numbers(6), batch_size=2).shares == source(Items(6), batch_size=2, workers=2).shares == 1
