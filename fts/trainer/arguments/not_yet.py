@@ -1,0 +1,76 @@
+"""Arguments that this version of fts has no code for: turning one on is an error, so that none is silently ignored.
+
+What merely says how such a thing would work (`hub_model_id`, `run_name`, `ddp_bucket_cap_mb` …) is kept as given: without its
+switch it has no effect in Hugging Face's Trainer either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from fts.errors import ArgumentError
+from fts.trainer.choices import DebugOption, OptimizerNames, SchedulerType
+
+
+@attrs.frozen
+class Missing:
+    """What is missing.
+
+    Attributes:
+        on: whether a value asks for it.
+        remedy: what to do instead.
+    """
+
+    on: Callable[[Any], bool]
+    remedy: str
+
+
+OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.SGD)
+"""The values of `optim` that there is code for."""
+
+SCHEDULES = (
+    *(SchedulerType.LINEAR, SchedulerType.COSINE, SchedulerType.POLYNOMIAL),
+    *(SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP),
+)
+"""The values of `lr_scheduler_type` that there is code for."""
+
+NOT_YET: dict[str, Missing] = {
+    "report_to": Missing(
+        bool,
+        "Use report_to='none', and a callback with on_log(args, state, control, logs, **kwargs) to send logs elsewhere.",
+    ),
+    "push_to_hub": Missing(bool, "Use Trainer.save_model, then huggingface_hub.upload_folder."),
+    "fsdp": Missing(bool, "Leave it out to train in one process."),
+    "fsdp_config": Missing(bool, "Leave it out to train in one process."),
+    "deepspeed": Missing(bool, "Leave it out to train in one process."),
+    "parallelism_config": Missing(lambda value: value is not None, "Leave it out to train in one process."),
+    "enable_jit_checkpoint": Missing(bool, "Use save_strategy='steps' with small save_steps."),
+    "debug": Missing(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
+    "train_sampling_strategy": Missing(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
+    "sortish_sampler": Missing(bool, "Use group_by_length=True, which also puts rows of like length together."),
+    "optim": Missing(lambda value: value not in OPTIMIZERS, f"Use one of {', '.join(OPTIMIZERS)}."),
+    "lr_scheduler_type": Missing(lambda value: value not in SCHEDULES, f"Use one of {', '.join(SCHEDULES)}."),
+}
+"""Argument -> what is missing. A row goes when its code comes."""
+
+
+def check_is_there(name: str, value: Any, *, given: Any = None) -> None:
+    """Raise ArgumentError if the value of an argument turns on what this version does not have.
+
+    Args:
+        name: the argument.
+        value: as it would be kept.
+        given: as it was given, for the message.
+
+    >>> check_is_there("push_to_hub", True)
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: push_to_hub=True is not yet in this version of fts. Use Trainer.save_model, then ...
+    """
+    missing = NOT_YET.get(name)
+    if missing is not None and missing.on(value):
+        shown = value if given is None else given
+        raise ArgumentError(f"{name}={getattr(shown, 'value', shown)!r} is not yet in this version of fts. {missing.remedy}")

@@ -1,0 +1,108 @@
+"""Which process and which device this is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from fts.trainer.choices import ParallelMode
+
+if TYPE_CHECKING:
+    from fts.trainer.arguments.training import TrainingArguments
+
+log = logging.getLogger(__name__)
+
+LEVELS = {
+    "detail": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+
+
+def in_group() -> bool:
+    """Whether torch's process group exists."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _of_launcher(variable: str, default: int) -> int:
+    """A number that torchrun and accelerate launch give to each process; LOCAL_RANK tells that one of them started it."""
+    return int(os.environ.get(variable, default)) if "LOCAL_RANK" in os.environ else default
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if in_group() else _of_launcher("WORLD_SIZE", 1)
+
+
+def process_index() -> int:
+    """The number of this process among all."""
+    return distributed.get_rank() if in_group() else _of_launcher("RANK", 0)
+
+
+def local_process_index() -> int:
+    """The number of this process among those of its machine."""
+    return _of_launcher("LOCAL_RANK", 0)
+
+
+def device_of(args: TrainingArguments) -> torch.device:
+    """Where the model is trained.
+
+    >>> from fts.trainer.arguments import TrainingArguments
+    >>> device_of(TrainingArguments(use_cpu=True))
+    device(type='cpu')
+    """
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on", "y", "t")
+    found = None if args.use_cpu or wanted else torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    return found if found.type == "mps" else torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def devices_of(args: TrainingArguments) -> int:
+    """How many accelerators this process trains on: one, or none on the CPU. `_n_gpu` overrules it, as in Hugging Face's."""
+    return int(args.__dict__.get("_n_gpu", 0 if args.device.type == "cpu" else 1))
+
+
+def parallel_mode(args: TrainingArguments) -> ParallelMode:
+    """How many devices work together, and how."""
+    if args.world_size > 1:
+        return ParallelMode.DISTRIBUTED
+    return ParallelMode.NOT_DISTRIBUTED if args.n_gpu > 1 else ParallelMode.NOT_PARALLEL
+
+
+def log_level(args: TrainingArguments) -> int:
+    """The level of logs for this process, as a number of `logging`."""
+    name = args.log_level if args.should_log else args.log_level_replica
+    return LEVELS[name] if name in LEVELS else logging.getLogger("fts").getEffectiveLevel()
+
+
+@contextmanager
+def first(is_first: bool, what: str) -> Iterator[None]:
+    """Let one process do something before the others; without a process group there is none to wait for.
+
+    Args:
+        is_first: whether this is the one.
+        what: for the log.
+
+    >>> with first(True, "tokenizing"):
+    ...     pass
+    """
+    waits = in_group() and distributed.get_world_size() > 1
+    if waits and not is_first:
+        log.debug("process %d waits for the first one: %s", process_index(), what)
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if waits and is_first:  # also after an error, so that no process waits for ever
+            log.debug("process %d lets the others go on: %s", process_index(), what)
+            distributed.barrier()

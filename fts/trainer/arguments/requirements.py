@@ -1,0 +1,154 @@
+"""Which hardware or package an argument needs. What is missing is an error when the argument is set, not hours later."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from fts.errors import ArgumentError, MissingDependencyError
+from fts.trainer.arguments import processes
+
+if TYPE_CHECKING:
+    from fts.trainer.arguments.training import TrainingArguments
+
+
+@attrs.frozen
+class Requirement:
+    """What an argument needs.
+
+    Attributes:
+        needs: in words.
+        met: whether it is there, given the arguments and the value.
+        remedy: how to get it, or what to do without.
+        error: what is raised.
+    """
+
+    needs: str
+    met: Callable[[TrainingArguments, Any], bool]
+    remedy: str
+    error: type[Exception] = ArgumentError
+
+
+def _package(name: str) -> Callable[[TrainingArguments, Any], bool]:
+    return lambda args, value: importlib.util.find_spec(name) is not None
+
+
+def _tf32(args: TrainingArguments, value: Any) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def _bf16(args: TrainingArguments, value: Any) -> bool:
+    # On the CPU autocast computes in bfloat16 and in float16, and both have all kernels of a transformer.
+    return args.device.type != "cuda" or torch.cuda.is_bf16_supported()
+
+
+def _on_gpu(args: TrainingArguments, value: Any) -> bool:
+    return args.device.type != "cpu"
+
+
+COMMON_BACKENDS = ("inductor", "eager", "aot_eager", "cudagraphs")
+
+
+def _compiler(args: TrainingArguments, value: Any) -> bool:
+    if value in COMMON_BACKENDS:
+        return True  # without loading the compiler, which takes as long as torch
+    return value in torch.compiler.list_backends(exclude_tags=())
+
+
+def _compile_mode(args: TrainingArguments, value: Any) -> bool:
+    return value == "default" or value in torch._inductor.list_mode_options()
+
+
+def _backend(args: TrainingArguments, value: Any) -> bool:
+    known = {"nccl": "is_nccl_available", "gloo": "is_gloo_available", "mpi": "is_mpi_available", "xccl": "is_xccl_available"}
+    if not torch.distributed.is_available():
+        return False
+    if value in known:
+        return bool(getattr(torch.distributed, known[value])())
+    return value in torch.distributed.Backend.backend_list
+
+
+def _configured(args: TrainingArguments, value: Any) -> bool:
+    if not value.use_configured_state:
+        return True
+    from accelerate.state import PartialState
+
+    return bool(PartialState._shared_state)
+
+
+_BF16 = Requirement(
+    "a GPU that computes in bfloat16 (Ampere or newer)", _bf16, "Use fp16=True, or use_cpu=True to train on the CPU."
+)
+
+REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
+    "tf32": (Requirement("an NVIDIA GPU of the Ampere generation or newer", _tf32, "Leave it out."),),
+    "bf16": (_BF16,),
+    "bf16_full_eval": (_BF16,),
+    "use_liger_kernel": (
+        Requirement("the package liger_kernel", _package("liger_kernel"), "pip install liger-kernel", MissingDependencyError),
+        Requirement("a GPU, for which its kernels are written", _on_gpu, "Leave it out on the CPU."),
+    ),
+    "torch_compile_backend": (
+        Requirement("a backend that torch has", _compiler, "Use 'inductor', or one of torch.compiler.list_backends()."),
+    ),
+    "torch_compile_mode": (
+        Requirement(
+            "a mode that torch.compile has", _compile_mode, "Use 'default', 'reduce-overhead', 'max-autotune' or leave it out."
+        ),
+    ),
+    "ddp_backend": (
+        Requirement("a torch that was built with it", _backend, "Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, or leave it out."),
+    ),
+    "debug": (
+        Requirement("the package transformers", _package("transformers"), "pip install 'fts[trainer]'", MissingDependencyError),
+    ),
+    "accelerator_config": (
+        Requirement(
+            "an accelerate PartialState or Accelerator made before, since use_configured_state=True",
+            _configured,
+            "Make one first, or leave use_configured_state out.",
+        ),
+    ),
+}
+"""Argument -> what it needs when it is on. float16 needs nothing: CPUs and GPUs compute in it."""
+
+LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""What `accelerate launch` turns on by a variable of the environment."""
+
+
+def check_requirement(args: TrainingArguments, name: str, value: Any) -> None:
+    """Raise if an argument that is on needs what this machine does not have.
+
+    Raises:
+        MissingDependencyError: a package is missing.
+        ArgumentError: the hardware is.
+    """
+    if not value:
+        return
+    for requirement in REQUIREMENTS.get(name, ()):
+        if not requirement.met(args, value):
+            raise requirement.error(f"{name}={value!r} needs {requirement.needs}, which is not there. {requirement.remedy}")
+
+
+def check_requirements(args: TrainingArguments, names: Collection[str] = tuple(REQUIREMENTS)) -> None:
+    """Raise if an argument needs what this machine does not have, or the processes are more than fts can use yet."""
+    for name in names:
+        check_requirement(args, name, getattr(args, name))
+
+
+def check_launch() -> None:
+    """Raise ArgumentError if the script was launched in a way that this version of fts would ignore."""
+    world = processes.world_size()
+    if world > 1:
+        raise ArgumentError(
+            f"The script runs in {world} processes (WORLD_SIZE), but training in several is not yet in this version of fts: each "
+            "would train a model of its own. Start it with python, not with torchrun or accelerate launch."
+        )
+    for variable, what in LAUNCHERS.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise ArgumentError(f"{variable} is set, but {what} is not yet in this version of fts. Unset it.")

@@ -1,0 +1,45 @@
+"""Dictionaries given as text on a command line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fts.errors import ArgumentError
+
+
+def dict_from_text(name: str, text: str) -> dict[str, Any]:
+    """The dictionary that a JSON text holds; numbers and booleans in quotes become what they look like.
+
+    >>> dict_from_text("lr_scheduler_kwargs", '{"num_cycles": "2", "nested": {"on": "true"}}')
+    {'num_cycles': 2, 'nested': {'on': True}}
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentError(f"{name}={text!r} is not JSON ({error}). Write it like '{{\"key\": 1}}'.") from error
+    return {key: _plain(item) for key, item in value.items()}
+
+
+def pairs_from_text(name: str, text: str) -> dict[str, str]:
+    """The pairs of a text like "a=1, b=2".
+
+    >>> pairs_from_text("optim_args", "rank=64, scale=0.1")
+    {'rank': '64', 'scale': '0.1'}
+    """
+    pairs = [item.partition("=") for item in text.replace(" ", "").split(",") if item]
+    if not all(key and sign and value for key, sign, value in pairs):
+        raise ArgumentError(f"{name}={text!r} must be pairs like 'rank=64,scale=0.1'.")
+    return {key: value for key, _, value in pairs}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if value.isdigit():
+        return int(value)
+    return float(value) if value.replace(".", "", 1).isdigit() else value
