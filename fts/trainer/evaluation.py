@@ -2,86 +2,344 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fts import loops, steps
-from fts.errors import ArgumentError, LossError
+from fts import steps
+from fts.errors import BatchError, DataError, LossError
 from fts.loops import Source
-from fts.trainer.gathering import Gathered
+from fts.steps.binding import Binding
+from fts.trainer.arrays import Space
+from fts.trainer.figures import GIVEN, SPEED, batches_of, own_figures, plain, speed_metrics
+from fts.trainer.gathering import Gathered, Held, Listed
 from fts.trainer.losses import Loss, item_count
+from fts.trainer.outputs import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
+from fts.trainer.predicting import predict_batch
+from fts.typing import Number
 
-SPEED = ("runtime", "samples_per_second", "steps_per_second")
-GIVEN = ("loss", *SPEED)
-"""The figures that every evaluation on labelled data has."""
-
-
-@attrs.frozen(eq=False)
-class EvalPrediction:
-    """What `compute_metrics` is given.
-
-    Attributes:
-        predictions: the model's outputs: an array with a row per example, or a tuple of such arrays.
-        label_ids: the labels, likewise.
-        inputs: the inputs, if asked for.
-        losses: the losses, if asked for.
-
-    >>> predictions, labels = EvalPrediction(np.zeros(2), np.ones(2))
-    >>> labels
-    array([1., 1.])
-    """
-
-    predictions: Any
-    label_ids: Any
-    inputs: Any = None
-    losses: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        extra = [value for value in (self.inputs, self.losses) if value is not None]
-        return iter([self.predictions, self.label_ids, *extra])
-
-    def __getitem__(self, index: int) -> Any:
-        return tuple(self)[index]
+__all__ = [
+    "GIVEN",
+    "SPEED",
+    "EvalLoopOutput",
+    "EvalPrediction",
+    "EvaluationPlan",
+    "PredictionOutput",
+    "Reading",
+    "TrainOutput",
+    "batches_of",
+    "evaluating",
+    "evaluation_loop",
+    "own_figures",
+    "plain",
+    "plan_evaluation",
+    "run_evaluation",
+    "speed_metrics",
+]
 
 
-class EvalLoopOutput(NamedTuple):
-    """What an evaluation loop found.
+@attrs.frozen
+class EvaluationPlan:
+    """How an evaluation goes.
 
     Attributes:
-        predictions: outputs by row, or None if they were not kept.
-        label_ids: labels by row, or None.
-        metrics: figures by name, with their prefix.
-        num_samples: how many rows there were.
+        prefix: is put before the figures' names.
+        weigh: over how many items the mean loss of a batch runs; None: over its rows.
+        compute_metrics: `EvalPrediction -> {name: number}`; called where there are predictions and labels.
+        metrics_by_batch: call it for each batch, with `compute_result=True` for the last one, whose answer counts.
+        keep: whether predictions and labels are kept for the result; with `metrics_by_batch` nothing else needs them.
+        concatenate: join the batches to arrays with a row per example; otherwise lists with an entry per batch.
+        input_name: the key of the batch that `EvalPrediction.inputs` is made of; None: no inputs. With `metrics_by_batch` they are
+            the whole batch, as in transformers.
+        with_losses: whether there is `EvalPrediction.losses`.
+        preprocess_logits: `(logits, labels) -> logits`, run before they are kept.
+        skip_nonfinite: leave losses that are NaN or infinite out of the mean, unless all are.
+        hold_batches: how many batches stay on an accelerator before they are copied to the CPU; None: a bounded amount.
+        on_batch: called after each batch.
+        gather: brings a dictionary of what each row gave (tensors, or trees of them) together from all processes.
+        total: how many rows there will be; None: as the data says, if it does.
+        memory_limit: bytes of arrays in memory, beyond which they lie in temporary files; None: half of what is free.
+        folder: where these files are; None: the system's folder for temporary files.
     """
 
-    predictions: Any
-    label_ids: Any
-    metrics: dict[str, float]
-    num_samples: int
+    prefix: str = "eval"
+    weigh: Callable[[Any], Number] | None = None
+    compute_metrics: Callable[..., Any] | None = None
+    metrics_by_batch: bool = False
+    keep: bool = True
+    concatenate: bool = True
+    input_name: str | None = None
+    with_losses: bool = False
+    preprocess_logits: Callable[[Any, Any], Any] | None = None
+    skip_nonfinite: bool = False
+    hold_batches: int | None = None
+    on_batch: Callable[[], Any] = lambda: None
+    gather: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    total: int | None = None
+    memory_limit: int | None = None
+    folder: str | Path | None = None
 
 
-class PredictionOutput(NamedTuple):
-    """What `Trainer.predict` returns: outputs by row, labels by row or None, figures by name."""
+def run_evaluation(
+    predict: Callable[[Any], tuple[Any, Any, Any]], batches: Iterable[Any], *, how: EvaluationPlan
+) -> EvalLoopOutput:
+    """Predict every batch, and tell what came out.
 
-    predictions: Any
-    label_ids: Any
-    metrics: dict[str, float]
+    The loss is the mean over all items, whatever the batch size: `sum(weight * loss) / sum(weight)` over the batches.
+
+    Args:
+        predict: `(batch) -> (loss, logits, labels)`, each of them None where there is none, such as a Trainer's prediction_step.
+        batches: a DataLoader, or anything that gives batches.
+        how: what is kept and computed.
+
+    Returns:
+        Outputs and labels by row, in the order of the data and padded with -100; figures; the number of rows.
+
+    Raises:
+        ArgumentError: compute_metrics returned something that is not a dictionary of numbers, or a name that is taken.
+        BatchError: batches differ in what they give.
+        DataError: there is no batch.
+
+    >>> predict = lambda batch: (batch.mean(), 2 * batch, batch)
+    >>> output = run_evaluation(predict, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], how=EvaluationPlan())
+    >>> output.metrics, output.predictions.tolist(), output.num_samples
+    ({'eval_loss': 3.0}, [2.0, 4.0, 12.0], 3)
+    """
+    total = how.total if how.total is not None else rows_in(batches)
+    gathered = Gathered(total, Space(how.memory_limit, how.folder)) if how.concatenate else Listed()
+    held, mean = Held(gathered.add, how.hold_batches), MeanLoss()
+    seen, count = False, 0
+    waiting: EvalPrediction | None = None
+    for inputs in batches:
+        if waiting is not None and how.compute_metrics is not None:
+            how.compute_metrics(waiting, compute_result=False)
+        rows, waiting = _one_batch(predict, inputs, how, held, mean)
+        seen, count = True, count + rows
+    if not seen:
+        raise DataError("There is no batch to evaluate. Give data that is not empty, without dropping its last batch.")
+    held.flush()
+    arrays = gathered.arrays() or {}
+    figures = mean.figures(skip_nonfinite=how.skip_nonfinite)
+    figures = _metrics(how, waiting, arrays, {*figures, *SPEED}) | figures
+    metrics = {f"{how.prefix}_{name}": value for name, value in figures.items()}
+    return EvalLoopOutput(arrays.get("predictions"), arrays.get("labels"), metrics, count)
 
 
-class TrainOutput(NamedTuple):
-    """What `Trainer.train` returns: updates done, the mean training loss, figures by name."""
+def _metrics(how: EvaluationPlan, last: EvalPrediction | None, arrays: dict[str, Any], taken: set[str]) -> dict[str, Any]:
+    if how.compute_metrics is None:
+        return {}
+    if how.metrics_by_batch:
+        return {} if last is None else own_figures(how.compute_metrics(last, compute_result=True), how.prefix, taken)
+    if arrays.get("predictions") is None or arrays.get("labels") is None:
+        return {}
+    return own_figures(how.compute_metrics(_prediction(arrays)), how.prefix, taken)
 
-    global_step: int
-    training_loss: float
-    metrics: dict[str, float]
+
+def _one_batch(
+    predict: Callable[[Any], tuple[Any, Any, Any]], inputs: Any, how: EvaluationPlan, held: Held, mean: MeanLoss
+) -> tuple[int, EvalPrediction | None]:
+    """Predict and keep one batch: its rows, and what compute_metrics is to be given of it."""
+    rows = steps.rows(inputs)
+    weight = rows or 1 if how.weigh is None else how.weigh(inputs)
+    main = None if how.input_name is None else copy.copy(inputs) if how.metrics_by_batch else _input(inputs, how.input_name)
+    loss, logits, labels = predict(inputs)
+    if logits is not None and how.preprocess_logits is not None:
+        logits = how.preprocess_logits(logits, labels)
+    found = {"predictions": logits, "labels": labels, "inputs": main} | _losses(loss, weight, rows or 1)
+    record = {name: value for name, value in found.items() if value is not None}
+    if how.gather is not None:
+        record = how.gather(record)
+        rows = len(record["weights"])
+    mean.add(record.get("losses"), record.pop("weights"))
+    if not how.with_losses:
+        record.pop("losses", None)
+    if how.keep:
+        only = ("predictions", "labels") if how.metrics_by_batch else tuple(record)
+        held.add({name: value for name, value in record.items() if name in only}, rows)
+    how.on_batch()
+    by_batch = how.metrics_by_batch and how.compute_metrics is not None and {"predictions", "labels"} <= record.keys()
+    return rows or 0, _prediction(record) if by_batch else None
+
+
+def _prediction(parts: Mapping[str, Any]) -> EvalPrediction:
+    return EvalPrediction(parts["predictions"], parts["labels"], parts.get("inputs"), parts.get("losses"))
+
+
+def _input(inputs: Any, name: str) -> Any:
+    if not isinstance(inputs, Mapping) or name not in inputs:
+        keys = ", ".join(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise BatchError(
+            f'include_for_metrics=["inputs"] needs batch[{name!r}], but the batch has {keys}. Name the key of the inputs by an '
+            "attribute main_input_name of the model."
+        )
+    return inputs[name]
+
+
+def _losses(loss: Any, weight: Number, rows: int) -> dict[str, Any]:
+    """The loss and its share of the weight for each row of a batch, so that rows that are there twice can be dropped."""
+    if loss is None:
+        return {"weights": torch.zeros(rows)}
+    if not isinstance(loss, Tensor):
+        raise LossError(f"prediction_step returned {type(loss).__name__} as the loss; it must be a tensor, or None.")
+    loss = loss.detach()
+    losses = loss if loss.shape == (rows,) else loss.mean().expand(rows)
+    weights = torch.as_tensor(weight, dtype=_wide(loss), device=loss.device) / rows
+    return {"losses": losses, "weights": weights.expand(rows)}
+
+
+def plan_evaluation(
+    args: Any,
+    model: nn.Module,
+    label_names: Sequence[str],
+    *,
+    prefix: str,
+    keep: bool,
+    weigh: Callable[[Any], Number] | None = None,
+    compute_metrics: Callable[..., Any] | None = None,
+    preprocess_logits: Callable[[Any, Any], Any] | None = None,
+    on_batch: Callable[[], Any] = lambda: None,
+    gather: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> EvaluationPlan:
+    """The plan that training arguments ask for.
+
+    Args:
+        args: the `TrainingArguments`.
+        model: says which labels its loss counts, and by `main_input_name` which key of a batch is its input.
+        label_names: the batch's keys that are labels.
+        prefix: is put before the figures' names.
+        keep: whether predictions are wanted also where `batch_eval_metrics` makes metrics without them, as in `predict`.
+        weigh: over how many items the loss of a batch runs; by default its labels that count, or its rows.
+        compute_metrics: see `EvaluationPlan`.
+        preprocess_logits: see `EvaluationPlan`.
+        on_batch: called after each batch.
+        gather: see `across_processes`.
+    """
+    included = args.include_for_metrics
+
+    def items(batch: Any) -> Number:
+        return item_count(model, batch, label_names) if isinstance(batch, Mapping) else steps.rows(batch) or 1
+
+    return EvaluationPlan(
+        prefix=prefix,
+        weigh=items if weigh is None else weigh,
+        compute_metrics=compute_metrics,
+        metrics_by_batch=args.batch_eval_metrics,
+        keep=keep or not args.batch_eval_metrics,
+        concatenate=args.eval_do_concat_batches,
+        input_name=getattr(model, "main_input_name", "input_ids") if "inputs" in included else None,
+        with_losses="loss" in included,
+        preprocess_logits=preprocess_logits,
+        skip_nonfinite=args.logging_nan_inf_filter,
+        hold_batches=args.eval_accumulation_steps,
+        on_batch=on_batch,
+        gather=gather,
+    )
+
+
+@attrs.define
+class MeanLoss:
+    """The mean of losses over all items; sums stay on the device, and are read once.
+
+    >>> mean = MeanLoss()
+    >>> mean.add(torch.tensor([1.0, torch.nan]), torch.tensor([2.0, 1.0]))
+    >>> mean.figures(skip_nonfinite=True)
+    {'loss': 1.0}
+    """
+
+    sums: Tensor | None = None
+
+    def add(self, losses: Tensor | None, weights: Tensor) -> None:
+        """Add means over so many items each; a mean over no items, which is NaN, adds nothing."""
+        if losses is None:
+            return
+        wide = _wide(losses)
+        losses, weights = losses.to(wide), weights.to(losses.device, wide)
+        amounts = torch.where(weights == 0, 0.0, losses * weights)
+        finite = torch.isfinite(amounts)
+        parts = amounts, weights, torch.where(finite, amounts, 0.0), torch.where(finite, weights, 0.0)
+        sums = torch.stack([part.sum() for part in parts])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def figures(self, *, skip_nonfinite: bool = False) -> dict[str, float]:
+        """The mean as "loss"; nothing if there was none. It is NaN where no item counted."""
+        if self.sums is None:
+            return {}
+        total, weight, finite_total, finite_weight = self.sums.tolist()
+        if skip_nonfinite and finite_weight:
+            total, weight = finite_total, finite_weight
+        return {"loss": total / weight if weight else float("nan")}
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def rows_in(batches: Any) -> int | None:
+    """How many rows a DataLoader's data has; None where that is not known, as for a list of batches.
+
+    >>> rows_in(torch.utils.data.DataLoader([1, 2, 3], batch_size=2)), rows_in([torch.ones(2)])
+    (3, None)
+    """
+    try:
+        return len(batches.dataset)
+    except (AttributeError, TypeError, NotImplementedError):  # no dataset, or one without a length
+        return None
+
+
+@contextmanager
+def evaluating(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """No gradients, and every module in eval mode, until the block ends; then each is as it was.
+
+    Args:
+        model: its parameters and buffers stay the same objects with the same storage.
+        dtype: floating-point parameters and buffers are replaced by copies of this type within the block.
+
+    >>> net = nn.Linear(1, 1)
+    >>> with evaluating(net, torch.bfloat16):
+    ...     net.weight.dtype, net.training
+    (torch.bfloat16, False)
+    >>> net.weight.dtype, net.training
+    (torch.float32, True)
+    """
+    with torch.no_grad(), in_eval_mode(model):
+        if dtype is None:
+            yield
+            return
+        with Binding(model).exchange(_cast(model, dtype)):
+            yield
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    cast: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        data = parameter.detach()
+        data = data.to(dtype) if data.is_floating_point() else data
+        cast[name] = nn.Parameter(data, requires_grad=parameter.requires_grad and data.is_floating_point())
+    for name, buffer in model.named_buffers():
+        cast[name] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+    return cast
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode until the block ends, then each as it was."""
+    trained = [child for child in model.modules() if child.training]
+    try:
+        for child in trained:
+            child.training = False
+        yield
+    finally:
+        for child in trained:
+            child.training = True
+
+
+# What the Trainer called before; to be removed with its last use.
 
 
 @attrs.frozen
@@ -114,163 +372,31 @@ def evaluation_loop(
     compute_metrics: Callable[[Any], Mapping[str, Any]] | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> EvalLoopOutput:
-    """Run a model over data, without gradients and in eval mode.
-
-    The loss is the mean over all rows (over all labels that are not -100 where labels are tokens), whatever the batch size.
-
-    Args:
-        model: is left as it was.
-        source: batches that are dictionaries.
-        reading: how to read them.
-        prefix: is put before the names of the figures.
-        compute_metrics: `EvalPrediction -> {name: number}`; called once, if there are labels. Arrays and tensors of one element
-            count as numbers.
-        on_batch: called after each batch.
-
-    Returns:
-        Outputs and labels by row, in the order of the data and padded with -100; figures; the number of rows.
-
-    Raises:
-        DataError: there is no batch.
-        ArgumentError: compute_metrics returned something that is not a dictionary of numbers, or a name that is taken.
-    """
-    predictions, labels, seen = Gathered(source.num_items), Gathered(source.num_items), [0]
-
-    def step(_: None, batch: Mapping[str, Any]) -> dict[str, Any]:
-        with steps_context(model, reading.precision):
-            found = read_batch(model, batch, reading)
-        seen[0] += steps.rows(batch) or 0
-        if reading.keep:
-            logits = found.logits
-            if reading.preprocess_logits is not None and logits is not None:
-                logits = reading.preprocess_logits(logits, found.labels)
-            predictions.add(logits)
-            labels.add(found.labels)
-        return {} if found.loss is None else {"loss": (found.loss, found.weight)}
-
-    figures: dict[str, Any] = {}
-    with in_eval_mode(model):
-        for event in loops.evaluate(step, None, source):
-            if isinstance(event, loops.Evaluated):
-                figures.update(event.metrics)
-            else:
-                on_batch()
-    outputs, targets = predictions.arrays(), labels.arrays()
-    if compute_metrics is not None and outputs is not None and targets is not None:
-        figures = own_figures(compute_metrics(EvalPrediction(outputs, targets)), prefix) | figures
-    return EvalLoopOutput(outputs, targets, {f"{prefix}_{name}": value for name, value in figures.items()}, seen[0])
-
-
-class Found(NamedTuple):
-    """What one batch gave; `loss` is None where it has no labels."""
-
-    loss: Tensor | None
-    weight: Any
-    logits: Any
-    labels: Any
-
-
-def read_batch(model: nn.Module, batch: Mapping[str, Any], reading: Reading) -> Found:
-    """Run a model on one batch and take loss, logits and labels apart."""
-    names = reading.label_names
-    labelled = bool(names) and all(batch.get(name) is not None for name in names)
-    if not labelled:
-        return Found(None, 0, logits_of(model(**batch), reading.ignore_keys, begins_with_loss=False), None)
-    labels = tuple(batch[name] for name in names)
-    outputs, loss = reading.loss.forward(model, batch)
-    if loss is None:
-        raise LossError(
-            f"The model {type(model).__name__} returned {type(outputs).__name__} without a loss for a batch with labels. "
-            'Return it as "loss" or as the first of a tuple, or pass compute_loss_func=.'
-        )
-    weight = item_count(model, batch, names)
-    logits = logits_of(outputs, reading.ignore_keys, begins_with_loss=reading.loss.fn is None)
-    return Found(loss, weight, logits, labels[0] if len(labels) == 1 else labels)
-
-
-def logits_of(outputs: Any, ignore_keys: Sequence[str], *, begins_with_loss: bool) -> Any:
-    """The predictions among a model's outputs: all but the loss, None and what is ignored; one alone stands for itself.
-
-    >>> logits_of({"loss": 1, "logits": 2, "cache": 3}, ["cache"], begins_with_loss=True)
-    2
-    """
-    if isinstance(outputs, Mapping):
-        shown = {name: value for name, value in outputs.items() if value is not None and name != "loss"}
-        kept = tuple(value for name, value in shown.items() if name not in ignore_keys)
-    elif isinstance(outputs, (tuple, list)):
-        kept = tuple(outputs[1:] if begins_with_loss else outputs)
-    else:
-        return outputs
-    return kept[0] if len(kept) == 1 else kept
-
-
-@contextmanager
-def steps_context(model: nn.Module, precision: str | None) -> Iterator[None]:
-    """No gradients, and the precision of the run."""
+    """Run a model over a source; see `run_evaluation`."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        yield
 
+    def compute_loss(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
+        outputs, loss = reading.loss.forward(model, inputs)
+        return loss, outputs
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode until the block ends, then each as it was."""
-    trained = [child for child in model.modules() if child.training]
-    try:
-        for child in trained:
-            child.training = False
-        yield
-    finally:
-        for child in trained:
-            child.training = True
-
-
-def speed_metrics(prefix: str, start: float, samples: float, count: float) -> dict[str, float]:
-    """Seconds since `start`, and samples and steps a second."""
-    seconds = max(time.perf_counter() - start, 1e-9)
-    values = round(seconds, 4), round(samples / seconds, 3), round(count / seconds, 3)
-    return {f"{prefix}_{name}": value for name, value in zip(SPEED, values, strict=True)}
-
-
-def own_figures(metrics: Any, prefix: str) -> dict[str, int | float]:
-    """What `compute_metrics` returned, by names without the prefix, and as Python numbers.
-
-    Raises:
-        ArgumentError: it is not a dictionary of numbers, or a name is that of another figure.
-
-    >>> own_figures({"eval_f1": np.float32(0.5)}, "eval")
-    {'f1': 0.5}
-    """
-    if not isinstance(metrics, Mapping):
-        raise ArgumentError(
-            f'compute_metrics returned {type(metrics).__name__}; it must return numbers by name, such as {{"accuracy": 0.5}}.'
+    def predict(inputs: Any) -> tuple[Any, Any, Any]:
+        return predict_batch(
+            model,
+            inputs,
+            compute_loss=compute_loss,
+            label_names=reading.label_names,
+            ignore_keys=reading.ignore_keys,
+            prediction_loss_only=not reading.keep,
+            context=lambda: torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"),
         )
-    figures: dict[str, int | float] = {}
-    for key, value in metrics.items():
-        if not isinstance(key, str):
-            raise ArgumentError(f"compute_metrics returned a figure named {key!r}; use a string, such as {str(key)!r}.")
-        name, number = key.removeprefix(f"{prefix}_"), plain(value)
-        if name in GIVEN or name in figures:
-            raise ArgumentError(f"compute_metrics returned {key!r}, but there is another {prefix}_{name} already. Rename it.")
-        if not isinstance(number, (int, float)):
-            raise ArgumentError(
-                f"compute_metrics returned {type(value).__name__} for {key!r}; it must be a number. Reduce it, as with .mean(), "
-                "or return its parts under names of their own."
-            )
-        figures[name] = number
-    return figures
 
-
-def plain(value: Any) -> Any:
-    """A number that JSON can hold, of numpy's and torch's; everything else as it is.
-
-    >>> plain(np.float32(0.5)), plain(torch.tensor(2)), plain("x")
-    (0.5, 2, 'x')
-    """
-    one = (isinstance(value, Tensor) and value.numel() == 1) or (isinstance(value, (np.generic, np.ndarray)) and value.size == 1)
-    return value.item() if one else value
-
-
-def batches_of(samples: int, size: int) -> int:
-    """How many batches hold so many rows."""
-    return math.ceil(samples / size)
+    how = EvaluationPlan(
+        prefix=prefix,
+        weigh=lambda batch: item_count(model, batch, reading.label_names),
+        compute_metrics=compute_metrics,
+        preprocess_logits=reading.preprocess_logits,
+        on_batch=on_batch,
+        total=source.num_items,
+    )
+    with evaluating(model):
+        return run_evaluation(predict, source.epoch(0), how=how)

@@ -1,14 +1,21 @@
+import copy
 import logging
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
-from fts.errors import ArgumentError, BatchError
-from fts.trainer import EvalPrediction, Trainer, TrainingArguments, default_data_collator
-from fts.trainer.gathering import Gathered, Rows
+from fts.errors import ArgumentError, BatchError, DataError, LossError
+from fts.trainer import Trainer, TrainingArguments, default_data_collator
+from fts.trainer.evaluation import EvaluationPlan, evaluating, plan_evaluation, rows_in, run_evaluation
+from fts.trainer.losses import item_count
+from fts.trainer.predicting import predict_batch
+from fts.trainer.trees import leaves_of, map_leaves
 from tests.trainer.helpers import Linear, arguments, make_trainer, rows
 
 
@@ -185,37 +192,14 @@ def test_an_overridden_evaluation_may_give_any_metric(tmp_path):
     assert Own(Linear(), args, train_dataset=rows(8), eval_dataset=rows(4)).train().global_step == 1
 
 
-# What compute_metrics returns
-
-
-@pytest.mark.parametrize("value", ["high", None, [0.5], {"a": 1.0}, np.zeros(2), torch.zeros(2), 1j, np.array("a")])
-def test_a_metric_must_be_a_number(tmp_path, value):
-    with pytest.raises(ArgumentError, match=r"compute_metrics returned .* for 'f1'.*number"):
-        make_trainer(tmp_path, compute_metrics=lambda prediction: {"accuracy": 1.0, "f1": value}).evaluate()
-
-
-def test_names_of_metrics_must_be_strings(tmp_path):
-    with pytest.raises(ArgumentError, match="compute_metrics returned a figure named 3"):
-        make_trainer(tmp_path, compute_metrics=lambda prediction: {3: 1.0}).evaluate()
-
-
-def test_numbers_of_numpy_and_torch_become_pythons(tmp_path):
-    values = {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.array(3.0), "d": np.array([4.0]), "e": True, "eval_f": 1}
-    metrics = make_trainer(tmp_path, compute_metrics=lambda prediction: values).evaluate()
-    found = {name: metrics[f"eval_{name}"] for name in "abcdef"}
-    assert found == {"a": 0.5, "b": 2, "c": 3.0, "d": 4.0, "e": True, "f": 1}
-    assert {type(value) for value in found.values()} == {int, float, bool}
-
-
-@pytest.mark.parametrize("name", ["loss", "eval_loss", "runtime", "eval_samples_per_second"])
-def test_an_own_metric_cannot_hide_a_figure_of_the_evaluation(tmp_path, name):
-    with pytest.raises(ArgumentError, match=f"compute_metrics returned '{name}'.*[Rr]ename"):
-        make_trainer(tmp_path, compute_metrics=lambda prediction: {name: 1.0}).evaluate()
-
-
-def test_two_metrics_cannot_have_one_name(tmp_path):
-    with pytest.raises(ArgumentError, match=r"compute_metrics returned 'eval_f1'.*[Rr]ename"):
-        make_trainer(tmp_path, compute_metrics=lambda prediction: {"f1": 1.0, "eval_f1": 2.0}).evaluate()
+def test_names_of_metrics_are_checked(tmp_path):
+    for metrics, message in (
+        ({"f1": "high"}, "'f1'.*number"),
+        ({"loss": 1.0}, "returned 'loss'"),
+        ({"runtime": 1.0}, "'runtime'"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            make_trainer(tmp_path, compute_metrics=lambda prediction, metrics=metrics: metrics).evaluate()
 
 
 @pytest.mark.parametrize("options", [{}, {"compute_metrics": lambda prediction: {"f1": 1.0}}])
@@ -239,41 +223,6 @@ def test_evaluation_and_prediction_keep_every_row(tmp_path):
     assert cut.predict(rows(3)).predictions.shape == (3,)
     assert len(cut.get_eval_dataloader()) == 3
     assert len(cut.get_train_dataloader()) == 5
-
-
-def test_eval_prediction_unpacks():
-    prediction = EvalPrediction(predictions=1, label_ids=2)
-    assert tuple(prediction) == (1, 2)
-    assert prediction[1] == 2
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=5),
-    st.booleans(),
-)
-def test_gathered_rows_are_concatenated_and_padded(shapes, known):
-    batches = [torch.arange(rows * width).reshape(rows, width) for rows, width in shapes]
-    total = sum(len(batch) for batch in batches)
-    gathered = Gathered(total if known else None)
-    for batch in batches:
-        gathered.add((batch, {"sums": batch.sum(1), "other": "text"}))
-    arrays, sums = gathered.arrays()[0], gathered.arrays()[1]["sums"]
-    width = max(width for _, width in shapes)
-    expected = torch.cat([nn.functional.pad(batch, (0, width - batch.shape[1]), value=-100) for batch in batches])
-    assert arrays.tolist() == expected.tolist()
-    assert sums.tolist() == torch.cat([batch.sum(1) for batch in batches]).tolist()
-
-
-def test_known_rows_are_allocated_once():
-    rows = Rows(6)
-    rows.add(torch.ones(2, 3))
-    store = rows.store
-    rows.add(torch.ones(4, 2))
-    assert rows.store is store
-    assert rows.array().base is not None or rows.array() is store
-    with pytest.raises(BatchError, match="axes differ"):
-        rows.add(torch.ones(2))
-    assert Gathered(None).arrays() is None
 
 
 @pytest.mark.parametrize(
@@ -313,3 +262,507 @@ def test_datasets_lose_unused_columns(tmp_path):
     assert trainer.predict(table).predictions.shape == (9,)
     with pytest.raises(Exception, match="none of the training set's columns: they are text; it takes x, labels"):
         make_trainer(tmp_path, Linear(), train_dataset=table.select_columns(["text"])).train()
+
+
+# run_evaluation, without a Trainer
+
+
+def own_loss(model, inputs):
+    outputs = model(**inputs)
+    return outputs["loss"] if isinstance(outputs, dict) else outputs[0], outputs
+
+
+def predicting(model, label_names=("labels",), **options):
+    return lambda inputs: predict_batch(model, inputs, compute_loss=own_loss, label_names=label_names, **options)
+
+
+def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **plan):
+    how = EvaluationPlan(**({"weigh": lambda batch: item_count(model, batch, label_names)} | plan))
+    with evaluating(model):
+        return run_evaluation(predicting(model, label_names, prediction_loss_only=only_loss), batches, how=how)
+
+
+def cut(data, size, collate=pad):
+    return DataLoader(data, batch_size=size, collate_fn=collate)
+
+
+def by_hand(model, data):
+    """The mean loss over all labels, the accuracy, and each row's logits; sentence by sentence."""
+    losses, right, logits = [], [], []
+    with torch.no_grad():
+        for example in data:
+            rows = model(example["input_ids"][None])["logits"][0]
+            losses += nn.functional.cross_entropy(rows, example["labels"], reduction="none").tolist()
+            right += (rows.argmax(-1) == example["labels"]).tolist()
+            logits.append(rows.numpy())
+    return float(np.mean(losses)), float(np.mean(right)), logits
+
+
+def accuracy(prediction):
+    counted = prediction.label_ids != -100
+    return {"accuracy": (prediction.predictions[0].argmax(-1) == prediction.label_ids)[counted].mean()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 5))
+def test_figures_equal_a_computation_by_hand(count, size, seed):
+    torch.manual_seed(seed)
+    model, data = Tagger(), sentences(count)
+    loss, right, logits = by_hand(model, data)
+    output = evaluated(model, cut(data, size), compute_metrics=accuracy)
+    assert output.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert output.metrics["eval_accuracy"] == pytest.approx(right)
+    assert output.num_samples == count
+    assert len(output.predictions[0]) == len(output.label_ids) == count
+    for index, (row, expected, labels, example) in enumerate(
+        zip(output.predictions[0], logits, output.label_ids, data, strict=True)
+    ):
+        np.testing.assert_allclose(row[: len(expected)], expected, rtol=1e-5)
+        first = index - index % size  # within a batch the model itself answers to what its rows were filled up with
+        widest = max(len(other) for other in logits[first : first + size])
+        assert (row[widest:] == -100).all() and (row[:widest] != -100).all()
+        assert labels[labels != -100].tolist() == example["labels"].tolist()
+
+
+@pytest.mark.parametrize("form", ["loader", "list", "generator", "own loader", "iterable dataset"])
+def test_batches_come_from_anything(form):
+    model, data = Tagger(), sentences(10)
+    loader = cut(data, 4)
+
+    class Own:
+        def __iter__(self):
+            return iter(loader)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    batches = {
+        "loader": loader,
+        "list": list(loader),
+        "generator": (batch for batch in loader),
+        "own loader": Own(),
+        "iterable dataset": cut(Stream(), 4),
+    }[form]
+    expected = evaluated(model, loader, compute_metrics=accuracy)
+    found = evaluated(model, batches, compute_metrics=accuracy)
+    assert found.metrics == expected.metrics
+    assert found.num_samples == 10
+    np.testing.assert_array_equal(found.predictions[0], expected.predictions[0])
+
+
+def test_rows_are_known_where_data_has_a_length():
+    class Sized(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+        def __len__(self):
+            raise NotImplementedError
+
+    assert rows_in(cut([1, 2, 3], 2)) == 3
+    assert rows_in(DataLoader(Sized())) is None
+    assert rows_in(iter([])) is None
+
+
+def test_no_batch_is_an_error():
+    with pytest.raises(DataError, match="There is no batch to evaluate"):
+        evaluated(Tagger(), [])
+
+
+def test_the_loss_alone():
+    model, data = Tagger(), sentences(9)
+    calls = []
+    output = evaluated(model, cut(data, 4), only_loss=True, compute_metrics=calls.append)
+    assert output.predictions is None and output.label_ids is None
+    assert output.metrics == {"eval_loss": pytest.approx(by_hand(model, data)[0], rel=1e-5)}
+    assert calls == []
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_metrics_batch_by_batch(size):
+    model, data = Tagger(), sentences()
+    right, flags = [], []
+
+    def compute_metrics(prediction, compute_result):
+        assert isinstance(prediction.predictions[0], torch.Tensor)
+        counted = prediction.label_ids != -100
+        right.extend((prediction.predictions[0].argmax(-1) == prediction.label_ids)[counted].tolist())
+        flags.append(compute_result)
+        return {"accuracy": np.mean(right)} if compute_result else None
+
+    output = evaluated(model, cut(data, size), compute_metrics=compute_metrics, metrics_by_batch=True, keep=False)
+    batches = math.ceil(len(data) / size)
+    assert flags == [False] * (batches - 1) + [True]
+    assert output.metrics["eval_accuracy"] == pytest.approx(by_hand(model, data)[1])
+    assert output.predictions is None and output.label_ids is None
+    kept = evaluated(model, cut(data, size), compute_metrics=compute_metrics, metrics_by_batch=True)
+    assert kept.predictions[0].shape[0] == len(data)  # predict gives the arrays, too
+
+
+def test_metrics_batch_by_batch_get_inputs_and_losses():
+    seen = []
+
+    def compute_metrics(prediction, compute_result):
+        seen.append((prediction.inputs["input_ids"].shape[0], prediction.losses.tolist()))
+        return {}
+
+    plan = {"metrics_by_batch": True, "keep": False, "input_name": "input_ids", "with_losses": True}
+    evaluated(Tagger(), cut(sentences(5), 3), compute_metrics=compute_metrics, **plan)
+    assert [(rows, len(losses), len(set(losses))) for rows, losses in seen] == [(3, 3, 1), (2, 2, 1)]
+
+
+def test_inputs_and_losses_for_metrics():
+    model, data = Tagger(), sentences(7)
+    found = []
+    evaluated(model, cut(data, 3), compute_metrics=lambda p: found.append(p) or {}, input_name="input_ids", with_losses=True)
+    (prediction,) = found
+    predictions, labels, inputs, losses = prediction
+    assert inputs.shape[0] == labels.shape[0] == predictions[0].shape[0] == 7
+    for row, example in zip(inputs, data, strict=True):
+        assert row[: len(example["input_ids"])].tolist() == example["input_ids"].tolist()
+    batch_losses = [float(predicting(model)(batch)[0]) for batch in cut(data, 3)]
+    np.testing.assert_allclose(losses, np.repeat(batch_losses, [3, 3, 1]), rtol=1e-6)
+    with pytest.raises(BatchError, match=r"needs batch\['pixels'\], but the batch has input_ids, labels.*main_input_name"):
+        evaluated(model, cut(data, 3), input_name="pixels")
+
+
+def test_batches_can_be_kept_apart():
+    model, data = Tagger(), sentences(5)
+    found = []
+    plan = {"concatenate": False, "compute_metrics": lambda p: found.append(p) or {}, "with_losses": True}
+    output = evaluated(model, cut(data, 2), **plan)
+    assert [part[0].shape[0] for part in output.predictions] == [2, 2, 1]
+    assert [part.shape[0] for part in output.label_ids] == [2, 2, 1]
+    assert [part.shape for part in found[0].losses] == [(2,), (2,), (1,)]
+    assert output.metrics["eval_loss"] == pytest.approx(by_hand(model, data)[0], rel=1e-5)
+
+
+def test_detections_of_any_number_can_be_kept_apart():
+    batches = [{"x": torch.ones(rows, 2)} for rows in (3, 2)]
+
+    def predict(inputs):
+        boxes = [{"boxes": torch.ones(index + 1, 4)} for index in range(len(inputs["x"]))]
+        return torch.tensor(1.0), (inputs["x"],), boxes
+
+    output = run_evaluation(predict, batches, how=EvaluationPlan(concatenate=False))
+    assert [[part["boxes"].shape[0] for part in batch] for batch in output.label_ids] == [[1, 2, 3], [1, 2]]
+    with pytest.raises(BatchError, match="eval_do_concat_batches=False"):
+        run_evaluation(predict, batches, how=EvaluationPlan())
+
+
+def test_logits_are_preprocessed_before_they_are_kept():
+    given = []
+
+    def shrink(logits, labels):
+        given.append(None if labels is None else labels.shape)
+        return logits[0].argmax(-1)
+
+    data = sentences(5)
+    output = evaluated(Tagger(), cut(data, 2), preprocess_logits=shrink)
+    assert output.predictions.dtype == np.int64 and output.predictions.ndim == 2
+    assert [shape[0] for shape in given] == [2, 2, 1]
+    bare = [{"input_ids": batch["input_ids"]} for batch in cut(data, 2)]
+    given.clear()
+    assert evaluated(Tagger(), bare, preprocess_logits=shrink).label_ids is None
+    assert given == [None] * 3
+
+
+def losses_of(values, weights=None, **plan):
+    batches = [torch.ones(2) for _ in values]
+    numbers, given = iter(values), iter(weights or [2] * len(values))
+    how = EvaluationPlan(weigh=lambda batch: next(given), **plan)
+    return run_evaluation(lambda batch: (next(numbers), None, None), batches, how=how).metrics.get("eval_loss")
+
+
+def test_losses_are_weighed():
+    nan, one, four = (torch.tensor(value) for value in (math.nan, 1.0, 4.0))
+    assert losses_of([one, four], [3, 1]) == 1.75
+    assert losses_of([one, four], [torch.tensor(3), torch.tensor(1)]) == 1.75
+    assert losses_of([one, nan], [1, 0]) == 1.0  # the mean of no labels
+    assert math.isnan(losses_of([one, nan]))
+    assert losses_of([one, nan, four], skip_nonfinite=True) == 2.5
+    assert math.isnan(losses_of([nan, nan], skip_nonfinite=True))
+    assert math.isnan(losses_of([nan], [0]))
+    assert losses_of([one, None]) == 1.0
+    assert losses_of([None, None]) is None
+    assert losses_of([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0, 0.0])]) == 1.75  # by row, and some other shape
+    with pytest.raises(LossError, match="prediction_step returned float"):
+        losses_of([1.0])
+
+
+def test_the_sum_of_many_losses_is_exact():
+    count = 20_000
+    loss = losses_of([torch.tensor(0.1)] * count, [1] * count)
+    assert loss == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+
+
+def test_a_metric_may_be_called_loss_where_there_is_none():
+    def run(loss):
+        how = EvaluationPlan(compute_metrics=lambda prediction: {"loss": 3.0})
+        return run_evaluation(lambda batch: (loss, batch, batch), [torch.ones(2)], how=how).metrics
+
+    assert run(None) == {"eval_loss": 3.0}
+    with pytest.raises(ArgumentError, match="there is another eval_loss"):
+        run(torch.tensor(1.0))
+
+
+def test_each_batch_is_told():
+    told = []
+    evaluated(Tagger(), cut(sentences(5), 2), on_batch=lambda: told.append(1))
+    assert len(told) == 3
+
+
+def test_large_results_lie_in_a_file(tmp_path):
+    model, data = Tagger(), sentences(20)
+    expected = evaluated(model, cut(data, 3), compute_metrics=accuracy)
+    found = evaluated(model, cut(data, 3), compute_metrics=accuracy, memory_limit=100, folder=tmp_path)
+    assert found.metrics == expected.metrics
+    np.testing.assert_array_equal(found.predictions[0], expected.predictions[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_stay_on_the_device_as_long_as_asked():
+    # the CPU's batches are written at once whatever is asked, so only the result can be looked at here; see test_gathering
+    model, data = Tagger(), sentences(9)
+    expected = evaluated(model, cut(data, 2))
+    for batches in (1, 2, 100):
+        np.testing.assert_array_equal(evaluated(model, cut(data, 2), hold_batches=batches).label_ids, expected.label_ids)
+
+
+def test_a_prediction_step_may_change_its_batch():
+    model, data = Tagger(), sentences(5)
+
+    def predict(inputs):
+        labels = inputs.pop("labels")
+        outputs = model(inputs.pop("input_ids"), labels)
+        return outputs["loss"], outputs["logits"], labels
+
+    how = EvaluationPlan(weigh=lambda batch: item_count(model, batch, ["labels"]), input_name="input_ids")
+    output = run_evaluation(predict, cut(data, 2), how=how)
+    assert output.num_samples == 5
+    assert output.metrics["eval_loss"] == pytest.approx(by_hand(model, data)[0], rel=1e-5)
+
+
+def test_no_gradients_and_each_module_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Dropout())
+    model[1].eval()
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(child.training for child in model.modules())
+        assert not torch.is_grad_enabled()
+        raise KeyError
+    assert [child.training for child in model.modules()] == [True, True, False, True]
+    assert torch.is_grad_enabled()
+
+
+class Tied(nn.Module):
+    """A tie, a recurrent layer with its second list of weights, and buffers of two kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.lstm = nn.LSTM(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.second(self.lstm(self.first(x))[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_evaluation_in_half_precision_gives_the_weights_back(dtype):
+    torch.manual_seed(0)
+    model = Tied()
+    x = torch.randn(3, 4)
+    half = copy.deepcopy(model).to(dtype).eval()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: (tensor, tensor.data_ptr(), tensor.detach().clone()) for name, tensor in tensors.items()}
+    model.first.weight.grad = torch.ones(4, 4)
+    fired = []
+    model.first.weight.register_post_accumulate_grad_hook(lambda parameter: fired.append(1))
+    before = model.eval()(x)
+    model.train()
+    with evaluating(model, dtype):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert model.second.weight is model.first.weight
+        assert torch.equal(model(x.to(dtype)), half(x.to(dtype)))
+        assert model.norm.num_batches_tracked.dtype == torch.int64
+        for tensor, pointer, values in state.values():  # what shares the model's storage sees nothing of it
+            assert tensor.data_ptr() == pointer and torch.equal(tensor, values)
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, (tensor, pointer, values) in state.items():
+        assert now[name] is tensor and tensor.data_ptr() == pointer and torch.equal(tensor, values)
+    assert torch.equal(model.first.weight.grad, torch.ones(4, 4))
+    assert torch.equal(model.eval()(x), before)
+    model(x).sum().backward()
+    assert fired == [1]
+
+
+def test_the_plan_of_arguments():
+    args = SimpleNamespace(
+        include_for_metrics=["inputs", "loss"],
+        batch_eval_metrics=True,
+        eval_do_concat_batches=False,
+        logging_nan_inf_filter=True,
+        eval_accumulation_steps=3,
+    )
+    model = Tagger()
+    batch = pad(sentences(4))
+    plan = plan_evaluation(args, model, ["labels"], prefix="test", keep=False)
+    assert (plan.prefix, plan.keep, plan.concatenate, plan.hold_batches) == ("test", False, False, 3)
+    assert plan.metrics_by_batch and plan.with_losses and plan.skip_nonfinite
+    assert plan.input_name == "input_ids"
+    assert int(plan.weigh(batch)) == int((batch["labels"] != -100).sum())
+    assert plan.weigh([torch.ones(3)]) == 3
+    model.main_input_name = "pixels"
+    assert plan_evaluation(args, model, [], prefix="test", keep=True).input_name == "pixels"
+    args.batch_eval_metrics, args.include_for_metrics = False, []
+    plain = plan_evaluation(args, model, ["labels"], prefix="test", keep=False)
+    assert plain.keep and plain.input_name is None and not plain.with_losses
+
+
+# Against transformers
+
+
+def same(ours, theirs):
+    mine, other = dict(leaves_of(ours)), dict(leaves_of(theirs))
+    assert mine.keys() == other.keys()
+    for path, array in other.items():
+        assert mine[path].shape == array.shape and mine[path].dtype == array.dtype
+        np.testing.assert_allclose(mine[path], array, rtol=1e-5, atol=1e-6)
+
+
+def their_output(model, data, tmp_path, size, collate=None, **options):
+    transformers = pytest.importorskip("transformers")
+    settings = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_eval_batch_size": size}
+    names = ("label_names", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_accumulation_steps")
+    settings |= {name: options.pop(name) for name in names if name in options}
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(tmp_path), **settings), data_collator=collate, **options
+    )
+    loader = trainer.get_eval_dataloader(data)
+
+    def compute_loss(model, inputs):
+        count = trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
+        return trainer.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=count)
+
+    def predict(inputs):
+        return predict_batch(model, inputs, compute_loss=compute_loss, label_names=trainer.label_names)
+
+    return trainer.evaluation_loop(loader, "Evaluation"), trainer, loader, predict
+
+
+def compare(model, data, tmp_path, size, collate=None, **options):
+    metrics, preprocess = options.get("compute_metrics"), options.get("preprocess_logits_for_metrics")
+    theirs, trainer, loader, predict = their_output(model, data, tmp_path, size, collate, **options)
+    how = plan_evaluation(
+        trainer.args,
+        model,
+        trainer.label_names,
+        prefix="eval",
+        keep=False,
+        compute_metrics=metrics,
+        preprocess_logits=preprocess,
+    )
+    with evaluating(model):
+        ours = run_evaluation(predict, loader, how=how)
+    same(ours.predictions, theirs.predictions)
+    same(ours.label_ids, theirs.label_ids)
+    assert ours.num_samples == theirs.num_samples
+    assert ours.metrics.keys() == theirs.metrics.keys() - {"eval_model_preparation_time"}
+    return ours.metrics, theirs.metrics
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def words(count=24):
+    ids = torch.randint(1, 20, (count, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": int(row[0]) % 3} for row in ids]
+
+
+def right(prediction):
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": (logits.argmax(-1) == prediction.label_ids).mean(), "eval_rows": len(prediction.label_ids)}
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 24])
+@pytest.mark.parametrize("outputs", [{}, {"return_dict": False}, {"output_hidden_states": True}])
+def test_a_classifier_is_evaluated_as_by_transformers(tmp_path, outputs, size):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, num_labels=3, **SMALL, **outputs))
+    ours, theirs = compare(model, words(), tmp_path, size, compute_metrics=right)
+    for name in ("eval_loss", "eval_accuracy", "eval_rows"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_a_causal_model_is_evaluated_as_by_transformers_but_for_the_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2, eos_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sentences(24) if len(row["labels"]) > 1]
+    ours, theirs = compare(model, data[:20], tmp_path, 5, collate=pad)
+    # transformers weighs batches by their rows, whatever the number of their tokens
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=0.1)
+    assert ours["eval_loss"] != pytest.approx(theirs["eval_loss"], rel=1e-4)
+    equal = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in words(20)]
+    ours, theirs = compare(model, equal, tmp_path, 5)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+
+
+class Forms(nn.Module):
+    """Outputs in tuples or dictionaries, nested, and of the length of the sentence."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 3)
+        self.form = form
+
+    def forward(self, input_ids, labels=None):
+        logits = self.embedding(input_ids)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return self.form(loss, logits)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda loss, logits: (loss, logits),
+        lambda loss, logits: (loss, logits, (logits.mean(-1), {"pooled": logits.mean(1)})),
+        lambda loss, logits: {"loss": loss, "heads": {"a": logits, "b": [logits.mean(1), (logits,)]}, "logits": logits},
+        lambda loss, logits: {"loss": loss, "logits": logits, "scale": logits.mean(), "answers": logits.repeat(2, 1, 1)},
+    ],
+)
+def test_any_form_and_length_is_evaluated_as_by_transformers(tmp_path, form):
+    compare(Forms(form), sentences(24), tmp_path, 4, collate=pad)
+    compare(Forms(form), sentences(24), tmp_path, 4, collate=pad, eval_accumulation_steps=2)
+    compare(Forms(form), sentences(24), tmp_path, 4, collate=pad, eval_do_concat_batches=False)
+
+
+def test_what_metrics_are_given_is_as_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, num_labels=3, **SMALL))
+    seen = []
+
+    def look(prediction):
+        seen.append(tuple(prediction))
+        return {}
+
+    compare(model, words(22), tmp_path, 4, compute_metrics=look, include_for_metrics=["inputs", "loss"])
+    same(seen[1], seen[0])
+    seen.clear()
+
+    def batchwise(prediction, compute_result):
+        seen.append((*prediction, compute_result))
+        return {"last": float(compute_result)}
+
+    options = {"include_for_metrics": ["loss", "inputs"], "batch_eval_metrics": True}
+    compare(model, words(22), tmp_path, 4, compute_metrics=batchwise, **options)
+    theirs, ours = seen[:6], seen[6:]
+    assert len(ours) == 6
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[-1] == other[-1]
+        assert type(mine[2]) is type(other[2]) is dict  # the whole batch
+        same(map_leaves(np.asarray, mine[:4]), map_leaves(np.asarray, other[:4]))

@@ -1,0 +1,86 @@
+"""Where large arrays lie: in memory, or in a file that vanishes with them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from fts.errors import DataError
+
+GIB = 2**30
+Array = np.ndarray[Any, Any]
+
+
+@attrs.define
+class Space:
+    """Makes arrays: in memory up to a limit for all of them together, beyond it in temporary files that are mapped into memory.
+
+    A file has no name and is gone with the last array that looks into it.
+
+    Args:
+        limit: bytes in memory; None: half of what is free when the first array is made.
+        folder: where files are made; None: the system's folder for temporary files (`TMPDIR`).
+
+    >>> space = Space(limit=1000)
+    >>> small, large = space.array((10,), "float32"), space.array((1000,), "float32")
+    >>> space.in_memory, large.shape
+    (40, (1000,))
+    """
+
+    limit: int | None = None
+    folder: str | Path | None = None
+    in_memory: int = attrs.field(default=0, init=False)
+
+    def array(self, shape: tuple[int, ...], dtype: Any, instead_of: Array | None = None) -> Array:
+        """An array without values.
+
+        Args:
+            shape: its shape.
+            dtype: numpy's.
+            instead_of: an array made before, which this one replaces.
+
+        Raises:
+            DataError: there is no room for its file.
+        """
+        if self.limit is None:
+            self.limit = free_memory() // 2
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > 0 and self.in_memory + size > self.limit:
+            return _mapped(shape, dtype, size, self.folder)
+        self.in_memory += size - (instead_of.nbytes if instead_of is not None and instead_of.base is None else 0)
+        return np.empty(shape, dtype)
+
+
+def free_memory() -> int:
+    """How many bytes this process may still take: of the machine, or of its container if that has less; 8 GiB if unknown."""
+    try:
+        import psutil  # type: ignore[import-untyped]  # accelerate brings it
+    except ImportError:
+        return 8 * GIB
+    return min(int(psutil.virtual_memory().available), _left_in_container())
+
+
+def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    try:
+        limit, current = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no container, or of another kind
+        return 2**62
+    return 2**62 if limit == "max" else max(0, int(limit) - int(current))
+
+
+def _mapped(shape: tuple[int, ...], dtype: Any, size: int, folder: str | Path | None) -> Array:
+    place = tempfile.gettempdir() if folder is None else folder
+    free = shutil.disk_usage(place).free
+    if free < size:  # writing to a mapped file on a full disk would kill the process
+        raise DataError(
+            f"Predictions of {size / GIB:.1f} GiB are too large for memory, and {place} has {free / GIB:.1f} GiB free for a "
+            "file. Set TMPDIR to a larger disk, reduce them by preprocess_logits_for_metrics, or use batch_eval_metrics=True."
+        )
+    with tempfile.TemporaryFile(dir=place) as file:
+        return np.asarray(np.memmap(file, dtype, mode="w+", shape=shape))

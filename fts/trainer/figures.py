@@ -1,0 +1,101 @@
+"""The figures of an evaluation: checked, named and as Python numbers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fts.errors import ArgumentError
+
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
+GIVEN = ("loss", *SPEED)
+"""The figures that every evaluation on labelled data has."""
+
+
+def speed_metrics(prefix: str, start: float, samples: float, count: float, tokens: float | None = None) -> dict[str, float]:
+    """Seconds since `start`, and samples, steps and (if given) tokens a second.
+
+    Args:
+        prefix: is put before the names.
+        start: what `time.perf_counter()` gave at the beginning.
+        samples: rows since then.
+        count: steps since then.
+        tokens: tokens since then.
+
+    >>> list(speed_metrics("eval", time.perf_counter(), 8, 2))
+    ['eval_runtime', 'eval_samples_per_second', 'eval_steps_per_second']
+    """
+    seconds = max(time.perf_counter() - start, 1e-9)
+    values = round(seconds, 4), round(samples / seconds, 3), round(count / seconds, 3)
+    figures = {f"{prefix}_{name}": value for name, value in zip(SPEED, values, strict=True)}
+    return figures if tokens is None else figures | {f"{prefix}_tokens_per_second": round(tokens / seconds, 3)}
+
+
+def batches_of(samples: int, size: int) -> int:
+    """How many batches hold so many rows."""
+    return math.ceil(samples / size)
+
+
+def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> dict[str, int | float]:
+    """What `compute_metrics` returned, by names without the prefix, and as Python numbers.
+
+    Args:
+        metrics: a dictionary of numbers; arrays and tensors of one element count as such.
+        prefix: is taken off names that have it.
+        taken: names of other figures.
+
+    Raises:
+        ArgumentError: it is not a dictionary of numbers, or a name is that of another figure.
+
+    >>> own_figures({"eval_f1": np.float32(0.5)}, "eval")
+    {'f1': 0.5}
+    """
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(
+            f'compute_metrics returned {type(metrics).__name__}; it must return numbers by name, such as {{"accuracy": 0.5}}.'
+        )
+    figures: dict[str, int | float] = {}
+    for key, value in metrics.items():
+        if not isinstance(key, str):
+            raise ArgumentError(f"compute_metrics returned a figure named {key!r}; use a string, such as {str(key)!r}.")
+        name, number = key.removeprefix(f"{prefix}_"), plain(value)
+        if name in taken or name in figures:
+            raise ArgumentError(f"compute_metrics returned {key!r}, but there is another {prefix}_{name} already. Rename it.")
+        if not isinstance(number, (int, float)):
+            raise ArgumentError(
+                f"compute_metrics returned {type(value).__name__} for {key!r}; it must be a number. Reduce it, as with .mean(), "
+                "or return its parts under names of their own."
+            )
+        figures[name] = number
+    return figures
+
+
+def plain(value: Any) -> Any:
+    """A number that JSON can hold, of numpy's and torch's; everything else as it is.
+
+    >>> plain(np.float32(0.5)), plain(np.array([2])), plain("x")
+    (0.5, 2, 'x')
+    """
+    one = (isinstance(value, Tensor) and value.numel() == 1) or (isinstance(value, (np.generic, np.ndarray)) and value.size == 1)
+    return value.item() if one else value
+
+
+def check_batch_metrics(compute_metrics: Callable[..., Any] | None) -> None:
+    """Raise ArgumentError where `batch_eval_metrics=True` could not call compute_metrics.
+
+    >>> check_batch_metrics(lambda prediction, compute_result: {})
+    """
+    if compute_metrics is None:
+        return
+    parameters = inspect.signature(compute_metrics).parameters.values()
+    if not any(p.name == "compute_result" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ArgumentError(
+            "With batch_eval_metrics=True compute_metrics is called for each batch and must take a `compute_result` argument: it "
+            "is True for the last batch, where the figures of all batches are to be returned."
+        )
