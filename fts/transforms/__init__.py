@@ -11,6 +11,7 @@
 
 from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
 from fts.transforms.averaging import EmaState, averaged_params, ema_params
+from fts.transforms.bridging import TorchState, eval_params, from_torch
 from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_global_norm, clip_by_value, global_norm
 from fts.transforms.combining import apply_updates, chain, identity
 from fts.transforms.grouping import masked, partition
@@ -50,6 +51,7 @@ __all__ = [
     "ScheduleState",
     "SgdState",
     "SkipState",
+    "TorchState",
     "TraceState",
     "adam",
     "adamw",
@@ -67,8 +69,10 @@ __all__ = [
     "cosine_restarts_schedule",
     "cosine_schedule",
     "ema_params",
+    "eval_params",
     "follow_metric",
     "followed_rate",
+    "from_torch",
     "global_norm",
     "identity",
     "inverse_sqrt_schedule",
