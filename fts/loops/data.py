@@ -113,7 +113,8 @@ def source(
         workers: how many processes fetch ahead; 0 fetches in this one.
         micro_batches: how many consecutive batches make the `MicroBatches` of one step; an epoch's last may have fewer.
         **loading: the DataLoader's `pin_memory` (nothing happens without an accelerator), `prefetch_factor`,
-            `persistent_workers`, `timeout`, `worker_init_fn`, `multiprocessing_context`.
+            `persistent_workers`, `timeout`, `worker_init_fn`, `multiprocessing_context`, and `in_order` (False: a batch comes as
+            soon as any worker has one, so that the order is a function of nothing any more).
 
     Returns:
         The source.

@@ -13,7 +13,8 @@ from fts.errors import ArgumentError
 
 Collate: TypeAlias = Callable[[Any], Any]
 
-_LOADING = ("pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor", "persistent_workers")
+_FOR_WORKERS = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor", "persistent_workers", "in_order")
+_LOADING = ("pin_memory", *_FOR_WORKERS)
 
 
 @attrs.frozen
@@ -123,7 +124,7 @@ def loading_options(workers: int, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ArgumentError: an argument is unknown, or needs workers and there are none.
     """
-    options = {name: value for name, value in given.items() if value}
+    options = {name: value for name, value in given.items() if (not value if name == "in_order" else value)}
     unknown = sorted(given.keys() - set(_LOADING))
     if unknown:
         raise ArgumentError(f"source has no argument {', '.join(unknown)}. About loading it has workers, {', '.join(_LOADING)}.")

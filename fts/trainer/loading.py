@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import attrs
@@ -14,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from fts import loops
 from fts.errors import ArgumentError, DataError
 from fts.loops import Source
-from fts.loops.order import EpochSampler, permutation
 from fts.loops.placement import moved
+from fts.trainer.arguments import TrainingArguments
 from fts.trainer.collate import Collator
 from fts.trainer.columns import without_unused
 from fts.trainer.sampling import eval_sampler, is_indexable
@@ -93,7 +92,7 @@ class Iterated(IterableDataset[Any]):
 
 
 def train_dataloader(
-    dataset: Any, args: Any, collator: Collator, accepted: Sequence[str] | None, sampling: Sampling
+    dataset: Any, args: TrainingArguments, collator: Collator, accepted: Sequence[str] | None, sampling: Sampling
 ) -> DataLoader[Any]:
     """The training set as a DataLoader, which visits the rows that a run visits, in the same order.
 
@@ -105,7 +104,7 @@ def train_dataloader(
         sampling: gives the sampler of the data set with all its columns; see `fts.trainer.sampling.train_sampler`.
 
     Raises:
-        ArgumentError: there is no training set, or arguments contradict each other.
+        ArgumentError: there is no training set.
         DataError: the data is empty, has nothing for the model, or is of a kind that cannot be read.
     """
     if dataset is None:
@@ -116,7 +115,7 @@ def train_dataloader(
 
 def eval_dataloader(
     dataset: Any,
-    args: Any,
+    args: TrainingArguments,
     collator: Collator,
     accepted: Sequence[str] | None,
     sampling: Sampling = eval_sampler,
@@ -133,7 +132,6 @@ def eval_dataloader(
         what: "evaluation" or "prediction", for messages.
 
     Raises:
-        ArgumentError: arguments contradict each other.
         DataError: the data is empty, has nothing for the model, or is of a kind that cannot be read.
     """
     return _dataloader(dataset, batching_of(args, collator, args.eval_batch_size), accepted, sampling, what)
@@ -161,31 +159,16 @@ def chosen_set(eval_dataset: Any, own: Any) -> Any:
     return found
 
 
-def batching_of(args: Any, collator: Collator, batch_size: int, *, drop_last: bool = False) -> Batching:
-    """What the training arguments say about loading.
-
-    Raises:
-        ArgumentError: an argument needs workers, and there are none.
-    """
-    return Batching(collator, batch_size, drop_last, _options(args), args.device)
-
-
-def _options(args: Any) -> dict[str, Any]:
-    workers = args.dataloader_num_workers
-    for_workers = {
-        "persistent_workers": getattr(args, "dataloader_persistent_workers", False),
-        "prefetch_factor": getattr(args, "dataloader_prefetch_factor", None),
-        "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
-    }
-    options = {name: value for name, value in for_workers.items() if value not in (None, False)}
-    if options and not workers:
-        name, value = next(iter(options.items()))
-        raise ArgumentError(
-            f"dataloader_{name}={value!r} is about workers, and dataloader_num_workers=0. Set dataloader_num_workers=1 or more."
-        )
+def batching_of(args: TrainingArguments, collator: Collator, batch_size: int, *, drop_last: bool = False) -> Batching:
+    """What the training arguments say about loading."""
+    options: dict[str, Any] = {"num_workers": args.dataloader_num_workers, "in_order": args.dataloader_in_order}
+    if args.dataloader_num_workers:
+        options["persistent_workers"] = args.dataloader_persistent_workers
+        options["prefetch_factor"] = args.dataloader_prefetch_factor
+        options["multiprocessing_context"] = args.dataloader_multiprocessing_context
     # pinned memory is for copies to a GPU
-    pinned = bool(getattr(args, "dataloader_pin_memory", True)) and args.device.type == "cuda"
-    return options | {"num_workers": workers} | ({"pin_memory": True} if pinned else {})
+    options["pin_memory"] = args.dataloader_pin_memory and args.device.type == "cuda"
+    return Batching(collator, batch_size, drop_last, options, args.device)
 
 
 def _dataloader(dataset: Any, how: Batching, accepted: Sequence[str] | None, sampling: Sampling, what: str) -> DataLoader[Any]:
@@ -318,33 +301,3 @@ def _length(data: Any) -> int | None:
         return len(data)
     except (TypeError, NotImplementedError):  # no __len__, or one that says so
         return None
-
-
-# What the Trainer calls until it is rewired to the functions above. To be deleted then.
-
-
-@attrs.frozen
-class Loading:
-    """How a dataset becomes batches."""
-
-    collator: Collator
-    batch_size: int
-    shuffle: bool = False
-    seed: int = 0
-    drop_last: bool = False
-    workers: int = 0
-    micro_batches: int = 1
-
-
-def make_source(dataset: Any, how: Loading, device: torch.device, what: str) -> Source:
-    """The numbered epochs of numbered batches of a dataset, on a device."""
-    check_kind(dataset, what)
-    return source_of(make_loader(dataset, how), seed=how.seed, device=device, what=what, micro_batches=how.micro_batches)
-
-
-def make_loader(dataset: Any, how: Loading) -> DataLoader[Any]:
-    """The same batches as a torch DataLoader."""
-    sampler: Any = None
-    if how.shuffle and is_indexable(dataset):
-        sampler = EpochSampler(partial(permutation, len(dataset)), len(dataset), how.seed)
-    return loader_of(dataset, Batching(how.collator, how.batch_size, how.drop_last, {"num_workers": how.workers}), sampler)

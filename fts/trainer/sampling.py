@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Sampler, SequentialSampler
 
-from fts.errors import ArgumentError, DataError, MissingDependencyError
+from fts.errors import DataError, MissingDependencyError
 from fts.loops.order import Apart, EpochSampler, length_grouped, permutation
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.contradictions import sampling_of
 
 LONG = 10_000
 """From how many rows on, reading their lengths shows a bar."""
@@ -22,27 +24,12 @@ def is_indexable(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
-def data_seed(args: Any) -> int:
+def data_seed(args: TrainingArguments) -> int:
     """The seed of the order of the data."""
     return int(args.seed if args.data_seed is None else args.data_seed)
 
 
-def sampling_strategy(args: Any) -> str:
-    """How training visits its rows: "random", "sequential" or "group_by_length".
-
-    Raises:
-        ArgumentError: `train_sampling_strategy` is another one.
-    """
-    strategy = str(getattr(args, "train_sampling_strategy", "random"))
-    if strategy not in ("random", "sequential", "group_by_length"):
-        raise ArgumentError(
-            f"train_sampling_strategy={strategy!r} is not there in this version of fts. Use 'random', 'sequential' or "
-            "'group_by_length'."
-        )
-    return "group_by_length" if getattr(args, "group_by_length", False) else strategy
-
-
-def train_sampler(dataset: Any, args: Any, processing_class: Any = None) -> Sampler[int] | None:
+def train_sampler(dataset: Any, args: TrainingArguments, processing_class: Any = None) -> Sampler[int] | None:
     """The order of training: shuffled, in sequence, or rows of similar length together.
 
     Args:
@@ -56,7 +43,7 @@ def train_sampler(dataset: Any, args: Any, processing_class: Any = None) -> Samp
     Raises:
         DataError: lengths are asked for, and cannot be found.
     """
-    strategy = sampling_strategy(args)
+    strategy = sampling_of(args)
     if not is_indexable(dataset):
         if strategy == "group_by_length":
             raise DataError(
@@ -69,7 +56,7 @@ def train_sampler(dataset: Any, args: Any, processing_class: Any = None) -> Samp
     if strategy == "random":
         return EpochSampler(partial(permutation, len(dataset)), len(dataset), data_seed(args))
     name = (getattr(processing_class, "model_input_names", None) or ["input_ids"])[0]
-    lengths = item_lengths(dataset, getattr(args, "length_column_name", "length"), name, show=not args.disable_tqdm)
+    lengths = item_lengths(dataset, args.length_column_name, name, show=not args.disable_tqdm)
     rows = args.train_batch_size * args.gradient_accumulation_steps
     return EpochSampler(partial(length_grouped, lengths, rows), len(dataset), data_seed(args))
 

@@ -14,6 +14,7 @@ from fts.errors import DataError, FtsError
 from fts.loops import Source
 from fts.loops.order import Apart, EpochSampler
 from fts.loops.reading import torch_loader
+from fts.steps.losses import shifts_labels
 from fts.trainer.collate import Collator
 from fts.trainer.columns import bare_model, required_names, takes_names, unexpected_keys
 from fts.trainer.sampling import is_indexable
@@ -255,6 +256,7 @@ def _check_labels(batch: Mapping[str, Any], model: nn.Module, names: Sequence[st
         _check_numbers(labels, inner, count, _classes(count), what)
     elif kind in TOKENS:
         size = _rows_of(inner, "get_output_embeddings", "out_features")
+        labels = labels[..., 1:] if shifts_labels(inner) else labels
         if size is not None:
             _check_numbers(labels, inner, size, f"its vocabulary has {size} tokens. Use the model's own tokenizer", what)
 

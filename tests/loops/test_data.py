@@ -1,4 +1,5 @@
 import random
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -570,7 +572,7 @@ def test_loaders_that_accelerate_prepared_are_taken_over(seedable):
     loader = accelerator.prepare(DataLoader(data, batch_size=2, shuffle=True))
     found = source(loader, seed=1)
     whole = [listed(found.epoch(epoch)) for epoch in (0, 1)]
-    assert sorted(sum(whole[1], [])) == list(range(6))
+    assert sorted(item for batch in whole[1] for item in batch) == list(range(6))
     assert whole == [chunks([float(i) for i in randperm(6, 1 + epoch)], 2) for epoch in (0, 1)]
     data.reads.clear()
     assert listed(found.epoch(1, start=2)) == whole[1][2:]
@@ -582,3 +584,19 @@ def test_loaders_that_accelerate_prepared_are_taken_over(seedable):
 def test_a_stream_says_how_many_workers_share_it():
     assert source(Numbers(6), batch_size=2, workers=2).shares == 2
     assert source(Numbers(6), batch_size=2).shares == source(Items(6), batch_size=2, workers=2).shares == 1
+
+
+class Slow(Items):
+    """Its first batch takes long."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        time.sleep(0.0 if index > 1 else 0.5)
+        return super().__getitem__(index)
+
+
+def test_batches_may_come_as_soon_as_a_worker_has_one():
+    loader = DataLoader(Slow(6), batch_size=2, num_workers=2, in_order=False)
+    found = listed(source(loader).epoch(0))
+    assert found[0] == [2, 3]
+    assert sorted(found) == [[0, 1], [2, 3], [4, 5]]
+    assert loading_options(2, {"in_order": True}) == {"num_workers": 2}
