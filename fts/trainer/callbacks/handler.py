@@ -13,6 +13,9 @@ from fts.trainer.callbacks.failing import callback_error
 
 logger = logging.getLogger(__name__)
 
+CONTEXT = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+"""What every event gets beside its own arguments."""
+
 
 class CallbackHandler:
     """Calls the callbacks that have something to do for an event, in order.
@@ -53,7 +56,7 @@ class CallbackHandler:
         self.eval_dataloader: Any = None
         self.callbacks: list[Any] = []
         self.listeners: dict[str, tuple[Any, ...]] = dict.fromkeys(EVENTS, ())
-        self._listed: list[int] = []
+        self._listed: list[Any] = []
         for callback in callbacks:
             self.add_callback(callback)
         if not any(_is_called(callback, "DefaultFlowCallback") for callback in self.callbacks):
@@ -121,23 +124,17 @@ class CallbackHandler:
         Raises:
             CallbackError: a callback raised, or returned something else.
         """
-        if self._listed != [id(callback) for callback in self.callbacks] or event not in self.listeners:
+        # methods may have been replaced since the last run, and the list changed at any time
+        changed = event == "on_train_begin" or [*map(id, self._listed)] != [*map(id, self.callbacks)]
+        if changed or event not in self.listeners:
             self.listeners.setdefault(event, ())
             self._find_listeners()
+        if not self.listeners[event]:
+            return control
+        given = self.context | kwargs
         for callback in self.listeners[event]:
             try:
-                result = getattr(callback, event)(
-                    args,
-                    state,
-                    control,
-                    model=self.model,
-                    processing_class=self.processing_class,
-                    optimizer=self.optimizer,
-                    lr_scheduler=self.lr_scheduler,
-                    train_dataloader=self.train_dataloader,
-                    eval_dataloader=self.eval_dataloader,
-                    **kwargs,
-                )
+                result = getattr(callback, event)(args, state, control, **given)
             except Exception as error:
                 raise callback_error(callback, event, state, error) from error
             if result is not None:
@@ -148,9 +145,8 @@ class CallbackHandler:
 
     @property
     def context(self) -> dict[str, Any]:
-        """What each event gets beside its own arguments."""
-        names = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
-        return {name: getattr(self, name) for name in names}
+        """What every event gets beside its own arguments, by name; it may be set, too."""
+        return {name: getattr(self, name) for name in CONTEXT}
 
     @context.setter
     def context(self, context: dict[str, Any]) -> None:
@@ -163,7 +159,6 @@ class CallbackHandler:
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Training begins; a wish to end it was for the last one."""
-        self._find_listeners()  # methods may have been replaced since
         control.should_training_stop = False
         return self.call_event("on_train_begin", args, state, control, **kwargs)
 
@@ -229,7 +224,7 @@ class CallbackHandler:
         return self.call_event("on_push_begin", args, state, control, **kwargs)
 
     def _find_listeners(self) -> None:
-        self._listed = [id(callback) for callback in self.callbacks]
+        self._listed = list(self.callbacks)
         for event in self.listeners:
             self.listeners[event] = tuple(callback for callback in self.callbacks if overrides(callback, event))
 

@@ -56,7 +56,7 @@ def test_the_handler_is_made_as_transformers_makes_it():
         "train_dataloader": "train",
         "eval_dataloader": "eval",
     }
-    handler.model = "other"
+    handler.context = {"model": "other"}
     handler.pop_callback(DefaultFlowCallback)
     assert handler.call_event("on_step_end", "args", "state", "control", metrics={"loss": 2.0}) == "control"
     args, state, control, kwargs = seen.given[1]
