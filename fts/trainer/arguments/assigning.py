@@ -7,7 +7,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from fts.trainer.arguments.contradictions import check_contradictions
-from fts.trainer.arguments.deriving import TWINS, chosen_of, derive, derived_of
+from fts.trainer.arguments.deriving import TWINS, derive, note_choice
 from fts.trainer.arguments.names import check_attribute
 from fts.trainer.arguments.not_yet import check_is_there
 from fts.trainer.arguments.requirements import check_launch, check_requirement, check_requirements
@@ -53,8 +53,7 @@ def checked(name: str, value: Any) -> Any:
 def _follow(args: TrainingArguments, name: str, value: Any) -> None:
     if name in TWINS:
         object.__setattr__(args, TWINS[name], value)
-    derived_of(args).discard(name)
-    (chosen_of(args).discard if value is None else chosen_of(args).add)(name)
+    note_choice(args, name, value)
     derive(args)
 
 

@@ -93,27 +93,32 @@ TWINS = {
 """Two names of one thing: Hugging Face's newer, and the older, which most scripts use."""
 
 
-def derived_of(args: TrainingArguments) -> set[str]:
+def derived_of(args: TrainingArguments) -> frozenset[str]:
     """The arguments that were derived, not given."""
-    derived: set[str] = args.__dict__.setdefault("_derived", set())
-    return derived
+    return frozenset(args.__dict__.get("_derived", ()))
 
 
-def chosen_of(args: TrainingArguments) -> set[str]:
+def chosen_of(args: TrainingArguments) -> frozenset[str]:
     """The arguments that were set after construction."""
-    chosen: set[str] = args.__dict__.setdefault("_chosen", set())
-    return chosen
+    return frozenset(args.__dict__.get("_chosen", ()))
+
+
+def note_choice(args: TrainingArguments, name: str, value: Any) -> None:
+    """Keep in mind that an argument was set after construction, so that no rule overrules it; None lets rules decide again."""
+    chosen = chosen_of(args) - {name} if value is None else chosen_of(args) | {name}
+    object.__setattr__(args, "_chosen", chosen)
+    object.__setattr__(args, "_derived", derived_of(args) - {name})
 
 
 def derive(args: TrainingArguments) -> None:
     """Fill in the arguments that were not given; doing so twice changes nothing."""
-    derived, chosen = derived_of(args), chosen_of(args)
+    chosen = chosen_of(args)
     for rule in RULES:
-        current = getattr(args, rule.name)
+        derived, current = derived_of(args), getattr(args, rule.name)
         if rule.name in derived or (current is rule.unset and rule.name not in chosen):
             value = rule.value(args)
             object.__setattr__(args, rule.name, value)
-            (derived.discard if value is rule.unset else derived.add)(rule.name)
+            object.__setattr__(args, "_derived", derived - {rule.name} if value is rule.unset else derived | {rule.name})
     for one in ("activation_checkpointing", "activation_checkpointing_kwargs"):
         _join_twins(args, one, TWINS[one], None if one.endswith("kwargs") else False)
 

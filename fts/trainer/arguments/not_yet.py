@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from fts.errors import ArgumentError
-from fts.trainer.choices import DebugOption, OptimizerNames, SchedulerType
+from fts.trainer.choices import DebugOption
 
 
 @attrs.frozen
@@ -28,15 +28,6 @@ class Missing:
     remedy: str
 
 
-OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.SGD)
-"""The values of `optim` that there is code for."""
-
-SCHEDULES = (
-    *(SchedulerType.LINEAR, SchedulerType.COSINE, SchedulerType.POLYNOMIAL),
-    *(SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP),
-)
-"""The values of `lr_scheduler_type` that there is code for."""
-
 NOT_YET: dict[str, Missing] = {
     "report_to": Missing(
         bool,
@@ -51,8 +42,6 @@ NOT_YET: dict[str, Missing] = {
     "debug": Missing(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
     "train_sampling_strategy": Missing(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
     "sortish_sampler": Missing(bool, "Use group_by_length=True, which also puts rows of like length together."),
-    "optim": Missing(lambda value: value not in OPTIMIZERS, f"Use one of {', '.join(OPTIMIZERS)}."),
-    "lr_scheduler_type": Missing(lambda value: value not in SCHEDULES, f"Use one of {', '.join(SCHEDULES)}."),
 }
 """Argument -> what is missing. A row goes when its code comes."""
 

@@ -21,6 +21,18 @@ def dict_from_text(name: str, text: str) -> dict[str, Any]:
     return {key: _plain(item) for key, item in value.items()}
 
 
+def text_of_pairs(name: str, values: dict[str, Any]) -> str:
+    """A dictionary as a text like "a=1,b=2".
+
+    >>> text_of_pairs("optim_args", {"rank": 64, "scale": 0.1})
+    'rank=64,scale=0.1'
+    """
+    pairs = [f"{key}={value}" for key, value in values.items()]
+    if any("," in pair or isinstance(value, (dict, list)) for pair, value in zip(pairs, values.values(), strict=True)):
+        raise ArgumentError(f"{name}={values!r} must hold numbers, booleans and words, such as {{'rank': 64}}.")
+    return ",".join(pairs)
+
+
 def pairs_from_text(name: str, text: str) -> dict[str, str]:
     """The pairs of a text like "a=1, b=2".
 

@@ -103,7 +103,9 @@ class TrainingArguments:
     logging_first_step: bool = arg(False, "Log the first update, too.")
     log_on_each_node: bool = arg(True, "Log once on each machine, not only on the first.")
     logging_nan_inf_filter: bool = arg(True, "Leave NaN and infinite losses out of the logged mean.")
-    include_num_input_tokens_seen: str | bool = arg("no", "Count tokens: all, non_padding or no; True is all.")
+    include_num_input_tokens_seen: Literal["all", "non_padding", "no", True, False] = arg(
+        "no", "Count tokens: all, non_padding or no; True is all.", nargs="?", const="all"
+    )
     log_level: str = arg("passive", "The level of fts' loggers: debug, info, warning, error, critical; passive changes nothing.")
     log_level_replica: str = arg("warning", "That of processes that do not log.")
     disable_tqdm: bool | None = arg(None, "Print logs instead of showing a progress bar.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments.accelerator import accelerator_config
-from fts.trainer.arguments.texts import dict_from_text, pairs_from_text
+from fts.trainer.arguments.texts import dict_from_text, pairs_from_text, text_of_pairs
 from fts.trainer.checks import check_choice, check_flag, check_interval, check_one_of, check_real, check_text, check_whole
 from fts.trainer.choices import DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 
@@ -130,13 +130,12 @@ def _tokens_seen(name: str, value: Any) -> str:
 
 
 def _optim_args(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = dict_from_text(name, value)
     if isinstance(value, dict):
-        return value
-    check_text(name, value, "Write pairs like 'rank=64,scale=0.1'.")
-    if not value.lstrip().startswith("{"):
-        pairs_from_text(name, value)
-        return value
-    return dict_from_text(name, value)
+        return text_of_pairs(name, value)
+    pairs_from_text(name, check_text(name, value, "Write pairs like 'rank=64,scale=0.1'."))
+    return value
 
 
 def _safetensors(name: str, value: Any) -> bool:

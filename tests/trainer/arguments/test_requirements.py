@@ -1,0 +1,176 @@
+"""What needs hardware or a package that is missing, or what fts does not have yet, is an error at once."""
+
+import json
+
+import pytest
+import torch
+
+from fts.errors import ArgumentError, FtsError, MissingDependencyError
+from fts.trainer.arguments import TrainingArguments, not_yet, requirements
+from fts.trainer.arguments.not_yet import NOT_YET
+from fts.trainer.arguments.requirements import REQUIREMENTS
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def refuses(name, value, message, error=ArgumentError):
+    with pytest.raises(error, match=message):
+        TrainingArguments(**{name: value})
+    args = TrainingArguments()
+    before = getattr(args, name)
+    with pytest.raises(error, match=message):
+        setattr(args, name, value)
+    assert getattr(args, name) == before
+
+
+ASKED = {
+    "report_to": ["tensorboard", ["wandb", "mlflow"], "all", ["all"]],
+    "push_to_hub": [True],
+    "fsdp": ["full_shard auto_wrap", True, ["full_shard"]],
+    "fsdp_config": [{"min_num_params": 2000}, '{"min_num_params": 2000}', "fsdp.json"],
+    "deepspeed": ["ds.json", {"zero_optimization": {"stage": 2}}],
+    "parallelism_config": [object()],
+    "enable_jit_checkpoint": [True],
+    "debug": ["tpu_metrics_debug", ["underflow_overflow", "tpu_metrics_debug"]],
+    "train_sampling_strategy": ["batch_rebalance"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ASKED.items() for value in values], ids=str)
+def test_what_is_not_there_yet_says_so(name, value):
+    refuses(name, value, f"^{name}=.* is not yet in this version of fts. [A-Z].*")
+
+
+def test_trackers_name_the_alternative():
+    refuses("report_to", "all", r"report_to='all' is not yet .* a callback with on_log")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name, values in {"fsdp": ["", False, None, []], "report_to": [None, "none", [], ["none"]]}.items()
+        for value in values
+    ],
+    ids=str,
+)
+def test_what_is_off_is_taken(name, value):
+    assert not getattr(TrainingArguments(**{name: value}), name)
+
+
+def test_every_row_of_the_table_is_an_argument_with_a_remedy():
+    from dataclasses import fields
+
+    from fts.trainer.arguments import Seq2SeqTrainingArguments
+
+    names = {field.name for field in fields(Seq2SeqTrainingArguments)}
+    assert set(NOT_YET) <= names
+    assert set(REQUIREMENTS) <= names
+    assert all(row.remedy.endswith(".") for row in NOT_YET.values())
+    for row in not_yet.NOT_YET:
+        default = getattr(Seq2SeqTrainingArguments(), row)
+        not_yet.check_is_there(row, default)
+
+
+@without_cuda
+def test_tf32_needs_a_gpu():
+    refuses("tf32", True, "tf32=True needs an NVIDIA GPU of the Ampere generation or newer, which is not there. Leave it out")
+    assert TrainingArguments(tf32=False).tf32 is False
+
+
+@without_cuda
+def test_lower_precision_works_on_the_cpu():
+    for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+        assert getattr(TrainingArguments(**{name: True}), name) is True
+    for dtype in (torch.bfloat16, torch.float16):  # the measurement behind it
+        layers = torch.nn.Sequential(torch.nn.Embedding(20, 16), torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+        with torch.autocast("cpu", dtype=dtype):
+            loss = layers(torch.randint(0, 20, (4, 7))).float().pow(2).mean()
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in layers.parameters())
+        assert layers.to(dtype).eval()(torch.randint(0, 20, (4, 7))).isfinite().all()
+
+
+def test_a_gpu_without_bf16(monkeypatch):
+    monkeypatch.setattr(
+        "fts.trainer.arguments.processes.device_of", lambda args: torch.device("cpu" if args.use_cpu else "cuda:0")
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(ArgumentError, match=r"bf16=True needs a GPU that computes in bfloat16 .* Use fp16=True, or use_cpu=True"):
+        TrainingArguments(bf16=True)
+    assert TrainingArguments(bf16=True, use_cpu=True).bf16
+    assert TrainingArguments(fp16=True).mixed_precision == "fp16"
+
+
+def test_liger_needs_its_package_and_a_gpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuses(
+        "use_liger_kernel", True, "the package liger_kernel, which is not there. pip install liger-kernel", MissingDependencyError
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    with pytest.raises(ArgumentError, match="use_liger_kernel=True needs a GPU"):
+        TrainingArguments(use_liger_kernel=True, use_cpu=True)
+
+
+def test_an_unknown_compiler():
+    refuses("torch_compile_backend", "tensorflow", "torch_compile_backend='tensorflow' needs a backend that torch has")
+    refuses("torch_compile_mode", "fastest", "torch_compile_mode='fastest' needs a mode that torch.compile has")
+    for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
+        assert TrainingArguments(torch_compile_mode=mode).torch_compile
+
+
+def test_a_backend_that_torch_was_not_built_with(monkeypatch):
+    assert TrainingArguments(ddp_backend="gloo").ddp_backend == "gloo"
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    refuses("ddp_backend", "nccl", "ddp_backend='nccl' needs a torch that was built with it")
+    refuses("ddp_backend", "hccl", "ddp_backend='hccl' needs a torch that was built with it")
+
+
+def test_debugging_needs_transformers(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuses("debug", "underflow_overflow", "the package transformers", MissingDependencyError)
+
+
+def test_a_configured_state_has_to_be_there(monkeypatch):
+    from accelerate.state import PartialState
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(ArgumentError, match="needs an accelerate PartialState or Accelerator made before"):
+        TrainingArguments(accelerator_config={"use_configured_state": True})
+    monkeypatch.setattr(PartialState, "_shared_state", {"there": True})
+    assert TrainingArguments(accelerator_config={"use_configured_state": True}).accelerator_config.use_configured_state
+
+
+def test_several_processes_are_not_there_yet(monkeypatch):
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArgumentError, match=r"runs in 2 processes .* not yet in this version of fts"):
+        TrainingArguments()
+
+
+@pytest.mark.parametrize("variable", list(requirements.LAUNCHERS))
+def test_what_a_launcher_turns_on_is_not_ignored(variable, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ArgumentError, match=f"{variable} is set, but .* is not yet in this version of fts"):
+        TrainingArguments()
+    monkeypatch.setenv(variable, "false")
+    TrainingArguments()
+
+
+def test_settings_without_their_switch_are_kept():
+    kept = {
+        "hub_model_id": "me/it",
+        "hub_strategy": "end",
+        "run_name": "one",
+        "ddp_find_unused_parameters": False,
+        "project": "p",
+    }
+    args = TrainingArguments(**kept)
+    assert {name: getattr(args, name) for name in kept} == kept
+    assert json.loads(args.to_json_string())["hub_model_id"] == "me/it"
+
+
+def test_all_errors_are_ours():
+    assert issubclass(ArgumentError, FtsError)
+    assert issubclass(ArgumentError, ValueError)
+    assert issubclass(MissingDependencyError, ImportError)
