@@ -22,12 +22,16 @@ from fts.typing import LossOutput, Transform
 if TYPE_CHECKING:
     from fts import loops as loops, testing as testing, trainer as trainer
     from fts.trainer import (
+        AcceleratorConfig as AcceleratorConfig,
+        BestRun as BestRun,
         CallbackHandler as CallbackHandler,
         DefaultFlowCallback as DefaultFlowCallback,
         EarlyStoppingCallback as EarlyStoppingCallback,
         EvalLoopOutput as EvalLoopOutput,
         EvalPrediction as EvalPrediction,
         ExportableState as ExportableState,
+        HPSearchBackend as HPSearchBackend,
+        HubStrategy as HubStrategy,
         IntervalStrategy as IntervalStrategy,
         OptimizerNames as OptimizerNames,
         PredictionOutput as PredictionOutput,
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
         ProgressCallback as ProgressCallback,
         SaveStrategy as SaveStrategy,
         SchedulerType as SchedulerType,
+        Seq2SeqTrainer as Seq2SeqTrainer,
+        Seq2SeqTrainingArguments as Seq2SeqTrainingArguments,
         Trainer as Trainer,
         TrainerCallback as TrainerCallback,
         TrainerControl as TrainerControl,
@@ -42,6 +48,8 @@ if TYPE_CHECKING:
         TrainingArguments as TrainingArguments,
         TrainOutput as TrainOutput,
         default_data_collator as default_data_collator,
+        enable_full_determinism as enable_full_determinism,
+        set_seed as set_seed,
     )
 
 __version__ = "0.1.0"
@@ -51,12 +59,16 @@ __all__ = ["LossOutput", "TrainState", "Transform", "__version__", "errors", "gl
 _LAZY_ROOMS = ("loops", "testing", "trainer")
 
 _LAZY_NAMES = (
+    "AcceleratorConfig",
+    "BestRun",
     "CallbackHandler",
     "DefaultFlowCallback",
     "EarlyStoppingCallback",
     "EvalLoopOutput",
     "EvalPrediction",
     "ExportableState",
+    "HPSearchBackend",
+    "HubStrategy",
     "IntervalStrategy",
     "OptimizerNames",
     "PredictionOutput",
@@ -64,6 +76,8 @@ _LAZY_NAMES = (
     "ProgressCallback",
     "SaveStrategy",
     "SchedulerType",
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
     "TrainOutput",
     "Trainer",
     "TrainerCallback",
@@ -71,6 +85,8 @@ _LAZY_NAMES = (
     "TrainerState",
     "TrainingArguments",
     "default_data_collator",
+    "enable_full_determinism",
+    "set_seed",
 )
 """The names of `fts.trainer` that `fts` offers, too; the room is loaded when the first one is used."""
 

@@ -31,6 +31,7 @@ def fit(
     evaluate: Evaluate | None = None,
     save: Save | None = None,
     donate: bool = True,
+    skip_nonfinite: bool = False,
 ) -> Iterator[Event]:
     """Fold a step over data and tell what happens, as a generator of events; nothing runs until it is iterated.
 
@@ -53,6 +54,7 @@ def fit(
         evaluate: `state -> metrics`, or `state -> events` such as those of `fts.loops.evaluate`, which are passed on.
         save: `(state, position) -> path`.
         donate: let the step reuse the storage of old states (`fts.steps.donating`).
+        skip_nonfinite: leave values that are NaN or infinite out of the logged means, unless all are; the steps are not changed.
 
     Returns:
         An iterator of events.
@@ -77,7 +79,8 @@ def fit(
         from fts.steps import donating
 
         step = donating(step)
-    return _fit(step, state, batches, total_steps, epochs, start, plan, evaluate, save)
+    window = Window(getattr(step, "check", None), skip_nonfinite)
+    return _fit(step, state, batches, total_steps, epochs, start, plan, evaluate, save, window)
 
 
 def _fit(
@@ -90,6 +93,7 @@ def _fit(
     due: Callable[[Counters], Due],
     evaluate: Evaluate | None,
     save: Save | None,
+    window: Window,
 ) -> Iterator[Event]:
     if total_steps is None and epochs is None:
         epochs = start.epoch + 1
@@ -97,7 +101,6 @@ def _fit(
     number, epoch, batch_number = int(_attribute(state, "step")), start.epoch, start.batch
     planned = _planned_total(number, start, total_steps, epochs, per_epoch)
     counters = Counters(number, epoch, batch_number, planned, per_epoch)
-    window = Window(getattr(step, "check", None))
     reason = _reason(number, epoch, total_steps, epochs)
 
     if reason is not None:  # a finished run was resumed: nothing is left to do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ class Window:
     Args:
         check: called with the metrics of each step, as CPU tensors, when they are read from a device other than the
             CPU: there a step cannot look at them itself without waiting for the device.
+        skip_nonfinite: leave values that are NaN or infinite out of the means, unless all are.
 
     >>> window = Window()
     >>> for loss in (1.0, 3.0):
@@ -28,8 +30,9 @@ class Window:
     ({'loss': 2.0}, {'loss': 3.0}, 2)
     """
 
-    def __init__(self, check: Callable[[Metrics], None] | None = None) -> None:
+    def __init__(self, check: Callable[[Metrics], None] | None = None, skip_nonfinite: bool = False) -> None:
         self._check = check
+        self._skip_nonfinite = skip_nonfinite
         self._kept: list[Metrics] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -45,7 +48,7 @@ class Window:
     def read(self) -> tuple[dict[str, float], dict[str, float], int]:
         """The mean of each scalar since the last read, the last step's values, and the number of steps."""
         self._fold()
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        means = {name: total / self._counts[name] if self._counts[name] else math.nan for name, total in self._sums.items()}
         result = means, self._last, self._steps
         self._sums, self._counts, self._last, self._steps = {}, {}, {}, 0
         return result
@@ -56,10 +59,11 @@ class Window:
             return
         columns = _columns(kept)
         values = _numbers(columns.values())
-        for (name, column), numbers in zip(columns.items(), values, strict=True):
+        for name, numbers in zip(columns, values, strict=True):
             # a plain sum in order: Python floats are float64, and a NaN stays one
-            self._sums[name] = self._sums.get(name, 0.0) + sum(numbers)
-            self._counts[name] = self._counts.get(name, 0) + len(column)
+            counted = [number for number in numbers if math.isfinite(number)] if self._skip_nonfinite else numbers
+            self._sums[name] = self._sums.get(name, 0.0) + sum(counted)
+            self._counts[name] = self._counts.get(name, 0) + len(counted)
         self._steps += len(kept)
         self._last = {name: numbers[-1] for name, numbers in zip(columns, values, strict=True) if name in kept[-1]}
         if self._check is not None and any(_on_device(column[0]) for column in columns.values()):

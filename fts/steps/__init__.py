@@ -7,7 +7,7 @@ from fts.steps.donation import donating
 from fts.steps.engines import Value
 from fts.steps.evaluate import EvalStep, eval_step, module_at
 from fts.steps.gradients import ValueAndGrad, value_and_grad
-from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss
+from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, rows, split
 from fts.steps.passing import passing
 from fts.steps.train import Gradients, TrainStep, gradient_step, train_step
@@ -36,6 +36,7 @@ __all__ = [
     "own_backward",
     "passing",
     "rows",
+    "shifts_labels",
     "split",
     "train_step",
     "value_and_grad",

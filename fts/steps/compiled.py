@@ -68,6 +68,11 @@ class CompiledStep:
         return new, metrics
 
     @property
+    def transform(self) -> Any:
+        """That of the step; what makes its state."""
+        return cast(Any, self.step).transform
+
+    @property
     def recompiles(self) -> int:
         """How many graphs were compiled after the first, for new shapes of the batch or other changes that graphs guard."""
         return max(0, sum(graph.compilations for graph in self.graphs.by_shape.values()) - 1)

@@ -21,6 +21,11 @@ class Passing:
         result: tuple[Any, Metrics] = self.step(state, batch, *self.fn(batch), *args)
         return result
 
+    @property
+    def transform(self) -> Any:
+        """That of the step; what makes its state."""
+        return self.step.transform
+
     def check(self, info: Info) -> None:
         """As the step's own `check`, if it has one."""
         check = getattr(self.step, "check", None)

@@ -31,6 +31,8 @@ def autocast_dtype(precision: str | None) -> torch.dtype | None:
     return _POLICIES[precision]
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """The context in which a loss runs on a device."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+def autocast(
+    device: torch.device, dtype: torch.dtype | None, *, cache_enabled: bool | None = None
+) -> AbstractContextManager[Any]:
+    """The context in which a loss runs on a device; `cache_enabled` is torch's."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=cache_enabled)

@@ -1,21 +1,33 @@
 """Trainer and TrainingArguments: the functional core behind Hugging Face's interface."""
 
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainerCallback
-from fts.trainer.choices import IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
+from fts.trainer.arguments import AcceleratorConfig, Seq2SeqTrainingArguments, TrainingArguments
+from fts.trainer.callbacks import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from fts.trainer.choices import HPSearchBackend, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 from fts.trainer.collate import default_data_collator
-from fts.trainer.evaluation import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
-from fts.trainer.progress import ProgressCallback
+from fts.trainer.outputs import BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
+from fts.trainer.seeding import enable_full_determinism, set_seed
+from fts.trainer.seq2seq import Seq2SeqTrainer
 from fts.trainer.state import ExportableState, TrainerControl, TrainerState
 from fts.trainer.trainer import Trainer
 
 __all__ = [
+    "AcceleratorConfig",
+    "BestRun",
     "CallbackHandler",
     "DefaultFlowCallback",
     "EarlyStoppingCallback",
     "EvalLoopOutput",
     "EvalPrediction",
     "ExportableState",
+    "HPSearchBackend",
+    "HubStrategy",
     "IntervalStrategy",
     "OptimizerNames",
     "PredictionOutput",
@@ -23,6 +35,8 @@ __all__ = [
     "ProgressCallback",
     "SaveStrategy",
     "SchedulerType",
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
     "TrainOutput",
     "Trainer",
     "TrainerCallback",
@@ -30,4 +44,6 @@ __all__ = [
     "TrainerState",
     "TrainingArguments",
     "default_data_collator",
+    "enable_full_determinism",
+    "set_seed",
 ]

@@ -9,7 +9,7 @@ from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import best_metric_name
 from fts.trainer.choices import IntervalStrategy, SaveStrategy
-from fts.trainer.evaluation import GIVEN
+from fts.trainer.figures import GIVEN
 from fts.trainer.state import TrainerState
 
 
@@ -32,6 +32,21 @@ def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) 
         raise _unknown(args, known)
 
 
+def metric_of(args: TrainingArguments, metrics: dict[str, float]) -> float:
+    """The figure of an evaluation that `metric_for_best_model` names.
+
+    Raises:
+        ArgumentError: the evaluation has no such figure.
+
+    >>> metric_of(TrainingArguments(metric_for_best_model="loss"), {"eval_loss": 0.5})
+    0.5
+    """
+    name = best_metric_name(args)
+    if name not in metrics:
+        raise _unknown(args, metrics)
+    return metrics[name]
+
+
 def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
     """Record an evaluation in the state if it is the best so far.
 
@@ -52,10 +67,7 @@ def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, fl
     """
     if args.metric_for_best_model is None:
         return False
-    name = best_metric_name(args)
-    if name not in metrics:
-        raise _unknown(args, metrics)
-    value, best = metrics[name], told.best_metric
+    value, best = metric_of(args, metrics), told.best_metric
     is_best = best is None or (value > best if args.greater_is_better else value < best)
     if is_best:
         told.best_metric = value

@@ -65,6 +65,15 @@ def required_names(model: nn.Module) -> list[str]:
     return [p.name for p in _parameters(model) if p.kind in named and p.default is p.empty]
 
 
+def returns_loss(model: nn.Module) -> bool:
+    """Whether a model's forward returns a loss without labels, by an argument `return_loss` that is True by default.
+
+    >>> returns_loss(nn.Linear(1, 1))
+    False
+    """
+    return any(p.name == "return_loss" and p.default is True for p in _parameters(model))
+
+
 def unexpected_keys(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     """The keys of a batch that a model's forward does not take.
 

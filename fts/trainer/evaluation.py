@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,34 +15,15 @@ from torch import Tensor, nn
 
 from fts import steps
 from fts.errors import BatchError, DataError, LossError
-from fts.loops import Source
 from fts.steps.binding import Binding
 from fts.trainer.arrays import Space
-from fts.trainer.figures import GIVEN, SPEED, batches_of, own_figures, plain, speed_metrics
+from fts.trainer.figures import SPEED, own_figures
 from fts.trainer.gathering import Gathered, Held, Listed
-from fts.trainer.losses import Loss, item_count
-from fts.trainer.outputs import EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
-from fts.trainer.predicting import predict_batch
+from fts.trainer.losses import item_count
+from fts.trainer.outputs import EvalLoopOutput, EvalPrediction
 from fts.typing import Number
 
-__all__ = [
-    "GIVEN",
-    "SPEED",
-    "EvalLoopOutput",
-    "EvalPrediction",
-    "EvaluationPlan",
-    "PredictionOutput",
-    "Reading",
-    "TrainOutput",
-    "batches_of",
-    "evaluating",
-    "evaluation_loop",
-    "own_figures",
-    "plain",
-    "plan_evaluation",
-    "run_evaluation",
-    "speed_metrics",
-]
+logger = logging.getLogger(__name__)
 
 
 @attrs.frozen
@@ -55,7 +37,7 @@ class EvaluationPlan:
         metrics_by_batch: call it for each batch, with `compute_result=True` for the last one, whose answer counts.
         keep: whether predictions and labels are kept for the result; with `metrics_by_batch` nothing else needs them.
         concatenate: join the batches to arrays with a row per example; otherwise lists with an entry per batch.
-        input_name: the key of the batch that `EvalPrediction.inputs` is made of; None: no inputs. With `metrics_by_batch` they are
+        input_name: the key of the batch that `EvalPrediction.inputs` is made of; None: no inputs. With `metrics_by_batch` it is
             the whole batch, as in transformers.
         with_losses: whether there is `EvalPrediction.losses`.
         preprocess_logits: `(logits, labels) -> logits`, run before they are kept.
@@ -339,64 +321,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-# What the Trainer called before; to be removed with its last use.
-
-
-@attrs.frozen
-class Reading:
-    """How a batch and the model's outputs are read.
-
-    Attributes:
-        loss: the loss of a batch.
-        label_names: the batch's keys that are labels.
-        ignore_keys: outputs that are not predictions.
-        precision: None or "bf16".
-        keep: whether outputs and labels are kept; otherwise the loss alone.
-        preprocess_logits: `(logits, labels) -> logits`, run before they are kept.
-    """
-
-    loss: Loss
-    label_names: Sequence[str]
-    ignore_keys: Sequence[str] = ()
-    precision: str | None = None
-    keep: bool = True
-    preprocess_logits: Callable[[Any, Any], Any] | None = None
-
-
-def evaluation_loop(
-    model: nn.Module,
-    source: Source,
-    reading: Reading,
-    *,
-    prefix: str = "eval",
-    compute_metrics: Callable[[Any], Mapping[str, Any]] | None = None,
-    on_batch: Callable[[], None] = lambda: None,
-) -> EvalLoopOutput:
-    """Run a model over a source; see `run_evaluation`."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-    def compute_loss(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
-        outputs, loss = reading.loss.forward(model, inputs)
-        return loss, outputs
-
-    def predict(inputs: Any) -> tuple[Any, Any, Any]:
-        return predict_batch(
-            model,
-            inputs,
-            compute_loss=compute_loss,
-            label_names=reading.label_names,
-            ignore_keys=reading.ignore_keys,
-            prediction_loss_only=not reading.keep,
-            context=lambda: torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"),
-        )
-
-    how = EvaluationPlan(
-        prefix=prefix,
-        weigh=lambda batch: item_count(model, batch, reading.label_names),
-        compute_metrics=compute_metrics,
-        preprocess_logits=reading.preprocess_logits,
-        on_batch=on_batch,
-        total=source.num_items,
+def warn_of_missing_labels(model: nn.Module, label_names: Sequence[str], prefix: str) -> None:
+    """Say that an evaluation gave no loss, and what it would need."""
+    called = ", ".join(label_names) or "not named by the model's forward"
+    logger.warning(
+        "The evaluation set has no labels: there is no %s_loss, and compute_metrics is not called. The labels of %s are %s; "
+        "add that column, or name yours by label_names=[...].",
+        *(prefix, type(model).__name__, called),
     )
-    with evaluating(model):
-        return run_evaluation(predict, source.epoch(0), how=how)

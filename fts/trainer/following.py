@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import attrs
 from torch import nn
 
-from fts import loops
+from fts import loops, steps, transforms as tx
+from fts.errors import CallbackError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Saved, StepBegin, StepEnd
+from fts.loops.checkpoints import is_whole
 from fts.state import TrainState
 from fts.steps import MicroBatches
 from fts.trainer import saving
-from fts.trainer.best import note_best
-from fts.trainer.callbacks import export_callbacks
+from fts.trainer.batch_size import empty_cache
+from fts.trainer.best import metric_of, note_best
+from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
-from fts.trainer.evaluation import TrainOutput, speed_metrics
-from fts.trainer.training import Run, save_run
+from fts.trainer.counting import Counting
+from fts.trainer.modelling import noisy_embeddings
+from fts.trainer.optimizing import scheduler_state
+from fts.trainer.outputs import TrainOutput
+from fts.trainer.reports import speed_metrics
+from fts.trainer.training import Run
+from fts.typing import Transform
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -29,33 +39,54 @@ logger = logging.getLogger(__name__)
 
 NOTHING = Due()
 
+AfterStep: TypeAlias = Callable[[StepEnd, Any], None]
+"""What is done after an update and before callbacks hear of it, given the event and the batch."""
 
-def follow(trainer: Trainer, run: Run) -> TrainOutput:
+
+def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> TrainOutput:
     """Fold the loop over the data and tell its events to the callbacks.
+
+    Args:
+        trainer: has the callbacks and the control flags.
+        run: what to do.
+        ignore_keys: the model's outputs that evaluations do not keep.
 
     Returns:
         The number of updates, the mean loss, and the figures of the run.
+
+    Raises:
+        CallbackError: a callback raised; a checkpoint of the last update was written.
     """
     start, first = time.perf_counter(), run.told.global_step
-    teller = Teller(trainer, run)
+    teller = Teller(trainer, run, ignore_keys, start)
     trainer.tell("on_train_begin")
-    with in_train_mode(trainer.model):
-        teller.tell_all(
-            loops.fit(
-                run.step,
-                run.state,
-                run.source,
-                total_steps=run.plan.total_steps,
-                start=run.start,
-                due=teller.due,
-                evaluate=teller.evaluate,
-                save=teller.save,
+    if trainer.args.eval_on_start:
+        teller.run_evaluation()
+    with in_train_mode(trainer.model), noisy_embeddings(trainer.model, trainer.args.neftune_noise_alpha):
+        try:
+            teller.tell_all(
+                loops.fit(
+                    run.step,
+                    run.state,
+                    run.drawn,
+                    total_steps=run.plan.total_steps,
+                    start=run.start,
+                    due=teller.due,
+                    evaluate=teller.evaluate,
+                    save=teller.save,
+                    skip_nonfinite=trainer.args.logging_nan_inf_filter,
+                )
             )
-        )
+        except BaseException as error:
+            close_bars(trainer.callback_handler.callbacks)
+            if isinstance(error, CallbackError):
+                teller.rescue(error)
+            raise
     told, trained = run.told, run.told.global_step - first
     loss = run.tally.total_loss / max(told.global_step, 1)
     metrics = speed_metrics("train", start, run.plan.samples * trained / run.plan.total_steps, trained)
-    metrics |= {"total_flos": told.total_flos, "train_loss": loss}
+    teller.counting.settle(told)
+    metrics |= {"total_flos": told.total_flos, "train_loss": loss} | trainer.memory_figures()
     trainer.log(metrics)
     if trainer.args.load_best_model_at_end and told.best_model_checkpoint is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, told.best_model_checkpoint)
@@ -70,17 +101,34 @@ class Teller:
     Args:
         trainer: has the callbacks and the control flags.
         run: the run that is followed.
+        ignore_keys: the model's outputs that evaluations do not keep.
+        start: `time.perf_counter()` when the run began.
     """
 
-    def __init__(self, trainer: Trainer, run: Run) -> None:
+    def __init__(self, trainer: Trainer, run: Run, ignore_keys: list[str] | None, start: float) -> None:
         self.trainer = trainer
         self.run = run
         self.told = run.told
         self.tally = run.tally
-        self.in_place: bool | None = None
+        self.ignore_keys = ignore_keys
+        self.start = start
+        self.counting = Counting.of(trainer)
         self.batches = run.source.batches_per_epoch
         self.accumulate = run.plan.accumulate
         self.total = run.plan.total_steps
+        self.last: StepEnd | None = None
+        self.in_place: bool | None = None
+        self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
+
+    def _asked_for(self) -> Iterator[AfterStep]:
+        args, run = self.trainer.args, self.run
+        if self.counting:
+            yield lambda event, batch: self.counting.add(batch)
+        if run.optimizing.scheduler is not None:
+            yield lambda event, batch: run.optimizing.advance(event.state, event.counters.step)
+        every = args.torch_empty_cache_steps
+        if every:
+            yield lambda event, batch: empty_cache(args.device) if event.counters.step % every == 0 else None
 
     def tell_all(self, events: Iterator[Any]) -> None:
         """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must."""
@@ -97,17 +145,18 @@ class Teller:
                 if listeners["on_step_begin"]:
                     trainer.tell("on_step_begin")
             elif kind is StepEnd:
-                if not self.in_place:
-                    self._bring_model_up_to(event.state)
+                self.last = event
                 if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
                     self._tell_inner(batch)
+                for act in self.after_step:
+                    act(event, batch)
                 counters = event.counters
                 told.global_step = counters.step
                 if batches:
                     told.epoch = counters.epoch + min(counters.batch * accumulate, batches) / batches
                 else:
                     told.epoch = counters.step / self.total
-                trainer.tell("on_step_end")
+                trainer.tell("on_step_end", metrics=event.metrics)
             else:
                 self._tell_other(kind, event)
 
@@ -124,19 +173,58 @@ class Teller:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Evaluate the model, which has the state's weights, and note whether it is the best so far."""
-        trainer = self.trainer
+        trainer, optimizing = self.trainer, self.run.optimizing
         trainer.control.should_evaluate = False
-        metrics = trainer.evaluate()
+        with evaluated_weights(trainer.model, state, optimizing.transform):
+            metrics = self.run_evaluation()
+        if optimizing.needs_metric:
+            optimizing.observe(state, metric_of(trainer.args, metrics))
         is_best = note_best(trainer.args, self.told, metrics)
         if trainer.args.save_strategy == SaveStrategy.BEST:
             trainer.control.should_save = is_best
         return metrics
 
+    def run_evaluation(self) -> dict[str, float]:
+        """What the trainer's `evaluate` gives, which a subclass may have replaced."""
+        if self.ignore_keys is None:
+            return self.trainer.evaluate()
+        return self.trainer.evaluate(ignore_keys=self.ignore_keys)
+
     def save(self, state: TrainState, position: Position) -> Path:
-        """Write a checkpoint."""
-        self.trainer.control.should_save = False
-        self.told.stateful_callbacks = export_callbacks(self.trainer.callback_handler.callbacks)
-        return save_run(self.trainer, self.run, state, position)
+        """Write a checkpoint, and delete those that are outdated."""
+        trainer, told, run = self.trainer, self.told, self.run
+        trainer.control.should_save = False
+        self.counting.settle(told)
+        told.stateful_callbacks = export_callbacks(trainer.callback_handler.callbacks)
+        root = Path(str(trainer.args.output_dir))
+        if told.best_global_step == told.global_step:
+            told.best_model_checkpoint = str(root / f"checkpoint-{told.global_step}")
+        extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
+        if run.optimizing.steps and run.optimizing.scheduler is not None:
+            extra["scheduler"] = scheduler_state(run.optimizing.scheduler)
+        path = saving.save_checkpoint(
+            root,
+            state,
+            position,
+            model=trainer.model,
+            processing_class=trainer.processing_class,
+            args=trainer.args,
+            trainer_state=told,
+            extra=extra,
+        )
+        loops.rotate_checkpoints(root, trainer.args.save_total_limit, told.best_model_checkpoint)
+        return path
+
+    def rescue(self, error: CallbackError) -> None:
+        """Write a checkpoint of the last update, after a callback failed; the error says where."""
+        if self.last is None:
+            return
+        counters = self.last.counters
+        self.told.global_step = counters.step
+        path = Path(str(self.trainer.args.output_dir)) / f"checkpoint-{counters.step}"
+        if not is_whole(path):
+            path = self.save(self.last.state, counters.position)
+        error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer
@@ -158,16 +246,26 @@ class Teller:
         self.trainer.tell("on_pre_optimizer_step")
         self.trainer.tell("on_optimizer_step")
 
-    def _bring_model_up_to(self, state: TrainState) -> None:
+    def _bring_model_up_to_date(self, event: StepEnd, batch: Any) -> None:
         # The usual optimizers write the model's own tensors; one that makes new ones is found out at the first step.
-        self.in_place = self.in_place is None and shares_storage(state, self.trainer.model)
+        if self.in_place:
+            return
+        self.in_place = self.in_place is None and shares_storage(event.state, self.trainer.model)
         if not self.in_place:
-            state.apply_to(self.trainer.model)
+            event.state.apply_to(self.trainer.model)
 
     def _log(self) -> None:
         self.trainer.control.should_log = False
         if self.tally.steps:
-            self.trainer.log(self.tally.take())
+            self.counting.settle(self.told)
+            self._report(self.tally.take())
+
+    def _report(self, logs: dict[str, float]) -> None:
+        # many a script's `log` takes the figures alone
+        if len(inspect.signature(self.trainer.log).parameters) > 1:
+            self.trainer.log(logs, self.start)
+        else:
+            self.trainer.log(logs)
 
 
 class Wanted:
@@ -210,6 +308,17 @@ class Wanted:
     def end_epoch(self) -> bool:
         """End the epoch."""
         return self.trainer.control.should_epoch_stop
+
+
+@contextmanager
+def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform) -> Iterator[None]:
+    """The model at the weights that the optimizer evaluates with, where these are not those it trains, until the block ends."""
+    params = tx.eval_params(transform, state.opt_state, state.params)
+    if params is state.params:
+        yield
+        return
+    with steps.module_at(model, state.replace(params=params)):
+        yield
 
 
 def shares_storage(state: TrainState, model: nn.Module) -> bool:

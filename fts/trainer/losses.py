@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fts import steps
 from fts.errors import BatchError, LossError
-from fts.steps import ModuleLoss
 from fts.steps.losses import as_loss_output, base_model, shifts_labels
 from fts.typing import LossOutput, Number
 
@@ -22,11 +21,11 @@ class Items(NamedTuple):
     """What a micro-batch's loss is told of the whole step.
 
     Attributes:
-        count: how many labels count in all micro-batches together, a 0-d tensor; None where nobody wants to know.
+        labels: how many labels count in all micro-batches together, a 0-d tensor; None where nobody wants to know.
         parts: how many micro-batches there are.
     """
 
-    count: Tensor | None
+    labels: Tensor | None
     parts: int
 
 
@@ -59,7 +58,7 @@ class LossRule:
         """Whether the number of labels in the whole step is needed."""
         return self.accepts_count or self.fn is not None
 
-    def is_scaled(self, count: Tensor | None) -> bool:
+    def is_scaled(self, count: Tensor | int | None) -> bool:
         """Whether losses are parts of the step's mean, which add up to it, rather than means of their own."""
         if self.scaled is not None:
             return self.scaled
@@ -104,7 +103,7 @@ def compute_loss(
     if loss is None:
         raise LossError(
             f"The model {type(model).__name__} returned {type(outputs).__name__} without a loss for a batch with the keys "
-            f"{', '.join(map(str, inputs))}. Return it as \"loss\" or as the first of a tuple, or pass compute_loss_func=."
+            f'{", ".join(map(str, inputs))}. Return it as "loss" or as the first of a tuple, or pass compute_loss_func=.'
         )
     return LossOutput(loss), outputs
 
@@ -153,8 +152,8 @@ def step_loss(
     """
 
     def loss(model: Any, batch: Mapping[str, Any], items: Items) -> LossOutput:
-        output = as_loss_output(compute(model, batch, items.count))
-        value = output.loss * items.parts if rule.is_scaled(items.count) else output.loss
+        output = as_loss_output(compute(model, batch, items.labels))
+        value = output.loss * items.parts if rule.is_scaled(items.labels) else output.loss
         weighted = {
             name: metric if isinstance(metric, tuple) else (metric, item_count(model, batch, rule.label_names))
             for name, metric in output.metrics.items()
@@ -173,11 +172,6 @@ def own_loss(rule: LossRule) -> Callable[[Any, Any, Tensor | None], LossOutput]:
 
     compute.__name__ = rule.__name__
     return compute
-
-
-def plain_loss(model: nn.Module) -> ModuleLoss:
-    """The model's own loss on a batch that is not cut."""
-    return steps.module_loss(model)
 
 
 def count_labels(batches: Sequence[Any], shift: bool) -> Tensor | None:
@@ -243,46 +237,3 @@ def item_count(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence
     """
     count = steps.label_count(model, batch.get(label_names[0])) if label_names else None
     return (steps.rows(batch) or 1) if count is None else count
-
-
-@attrs.frozen
-class Loss:
-    """How the loss of a batch is computed.
-
-    Attributes:
-        label_names: the batch's keys that are labels.
-        fn: `fn(outputs, labels, num_items_in_batch=...)`, Hugging Face's `compute_loss_func`; None: the model computes its own.
-    """
-
-    label_names: Sequence[str]
-    fn: Callable[..., Any] | None = None
-
-    @property
-    def __name__(self) -> str:
-        return "the model's own loss" if self.fn is None else str(getattr(self.fn, "__name__", type(self.fn).__name__))
-
-    def forward(self, model: Any, batch: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
-        """Run a model; its outputs, and the loss, or None if it returned none."""
-        if self.fn is None:
-            outputs = model(**batch)
-            return outputs, steps.loss_in(outputs)
-        inputs = {name: value for name, value in batch.items() if name not in self.label_names}
-        found = [batch[name] for name in self.label_names if name in batch]
-        outputs = model(**inputs)
-        labels = found[0] if len(found) == 1 else tuple(found) or None
-        return outputs, self.fn(outputs, labels, num_items_in_batch=item_count(model, batch, self.label_names))
-
-    def __call__(self, model: Any, batch: Mapping[str, Any]) -> Any:
-        """The loss as the core wants it: with the number of items that its mean runs over."""
-        if not isinstance(batch, Mapping):
-            raise BatchError(
-                f"The Trainer calls model(**batch), so a batch must be a dictionary, not {type(batch).__name__}. "
-                "Return dictionaries from the data_collator."
-            )
-        _, loss = self.forward(model, batch)
-        return LossOutput(loss, item_count(model, batch, self.label_names))  # type: ignore[arg-type]  # the core checks it
-
-
-def train_loss(model: nn.Module, loss: Loss) -> ModuleLoss:
-    """The loss of a training step."""
-    return steps.module_loss(model) if loss.fn is None else steps.module_loss(model, loss)

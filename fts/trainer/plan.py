@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import re
-from collections.abc import Collection
+from collections.abc import Callable
+from typing import Any
 
 import attrs
-from torch import nn
+import torch
 
-from fts import transforms as tx
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.choices import OptimizerNames, SchedulerType
-from fts.typing import Schedule, Transform
+from fts.trainer.arguments import TrainingArguments, check_contradictions
+from fts.trainer.schedules import make_schedule
+from fts.typing import Schedule
 
 
 @attrs.frozen
@@ -33,8 +33,9 @@ class Plan:
         samples: rows that the whole run visits.
         precision: None or "bf16".
         compiled: whether the step runs as one graph.
+        compile_backend: what compiles it; None for the default.
+        compile_mode: its mode; None for the default.
         schedule: the learning rate by update.
-        transform: the optimizer.
     """
 
     total_steps: int
@@ -49,12 +50,13 @@ class Plan:
     samples: float
     precision: str | None
     compiled: bool
+    compile_backend: str | None
+    compile_mode: str | None
     schedule: Schedule = attrs.field(eq=False)
-    transform: Transform = attrs.field(eq=False)
 
 
 def make_plan(
-    args: TrainingArguments, *, batches: int | None, items: int | None, decayed: Collection[str] | None = None, offset: int = 0
+    args: TrainingArguments, *, batches: int | None, items: int | None, batch_size: int | None = None, offset: int = 0
 ) -> Plan:
     """Resolve arguments for data of a given size.
 
@@ -62,21 +64,23 @@ def make_plan(
         args: the arguments.
         batches: micro-batches in an epoch; None where the data does not tell.
         items: rows in an epoch; None where the data does not tell.
-        decayed: names of the parameters that weight decay applies to; None for all.
+        batch_size: rows in a micro-batch, where they are not those of the arguments.
         offset: updates to add where `num_train_epochs` decides, because some epochs were cut into others.
 
     Returns:
         The plan, a function of the arguments of this call alone.
 
     Raises:
-        ArgumentError: the data has no length and `max_steps` does not give one.
+        ArgumentError: arguments contradict each other, or the data has no length and `max_steps` does not give one.
 
     >>> plan = make_plan(TrainingArguments(num_train_epochs=1.5, warmup_steps=0.1), batches=20, items=160)
     >>> plan.total_steps, plan.epochs, plan.warmup_steps
     (30, 2, 3)
     """
+    check_contradictions(args)
+    size = args.train_batch_size if batch_size is None else batch_size
     per_epoch = None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+    rows_per_step = size * args.gradient_accumulation_steps
     if args.max_steps > 0:
         total = args.max_steps
         epochs = 1 if per_epoch is None else -(-total // per_epoch)
@@ -87,8 +91,7 @@ def make_plan(
         total = max(1, math.ceil(args.num_train_epochs * per_epoch) + offset)
         epochs = math.ceil(args.num_train_epochs)
         samples = total * rows_per_step if offset else args.num_train_epochs * (items or 0)
-    warmup = steps_of(args.warmup_steps, total)
-    schedule = make_schedule(args, total, warmup)
+    warmup = args.get_warmup_steps(total)
     return Plan(
         total_steps=total,
         epochs=epochs,
@@ -97,13 +100,14 @@ def make_plan(
         logging_steps=steps_of(args.logging_steps, total),
         eval_steps=steps_of(args.eval_steps or args.logging_steps, total),
         save_steps=steps_of(args.save_steps, total),
-        train_batch_size=args.train_batch_size,
+        train_batch_size=size,
         accumulate=args.gradient_accumulation_steps,
         samples=samples,
-        precision="bf16" if args.bf16 else None,
+        precision=precision_of(args),
         compiled=args.torch_compile,
-        schedule=schedule,
-        transform=make_transform(args, schedule, decayed),
+        compile_backend=args.torch_compile_backend,
+        compile_mode=args.torch_compile_mode,
+        schedule=make_schedule(args, total, warmup),
     )
 
 
@@ -116,52 +120,57 @@ def steps_of(value: float, total: int) -> int:
     return math.ceil(value * total) if value < 1 else int(value)
 
 
-def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
-    """The learning rate as a function of the updates applied before."""
-    peak, left = args.learning_rate, max(1, total - warmup)
-    kind = args.lr_scheduler_type
-    if kind == SchedulerType.CONSTANT:
-        return tx.constant_schedule(peak)
-    if kind == SchedulerType.CONSTANT_WITH_WARMUP:
-        return tx.warmup(tx.constant_schedule(peak), warmup)
-    if kind == SchedulerType.COSINE:
-        return tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=warmup + left)
-    if kind == SchedulerType.POLYNOMIAL:
-        return tx.polynomial_schedule(peak, 1e-7, 1.0, left, warmup_steps=warmup)
-    return tx.linear_schedule(peak, 0.0, left, warmup_steps=warmup)
+def precision_of(args: TrainingArguments) -> str | None:
+    """In which precision losses are computed: None for that of the parameters, or "bf16"."""
+    if args.fp16:
+        raise ArgumentError("fp16=True needs loss scaling, which is not yet in this version of fts. Use bf16=True.")
+    return "bf16" if args.bf16 else None
 
 
-def make_transform(args: TrainingArguments, schedule: Schedule, decayed: Collection[str] | None) -> Transform:
-    """The optimizer: clipping, then AdamW or SGD, with weight decay on the named parameters."""
-    parts = [tx.clip_by_global_norm(args.max_grad_norm)] if args.max_grad_norm > 0 else []
-    if args.optim == OptimizerNames.SGD:
-        if args.weight_decay:
-            parts.append(tx.add_decayed_weights(args.weight_decay, mask=decayed))
-        parts.append(tx.sgd(schedule))
-    else:
-        mask = decayed if args.weight_decay else None
-        betas = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-        parts.append(tx.adamw(schedule, **betas, weight_decay=args.weight_decay, mask=mask))
-    return parts[0] if len(parts) == 1 else tx.chain(*parts)
+def evaluation_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """What the model is cast to for evaluation; None leaves it as it is.
 
-
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
-
-
-def decayed_names(model: nn.Module) -> frozenset[str]:
-    """The trained parameters that weight decay applies to: all but biases and the weights of normalisation layers.
-
-    >>> sorted(decayed_names(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
-    ['0.weight']
+    >>> evaluation_dtype(TrainingArguments(bf16_full_eval=True))
+    torch.bfloat16
     """
-    norms = {
-        f"{path}.{name}" if path else name
-        for path, child in model.named_modules()
-        if isinstance(child, nn.LayerNorm)
-        for name, _ in child.named_parameters(recurse=False)
-    }
-    return frozenset(
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in norms and not _UNDECAYED.search(name.lower())
-    )
+    if args.fp16_full_eval:
+        return torch.float16
+    return torch.bfloat16 if args.bf16_full_eval else None
+
+
+def with_settings(args: TrainingArguments, **settings: Any) -> TrainingArguments:
+    """A copy of arguments with some changed; the arguments themselves if that changes nothing.
+
+    >>> with_settings(TrainingArguments(seed=1), seed=2).seed
+    2
+    """
+    if all(getattr(args, name) == value for name, value in settings.items()):
+        return args
+    changed = copy.copy(args)
+    for name, value in settings.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def initial_values(
+    args: TrainingArguments, loader: Any, rows_per_step: int, count_rows: Callable[[Any], int]
+) -> tuple[int, int, int, float, bool, int | None, int]:
+    """What Hugging Face's `set_initial_training_values` gives.
+
+    Args:
+        args: the arguments.
+        loader: the batches of training.
+        rows_per_step: rows in an update.
+        count_rows: how many rows a loader has.
+
+    Returns:
+        Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches in an epoch (None
+        if unknown), and updates in all.
+    """
+    batches = len(loader) if hasattr(loader, "__len__") else None
+    plan = make_plan(args, batches=batches, items=None if batches is None else count_rows(loader))
+    rows = plan.total_steps * rows_per_step if batches is None else count_rows(loader)
+    per_epoch = plan.steps_per_epoch or plan.total_steps
+    by_epochs = args.max_steps <= 0
+    total = args.num_train_epochs * rows if by_epochs else float(plan.total_steps * rows_per_step)
+    return plan.epochs, per_epoch, rows, total, by_epochs, batches, plan.total_steps

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.state import WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.state import STATE_FILE, TrainerState
 
 ARGUMENTS_FILE = "training_args.json"
@@ -88,7 +90,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     from safetensors.torch import load_file
 
     found = load_file(Path(directory) / WEIGHTS)
-    targets: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    targets = _tensors(model)
     missing = [name for name, _ in model.named_parameters() if name not in found]
     unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
     if missing or unknown:
@@ -98,6 +100,29 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in found.items():
             targets[name].copy_(tensor)
+
+
+def restorer(model: nn.Module, callbacks: list[Any]) -> Callable[[], None]:
+    """A function that brings a model's weights and the callbacks' states back to what they are now.
+
+    Args:
+        model: a copy of its tensors is kept on the CPU.
+        callbacks: those that have a state.
+    """
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model).items()}
+    states = copy.deepcopy(export_callbacks(callbacks))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, tensor in _tensors(model).items():
+                tensor.copy_(kept[name])
+        restore_callbacks(callbacks, states)
+
+    return restore
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path | None:

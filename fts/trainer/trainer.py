@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import attrs
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fts import steps
 from fts.errors import ArgumentError
 from fts.loops import Source
+from fts.loops.placement import moved
 from fts.randomness import seed_generators
-from fts.trainer import saving
+from fts.steps.precision import autocast, autocast_dtype
+from fts.trainer import evaluation, loading, optimizing, reports, saving
+from fts.trainer.accelerating import make_accelerator
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.batch_size import halve_until_fits
 from fts.trainer.best import check_metric
-from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback
-from fts.trainer.choices import IntervalStrategy
+from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
 from fts.trainer.collate import collator_for
-from fts.trainer.columns import accepted_columns, label_names_of, without_unused
-from fts.trainer.evaluation import (
-    EvalLoopOutput,
-    PredictionOutput,
-    Reading,
-    TrainOutput,
-    batches_of,
-    evaluation_loop,
-    speed_metrics,
-)
+from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
+from fts.trainer.composing import compose_step, items_by, replaced_by, with_count
+from fts.trainer.constructing import check_parts, not_yet
+from fts.trainer.describing import describe_run
 from fts.trainer.following import follow
-from fts.trainer.loading import Loading, check_first_row, make_loader, make_source
-from fts.trainer.losses import Loss
-from fts.trainer.progress import ProgressCallback
+from fts.trainer.hooks import overridden
+from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, smoothing_of
+from fts.trainer.memory import MemoryMeter
+from fts.trainer.modelling import check_has_head, checkpoint_activations, made_by
+from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs
+from fts.trainer.optimizing import Optimizing
+from fts.trainer.outputs import EvalLoopOutput, PredictionOutput, TrainOutput
+from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, with_settings
+from fts.trainer.predicting import predict_batch
+from fts.trainer.rehearsing import Rehearsal, rehearse
+from fts.trainer.sampling import eval_sampler, train_sampler
+from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
-from fts.trainer.training import prepare
+from fts.trainer.training import Run, data_seed, prepare
+from fts.trainer.validating import check_loader
+from fts.trainer.verbosity import apply_log_level
+from fts.typing import Transform
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
     """Trains, evaluates and predicts with a model, as Hugging Face's Trainer does.
+
+    Every method may be overridden in a subclass, as there; a run is composed of what is overridden and of fts's own functions for
+    everything else.
 
     Args:
         model: any module called as `model(**batch)` that returns its loss with its outputs: an object or dictionary with `loss`,
@@ -54,16 +69,19 @@ class Trainer:
         eval_dataset: the same, or a dictionary of several by name.
         processing_class: a tokenizer or processor: pads, and is saved with the model.
         model_init: makes the model, instead of `model`; each `train` starts with a new one.
-        compute_loss_func: `fn(outputs, labels, num_items_in_batch=...) -> loss`, for models that do not compute their own.
+        compute_loss_func: `fn(outputs, labels, num_items_in_batch=...) -> loss`, for models that do not compute their own. It may
+            return `(loss, {name: value})`: the values are averaged like the loss, and logged.
         compute_metrics: `fn(EvalPrediction) -> {name: number}`.
         callbacks: instances or classes; see `TrainerCallback`.
-        optimizers: not there yet; use `optim` and `lr_scheduler_type` of the arguments.
+        optimizers: a torch optimizer of the model's parameters and its schedule; either may be None.
+        optimizer_cls_and_kwargs: a torch optimizer's class and arguments, instead of `optim` and `optim_args`.
         preprocess_logits_for_metrics: `fn(logits, labels) -> logits`, run before predictions are kept.
+        step: a step of your own for training: a Transform in the place of the optimizer, or a step that `fts.steps.train_step`
+            made of this model.
 
     Raises:
         ArgumentError: arguments are missing or contradict each other.
 
-    >>> import torch
     >>> class Net(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -79,6 +97,9 @@ class Trainer:
     3
     """
 
+    loss_is_scaled_for_ga: bool | None = None
+    """Whether an overridden `compute_loss` gives parts of the step's mean already; None: where it was given their number."""
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -87,41 +108,62 @@ class Trainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        model_init: Callable[[], nn.Module] | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
         compute_loss_func: Callable[..., Any] | None = None,
-        compute_metrics: Callable[[Any], Mapping[str, Any]] | None = None,
+        compute_metrics: Callable[..., Mapping[str, Any]] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        step: Any = None,
     ) -> None:
         self.args = args if args is not None else TrainingArguments()
-        _check_arguments(self.args, model, model_init, eval_dataset, optimizers)
-        self.is_in_train = False
-        self.model_init = model_init
-        self.model = self._placed(model if model is not None else self._new_model())
+        check_parts(self.args, model, model_init, eval_dataset, optimizers, optimizer_cls_and_kwargs, step)
+        apply_log_level(self.args)
+        (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
+        self.memory = MemoryMeter(not self.args.skip_memory_metrics)
+        with self.memory.measuring("init"):
+            self.model_init = model_init
+            self.model = self._placed(model if model is not None else self.call_model_init())
+        self.model_wrapped = self.model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
         self.data_collator = data_collator if data_collator is not None else collator_for(processing_class)
+        self.compute_loss_func = compute_loss_func
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         names = self.args.label_names
         self.label_names: list[str] = label_names_of(self.model) if names is None else list(names)
         if not self.label_names and compute_loss_func is not None:
             self.label_names = ["labels"]
-        self.loss = Loss(tuple(self.label_names), compute_loss_func)
-        self.optimizer: Any = None
-        self.lr_scheduler: Any = None
+        self.can_return_loss = returns_loss(self.model)
+        self.model_accepts_loss_kwargs = accepts_count(self.model)
+        self.label_smoothing = smoothing_of(self.args.label_smoothing_factor, self.model)
+        self._given_optimizers = self.optimizer, self.lr_scheduler = optimizers
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self.step = step
+        self.neftune_noise_alpha = self.args.neftune_noise_alpha
+        self._train_batch_size = self.args.train_batch_size
+        self._tokens_before = 0
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        self.is_in_train = False
         self.state = TrainerState()
         self.control = TrainerControl()
-        shown = PrinterCallback() if self.args.disable_tqdm else ProgressCallback()
-        self.callback_handler = CallbackHandler([DefaultFlowCallback(), *(callbacks or ()), shown])
-        self._set_context()
+        self._accelerator: Any = None
+        shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
+        mine = [DefaultFlowCallback, *(callbacks or ()), shown]
+        self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
         self.tell("on_init_end")
 
-    # Training, evaluation, prediction
+    # Training
 
-    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | Path | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train as the arguments say.
 
         Args:
@@ -129,6 +171,8 @@ class Trainer:
                 on as if it had not been interrupted, bit for bit. Arguments that differ from the checkpoint's are warned of:
                 they win, but for the seeds, which stay those that the run began with. With another batch size or number of
                 micro-batches it goes on at the same row.
+            trial: of a hyper-parameter search, or a dictionary of values for `model_init`.
+            ignore_keys_for_eval: the model's outputs that evaluations do not keep.
 
         Returns:
             The number of updates, the mean loss and the figures of the run.
@@ -138,22 +182,131 @@ class Trainer:
                 the checkpoint is at a row where no update of the new sizes begins.
             CheckpointError: the checkpoint is damaged, or of another model or optimizer.
             DataError: the training set cannot be used.
+            CallbackError: a callback raised; a checkpoint of the last update was written.
         """
-        if self.train_dataset is None:
+        if self.train_dataset is None and not overridden(self, "get_train_dataloader"):
             raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
-        if getattr(self.evaluate, "__func__", None) is Trainer.evaluate:  # another one may have any metric
+        if not overridden(self, "evaluate"):  # another one may have any metric
             check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
         checkpoint = saving.find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if self.model_init is not None:
-            self.model = self._placed(self._new_model())
-        run = prepare(self, checkpoint)
+            self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
+        if self.args.gradient_checkpointing:
+            checkpoint_activations(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]  # settled
+
+        def run(batch_size: int) -> TrainOutput:
+            self._train_batch_size = batch_size
+            return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval)
+
+        with self.memory.measuring("train") as self.memory_figures:
+            if not self.args.auto_find_batch_size:
+                return run(self.args.train_batch_size)
+            return halve_until_fits(run, self.args.train_batch_size, saving.restorer(self.model, self.callback_handler.callbacks))
+
+    def _train(self, run: Run, ignore_keys: list[str] | None) -> TrainOutput:
         self.state, self.control = run.told, TrainerControl()
-        self._set_context(train_dataloader=self.get_train_dataloader())
+        self._tokens_before = run.told.num_input_tokens_seen
+        self._set_context()
         self.is_in_train = True
         try:
-            return follow(self, run)
+            return follow(self, run, ignore_keys)
         finally:
             self.is_in_train = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """The loss of a micro-batch, or (loss, outputs); override it for a loss of your own.
+
+        An override may return `(loss, {name: value})` where outputs are not asked for: the values are averaged, and logged.
+        """
+        found, outputs = compute_loss(model, inputs, self.loss_rule, num_items_in_batch)
+        return (found.loss, outputs) if return_outputs else found.loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of a micro-batch; its part of the step's loss, a 0-d tensor.
+
+        It is called only where a subclass overrides it: otherwise forward, backward and update are one functional step.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if not self.loss_rule.is_scaled(num_items_in_batch):
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """The contexts in which a loss is computed."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.autocast_smart_context_manager())
+        return stack
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to the precision of the arguments, if they ask for one."""
+        return autocast(self.args.device, autocast_dtype(precision_of(self.args)), cache_enabled=bool(cache_enabled))
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Operations of a forward and backward pass on a batch; 0 where the model does not tell."""
+        return reports.floating_point_ops(self.model, inputs)
+
+    # The optimizer and its schedule
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Make `optimizer` and `lr_scheduler`, unless they are there; called only where the user's own are asked for."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps, self.optimizer)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make `optimizer`, a torch optimizer of the model's trained parameters, unless it is there."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            own = {"params": optimizing.torch_groups(model, self.get_decay_parameter_names(model), self.args.weight_decay)}
+            self.optimizer = cls(**(own | kwargs))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make `lr_scheduler`, a torch schedule of the optimizer, unless it is there."""
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = optimizing.torch_scheduler(optimizer, self.args, num_training_steps)
+        return self.lr_scheduler
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        """The torch optimizer that `optim` names, and its arguments."""
+        return optimizer_cls_and_kwargs(args, model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The trained parameters that weight decay applies to: all but biases and normalisation weights."""
+        decayed = decayed_names(model)
+        return [name for name, _ in model.named_parameters() if name in decayed]
+
+    def get_learning_rates(self) -> list[float]:
+        """The learning rate of each of the optimizer's groups."""
+        return [group["lr"] for group in self._optimizer_groups()]
+
+    def get_optimizer_group(self, param: str | nn.Parameter | None = None) -> Any:
+        """The optimizer's group of a parameter, or the parameters of all groups."""
+        groups = self._optimizer_groups()
+        if param is None:
+            return [group["params"] for group in groups]
+        wanted = dict(self.model.named_parameters()).get(param) if isinstance(param, str) else param
+        return next((group for group in groups if any(other is wanted for other in group["params"])), None)
+
+    def get_num_trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def _optimizer_groups(self) -> list[dict[str, Any]]:
+        if self.optimizer is None:
+            raise ArgumentError("Trainer.optimizer is None: it is made by train(), or by create_optimizer() before it.")
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    # Evaluation and prediction
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -161,7 +314,8 @@ class Trainer:
         """Evaluate on the evaluation set, or on another one: on every row, also with `dataloader_drop_last`.
 
         Args:
-            eval_dataset: instead of that of the Trainer; a dictionary of several is evaluated one by one.
+            eval_dataset: instead of that of the Trainer, or the name of one of its; a dictionary of several is evaluated one by
+                one.
             ignore_keys: the model's outputs that are not predictions.
             metric_key_prefix: is put before the figures' names.
 
@@ -172,21 +326,15 @@ class Trainer:
             ArgumentError: there is no evaluation set, or compute_metrics returned something else than numbers by name.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ArgumentError("Trainer.evaluate needs data: Trainer(..., eval_dataset=...), or evaluate(dataset).")
         if isinstance(dataset, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            own = eval_dataset is None
+            named = ((name, name if own else part) for name, part in dataset.items())
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in named]
             return {name: value for part in parts for name, value in part.items()}
-        keep = self.compute_metrics is not None
-        output = self._evaluate_on(dataset, "evaluation", ignore_keys, metric_key_prefix, keep=keep)
+        output = self._evaluate_on(self.get_eval_dataloader(eval_dataset), "eval", ignore_keys, metric_key_prefix)
         if f"{metric_key_prefix}_loss" not in output.metrics:
-            called = ", ".join(self.label_names) or "not named by the model's forward"
-            logger.warning(
-                "The evaluation set has no labels: there is no %s_loss, and compute_metrics is not called. The labels of %s are "
-                "%s; add that column, or name yours by label_names=[...].",
-                *(metric_key_prefix, type(self.model).__name__, called),
-            )
-        self.log(dict(output.metrics))
+            evaluation.warn_of_missing_labels(self.model, self.label_names, metric_key_prefix)
+        self.log(output.metrics)
         self.tell("on_evaluate", metrics=output.metrics)
         return output.metrics
 
@@ -204,30 +352,200 @@ class Trainer:
             Predictions (an array with a row per example, or a tuple of arrays; rows of different sizes are padded with -100),
             labels or None, and figures.
         """
-        output = self._evaluate_on(test_dataset, "prediction", ignore_keys, metric_key_prefix, keep=True)
+        output = self._evaluate_on(self.get_test_dataloader(test_dataset), "test", ignore_keys, metric_key_prefix)
         self.tell("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
-    # Files
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run `prediction_step` on every batch: outputs and labels by row, figures, and the number of rows."""
+        args = self.args
+        loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        self._set_context(eval_dataloader=dataloader)
+        logger.info("***** Running %s *****", description)
+        how = evaluation.plan_evaluation(
+            args,
+            self.model,
+            self.label_names,
+            prefix=metric_key_prefix,
+            keep=description == "Prediction",
+            compute_metrics=self.compute_metrics,
+            preprocess_logits=self.preprocess_logits_for_metrics,
+            on_batch=lambda: self.tell("on_prediction_step"),
+        )
 
-    def save_model(self, output_dir: str | Path | None = None) -> None:
+        def predict(inputs: Any) -> tuple[Any, Any, Any]:
+            return self.prediction_step(self.model, self._prepare_inputs(inputs), loss_only, ignore_keys=ignore_keys)
+
+        with evaluation.evaluating(self.model, evaluation_dtype(args)):
+            return evaluation.run_evaluation(predict, dataloader, how=how)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Predict one batch: its mean loss, logits and labels, each None where there is none."""
+        return predict_batch(
+            model,
+            self._prepare_inputs(inputs),
+            compute_loss=self._loss_and_outputs,
+            label_names=self.label_names,
+            can_return_loss=self.can_return_loss,
+            ignore_keys=ignore_keys,
+            prediction_loss_only=prediction_loss_only,
+            context=self.compute_loss_context_manager,
+        )
+
+    def _evaluate_on(self, loader: Any, stage: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
+        with self.memory.measuring(stage) as figures:
+            start = time.perf_counter()
+            described, only = ("Prediction", None) if stage == "test" else ("Evaluation", self.compute_metrics is None or None)
+            output = self.evaluation_loop(
+                loader, description=described, prediction_loss_only=only, ignore_keys=ignore_keys, metric_key_prefix=prefix
+            )
+            count = -(-output.num_samples // self.args.eval_batch_size)
+            speed = reports.speed_metrics(prefix, start, output.num_samples, count)
+            output.metrics.update(speed | figures())
+        return output
+
+    def _loss_and_outputs(self, model: nn.Module, inputs: Any) -> Any:
+        count = count_labels([inputs], steps.shifts_labels(model)) if self.loss_rule.counts else None
+        return with_count(self.compute_loss)(model, inputs, count, return_outputs=True)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training set as a torch DataLoader, which visits the rows in the order of the run."""
+        args = with_settings(self.args, per_device_train_batch_size=self._train_batch_size // max(1, self.args.n_gpu))
+        columns = self._accepted_columns()
+        return loading.train_dataloader(self.train_dataset, args, self.data_collator, columns, self._get_train_sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The evaluation set, another one, or one of several by its name, as a torch DataLoader."""
+        dataset = loading.chosen_set(eval_dataset, self.eval_dataset)
+        columns = self._accepted_columns()
+        return loading.eval_dataloader(dataset, self.args, self.data_collator, columns, self._get_eval_sampler)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """A data set for prediction as a torch DataLoader."""
+        columns = self._accepted_columns()
+        sampler = self._get_eval_sampler
+        return loading.eval_dataloader(test_dataset, self.args, self.data_collator, columns, sampler, "prediction")
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one update, and how many labels count in them.
+
+        It is called only where a subclass overrides it.
+        """
+        samples = list(itertools.islice(epoch_iterator, num_batches))
+        ((count, _),) = items_by(self.loss_rule, self.model)(steps.MicroBatches(samples)) if samples else ((None, 0),)
+        return samples, count
+
+    def num_examples(self, dataloader: Any) -> int:
+        """How many rows a loader has; without a data set of known length, an estimate from its batches."""
+        return loading.num_examples(dataloader, self.args.per_device_train_batch_size)
+
+    @staticmethod
+    def num_tokens(train_dl: Any, max_steps: int | None = None) -> int:
+        """How many input tokens a loader has."""
+        return loading.num_tokens(train_dl, max_steps)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows in an update, over all processes."""
+        return self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: Any, total_train_batch_size: int | None = None
+    ) -> tuple[int, int, int, float, bool, int | None, int]:
+        """What a run over a loader comes to.
+
+        Returns:
+            Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches in an
+            epoch (None if unknown), and updates in all.
+        """
+        rows = self.get_total_train_batch_size(args) if total_train_batch_size is None else total_train_batch_size
+        return initial_values(args, dataloader, rows, self.num_examples)
+
+    def train_source(self, seed: int) -> Source:
+        """The numbered epochs of numbered batches of training, checked on their first rows.
+
+        Args:
+            seed: of their order, and of everything random in the data.
+        """
+        loader = self.get_train_dataloader()
+        self._set_context(train_dataloader=loader)
+        rule = None if overridden(self, "compute_loss", "training_step") else self.loss_rule
+        check_loader(loader, self.model, rule, "training")
+        micro = self.args.gradient_accumulation_steps
+        return loading.source_of(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return train_sampler(dataset, self.args, self.processing_class)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return eval_sampler(eval_dataset)
+
+    def _accepted_columns(self) -> Any:
+        return accepted_columns(self.model, self.label_names) if self.args.remove_unused_columns else None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return moved(inputs, self.args.device)
+
+    # Files and reports
+
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """Write the model, its processing class and the arguments; by default to `output_dir` of the arguments."""
-        directory = str(self.args.output_dir) if output_dir is None else output_dir
-        saving.save_model(self.model, directory, self.processing_class, self.args)
+        if self.is_world_process_zero():
+            directory = str(self.args.output_dir) if output_dir is None else output_dir
+            saving.save_model(self.model, directory, self.processing_class, self.args)
 
     def save_state(self) -> None:
         """Write `trainer_state.json` to `output_dir`."""
-        directory = Path(str(self.args.output_dir))
-        directory.mkdir(parents=True, exist_ok=True)
-        self.state.save_to_json(directory / STATE_FILE)
-
-    # Callbacks
+        if self.is_world_process_zero():
+            directory = Path(str(self.args.output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(directory / STATE_FILE)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add figures to the history, and tell the callbacks; `start_time` is there for overriding methods that expect it."""
-        logs["epoch"] = self.state.epoch
+        """Add figures to the history, and tell the callbacks.
+
+        Args:
+            logs: figures by name; the epoch is added.
+            start_time: `time.perf_counter()` when the run began, for tokens a second where tokens are counted.
+        """
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            if start_time is not None:
+                seen = self.state.num_input_tokens_seen - self._tokens_before
+                logs.update(reports.speed_metrics("train", start_time, num_tokens=seen))
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.tell("on_log", logs=logs)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print the figures of a split as a table."""
+        if self.is_world_process_zero():
+            reports.log_metrics(split, metrics)
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+        """Write the figures of a split to `<split>_results.json`, and to `all_results.json` if `combined`."""
+        if self.is_world_process_zero():
+            reports.save_metrics(str(self.args.output_dir), split, metrics, combined)
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Figures as people read them."""
+        return reports.metrics_format(metrics)
+
+    # Callbacks
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, given as an instance or a class."""
@@ -243,97 +561,133 @@ class Trainer:
 
     def tell(self, event: str, **kwargs: Any) -> None:
         """Tell the callbacks of an event; they may ask for something through `control`."""
-        self.control = self.callback_handler.call(event, self.args, self.state, self.control, **kwargs)
+        self.control = self.callback_handler.call_event(event, self.args, self.state, self.control, **kwargs)
 
-    # Data
+    # Processes
 
-    def train_source(self, seed: int | None = None) -> Source:
-        """The batches of training, checked on their first row; a seed of their order replaces that of the arguments."""
-        how, dataset = self._loading(self.train_dataset, "training", shuffle=True)
-        how = how if seed is None else attrs.evolve(how, seed=seed)
-        source = make_source(dataset, how, self.args.device, "training")
-        check_first_row(dataset, how.collator, self.model, self.loss, "training")
-        return source
+    def is_local_process_zero(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.args.local_process_index == 0
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The training set as a torch DataLoader."""
-        how, dataset = self._loading(self.train_dataset, "training", shuffle=True)
-        return make_loader(dataset, how)
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the first process of all."""
+        return self.args.process_index == 0
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """The evaluation set as a torch DataLoader."""
-        how, dataset = self._loading(self.eval_dataset if eval_dataset is None else eval_dataset, "evaluation", shuffle=False)
-        return make_loader(dataset, how)
+    def get_tp_size(self) -> int:
+        """Over how many processes a tensor is cut."""
+        return 1
 
-    def _loading(self, dataset: Any, what: str, *, shuffle: bool) -> tuple[Loading, Any]:
-        args = self.args
-        accepted = accepted_columns(self.model, self.label_names) if args.remove_unused_columns else None
-        dataset, collator = without_unused(dataset, self.data_collator, accepted, what)
-        how = Loading(
-            collator=collator,
-            batch_size=args.train_batch_size if shuffle else args.eval_batch_size,
-            shuffle=shuffle,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last and shuffle,
-            workers=args.dataloader_num_workers,
+    def get_cp_size(self) -> int:
+        """Over how many processes a sequence is cut by context parallelism."""
+        return 1
+
+    def get_sp_size(self) -> int:
+        """Over how many processes a sequence is cut by sequence parallelism."""
+        return 1
+
+    @property
+    def accelerator(self) -> Any:
+        """An accelerate Accelerator with the settings of the arguments; made when it is first asked for."""
+        if self._accelerator is None:
+            self._accelerator = make_accelerator(self.args)
+        return self._accelerator
+
+    def propagate_args_to_deepspeed(self, auto_find_batch_size: bool = False) -> None:
+        """Not there yet: raises ArgumentError."""
+        raise not_yet("Trainer.propagate_args_to_deepspeed", "DeepSpeed cannot be used")
+
+    # Search, hub and cards
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not there yet: raises ArgumentError."""
+        raise not_yet("Trainer.hyperparameter_search", "Loop over Trainer(...).train() yourself, with model_init")
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Not there yet: raises ArgumentError."""
+        raise not_yet("Trainer.init_hf_repo", "Use huggingface_hub.create_repo")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Not there yet: raises ArgumentError."""
+        raise not_yet("Trainer.push_to_hub", "Use save_model, then huggingface_hub.upload_folder")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Not there yet: raises ArgumentError."""
+        raise not_yet("Trainer.create_model_card", "Use huggingface_hub.ModelCard")
+
+    # The functional core
+
+    def build_step(self, total_steps: int | None = None) -> Any:
+        """The step that `train` would run: `(state, batch) -> (state, metrics)`; its `transform` makes the state.
+
+        Args:
+            total_steps: of the run, for the schedule; by default as the arguments and the training set say.
+
+        >>> from fts import TrainState
+        >>> trainer = Trainer(nn.Linear(1, 1), TrainingArguments(disable_tqdm=True, use_cpu=True))
+        >>> step = trainer.build_step(total_steps=10)
+        >>> state = TrainState.create(trainer.model, step.transform)
+        """
+        plan = self.plan(total_steps)
+        return self.step_of(plan, self.optimizing(plan))
+
+    def describe(self) -> str:
+        """The plan and the step of a run, as a tree of text."""
+        plan = self.plan()
+        return describe_run(plan, self.step_of(plan, self.optimizing(plan)))
+
+    def dry_run(self) -> Rehearsal:
+        """Try one update, one batch of evaluation and one checkpoint (in a temporary place) before long work.
+
+        Nothing is changed: weights, random numbers and files are as before.
+
+        Returns:
+            Seconds and bytes of each; prints as a table.
+        """
+        return rehearse(self)
+
+    def plan(self, total_steps: int | None = None) -> Plan:
+        """The arguments, resolved for the training set, or for so many updates."""
+        if total_steps is not None:
+            return make_plan(with_settings(self.args, max_steps=total_steps), batches=None, items=None)
+        source = self.train_source(data_seed(self.args))
+        size = self._train_batch_size
+        return make_plan(self.args, batches=source.batches_per_epoch, items=source.num_items, batch_size=size)
+
+    @property
+    def loss_rule(self) -> LossRule:
+        """How the loss of a micro-batch is computed and scaled."""
+        return LossRule(
+            tuple(self.label_names),
+            self.compute_loss_func,
+            self.label_smoothing,
+            self.model_accepts_loss_kwargs,
+            self.loss_is_scaled_for_ga,
         )
-        return attrs.evolve(how, micro_batches=args.gradient_accumulation_steps) if shuffle else how, dataset
+
+    def optimizing(self, plan: Plan) -> Optimizing:
+        """What updates the weights: the plan's own transform, `step`, or the user's torch optimizer as a transform."""
+        self.optimizer, self.lr_scheduler = self._given_optimizers
+        found = optimizing.choose(self, plan)
+        self.optimizer, self.lr_scheduler = found.optimizer, found.scheduler
+        return found
+
+    def step_of(self, plan: Plan, chosen: Optimizing) -> Any:
+        """The step of training: `(state, batch) -> (state, metrics)`."""
+        if self.step is not None and not isinstance(self.step, Transform):
+            return self.step
+        return compose_step(self.model, self.loss_rule, plan, chosen.transform, replaced_by(self))
 
     # Model
 
-    def _evaluate_on(self, dataset: Any, what: str, ignore_keys: list[str] | None, prefix: str, *, keep: bool) -> EvalLoopOutput:
-        how, dataset = self._loading(dataset, what, shuffle=False)
-        source = make_source(dataset, how, self.args.device, what)
-        self._set_context(eval_dataloader=make_loader(dataset, how))
-        config = getattr(self.model, "config", None)
-        ignored = getattr(config, "keys_to_ignore_at_inference", ()) if ignore_keys is None else ignore_keys
-        reading = Reading(
-            loss=self.loss,
-            label_names=self.label_names,
-            ignore_keys=ignored,
-            precision="bf16" if self.args.bf16 else None,
-            keep=keep,
-            preprocess_logits=self.preprocess_logits_for_metrics,
-        )
-        start = time.perf_counter()
-        output = evaluation_loop(
-            self.model,
-            source,
-            reading,
-            prefix=prefix,
-            compute_metrics=self.compute_metrics,
-            on_batch=lambda: self.tell("on_prediction_step"),
-        )
-        speed = speed_metrics(prefix, start, output.num_samples, batches_of(output.num_samples, how.batch_size))
-        return output._replace(metrics=output.metrics | speed)
-
-    def _new_model(self) -> nn.Module:
-        assert self.model_init is not None
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model from `model_init`, the same at each call."""
         seed_generators(self.args.seed, self.args.device)
-        return self.model_init()
+        return made_by(self.model_init, trial)
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        return model.to(self.args.device)
+        check_has_head(model)
+        return model.to(self.args.device) if self.args.place_model_on_device else model
 
     def _set_context(self, **changes: Any) -> None:
-        context = {"train_dataloader": None, "eval_dataloader": None} | self.callback_handler.context
         own = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
-        self.callback_handler.context = context | own | {"lr_scheduler": self.lr_scheduler} | changes
-
-
-def _check_arguments(args: Any, model: Any, model_init: Any, eval_dataset: Any, optimizers: tuple[Any, Any]) -> None:
-    if not isinstance(args, TrainingArguments):
-        found = f"{type(args).__module__}.{type(args).__name__}"
-        raise ArgumentError(f"Trainer(args=...) must be fts.TrainingArguments, not {found}.")
-    if (model is None) == (model_init is None):
-        found = "neither" if model is None else "both"
-        raise ArgumentError(f"Trainer needs either model or model_init; {found} was given.")
-    if model is not None and not isinstance(model, nn.Module):
-        raise ArgumentError(f"Trainer(model=...) must be a torch.nn.Module, not {type(model).__name__}.")
-    if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
-        raise ArgumentError(f"eval_strategy='{args.eval_strategy}' needs data to evaluate: Trainer(..., eval_dataset=...).")
-    if any(part is not None for part in optimizers):
-        raise ArgumentError(
-            "Trainer(optimizers=...) is not there yet in this version of fts. Choose by optim and lr_scheduler_type in the "
-            "arguments, or use the functional core: fts.loops.fit with your own transform."
-        )
+        self.callback_handler.context = own | {"lr_scheduler": self.lr_scheduler} | changes

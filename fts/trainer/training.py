@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from torch import nn
 
-from fts import loops, steps
+from fts import loops
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
 from fts.loops.checkpoints import is_whole
 from fts.state import TrainState
-from fts.trainer import saving
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
-from fts.trainer.loading import is_indexable
-from fts.trainer.losses import Loss, train_loss
-from fts.trainer.plan import Plan, decayed_names, make_plan
+from fts.trainer.drawing import drawn_by
+from fts.trainer.hooks import overridden
+from fts.trainer.optimizing import Optimizing, restore_scheduler
+from fts.trainer.plan import Plan, make_plan
 from fts.trainer.resuming import (
     SHAPING,
     Cut,
@@ -46,9 +45,11 @@ class Run:
 
     Attributes:
         plan: the resolved arguments.
+        optimizing: what updates the weights.
         step: `(state, batch) -> (state, metrics)`.
         state: the core's state; its tensors are those of the model.
         source: the batches.
+        drawn: the same, or what the user's `get_batch_samples` makes of them.
         cut: how these make updates.
         start: where in the batches to begin.
         told: the state that callbacks see.
@@ -56,35 +57,44 @@ class Run:
     """
 
     plan: Plan
+    optimizing: Optimizing
     step: Any
     state: TrainState
     source: Source
+    drawn: Source
     cut: Cut
     start: Position
     told: TrainerState
     tally: Tally
 
 
-def make_step(model: nn.Module, loss: Loss, plan: Plan) -> Any:
-    """The step of training: the model's loss, its gradients, and the plan's optimizer."""
-    step = steps.train_step(train_loss(model, loss), plan.transform, precision=plan.precision)
-    return steps.compile(step) if plan.compiled else step
-
-
-def prepare(trainer: Trainer, checkpoint: Path | None) -> Run:
+def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     """Resolve the arguments, build the step, and read the checkpoint to resume from, if there is one.
 
     A resumed run keeps the seeds that it began with; all other arguments are those of the trainer.
+
+    Args:
+        trainer: has the model, the data and the arguments.
+        checkpoint: to go on from; None to begin.
+        batch_size: rows in a micro-batch.
     """
     args, model = trainer.args, trainer.model
     old = None if checkpoint is None else cut_of(checkpoint)
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    source = trainer.train_source(seed if old is None else old.seed)
-    cut = _cut(trainer, source, seed if old is None else old.seed)
-    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "items": source.num_items, "decayed": decayed_names(model)}
+    seed = data_seed(args) if old is None else old.seed
+    source = trainer.train_source(seed)
+    cut = Cut(
+        batch_size=batch_size,
+        micro_batches=args.gradient_accumulation_steps,
+        items=source.num_items,
+        drop_last=args.dataloader_drop_last,
+        shares=source.shares,
+        seed=seed,
+    )
+    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "items": source.num_items, "batch_size": batch_size}
     plan = make_plan(args, **sizes)
+    optimizing = trainer.optimizing(plan)
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
-    state = TrainState.create(model, plan.transform, seed=args.seed, copy=False)
+    state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
     told, tally, start = TrainerState(), Tally(), Position()
     if checkpoint is not None:
         loaded, start = _load(args, checkpoint, state)
@@ -92,29 +102,30 @@ def prepare(trainer: Trainer, checkpoint: Path | None) -> Run:
             start = _moved(start, old, cut)
             cut = attrs.evolve(cut, offset=offset_after(int(loaded.step), start, old, cut))
             plan = make_plan(args, **sizes, offset=cut.offset)
+            optimizing = trainer.optimizing(plan)
+        if args.ignore_data_skip:
+            start = Position(start.epoch)
         loaded.apply_to(model)
         state = state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
         told = TrainerState.load_from_json(checkpoint / STATE_FILE)
-        tally = Tally(**loops.load_extra(checkpoint).get("tally", {}))
+        extra = loops.load_extra(checkpoint)
+        tally = Tally(**extra.get("tally", {}))
+        if optimizing.steps and optimizing.scheduler is not None and "scheduler" in extra:
+            restore_scheduler(optimizing.scheduler, extra["scheduler"])
         _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
-        restore_callbacks(trainer.callback_handler.callbacks, told.stateful_callbacks)
+        arguments = args.restore_callback_states_from_checkpoint
+        restore_callbacks(trainer.callback_handler.callbacks, told.stateful_callbacks, arguments=arguments)
     told.max_steps, told.num_train_epochs, told.train_batch_size = plan.total_steps, plan.epochs, plan.train_batch_size
     told.logging_steps, told.eval_steps, told.save_steps = plan.logging_steps, plan.eval_steps, plan.save_steps
-    run = Run(plan, make_step(model, trainer.loss, plan), state, source, cut, start, told, tally)
+    drawn = drawn_by(trainer.get_batch_samples, source, args.device) if overridden(trainer, "get_batch_samples") else source
+    run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally)
     announce(run)
     return run
 
 
-def _cut(trainer: Trainer, source: Source, seed: int) -> Cut:
-    args = trainer.args
-    return Cut(
-        batch_size=args.train_batch_size,
-        micro_batches=args.gradient_accumulation_steps,
-        items=source.num_items,
-        drop_last=args.dataloader_drop_last,
-        shares=1 if is_indexable(trainer.train_dataset) else max(1, args.dataloader_num_workers),
-        seed=seed,
-    )
+def data_seed(args: TrainingArguments) -> int:
+    """The seed of the order of the data."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _moved(position: Position, old: Cut, new: Cut) -> Position:
@@ -158,27 +169,10 @@ def announce(run: Run) -> None:
     logger.info("***** Running training *****")
     logger.info("  Num examples = %s", run.source.num_items)
     logger.info("  Num Epochs = %s", plan.epochs)
-    logger.info("  Batch size = %s, gradient accumulation steps = %s", plan.train_batch_size, plan.accumulate)
+    logger.info("  Instantaneous batch size per device = %s", plan.train_batch_size)
+    logger.info("  Total train batch size (with accumulation) = %s", plan.train_batch_size * plan.accumulate)
+    logger.info("  Gradient Accumulation steps = %s", plan.accumulate)
     logger.info("  Total optimization steps = %s", plan.total_steps)
-    logger.info("  Trainable parameters = %s", sum(tensor.numel() for tensor in run.state.params.values()))
+    logger.info("  Number of trainable parameters = %s", sum(tensor.numel() for tensor in run.state.params.values()))
     if run.told.global_step:
         logger.info("  Resuming at update %s: epoch %s, batch %s", run.told.global_step, run.start.epoch, run.start.batch)
-
-
-def save_run(trainer: Trainer, run: Run, state: TrainState, position: Position) -> Path:
-    """Write a checkpoint, and delete those that are outdated."""
-    told, root = trainer.state, Path(str(trainer.args.output_dir))
-    if told.best_global_step == told.global_step:
-        told.best_model_checkpoint = str(root / f"checkpoint-{told.global_step}")
-    path = saving.save_checkpoint(
-        root,
-        state,
-        position,
-        model=trainer.model,
-        processing_class=trainer.processing_class,
-        args=trainer.args,
-        trainer_state=told,
-        extra={"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)},
-    )
-    loops.rotate_checkpoints(root, trainer.args.save_total_limit, told.best_model_checkpoint)
-    return path

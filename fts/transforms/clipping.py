@@ -73,13 +73,13 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     The factor is `min(1, max_norm / (norm + 1e-6))`, as in `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        max_norm: a positive number.
+        max_norm: a positive number; `math.inf` changes nothing and only reports.
 
     Returns:
         A transform without state. It reports `grad_norm`, the norm before clipping.
 
     Raises:
-        ArgumentError: `max_norm` is not positive and finite.
+        ArgumentError: `max_norm` is not positive.
 
     >>> updates, _, info = clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, (), None)
     >>> updates["w"], info["grad_norm"]
@@ -87,10 +87,13 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural networks".
     """
-    check_number("clip_by_global_norm: max_norm", max_norm, open_low=True)
+    if max_norm != math.inf:
+        check_number("clip_by_global_norm: max_norm", max_norm, open_low=True)
 
     def update(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         norm = global_norm(grads)
+        if max_norm == math.inf:
+            return grads, state, {"grad_norm": norm}
         factor = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
         return {name: times(g, factor) for name, g in grads.items()}, state, {"grad_norm": norm}
 
@@ -98,6 +101,8 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         tensors = list(grads.values())
         fast = {g.dtype for g in tensors} <= WIDE_DTYPES and len({g.device for g in tensors}) == 1
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))) if fast else global_norm(grads)
+        if max_norm == math.inf:
+            return grads, state, {"grad_norm": norm}
         if not norm.is_cpu:
             scale_in_place(tensors, (max_norm / (norm + _EPSILON)).clamp(max=1.0))
             return grads, state, {"grad_norm": norm}

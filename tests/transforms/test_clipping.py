@@ -120,7 +120,7 @@ def test_adaptive_clip_needs_the_parameters():
         tx.adaptive_clip(0.1).update(make_params(), (), None)
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, "1", None, True])
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, -math.inf, "1", None, True])
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -141,3 +141,12 @@ def test_labels():
     assert tx.clip_by_value(2).label == "clip_by_value(2)"
     assert tx.clip_by_block_rms(0.5).label == "clip_by_block_rms(0.5)"
     assert tx.adaptive_clip(0.01).label == "adaptive_clip(0.01)"
+
+
+def test_an_infinite_norm_only_reports():
+    grads = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([math.inf])}
+    clip = tx.clip_by_global_norm(math.inf)
+    for update in (clip.update, clip.update_):
+        updates, _, info = update({name: grad.clone() for name, grad in grads.items()}, (), None)
+        assert all(torch.equal(updates[name], grads[name]) for name in grads)
+        assert info["grad_norm"] == math.inf

@@ -1,0 +1,150 @@
+"""The step of a run, composed of the model's loss, the plan's optimizer, and what a subclass replaced."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import attrs
+from torch import nn
+
+from fts import steps
+from fts.errors import ArgumentError
+from fts.steps import MicroBatches
+from fts.trainer.drawing import Drawn
+from fts.trainer.hooks import overridden
+from fts.trainer.losses import Items, LossRule, count_labels, own_loss, step_loss
+from fts.trainer.plan import Plan
+from fts.typing import Batch, Transform
+
+
+@attrs.frozen(eq=False)
+class Replaced:
+    """What the user put in the place of the Trainer's own methods; None where nothing.
+
+    Attributes:
+        compute_loss: `(model, inputs, num_items_in_batch=...) -> loss`.
+        training_step: `(model, inputs, num_items_in_batch) -> loss`; calls backward itself.
+        context: makes the context in which a loss is computed.
+        prepare_inputs: from a batch to the model's inputs.
+    """
+
+    compute_loss: Callable[..., Any] | None = None
+    training_step: Callable[..., Any] | None = None
+    context: Callable[[], AbstractContextManager[Any]] | None = None
+    prepare_inputs: Callable[[Any], Any] | None = None
+
+
+def replaced_by(trainer: Any) -> Replaced:
+    """What a trainer's class, or the instance, has in the place of the Trainer's own methods."""
+
+    def own(*names: str) -> Any:
+        return getattr(trainer, names[0]) if overridden(trainer, *names) else None
+
+    return Replaced(
+        compute_loss=own("compute_loss"),
+        training_step=own("training_step"),
+        context=own("compute_loss_context_manager", "autocast_smart_context_manager"),
+        prepare_inputs=own("_prepare_inputs"),
+    )
+
+
+def compose_step(model: nn.Module, rule: LossRule, plan: Plan, transform: Transform, replaced: Replaced = Replaced()) -> Any:
+    """Compose the step of training.
+
+    Only what is asked for is in it: one micro-batch of a model's own loss needs neither a count of labels nor a scale.
+
+    Args:
+        model: lends its code.
+        rule: how the loss is computed and scaled.
+        plan: precision, accumulation and compilation.
+        transform: the optimizer.
+        replaced: the user's own parts.
+
+    Returns:
+        `(state, batch) -> (state, metrics)`.
+
+    Raises:
+        ArgumentError: the step is to be compiled, and the user's `training_step` cannot be.
+    """
+    if replaced.training_step is not None:
+        if plan.compiled:
+            raise ArgumentError(
+                "torch_compile=True compiles the whole step, but an overridden training_step calls backward itself, which a "
+                "graph cannot follow. Override compute_loss instead, or set torch_compile=False."
+            )
+        step: Any = steps.gradient_step(steps.own_backward(model, _own_step(replaced.training_step)), transform)
+        return steps.passing(step, items_by(rule, model))
+    simple = replaced.compute_loss is None and replaced.context is None and replaced.prepare_inputs is None
+    own = rule.fn is None and not rule.smoothing and rule.scaled is None
+    if simple and own and plan.accumulate == 1:
+        return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
+    loss = step_loss(_replaced_loss(rule, replaced), rule)
+    precision = None if replaced.context is not None else plan.precision
+    step = steps.train_step(steps.module_loss(model, loss), transform, precision=precision)
+    return steps.passing(_compiled(step, plan), items_by(rule, model))
+
+
+def items_by(rule: LossRule, model: nn.Module) -> Callable[[Batch], Sequence[Items]]:
+    """From the batch of a step to what its losses are told of it."""
+    shift = steps.shifts_labels(model)
+
+    def count_items(batch: Batch) -> Sequence[Items]:
+        micro = batch if isinstance(batch, MicroBatches) else (batch,)
+        if isinstance(batch, Drawn):
+            return (Items(batch.items_in_batch, len(micro)),)
+        return (Items(count_labels(micro, shift) if rule.counts else None, len(micro)),)
+
+    return count_items
+
+
+def _own_step(training_step: Callable[..., Any]) -> Callable[[nn.Module, Any, Items], Any]:
+    def step(model: nn.Module, batch: Any, items: Items) -> Any:
+        owner: Any = getattr(training_step, "__self__", None)
+        if owner is not None:
+            owner.current_gradient_accumulation_steps = items.parts
+        return training_step(model, batch, items.labels)
+
+    return step
+
+
+def _replaced_loss(rule: LossRule, replaced: Replaced) -> Callable[[Any, Any, Any], Any]:
+    compute = own_loss(rule) if replaced.compute_loss is None else _called(replaced.compute_loss)
+    if replaced.context is None and replaced.prepare_inputs is None:
+        return compute
+
+    def within(model: Any, batch: Any, count: Any) -> Any:
+        inputs = batch if replaced.prepare_inputs is None else replaced.prepare_inputs(batch)
+        if replaced.context is None:
+            return compute(model, inputs, count)
+        with replaced.context():
+            return compute(model, inputs, count)
+
+    return within
+
+
+def _called(compute_loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
+    ask = with_count(compute_loss)
+
+    def compute(model: Any, batch: Any, count: Any) -> Any:
+        return ask(model, dict(batch), count)  # a copy: many pop the labels
+
+    compute.__name__ = "compute_loss"
+    return compute
+
+
+def with_count(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`(model, inputs, count, **kwargs)`, for a `compute_loss` that takes `num_items_in_batch` or does not know it yet."""
+    parameters = inspect.signature(compute_loss).parameters
+    if "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return lambda model, inputs, count, **kwargs: compute_loss(model, inputs, num_items_in_batch=count, **kwargs)
+    return lambda model, inputs, count, **kwargs: compute_loss(model, inputs, **kwargs)
+
+
+def _compiled(step: Any, plan: Plan) -> Any:
+    if not plan.compiled:
+        return step
+    options: dict[str, Any] = {} if plan.compile_mode is None else {"mode": plan.compile_mode}
+    return steps.compile(step, backend=plan.compile_backend or "inductor", **options)

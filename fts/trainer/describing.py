@@ -1,0 +1,46 @@
+"""A run in words, before it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from fts import steps
+from fts.trainer.plan import Plan
+
+
+def describe_run(plan: Plan, step: Any) -> str:
+    """The plan and the step of a run as a tree.
+
+    >>> from fts.trainer import TrainingArguments
+    >>> from fts.trainer.plan import make_plan
+    >>> text = describe_run(make_plan(TrainingArguments(num_train_epochs=1), batches=10, items=80), lambda state, batch: None)
+    >>> print(text[:60])
+    run
+    ├── plan
+    │   ├── total_steps: 10
+    │   ├── epochs: 1
+    """
+    values = attrs.asdict(plan, filter=lambda field, value: field.name != "schedule" and value is not None)
+    lines = [f"{name}: {value}" for name, value in values.items()]
+    lines.append(f"learning rate: {rates(plan)}")
+    below = steps.describe(step).splitlines()
+    return "\n".join(["run", "├── plan", *_branches(lines), f"└── {below[0]}", *(f"    {line}" for line in below[1:])])
+
+
+def rates(plan: Plan) -> str:
+    """The learning rate at the beginning, at its middle and at the last update.
+
+    >>> from fts.trainer import TrainingArguments
+    >>> from fts.trainer.plan import make_plan
+    >>> rates(make_plan(TrainingArguments(max_steps=10, learning_rate=1.0), batches=None, items=None))
+    '1 at first, 0.5 after 5 updates, 0.1 at the last'
+    """
+    middle = plan.total_steps // 2
+    first, half, last = (float(plan.schedule(step)) for step in (0, middle, plan.total_steps - 1))
+    return f"{first:.3g} at first, {half:.3g} after {middle} updates, {last:.3g} at the last"
+
+
+def _branches(lines: list[str]) -> list[str]:
+    return ["│   " + ("└── " if line is lines[-1] else "├── ") + line for line in lines]

@@ -1,0 +1,47 @@
+"""Batches of updates that a user's `get_batch_samples` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fts.loops import Source
+from fts.steps import MicroBatches
+from fts.typing import Batch
+
+
+class Drawn(MicroBatches):
+    """The micro-batches of an update, with the number of items that was found in them.
+
+    >>> Drawn([1, 2], 7).items_in_batch
+    7
+    """
+
+    items_in_batch: Any
+
+    def __new__(cls, samples: Iterable[Batch], items_in_batch: Any = None) -> Drawn:
+        drawn = super().__new__(cls, samples)
+        drawn.items_in_batch = items_in_batch
+        return drawn
+
+
+def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]], source: Source, device: torch.device) -> Source:
+    """A source whose updates have what `draw` takes from the iterator of an epoch.
+
+    Args:
+        draw: `(epoch_iterator, num_batches, device) -> (micro-batches, number of items)`; no micro-batch ends the epoch.
+        source: gives the micro-batches.
+        device: is passed on.
+    """
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        iterator = source.batches(epoch, start * source.micro_batches)
+        while True:
+            samples, items = draw(iterator, source.micro_batches, device)
+            if not samples:
+                return
+            yield Drawn(samples, items)
+
+    return Source(batches, source.steps_per_epoch, source.num_items, source.batch_size, kind=source.kind)

@@ -1,0 +1,201 @@
+"""What updates the weights: the plan's own transform, or the user's torch optimizer as one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import optree
+import torch
+from torch import nn
+
+from fts import transforms as tx
+from fts.errors import ArgumentError
+from fts.state import TrainState
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.choices import SchedulerType
+from fts.trainer.constructing import check_step_is_of
+from fts.trainer.hooks import overridden
+from fts.trainer.optimizers import make_transform
+from fts.trainer.plan import Plan
+from fts.trainer.schedules import make_rate_rule, make_schedule
+from fts.trainer.views import OptimizerView, SchedulerView, view_of
+from fts.typing import Schedule, Transform
+
+if TYPE_CHECKING:
+    from fts.trainer.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+MAKERS = (
+    *("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"),
+    *("get_optimizer_cls_and_kwargs", "get_decay_parameter_names"),
+)
+"""The methods by which a subclass asks for a torch optimizer of its own."""
+
+
+@attrs.define(eq=False)
+class Latest:
+    """The state that a view reads, exchanged after each update."""
+
+    state: TrainState | None = None
+
+
+@attrs.frozen(eq=False)
+class Optimizing:
+    """The optimizer of a run, as the step and as scripts see it.
+
+    Attributes:
+        transform: what the step runs.
+        optimizer: a torch optimizer: a view of the transform's state, or the one that the transform runs.
+        scheduler: a torch schedule: a view of the plan's, or the one that sets the optimizer's rates.
+        steps: whether the schedule is a torch one, which has to be told of each update.
+        rule: how evaluations move the rate of the transform, if they do.
+        latest: what views read.
+        schedule: the rate by update; None where the optimizer itself knows.
+    """
+
+    transform: Transform
+    optimizer: Any
+    scheduler: Any
+    steps: bool = False
+    rule: Any = None
+    latest: Latest = attrs.Factory(Latest)
+    schedule: Schedule | None = None
+
+    @property
+    def needs_metric(self) -> bool:
+        """Whether evaluations move the learning rate."""
+        return self.rule is not None or follows_metric(self.scheduler)
+
+    def advance(self, state: TrainState, step: int) -> None:
+        """Let a torch schedule step, or the views show the rate of the next update."""
+        self.latest.state = state
+        if not self.steps:
+            if isinstance(self.optimizer, OptimizerView) and self.schedule is not None:
+                self.optimizer.show(self.schedule(step))
+        elif not follows_metric(self.scheduler):
+            self.scheduler.step()
+
+    def observe(self, state: TrainState, metric: float) -> None:
+        """Let an evaluation move the rate; the state, which belongs to the run, is written in place."""
+        if self.rule is None:
+            self.scheduler.step(metric)
+            return
+        after = tx.observe_metric(state.opt_state, metric, self.rule)
+        for old, new in zip(optree.tree_leaves(state.opt_state), optree.tree_leaves(after), strict=True):
+            if old is not new:
+                old.copy_(new)
+        self.optimizer.show(float(tx.followed_rate(state.opt_state)))
+
+
+def choose(trainer: Trainer, plan: Plan) -> Optimizing:
+    """What updates the weights: the user's step, the user's torch optimizer, or the plan's transform.
+
+    Args:
+        trainer: says what the user asks for; its methods make the user's optimizer.
+        plan: the schedule.
+    """
+    args, model = trainer.args, trainer.model
+    if trainer.step is not None:
+        check_step_is_of(trainer.step, model)
+        transform = trainer.step if isinstance(trainer.step, Transform) else trainer.step.transform
+        return Optimizing(transform, None, None)
+    given = trainer.optimizer is not None or trainer.lr_scheduler is not None
+    if given or trainer.optimizer_cls_and_kwargs is not None or overridden(trainer, *MAKERS):
+        trainer.create_optimizer_and_scheduler(plan.total_steps)
+        transform = bridged(trainer.optimizer, model, args)
+        return Optimizing(transform, trainer.optimizer, trainer.lr_scheduler, steps=True)
+    transform = make_transform(args, plan.schedule, model, total_steps=plan.total_steps)
+    rule, latest = make_rate_rule(args), Latest()
+    optimizer = view_of(args, model, lambda: None if latest.state is None else latest.state.opt_state)
+    count = lambda: 0 if latest.state is None else int(latest.state.step)  # noqa: E731
+    scheduler = SchedulerView(optimizer, plan.schedule, count)
+    optimizer.show(plan.schedule(0))
+    schedule = None if rule is not None else plan.schedule
+    return Optimizing(transform, optimizer, scheduler, rule=rule, latest=latest, schedule=schedule)
+
+
+def bridged(optimizer: Any, model: nn.Module, args: TrainingArguments) -> Transform:
+    """A torch optimizer, behind clipping, as the transform of a run.
+
+    Args:
+        optimizer: holds Parameters of the model.
+        model: its trained parameters become the state.
+        args: `max_grad_norm`.
+
+    Raises:
+        ArgumentError: it is no torch optimizer, or holds none of the model's parameters.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(
+            f"The optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer. For a transform of your own use "
+            "Trainer(step=transform)."
+        )
+    parameters = dict(model.named_parameters())
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in parameters.values()):
+        raise ArgumentError(
+            f"The optimizer {type(optimizer).__name__} holds none of the parameters of {type(model).__name__}: nothing would be "
+            "trained. Make it of the model that the Trainer is given; with model_init, use optimizer_cls_and_kwargs= instead."
+        )
+    norm = args.max_grad_norm if args.max_grad_norm else float("inf")  # which only reports it
+    return tx.chain(tx.clip_by_global_norm(norm), tx.from_torch(optimizer, parameters=parameters))
+
+
+def torch_groups(model: nn.Module, decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters of a model in two groups: with weight decay, and without."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [
+        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def torch_scheduler(optimizer: Any, args: TrainingArguments, total_steps: int) -> Any:
+    """The schedule that the arguments ask for, as a torch one that sets the rates of an optimizer's groups."""
+    rule = make_rate_rule(args)
+    if rule is not None:
+        return _torch_rule(optimizer, args)
+    schedule, peak = make_schedule(args, total_steps, args.get_warmup_steps(total_steps)), args.learning_rate
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(schedule(step)) / peak if peak else 0.0)
+
+
+def _torch_rule(optimizer: Any, args: TrainingArguments) -> Any:
+    options: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is read when it is set
+    if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+    raise ArgumentError(
+        f"lr_scheduler_type='{args.lr_scheduler_type}' cannot drive a torch optimizer of your own. Pass its schedule too: "
+        "Trainer(optimizers=(optimizer, scheduler))."
+    )
+
+
+def follows_metric(scheduler: Any) -> bool:
+    """Whether a torch schedule steps by the metric of an evaluation.
+
+    >>> follows_metric(None)
+    False
+    """
+    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """What JSON can hold of a torch schedule's state."""
+    kept = {}
+    for name, value in scheduler.state_dict().items():
+        try:
+            kept[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            logger.warning("The schedule %s keeps %r, which a checkpoint cannot hold.", type(scheduler).__name__, name)
+    return kept
+
+
+def restore_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+    """Set what `scheduler_state` gave, and the learning rates that it had set."""
+    scheduler.load_state_dict(state)
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
