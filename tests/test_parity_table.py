@@ -1,0 +1,135 @@
+"""docs/parity.md keeps its promises: every name has a row, every row a test that exists, and what is not yet there says so."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+import fts
+from tests.trainer.helpers import make_trainer
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "parity.md"
+NAMES = TESTS / "reference_names.txt"
+STATES = re.compile(r"works(: .+)?|needs .+|not yet")
+TEST = re.compile(r"`([\w/]+\.py)::(\w+(?:::\w+)?)`")
+MAY_BE_MISSING = re.compile(  # search, hub, model cards, trackers, several processes
+    r"hyperparameter_search|init_hf_repo|create_model_card|(set_)?push_to_hub|report_to|fsdp(_config)?|deepspeed"
+    r"|propagate_args_to_deepspeed|parallelism_config"
+)
+
+
+def sections(text: str) -> dict[str, str]:
+    """The page's text under each heading."""
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def reference() -> dict[str, list[str]]:
+    """The names that need a row, by section."""
+    parts = re.split(r"^\[(.+)\]$", NAMES.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {group: names.split() for group, names in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def rows() -> dict[tuple[str, str], tuple[str, str]]:
+    """(section, name) -> (state, tests)."""
+    found = {}
+    for section, text in sections(PAGE.read_text(encoding="utf-8")).items():
+        if section in reference():
+            for name, state, tests in re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", text, flags=re.MULTILINE):
+                assert (section, name) not in found, f"two rows for {name} in {section}"
+                found[section, name] = (state, tests)
+    return found
+
+
+ROWS = rows()
+NOT_YET = sorted(key for key, (state, _) in ROWS.items() if state == "not yet")
+
+
+@functools.cache
+def functions(path: Path) -> set[str]:
+    """The test functions and methods of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize("section", reference())
+def test_every_name_has_a_row(section):
+    assert [name for group, name in ROWS if group == section] == reference()[section]
+
+
+@pytest.mark.parametrize("key", ROWS, ids=".".join)
+def test_every_row_has_a_state_and_a_test(key):
+    state, tests = ROWS[key]
+    assert STATES.fullmatch(state)
+    assert TEST.search(tests)
+    assert TEST.sub("", tests).strip(" ,") == ""
+
+
+def test_every_test_that_is_named_exists():
+    named = TEST.findall(PAGE.read_text(encoding="utf-8"))
+    assert len(named) > 100
+    missing = [f"{file}::{name}" for file, name in named if not (TESTS / file).is_file() or name not in functions(TESTS / file)]
+    assert not missing
+
+
+def test_arguments_are_those_of_the_classes():
+    fields = fts.TrainingArguments.__dataclass_fields__
+    assert set(reference()["TrainingArguments"]) <= set(fields)
+    extra = set(fts.Seq2SeqTrainingArguments.__dataclass_fields__) - set(fields)
+    assert set(reference()["Seq2SeqTrainingArguments"]) <= extra
+
+
+def test_methods_and_attributes_are_those_of_the_classes(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for group, owner in (
+        ("Trainer: methods", trainer),
+        ("Trainer: attributes", trainer),
+        ("Seq2SeqTrainer: methods", fts.Seq2SeqTrainer),
+        ("TrainingArguments: methods", trainer.args),
+        ("TrainingArguments: properties", trainer.args),
+        ("Events", fts.TrainerCallback),
+        ("TrainerControl", trainer.control),
+        ("TrainerState", trainer.state),
+        ("Exports", fts),
+    ):
+        missing = [name for name in reference()[group] if not hasattr(owner, name)]
+        assert not missing, group
+
+
+def test_only_some_things_may_be_missing():
+    assert [name for _, name in NOT_YET if not MAY_BE_MISSING.fullmatch(name)] == []
+
+
+def argument(name, value):
+    return lambda trainer: setattr(trainer.args, name, value)
+
+
+CALLS = {
+    "report_to": argument("report_to", "tensorboard"),
+    "push_to_hub": argument("push_to_hub", True),
+    "fsdp": argument("fsdp", "full_shard"),
+    "fsdp_config": argument("fsdp_config", {"min_num_params": 1}),
+    "deepspeed": argument("deepspeed", {}),
+    "parallelism_config": argument("parallelism_config", object()),
+    "set_push_to_hub": lambda trainer: trainer.args.set_push_to_hub("me/it"),
+    "create_model_card": lambda trainer: trainer.create_model_card(),
+    "hyperparameter_search": lambda trainer: trainer.hyperparameter_search(),
+    "init_hf_repo": lambda trainer: trainer.init_hf_repo(),
+    "propagate_args_to_deepspeed": lambda trainer: trainer.propagate_args_to_deepspeed(),
+}
+METHODS = {"push_to_hub": lambda trainer: trainer.push_to_hub()}
+
+
+@pytest.mark.parametrize("key", NOT_YET, ids=".".join)
+def test_what_is_not_yet_there_says_so(key, tmp_path):
+    section, name = key
+    call = METHODS[name] if section.startswith("Trainer: ") and name in METHODS else CALLS[name]
+    with pytest.raises(fts.errors.FtsError, match="not yet"):
+        call(make_trainer(tmp_path))
