@@ -1,7 +1,7 @@
 """TrainingArguments and Seq2SeqTrainingArguments: what a run is asked to be."""
 
-from fts.trainer.arguments.accelerator import AcceleratorConfig, accumulation_steps
-from fts.trainer.arguments.contradictions import check_contradictions, check_order, sampling_of
+from fts.trainer.arguments.accelerator import AcceleratorConfig, check_accumulation
+from fts.trainer.arguments.contradictions import check_contradictions, sampling_of
 from fts.trainer.arguments.seq2seq import Seq2SeqTrainingArguments
 from fts.trainer.arguments.texts import pairs_from_text
 from fts.trainer.arguments.training import TrainingArguments
@@ -10,9 +10,8 @@ __all__ = [
     "AcceleratorConfig",
     "Seq2SeqTrainingArguments",
     "TrainingArguments",
-    "accumulation_steps",
+    "check_accumulation",
     "check_contradictions",
-    "check_order",
     "pairs_from_text",
     "sampling_of",
 ]

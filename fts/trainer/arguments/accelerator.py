@@ -100,23 +100,18 @@ def accelerator_config(name: str, value: Any) -> AcceleratorConfig:
     raise ArgumentError(f"{name}={value!r} must be a dict, the path of a JSON file, or an AcceleratorConfig.")
 
 
-def accumulation_steps(config: AcceleratorConfig, given: int) -> int:
-    """How many micro-batches make an update, where accelerate's configuration may say so, too.
+def check_accumulation(config: AcceleratorConfig, steps: int) -> None:
+    """Raise ArgumentError if accelerate's configuration wants another number of micro-batches in an update.
 
     Args:
-        config: its `num_steps` counts only if the arguments leave `gradient_accumulation_steps` at 1.
-        given: `gradient_accumulation_steps`.
+        config: its `num_steps` may be 1, or the same number.
+        steps: `gradient_accumulation_steps`.
 
-    Raises:
-        ArgumentError: both say something.
-
-    >>> accumulation_steps(AcceleratorConfig(gradient_accumulation_kwargs={"num_steps": 4}), 1)
-    4
+    >>> check_accumulation(AcceleratorConfig(gradient_accumulation_kwargs={"num_steps": 4}), 4)
     """
-    steps = (config.gradient_accumulation_kwargs or {}).get("num_steps")
-    if steps is not None and given > 1:
+    wanted = (config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+    if wanted not in (1, steps):
         raise ArgumentError(
-            f"The `AcceleratorConfig`'s `num_steps` is set but gradient_accumulation_steps={given} is, too (num_steps={steps}). "
-            "Give only gradient_accumulation_steps."
+            f"The `AcceleratorConfig`'s `num_steps` is set but to {wanted}, where gradient_accumulation_steps={steps}. Leave "
+            f"num_steps out and use gradient_accumulation_steps={wanted}."
         )
-    return given if steps is None else int(steps)

@@ -11,7 +11,7 @@ from fts.trainer.arguments.deriving import TWINS, derive, note_choice
 from fts.trainer.arguments.names import check_attribute
 from fts.trainer.arguments.not_yet import check_is_there
 from fts.trainer.arguments.requirements import check_launch, check_requirement, check_requirements
-from fts.trainer.arguments.values import VALUES
+from fts.trainer.arguments.values import VALUES, dictionary
 
 if TYPE_CHECKING:
     from fts.trainer.arguments.training import TrainingArguments
@@ -29,7 +29,7 @@ def assign(args: TrainingArguments, name: str, value: Any) -> None:
         check_attribute(type(args), name)
         object.__setattr__(args, name, value)
         return
-    value = checked(name, value)
+    value = _own_dictionary(args, name, checked(name, value))
     settled = is_settled(args)
     if settled:
         check_requirement(args, name, value)
@@ -48,6 +48,12 @@ def checked(name: str, value: Any) -> Any:
     kept = value if check is None else check(name, value)
     check_is_there(name, kept, given=value)
     return kept
+
+
+def _own_dictionary(args: TrainingArguments, name: str, value: Any) -> Any:
+    """The value; a dictionary where a subclass lists the name among those that may be JSON text."""
+    text = isinstance(value, str) and value.lstrip().startswith("{")
+    return dictionary(name, value) if text and name in type(args)._VALID_DICT_FIELDS else value
 
 
 def _follow(args: TrainingArguments, name: str, value: Any) -> None:

@@ -115,16 +115,3 @@ def sampling_of(args: TrainingArguments) -> str:
     'group_by_length'
     """
     return "group_by_length" if args.group_by_length else args.train_sampling_strategy
-
-
-def check_order(args: TrainingArguments, *, sized: bool) -> None:
-    """Raise ArgumentError if the arguments ask for an order that the training data cannot have.
-
-    Args:
-        args: say how the rows are ordered.
-        sized: whether the data has a length and can be indexed.
-    """
-    if not sized and args.group_by_length:
-        raise ArgumentError(
-            "group_by_length=True needs data that can be indexed, but the training dataset is iterable only. Leave it out."
-        )

@@ -15,6 +15,7 @@ import torch
 
 from fts.trainer.arguments import assigning, names, processes, serializing, setters
 from fts.trainer.arguments.fields import BARE, arg
+from fts.trainer.arguments.values import DICTIONARIES
 from fts.trainer.choices import (
     DebugOption,
     HubStrategy,
@@ -135,7 +136,6 @@ class TrainingArguments:
     save_steps: float = arg(500, "Updates between two checkpoints; below 1: a share of all updates.")
     save_on_each_node: bool = arg(False, "Save on each machine, not only on the first.")
     save_total_limit: int | None = arg(None, "How many checkpoints to keep beside the best one; the newest always stays.")
-    save_safetensors: bool = arg(True, "Weights are written as safetensors; there is no other way.")
     enable_jit_checkpoint: bool = arg(False, "Save a checkpoint when the process is asked to end.")
 
     # Hub
@@ -177,7 +177,6 @@ class TrainingArguments:
     remove_unused_columns: bool = arg(True, "Drop columns that the model's forward does not name.")
     label_names: list[str] | None = arg(None, "The batch's keys that are labels; by default those that forward names so.")
     train_sampling_strategy: str = arg("random", "The order of the training rows: random, sequential or group_by_length.")
-    group_by_length: bool = arg(False, "Put rows of like length into a batch: train_sampling_strategy='group_by_length'.")
     length_column_name: str = arg("length", "The column that holds the rows' lengths, if there is one.")
 
     # Several processes
@@ -202,12 +201,17 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = arg(None, "Read by scripts, which hand it to Trainer.train.")
     local_rank: int = arg(-1, "Given to scripts by old launchers; local_process_index tells it.")
 
+    # Documented, but gone from newer versions of transformers; at the end, so that positions mean the same as there
+    save_safetensors: bool = arg(True, "Weights are written as safetensors; there is no other way.")
+    group_by_length: bool = arg(False, "Put rows of like length into a batch: train_sampling_strategy='group_by_length'.")
+
     # What code written for Hugging Face's arguments looks for, and may set
     distributed_state: ClassVar[Any] = None
     deepspeed_plugin: ClassVar[Any] = None
     hf_deepspeed_config: ClassVar[Any] = None
     fsdp_plugin_args: ClassVar[Any] = None
     xla_fsdp_config: ClassVar[Any] = None
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = list(DICTIONARIES)  # a subclass may add its own, which then may be JSON text, too
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TrainingArguments:
         # Before the generated __init__, whose TypeError would not know the nearest name; works in subclasses as it is.

@@ -81,7 +81,8 @@ def _max_steps(name: str, value: Any) -> int:
     return -1 if value == -1 and not isinstance(value, bool) else check_whole(name, value, 1, remedy)
 
 
-def _dictionary(name: str, value: Any) -> Any:
+def dictionary(name: str, value: Any) -> Any:
+    """A dictionary, also from JSON text; None stays."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         return dict_from_text(name, value)
     if value is None or isinstance(value, dict):
@@ -90,7 +91,7 @@ def _dictionary(name: str, value: Any) -> Any:
 
 
 def _dictionary_or_path(name: str, value: Any) -> Any:
-    return value if isinstance(value, str) and not value.lstrip().startswith("{") else _dictionary(name, value)
+    return value if isinstance(value, str) and not value.lstrip().startswith("{") else dictionary(name, value)
 
 
 def _names(name: str, value: Any) -> list[str]:
@@ -183,15 +184,15 @@ TEXTS_OR_NONE = (
     *("torch_compile_backend", "torch_compile_mode", "run_name", "trackio_space_id", "trackio_bucket_id", "hub_model_id"),
     "hub_revision",
 )
-DICTIONARIES = (
-    *("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "liger_kernel_config"),
-)
+KWARGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "liger_kernel_config")
+DICTIONARIES = (*KWARGS, "accelerator_config", "fsdp_config", "deepspeed")
+"""Arguments that may be JSON text."""
 
 VALUES: dict[str, Check] = {
     **dict.fromkeys(FLAGS, _flag),
     **dict.fromkeys(FLAGS_OR_NONE, _flag_or_none),
     **dict.fromkeys(TEXTS_OR_NONE, _or_none(_text())),
-    **dict.fromkeys(DICTIONARIES, _dictionary),
+    **dict.fromkeys(KWARGS, dictionary),
     "output_dir": _output_dir,
     "per_device_train_batch_size": _whole(1),
     "per_device_eval_batch_size": _whole(1),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import AcceleratorConfig, TrainingArguments, accumulation_steps
+from fts.trainer.arguments import AcceleratorConfig, TrainingArguments, check_accumulation
 
 
 def test_fields_and_defaults_are_those_of_transformers():
@@ -54,11 +54,11 @@ def test_what_cannot_work(value, message):
 
 
 def test_num_steps():
-    assert accumulation_steps(AcceleratorConfig(), 3) == 3
-    config = AcceleratorConfig(gradient_accumulation_kwargs={"num_steps": 10})
-    assert accumulation_steps(config, 1) == 10
-    with pytest.raises(ArgumentError, match="The `AcceleratorConfig`'s `num_steps` is set but gradient_accumulation_steps=2"):
-        accumulation_steps(config, 2)
+    check_accumulation(AcceleratorConfig(), 3)
+    for steps in (1, 3):
+        check_accumulation(AcceleratorConfig(gradient_accumulation_kwargs={"num_steps": steps}), 3)
+    with pytest.raises(ArgumentError, match="The `AcceleratorConfig`'s `num_steps` is set but"):
+        check_accumulation(AcceleratorConfig(gradient_accumulation_kwargs={"num_steps": 10}), 2)
 
 
 def test_copies_share_nothing():

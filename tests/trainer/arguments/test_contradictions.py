@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments, check_contradictions, check_order, sampling_of
+from fts.trainer.arguments import TrainingArguments, check_contradictions, sampling_of
 
 ASKED = [
     ({"fp16": True, "bf16": True}, "fp16=True and bf16=True: at most one"),
@@ -70,7 +70,3 @@ def test_the_order_of_the_rows():
     assert sampling_of(TrainingArguments()) == "random"
     assert sampling_of(TrainingArguments(train_sampling_strategy="sequential")) == "sequential"
     assert sampling_of(TrainingArguments(group_by_length=True)) == "group_by_length"
-    check_order(TrainingArguments(group_by_length=True), sized=True)
-    check_order(TrainingArguments(), sized=False)
-    with pytest.raises(ArgumentError, match="group_by_length=True needs data that can be indexed"):
-        check_order(TrainingArguments(group_by_length=True), sized=False)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
@@ -87,6 +88,18 @@ def test_checks_hold_also_without_the_super_call(cls):
 def test_a_contradiction_that_the_subclass_makes_is_found():
     with pytest.raises(ArgumentError, match="fp16=True and bf16=True"):
         Clashes()
+
+
+def test_a_dictionary_of_its_own_may_be_json():
+    @dataclass
+    class Tuning(TrainingArguments):
+        _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+        model_init_kwargs: dict | str | None = None
+
+    args = Tuning(model_init_kwargs='{"layers": "3"}')
+    assert args.model_init_kwargs == {"layers": 3}
+    args.model_init_kwargs = '{"layers": 4}'
+    assert args.model_init_kwargs == {"layers": 4}
 
 
 def test_a_constructor_of_its_own():
