@@ -18,9 +18,6 @@ from fts.trainer.arguments import TrainingArguments
 from fts.trainer.collate import Collator
 from fts.trainer.columns import without_unused
 from fts.trainer.sampling import eval_sampler, is_indexable
-from fts.trainer.validating import check_first_row
-
-__all__ = ["check_first_row", "is_indexable"]  # names that moved, for those who import them from here
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from fts.loops import Source
 from fts.loops.order import Apart, EpochSampler
 from fts.loops.reading import torch_loader
 from fts.steps.losses import shifts_labels
-from fts.trainer.collate import Collator
+from fts.trainer.collate import Collator, default_data_collator
 from fts.trainer.columns import bare_model, required_names, takes_names, unexpected_keys
 from fts.trainer.sampling import is_indexable
 from fts.typing import Batch
@@ -24,6 +24,7 @@ ROWS = 8
 """How many rows are looked at, at most."""
 
 CLASSES = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForVideoClassification")
+LABELS = ("label", "labels", "label_ids")
 TOKENS = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
 
 
@@ -79,7 +80,8 @@ def check_data(
 ) -> None:
     """Collate the first rows of a data set, and raise where the model could not use the batch.
 
-    Random numbers are drawn apart, so that the run is not changed.
+    Random numbers are drawn apart, so that the run is not changed. Where all labels can be read at next to no cost (one whole
+    number a row of a list or of a table of `datasets`), all are looked at.
 
     Args:
         dataset: is left alone if its rows cannot be read in any order.
@@ -101,11 +103,44 @@ def check_data(
         examples = several(numbers) if callable(several) else [dataset[number] for number in numbers]
         batch = _collated(examples, collator, what)
     check_batch(batch, model, loss, what, labelled=labelled)
+    if labelled and loss is not None and loss.fn is None and _keeps_labels(collator):
+        _check_all_labels(dataset, model, what)
 
 
-def check_first_row(dataset: Any, collator: Collator, model: nn.Module, loss: LossRule, what: str) -> None:
-    """`check_data` on one row of data that must be labelled."""
-    check_data(dataset, collator, model, loss, what)
+def _keeps_labels(collator: Any) -> bool:
+    """Whether a collator leaves labels as they are in the data, as far as one can know."""
+    inner = getattr(collator, "collator", collator)  # ours that drops columns
+    return inner is default_data_collator or f"{type(inner).__module__}.{type(inner).__name__}" == _PADDING
+
+
+_PADDING = "transformers.data.data_collator.DataCollatorWithPadding"
+
+
+def _check_all_labels(dataset: Any, model: nn.Module, what: str) -> None:
+    """Look for classes that a model does not have in all rows, where reading the labels alone costs next to nothing."""
+    inner = bare_model(model)
+    config = getattr(inner, "config", None)
+    count = getattr(config, "num_labels", None)
+    if not isinstance(count, int) or _kind(inner) not in CLASSES:
+        return
+    labels = _label_column(dataset)
+    if labels is not None:
+        _check_classes(labels, inner, count, getattr(config, "problem_type", None), what)
+
+
+def _label_column(dataset: Any) -> Tensor | None:
+    """One whole number a row, of a list of dictionaries or a table of `datasets`; None where it is something else."""
+    if isinstance(dataset, list):
+        names = [name for name in LABELS if name in dataset[0]] if isinstance(dataset[0], Mapping) else []
+        values = [row.get(names[0]) for row in dataset] if names and all(isinstance(row, Mapping) for row in dataset) else []
+        return torch.tensor(values) if values and all(type(value) is int for value in values) else None
+    names = [name for name in LABELS if name in (getattr(dataset, "column_names", None) or ())]
+    if not names or not hasattr(dataset, "select_columns") or dataset.format["type"] == "custom":
+        return None
+    column = dataset.select_columns(names[:1]).with_format("arrow")[:].column(names[0])
+    if not str(column.type).startswith("int") or column.null_count:
+        return None
+    return torch.tensor(column.to_numpy(), dtype=torch.int64)
 
 
 def _collated(examples: Any, collator: Collator, what: str) -> Any:
@@ -245,10 +280,9 @@ def _check_ids(batch: Mapping[str, Any], model: nn.Module, what: str) -> None:
 def _check_labels(batch: Mapping[str, Any], model: nn.Module, names: Sequence[str], what: str) -> None:
     inner = bare_model(model)
     labels, config = batch.get("labels"), getattr(inner, "config", None)
-    # only transformers' own classes: another one may use its labels in any way
-    if "labels" not in names or not isinstance(labels, Tensor) or not type(inner).__module__.startswith("transformers."):
+    if "labels" not in names or not isinstance(labels, Tensor):
         return
-    kind = getattr(inner, "loss_type", None) or ("ForCausalLM" if type(inner).__name__.endswith("LMHeadModel") else "")
+    kind = _kind(inner)
     count = getattr(config, "num_labels", None)
     if kind in CLASSES and isinstance(count, int):
         _check_classes(labels, inner, count, getattr(config, "problem_type", None), what)
@@ -259,6 +293,13 @@ def _check_labels(batch: Mapping[str, Any], model: nn.Module, names: Sequence[st
         labels = labels[..., 1:] if shifts_labels(inner) else labels
         if size is not None:
             _check_numbers(labels, inner, size, f"its vocabulary has {size} tokens. Use the model's own tokenizer", what)
+
+
+def _kind(model: nn.Module) -> str:
+    """Which of transformers' losses a model computes; empty for others, who may use their labels in any way."""
+    if not type(model).__module__.startswith("transformers."):
+        return ""
+    return getattr(model, "loss_type", None) or ("ForCausalLM" if type(model).__name__.endswith("LMHeadModel") else "")
 
 
 def _check_classes(labels: Tensor, model: nn.Module, count: int, problem: str | None, what: str) -> None:

@@ -1,8 +1,13 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from fts.loops.order import length_grouped
+from fts.loops import order
+from fts.loops.order import length_grouped, sampled_order
+from fts.randomness import generator_states, same_states, seed_generators
 
 
 @given(
@@ -21,8 +26,8 @@ def test_grouped_batches_need_less_padding():
     assert grouped.sort().values.equal(torch.arange(1000))
     assert lengths[grouped[0]] == lengths.max()
 
-    def padded(order):
-        return sum(10 * int(part.max()) for part in lengths[order].split(10))
+    def padded(indices):
+        return sum(10 * int(part.max()) for part in lengths[indices].split(10))
 
     assert padded(grouped) < 1.1 * int(lengths.sum()) < padded(torch.arange(1000))
     assert not grouped.equal(length_grouped(lengths, 10, seed=0, epoch=1))
@@ -30,3 +35,39 @@ def test_grouped_batches_need_less_padding():
 
 def test_nothing_can_be_grouped():
     assert length_grouped([], 4, seed=0, epoch=0).tolist() == []
+
+
+class Drawing:
+    """Draws from all generators: permutations that are given from lists, and single numbers between them."""
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    def __len__(self):
+        return 18
+
+    def __iter__(self):
+        for _ in range(2):
+            drawn = [*torch.randperm(4).tolist(), *np.random.permutation(4).tolist()]
+            if self.plain:
+                yield from (index for index in drawn)
+            else:
+                yield from drawn
+            yield random.randrange(9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])
+def test_generators_are_only_swapped_where_a_sampler_may_draw(size, monkeypatch):
+    seed_generators(5)
+    before = generator_states(torch.device("cpu"))
+    entered = []
+    enter = order.Apart.__enter__
+    monkeypatch.setattr(order.Apart, "__enter__", lambda self: entered.append(enter(self)))
+    found = list(sampled_order(Drawing(plain=False), size, seed=0, drop_last=False)(0, 0))
+    swaps = len(entered)
+    assert found == list(sampled_order(Drawing(plain=True), size, seed=0, drop_last=False)(0, 0))
+    assert swaps <= len(entered) - swaps
+    assert swaps < 18 // size or size > 2
+    assert same_states(before, generator_states(torch.device("cpu")))
+    listed = list(sampled_order(list(range(18)), size, seed=0, drop_last=False)(0, 0))
+    assert [index for batch in listed for index in batch] == list(range(18))

@@ -253,3 +253,34 @@ def test_images_have_no_vocabulary():
     check_batch({"pixel_values": torch.zeros(2, 3, 32, 32), "labels": ONE}, model, OWN, "training")
     with pytest.raises(DataError, match="has the label 3"):
         check_batch({"pixel_values": torch.zeros(2, 3, 32, 32), "labels": ONE + 1}, model, OWN, "training")
+
+
+def late(number):
+    return [{"input_ids": [1, 2], "label": 0} for _ in range(50)] + [{"input_ids": [1, 2], "label": number}]
+
+
+@pytest.mark.parametrize("kind", ["list", "table", "selected"])
+def test_a_class_that_a_late_row_has_is_found(kind):
+    datasets = pytest.importorskip("datasets")
+    model = bert("SequenceClassification", num_labels=3)
+
+    def data(number):
+        if kind == "list":
+            return late(number)
+        table = datasets.Dataset.from_list(late(number))
+        return table.select([50, *range(20)]).select([4, 5, 6, 7, 0]).with_format("torch") if kind == "selected" else table
+
+    check(data(2), model)
+    with pytest.raises(DataError, match="training set has the label 3, which BertForSequenceClassification cannot have"):
+        check(data(3), model)
+    check(data(3), model, loss=SimpleNamespace(label_names=("labels",), fn=len))
+    check(data(3), model, labelled=False)
+    check(data(3), model, collator=lambda rows: default_data_collator([row | {"label": int(row["label"]) % 3} for row in rows]))
+
+
+@pytest.mark.parametrize("label", [0.5, [0.0, 1.0, 1.0]])
+def test_other_labels_are_looked_at_in_the_first_rows_only(label):
+    model = bert("SequenceClassification", num_labels=1 if label == 0.5 else 3)
+    check([{"input_ids": [1, 2], "labels": label}] * 9, model)
+    datasets = pytest.importorskip("datasets")
+    check(datasets.Dataset.from_list([{"input_ids": [1, 2], "labels": label}] * 9), model)
