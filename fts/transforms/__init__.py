@@ -9,15 +9,26 @@
 {'w': tensor([0.7000, 0.6000])}
 """
 
+from fts.transforms._bridge import TorchState
 from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
 from fts.transforms.averaging import EmaState, averaged_params, ema_params
-from fts.transforms.bridging import TorchState, eval_params, from_torch
+from fts.transforms.bridging import eval_params, from_torch
 from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_global_norm, clip_by_value, global_norm
 from fts.transforms.combining import apply_updates, chain, identity
+from fts.transforms.exporting import torch_moments
 from fts.transforms.grouping import masked, partition
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
-from fts.transforms.plateau import FollowState, Greedy, Plateau, RateRule, follow_metric, followed_rate, observe_metric
+from fts.transforms.plateau import (
+    FollowState,
+    Greedy,
+    Plateau,
+    RateRule,
+    follow_metric,
+    followed_rate,
+    follows_metric,
+    observe_metric,
+)
 from fts.transforms.scaling import (
     ScheduleState,
     add_decayed_weights,
@@ -72,6 +83,7 @@ __all__ = [
     "eval_params",
     "follow_metric",
     "followed_rate",
+    "follows_metric",
     "from_torch",
     "global_norm",
     "identity",
@@ -91,6 +103,7 @@ __all__ = [
     "sgd",
     "shift_schedule",
     "skip_nonfinite",
+    "torch_moments",
     "trace",
     "warmup",
     "warmup_stable_decay_schedule",

@@ -82,7 +82,10 @@ def encode_like(value: Any, form: Tree, where: str) -> Tree:
     if value is form:
         return value
     if isinstance(form, dict) and isinstance(value, dict) and value.keys() == form.keys():
-        return {key: encode_like(value[key], child, f"{where}[{key!r}]") for key, child in form.items()}
+        return {
+            key: child if value[key] is child else encode_like(value[key], child, f"{where}[{key!r}]")
+            for key, child in form.items()
+        }
     if type(value) is type(form) in (list, tuple) and len(value) == len(form):
         return type(form)([encode_like(one, two, f"{where}[{i}]") for i, (one, two) in enumerate(zip(value, form, strict=True))])
     return fitted(encode(value, where), form, where)

@@ -134,6 +134,11 @@ def needs_closure(optimizer: Any) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def has_modes(optimizer: Any) -> bool:
+    """Whether an optimizer, or a class of them, distinguishes training from evaluation."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 @contextmanager
 def lent(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
     """Point the Parameters at other tensors; at the end they, the groups, the state and the attributes are as before."""

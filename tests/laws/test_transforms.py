@@ -111,8 +111,18 @@ NAMED_REGISTRY = [
     tx.partition({0: tx.adam(0.1), 1: tx.sgd(0.1)}, {"w": 0, "b": 1, "layers.10.norm.weight": 0}),
 ]
 
+# Those that run eagerly only.
+EAGER_REGISTRY = [
+    tx.from_torch(torch.optim.AdamW, lr=0.1, weight_decay=0.1),
+    tx.from_torch(torch.optim.SGD, lr=1.0, momentum=0.9, schedule=COSINE),
+    tx.chain(tx.clip_by_global_norm(1.0), tx.from_torch(torch.optim.Adagrad, lr=0.1)),
+    tx.ema_params(tx.skip_nonfinite(tx.from_torch(torch.optim.RMSprop, lr=0.1, momentum=0.9)), decay=0.9),
+    tx.multi_steps(tx.from_torch(torch.optim.NAdam, lr=0.1), every=2),
+    tx.partition({"matrix": tx.from_torch(torch.optim.Adamax, lr=0.1), "vector": tx.sgd(0.1)}, by_shape),
+]
+
 NOT_TRANSFORMS = {
-    "apply_updates", "averaged_params", "global_norm",
+    "apply_updates", "averaged_params", "eval_params", "global_norm",
     "constant_schedule", "cosine_schedule", "join_schedules", "linear_schedule", "polynomial_schedule", "warmup",
 }  # fmt: skip
 
@@ -125,6 +135,12 @@ def test_laws(transform: fts.Transform) -> None:
 @pytest.mark.parametrize("transform", NAMED_REGISTRY, ids=in_words)
 def test_laws_at_known_names(transform: fts.Transform) -> None:
     fts.testing.check_transform(transform, params=fts.testing.strategies.params(named=NAMES))
+
+
+@pytest.mark.parametrize("transform", EAGER_REGISTRY, ids=in_words)
+def test_laws_outside_of_graphs(transform: fts.Transform) -> None:
+    untraceable = ["vmapped_equals_loop", "differentiable", "traced_equals_eager", "traced_once"]
+    fts.testing.check_transform(transform, skip=untraceable)
 
 
 @pytest.mark.parametrize("transform", REGISTRY, ids=in_words)
@@ -169,7 +185,7 @@ def test_any_other_inside(wrap) -> None:
 
 def test_every_public_factory_is_listed() -> None:
     factories = {name for name in tx.__all__ if inspect.isfunction(getattr(tx, name)) and name not in NOT_TRANSFORMS}
-    listed = " ".join(map(in_words, [*REGISTRY, *NAMED_REGISTRY]))
+    listed = " ".join(map(in_words, [*REGISTRY, *NAMED_REGISTRY, *EAGER_REGISTRY]))
     missing = [name for name in sorted(factories) if name not in listed]
     assert not missing, f"add {missing} to REGISTRY in tests/laws/test_transforms.py"
 
