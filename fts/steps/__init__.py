@@ -6,6 +6,7 @@ from fts.steps.describing import describe
 from fts.steps.donation import donating
 from fts.steps.engines import Value
 from fts.steps.evaluate import EvalStep, eval_step, module_at
+from fts.steps.exchanging import Exchangeable
 from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, rows, split
@@ -16,6 +17,7 @@ from fts.steps.updates import apply_gradients
 __all__ = [
     "CompiledStep",
     "EvalStep",
+    "Exchangeable",
     "Gradients",
     "MicroBatches",
     "ModuleLoss",

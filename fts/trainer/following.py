@@ -26,11 +26,13 @@ from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
 from fts.trainer.modelling import noisy_embeddings
-from fts.trainer.optimizing import scheduler_state
+from fts.trainer.optimizers import make_transform
+from fts.trainer.optimizing import rewritten, scheduler_state
 from fts.trainer.outputs import TrainOutput
 from fts.trainer.reports import speed_metrics
 from fts.trainer.training import Run
-from fts.typing import Transform
+from fts.trainer.views import OptimizerView
+from fts.typing import Schedule, Transform
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -66,7 +68,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
         try:
             teller.tell_all(
                 loops.fit(
-                    run.step,
+                    teller.step,
                     run.state,
                     run.drawn,
                     total_steps=run.plan.total_steps,
@@ -116,6 +118,9 @@ class Teller:
         self.batches = run.source.batches_per_epoch
         self.accumulate = run.plan.accumulate
         self.total = run.plan.total_steps
+        self.step = steps.Exchangeable(steps.donating(run.step))
+        self.lasting = self.step.step
+        self.state = run.state
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
@@ -135,17 +140,21 @@ class Teller:
         trainer, told = self.trainer, self.told
         listeners = trainer.callback_handler.listeners
         batches, accumulate = self.batches, self.accumulate
+        watched = self._watched_view()
         batch: Any = None
         for event in events:
             kind = type(event)
             if kind is StepBegin:
                 control = trainer.control
                 control.should_log = control.should_evaluate = control.should_save = False
-                batch = event.batch
+                batch, self.state = event.batch, event.state
                 if listeners["on_step_begin"]:
                     trainer.tell("on_step_begin")
+                if watched is not None and (changed := watched.changed()):
+                    self._exchange(changed)
             elif kind is StepEnd:
                 self.last = event
+                self.step.step = self.lasting
                 if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
                     self._tell_inner(batch)
                 for act in self.after_step:
@@ -225,6 +234,30 @@ class Teller:
         if not is_whole(path):
             path = self.save(self.last.state, counters.position)
         error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
+
+    def _watched_view(self) -> OptimizerView | None:
+        """The view of the optimizer, where a callback of the user's could write to it."""
+        optimizer = self.run.optimizing.optimizer
+        callbacks = self.trainer.callback_handler.callbacks
+        foreign = any(not type(callback).__module__.startswith("fts.") for callback in callbacks)
+        return optimizer if foreign and isinstance(optimizer, OptimizerView) else None
+
+    def _exchange(self, changed: dict[int, dict[str, Any]]) -> None:
+        """Go on with what a callback wrote into the optimizer's groups: a rate for one update, other settings for good."""
+        trainer, plan, optimizing = self.trainer, self.run.plan, self.run.optimizing
+        args, rate = rewritten(trainer.args, changed)
+
+        def step_at(schedule: Schedule) -> Any:
+            transform = make_transform(args, schedule, trainer.model, total_steps=plan.total_steps)
+            return steps.donating(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
+
+        if any(name != "lr" for group in changed.values() for name in group):
+            self.lasting = self.step.step = step_at(plan.schedule)
+        if rate is not None and optimizing.rule is not None:
+            tx.followed_rate(self.state.opt_state).fill_(rate)  # the rate of such a run is in its state
+        elif rate is not None:
+            self.step.step = step_at(tx.constant_schedule(rate))
+        optimizing.optimizer.settle()
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer

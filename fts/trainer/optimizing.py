@@ -20,7 +20,7 @@ from fts.trainer.choices import SchedulerType
 from fts.trainer.constructing import check_step_is_of
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizers import make_transform
-from fts.trainer.plan import Plan
+from fts.trainer.plan import Plan, with_settings
 from fts.trainer.schedules import make_rate_rule, make_schedule
 from fts.trainer.views import OptimizerView, SchedulerView, view_of
 from fts.typing import Schedule, Transform
@@ -117,6 +117,45 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
     optimizer.show(plan.schedule(0))
     schedule = None if rule is not None else plan.schedule
     return Optimizing(transform, optimizer, scheduler, rule=rule, latest=latest, schedule=schedule)
+
+
+def rewritten(args: TrainingArguments, changed: dict[int, dict[str, Any]]) -> tuple[TrainingArguments, float | None]:
+    """What was written into a view's groups, as arguments that last, and as the learning rate of the next update.
+
+    Args:
+        args: those of the run.
+        changed: by the group's index, the new values by name.
+
+    Raises:
+        ArgumentError: fts's own optimizer has no such setting for that group.
+
+    >>> args, lr = rewritten(TrainingArguments(), {0: {"weight_decay": 0.1, "lr": 0.5}, 1: {"lr": 0.5}})
+    >>> args.weight_decay, lr
+    (0.1, 0.5)
+    """
+    values: dict[str, Any] = {}
+    rates = {group["lr"] for group in changed.values() if "lr" in group}
+    for index, group in changed.items():
+        for name, value in group.items():
+            if name == "weight_decay" and index == 0:
+                values["weight_decay"] = value
+            elif name == "betas":
+                values["adam_beta1"], values["adam_beta2"] = value
+            elif name == "eps":
+                values["adam_epsilon"] = value
+            elif name != "lr":
+                raise _cannot_change(index, name, value)
+    if len(rates) > 1:
+        raise _cannot_change(0, "lr", sorted(rates))
+    return with_settings(args, **values), next(iter(rates), None)
+
+
+def _cannot_change(index: int, name: str, value: Any) -> ArgumentError:
+    return ArgumentError(
+        f"optimizer.param_groups[{index}][{name!r}] = {value!r} cannot be given to fts's own optimizer while it runs: it takes one lr "
+        "for all groups, betas, eps, and the weight_decay of the first group. For anything else override create_optimizer, which "
+        "makes a torch optimizer."
+    )
 
 
 def bridged(optimizer: Any, model: nn.Module, args: TrainingArguments) -> Transform:
