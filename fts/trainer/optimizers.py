@@ -136,8 +136,27 @@ def make_transform(args: TrainingArguments, schedule: Schedule, model: nn.Module
     return tx.chain(tx.clip_by_global_norm(args.max_grad_norm or float("inf")), descent)
 
 
-def _maker(args: TrainingArguments, model: nn.Module, total_steps: int) -> Callable[[Any], Transform]:
-    """A function from a rate (a schedule, a number or a 0-d tensor) to the transform behind the clipping."""
+def optimizer_and_groups(
+    args: TrainingArguments, model: nn.Module, *, total_steps: int | None = None
+) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
+    """What `make_transform` and a view of it are made of.
+
+    Args:
+        args: as for `optimizer_cls_and_kwargs`.
+        model: tells the names of the trained parameters and which of them decay.
+        total_steps: updates in the run, if they are known; a warm-up may be a share of them.
+
+    Returns:
+        A class of torch optimizers whose state is plain, its groups `[{"params": names, **options}, ...]`, and its options.
+
+    Raises:
+        MissingDependencyError: the package or the hardware that the optimizer needs is absent.
+        ArgumentError: the optimizer cannot be a transform, or its options cannot be used.
+
+    >>> cls, groups, kwargs = optimizer_and_groups(TrainingArguments(optim="adagrad", weight_decay=0.1), nn.Linear(2, 2))
+    >>> cls.__name__, groups[0], kwargs
+    ('Adagrad', {'params': ['weight'], 'weight_decay': 0.1}, {'lr': 5e-05})
+    """
     name = OptimizerNames(args.optim)
     if name in _FUSED_BACKWARD:
         raise ArgumentError(
@@ -145,34 +164,40 @@ def _maker(args: TrainingArguments, model: nn.Module, total_steps: int) -> Calla
             "transform of gradients. To save the memory of moments use optim='adafactor', 'adamw_8bit' or 'galore_adamw'."
         )
     cls, kwargs = optimizer_cls_and_kwargs(args, model if name in _LOW_RANK else None)
-    if "weight_decay" in Options.of(args).given and name not in _LOW_RANK:
+    if "warmup_steps" in kwargs and total_steps is not None:
+        kwargs["warmup_steps"] = args.get_warmup_steps(total_steps)  # a share of all is not known before
+    return packages.adapted(cls), _groups(args, model, kwargs), kwargs
+
+
+def _maker(args: TrainingArguments, model: nn.Module, total_steps: int) -> Callable[[Any], Transform]:
+    """A function from a rate (a schedule, a number or a 0-d tensor) to the transform behind the clipping."""
+    name = OptimizerNames(args.optim)
+    cls, groups, kwargs = optimizer_and_groups(args, model, total_steps=total_steps)
+    if "weight_decay" in Options.of(args).given:
         warnings.warn(
-            f"optim_args: weight_decay has no effect, as in transformers: each group of parameters carries that of "
+            "optim_args: weight_decay has no effect, as in transformers: each group of parameters carries that of "
             f"TrainingArguments(weight_decay={args.weight_decay}). Set it there.",
-            stacklevel=2,
+            stacklevel=4,
         )
     if name in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
         return partial(_adamw, args, decayed_names(model) if args.weight_decay else None)
     if name == OptimizerNames.SGD:
         own = {key: value for key, value in kwargs.items() if key not in ("lr", "weight_decay")}
         return partial(_sgd, args, decayed_names(model), own)
-    if "warmup_steps" in kwargs:
-        kwargs["warmup_steps"] = args.get_warmup_steps(total_steps)  # a share of all is not known before
-    groups = _groups(args, model, kwargs)
-    return partial(_bridged, packages.adapted(cls), groups, kwargs, args.learning_rate)
+    return partial(_bridged, cls, groups, kwargs, args.learning_rate)
 
 
 def _groups(args: TrainingArguments, model: nn.Module, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if "params" in kwargs:  # those of GaLore and APOLLO
-        groups = kwargs.pop("params")
-        groups = [{**group, "params": [trained[id(p)] for p in group["params"] if id(p) in trained]} for group in groups]
-    else:
+    own: list[dict[str, Any]] | None = kwargs.pop("params", None)  # those of GaLore and APOLLO
+    if own is None:
         groups = parameter_groups(args, model)
+    else:
+        groups = [{**group, "params": [trained[id(p)] for p in group["params"] if id(p) in trained]} for group in own]
     if kwargs.get("optim_bits") == 8:
-        embeddings = {trained.get(id(m.weight)) for m in model.modules() if isinstance(m, nn.Embedding)}
-        groups = [part for group in groups for part in packages.split_unquantized(group, embeddings - {None})]
-    return [group for group in groups if group["params"]]
+        embeddings = {trained[id(m.weight)] for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) in trained}
+        groups = [part for group in groups for part in packages.split_unquantized(group, embeddings)]
+    return groups
 
 
 def _adamw(args: TrainingArguments, decayed: frozenset[str] | None, rate: Any) -> Transform:

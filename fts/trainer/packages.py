@@ -177,7 +177,7 @@ def _bitsandbytes_options(family: str, args: TrainingArguments, options: Options
     return {"betas": found, "alpha": 5.0, "eps": args.adam_epsilon, **given}
 
 
-def split_unquantized(group: dict[str, Any], names: set[Any]) -> list[dict[str, Any]]:
+def split_unquantized(group: dict[str, Any], names: set[str]) -> list[dict[str, Any]]:
     """A group without some parameters, and one with them, whose moments bitsandbytes keeps in 32 bits.
 
     >>> split_unquantized({"params": ["a", "b"], "weight_decay": 0.1}, {"b"})

@@ -324,6 +324,23 @@ def followed_rate(opt_state: OptState) -> Tensor:
     >>> tx.followed_rate(tx.follow_metric(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})).item()
     0.1
     """
+    rates = _rates(opt_state)
+    if not rates:
+        raise ArgumentError(_NONE_HERE)
+    return rates[0]
+
+
+def follows_metric(opt_state: OptState) -> bool:
+    """Whether `followed_rate` and `observe_metric` find something in a state.
+
+    >>> from fts import transforms as tx
+    >>> tx.follows_metric(tx.sgd(0.1).init({"w": torch.zeros(1)}))
+    False
+    """
+    return bool(_rates(opt_state))
+
+
+def _rates(opt_state: OptState) -> list[Tensor]:
     rates: list[Tensor] = []
 
     def note(state: FollowState) -> FollowState:
@@ -331,9 +348,7 @@ def followed_rate(opt_state: OptState) -> Tensor:
         return state
 
     _mapped(opt_state, note)
-    if not rates:
-        raise ArgumentError(_NONE_HERE)
-    return rates[0]
+    return rates
 
 
 _NONE_HERE = "No rate in this state follows a metric: make the transform with follow_metric(make, lr, rule)."
