@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fts.trainer.arguments.contradictions import check_contradictions
 from fts.trainer.arguments.deriving import TWINS, derive, note_choice
+from fts.trainer.arguments.multiplying import apply_tf32
 from fts.trainer.arguments.names import check_attribute
 from fts.trainer.arguments.not_yet import check_is_there
 from fts.trainer.arguments.requirements import check_launch, check_requirement, check_requirements
@@ -61,6 +62,7 @@ def _follow(args: TrainingArguments, name: str, value: Any) -> None:
         object.__setattr__(args, TWINS[name], value)
     note_choice(args, name, value)
     derive(args)
+    apply_tf32(args)
 
 
 def is_settled(args: TrainingArguments) -> bool:
@@ -74,6 +76,7 @@ def settle(args: TrainingArguments) -> None:
     check_contradictions(args)
     check_requirements(args)
     check_launch()
+    apply_tf32(args)
     object.__setattr__(args, "_settled", True)
 
 

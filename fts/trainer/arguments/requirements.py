@@ -12,6 +12,7 @@ import torch
 
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.trainer.arguments import processes
+from fts.trainer.arguments.multiplying import has_tf32
 
 if TYPE_CHECKING:
     from fts.trainer.arguments.training import TrainingArguments
@@ -39,7 +40,7 @@ def _package(name: str) -> Callable[[TrainingArguments, Any], bool]:
 
 
 def _tf32(args: TrainingArguments, value: Any) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return has_tf32()
 
 
 def _bf16(args: TrainingArguments, value: Any) -> bool:

@@ -78,6 +78,22 @@ def test_tf32_needs_a_gpu():
     assert TrainingArguments(tf32=False).tf32 is False
 
 
+def test_tf32_is_applied(monkeypatch):
+    monkeypatch.setattr("fts.trainer.arguments.multiplying.has_tf32", lambda: True)
+    monkeypatch.setattr("fts.trainer.arguments.requirements.has_tf32", lambda: True)
+    monkeypatch.setattr(torch.backends, "fp32_precision", "none")
+    TrainingArguments()
+    assert torch.backends.fp32_precision == "none"
+    args = TrainingArguments(tf32=True)
+    assert torch.backends.fp32_precision == "tf32"
+    args.tf32 = False
+    assert torch.backends.fp32_precision == "ieee"
+    TrainingArguments(torch_compile=True)
+    assert torch.backends.fp32_precision == "tf32"
+    TrainingArguments(torch_compile=True, tf32=False)
+    assert torch.backends.fp32_precision == "ieee"
+
+
 @without_cuda
 def test_lower_precision_works_on_the_cpu():
     for name in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
