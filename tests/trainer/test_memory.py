@@ -81,6 +81,8 @@ def test_names_and_their_order_are_those_of_transformers(monkeypatch):
 def test_the_memory_of_a_device_is_measured(monkeypatch):
     device, meter = Device(), MemoryMeter(True)
     monkeypatch.setattr(memory, "_device", lambda: device)
+    device.take(1000)
+    device.take(-1000)  # a peak before all stages
     with meter.measuring("init"):
         device.take(7)
     with meter.measuring("train") as figures:

@@ -141,8 +141,6 @@ class CallbackHandler:
                 control = _checked(result, callback, event)
         return control
 
-    call = call_event
-
     @property
     def context(self) -> dict[str, Any]:
         """What every event gets beside its own arguments, by name; it may be set, too."""

@@ -22,6 +22,7 @@ def test_progress_bars_appear(tmp_path, capsys):
     assert "evaluate:" in shown.err
     assert "loss=" in shown.err
     assert "'eval_loss'" in shown.out + shown.err
+    assert "'train_loss'" in shown.out + shown.err
 
 
 def test_transformers_own_callback_shows_bars(tmp_path, capsys):
@@ -108,6 +109,20 @@ def test_bars_are_closed_after_an_exception(kind):
     bars = [shown.training_bar, shown.prediction_bar]
     close_bars([TrainerCallback(), shown])
     assert all(bar.disable for bar in bars)  # tqdm's mark of a closed bar
+    assert shown.training_bar is shown.prediction_bar is None
+
+
+def test_a_run_that_fails_closes_its_bars(tmp_path):
+    class Fails(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            raise KeyError
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    trainer = make_trainer(tmp_path, disable_tqdm=False, **settings)
+    shown = trainer.callback_handler.callbacks[-1]
+    trainer.add_callback(Fails)
+    with pytest.raises(KeyError):
+        trainer.train()
     assert shown.training_bar is shown.prediction_bar is None
 
 
