@@ -1,11 +1,19 @@
 """Many steps: the order of the data, events, evaluation, checkpoints and resume."""
 
 from fts.loops.cadence import Cadence, Counters, Due, cadence
-from fts.loops.checkpoints import load_checkpoint, load_extra, newest_checkpoint, save_checkpoint, verify_checkpoint
+from fts.loops.checkpoints import (
+    load_checkpoint,
+    load_extra,
+    newest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+    write_whole,
+)
 from fts.loops.data import Source, source
 from fts.loops.evaluate import evaluate
 from fts.loops.events import EpochBegin, EpochEnd, EvalBatch, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
 from fts.loops.fit import fit
+from fts.loops.order import EpochSampler, length_grouped, permutation
 from fts.loops.placement import on_device
 from fts.loops.position import Position
 from fts.loops.rotation import rotate_checkpoints
@@ -16,6 +24,7 @@ __all__ = [
     "Due",
     "EpochBegin",
     "EpochEnd",
+    "EpochSampler",
     "EvalBatch",
     "Evaluated",
     "Event",
@@ -29,12 +38,15 @@ __all__ = [
     "cadence",
     "evaluate",
     "fit",
+    "length_grouped",
     "load_checkpoint",
     "load_extra",
     "newest_checkpoint",
     "on_device",
+    "permutation",
     "rotate_checkpoints",
     "save_checkpoint",
     "source",
     "verify_checkpoint",
+    "write_whole",
 ]

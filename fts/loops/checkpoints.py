@@ -69,12 +69,45 @@ def save_checkpoint(
             f"save_checkpoint was given a state of type {type(state).__name__}, which has no `save`. Give a TrainState, or call "
             "save_checkpoint for each of several in directories of their own."
         )
+    directory = Path(directory)
+    progress = _progress(position, extra)
+
+    def fill(hidden: Path) -> None:
+        state.save(hidden)
+        (hidden / PROGRESS).write_text(progress)
+        lacking = [name for name in LOADED if not (hidden / name).is_file()]
+        if lacking:
+            raise ArgumentError(f"{type(state).__name__}.save wrote no {lacking[0]}, which a checkpoint is loaded from.")
+        if write is not None:
+            write(hidden)
+
+    return write_whole(directory, fill)
+
+
+def write_whole(directory: str | Path, fill: Callable[[Path], None]) -> Path:
+    """Write a directory that is, at any instant, either complete or not there, as `save_checkpoint` does.
+
+    Args:
+        directory: where it shall be; an earlier one of that name is replaced.
+        fill: called with the hidden directory, to write the files.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: the disk is full or not writable. What was there before stays.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     path = write_whole(f"{root}/notes", lambda hidden: hidden.joinpath("a.txt").write_text("a") and None)
+    ...     sorted(file.name for file in path.iterdir())
+    ['a.txt', 'manifest.json']
+    """
     from safetensors import SafetensorError  # what safetensors makes of an OSError
 
     directory = Path(directory)
-    progress = _progress(position, extra)
     try:
-        _save(directory, state, progress, write)
+        _write_whole(directory, fill)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} could not be written: {error}. Earlier checkpoints are whole. Make room or choose another directory, "
@@ -83,20 +116,14 @@ def save_checkpoint(
     return directory
 
 
-def _save(directory: Path, state: Any, progress: str, write: Callable[[Path], None] | None) -> None:
+def _write_whole(directory: Path, fill: Callable[[Path], None]) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     _undo_interrupted(directory)
     hidden = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(hidden, ignore_errors=True)  # left by a run that died here
     hidden.mkdir()
     try:
-        state.save(hidden)
-        (hidden / PROGRESS).write_text(progress)
-        lacking = [name for name in LOADED if not (hidden / name).is_file()]
-        if lacking:
-            raise ArgumentError(f"{type(state).__name__}.save wrote no {lacking[0]}, which a checkpoint is loaded from.")
-        if write is not None:
-            write(hidden)
+        fill(hidden)
         _seal(hidden)
         _replace(directory, hidden)
     except BaseException:

@@ -60,6 +60,9 @@ def mixed_precision(args: Any) -> str:
     >>> mixed_precision(SimpleNamespace(fp16=True))
     'fp16'
     """
+    said = getattr(args, "mixed_precision", None)  # also of accelerate's environment
+    if said is not None:
+        return str(said)
     if getattr(args, "bf16", False):
         return "bf16"
     return "fp16" if getattr(args, "fp16", False) else "no"

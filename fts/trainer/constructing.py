@@ -9,8 +9,9 @@ from torch import nn
 
 from fts.errors import ArgumentError
 from fts.steps import TrainStep
-from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments import TrainingArguments, check_accumulation
 from fts.trainer.choices import IntervalStrategy
+from fts.trainer.plan import precision_of
 from fts.typing import Transform
 
 
@@ -28,6 +29,8 @@ def check_parts(
         raise ArgumentError(f"Trainer(model=...) must be a torch.nn.Module, not {type(model).__name__}.")
     if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
         raise ArgumentError(f"eval_strategy='{args.eval_strategy}' needs data to evaluate: Trainer(..., eval_dataset=...).")
+    precision_of(args)  # one that is not there is an error now
+    check_accumulation(args.accelerator_config, args.gradient_accumulation_steps)  # type: ignore[arg-type]  # settled
     _check_optimizers(model_init, optimizers, optimizer_cls_and_kwargs)
     _check_step(step, optimizers, optimizer_cls_and_kwargs)
 

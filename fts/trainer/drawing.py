@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import attrs
 import torch
 
 from fts.loops import Source
@@ -44,4 +45,4 @@ def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]]
                 return
             yield Drawn(samples, items)
 
-    return Source(batches, source.steps_per_epoch, source.num_items, source.batch_size, kind=source.kind)
+    return attrs.evolve(source, batches=batches, batches_per_epoch=source.steps_per_epoch, micro_batches=1)

@@ -133,12 +133,14 @@ def _one_batch(
     loss, logits, labels = predict(inputs)
     if logits is not None and how.preprocess_logits is not None:
         logits = how.preprocess_logits(logits, labels)
-    found = {"predictions": logits, "labels": labels, "inputs": main} | _losses(loss, weight, rows or 1)
+    loss = _checked(loss)
+    losses = _by_row(loss, rows or 1) if how.with_losses or how.gather is not None else None
+    found = {"predictions": logits, "labels": labels, "inputs": main, "losses": losses}
     record = {name: value for name, value in found.items() if value is not None}
-    if how.gather is not None:
-        record = how.gather(record)
-        rows = len(record["weights"])
-    mean.add(record.get("losses"), record.pop("weights"))
+    if how.gather is None:
+        mean.add(loss, weight)
+    else:
+        record, rows = _gathered(how.gather, record, mean, weight, rows or 1)
     if not how.with_losses:
         record.pop("losses", None)
     if how.keep:
@@ -163,16 +165,27 @@ def _input(inputs: Any, name: str) -> Any:
     return inputs[name]
 
 
-def _losses(loss: Any, weight: Number, rows: int) -> dict[str, Any]:
-    """The loss and its share of the weight for each row of a batch, so that rows that are there twice can be dropped."""
-    if loss is None:
-        return {"weights": torch.zeros(rows)}
-    if not isinstance(loss, Tensor):
-        raise LossError(f"prediction_step returned {type(loss).__name__} as the loss; it must be a tensor, or None.")
-    loss = loss.detach()
-    losses = loss if loss.shape == (rows,) else loss.mean().expand(rows)
-    weights = torch.as_tensor(weight, dtype=_wide(loss), device=loss.device) / rows
-    return {"losses": losses, "weights": weights.expand(rows)}
+def _checked(loss: Any) -> Tensor | None:
+    if loss is None or isinstance(loss, Tensor):
+        return loss if loss is None else loss.detach()
+    raise LossError(f"prediction_step returned {type(loss).__name__} as the loss; it must be a tensor, or None.")
+
+
+def _by_row(loss: Tensor | None, rows: int) -> Tensor | None:
+    """The loss of a batch for each of its rows."""
+    return loss if loss is None or loss.shape == (rows,) else loss.mean().expand(rows)
+
+
+def _gathered(
+    gather: Callable[[dict[str, Any]], dict[str, Any]], record: dict[str, Any], mean: MeanLoss, weight: Number, rows: int
+) -> tuple[dict[str, Any], int]:
+    """What all processes' rows gave, each with its share of the weight, so that rows that are there twice can be dropped."""
+    losses = record.get("losses")
+    shares = (torch.as_tensor(weight, dtype=torch.float32) / rows).expand(rows)
+    record = gather(record | {"weights": shares if losses is None else shares.to(losses.device)})
+    weights = record.pop("weights")
+    mean.add(record.get("losses"), weights)
+    return record, len(weights)
 
 
 def plan_evaluation(
@@ -229,27 +242,29 @@ class MeanLoss:
     """The mean of losses over all items; sums stay on the device, and are read once.
 
     >>> mean = MeanLoss()
-    >>> mean.add(torch.tensor([1.0, torch.nan]), torch.tensor([2.0, 1.0]))
+    >>> mean.add(torch.tensor(1.0), 2), mean.add(torch.tensor(torch.nan), 1)
+    (None, None)
     >>> mean.figures(skip_nonfinite=True)
     {'loss': 1.0}
     """
 
     sums: Tensor | None = None
+    losses: list[Tensor] = attrs.field(factory=list)
+    weights: list[Number] = attrs.field(factory=list)
 
-    def add(self, losses: Tensor | None, weights: Tensor) -> None:
-        """Add means over so many items each; a mean over no items, which is NaN, adds nothing."""
-        if losses is None:
+    def add(self, loss: Tensor | None, weight: Number) -> None:
+        """Add the mean over so many items, or of several elements with as many weights."""
+        if loss is None:
             return
-        wide = _wide(losses)
-        losses, weights = losses.to(wide), weights.to(losses.device, wide)
-        amounts = torch.where(weights == 0, 0.0, losses * weights)
-        finite = torch.isfinite(amounts)
-        parts = amounts, weights, torch.where(finite, amounts, 0.0), torch.where(finite, weights, 0.0)
-        sums = torch.stack([part.sum() for part in parts])
-        self.sums = sums if self.sums is None else self.sums + sums
+        of_rows = isinstance(weight, Tensor) and weight.shape == loss.shape
+        self.losses.append(loss if of_rows or loss.ndim == 0 else loss.mean())
+        self.weights.append(weight)
+        if len(self.losses) == 256:  # a few at a time, because small operations cost as much as large ones
+            self._sum()
 
     def figures(self, *, skip_nonfinite: bool = False) -> dict[str, float]:
         """The mean as "loss"; nothing if there was none. It is NaN where no item counted."""
+        self._sum()
         if self.sums is None:
             return {}
         total, weight, finite_total, finite_weight = self.sums.tolist()
@@ -257,9 +272,24 @@ class MeanLoss:
             total, weight = finite_total, finite_weight
         return {"loss": total / weight if weight else float("nan")}
 
+    def _sum(self) -> None:
+        if not self.losses:
+            return
+        losses = torch.cat([loss.reshape(-1) for loss in self.losses])
+        wide = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
+        losses, weights = losses.to(wide), _joined(self.weights, wide).to(losses.device)
+        amounts = torch.where(weights == 0, 0.0, losses * weights)  # a mean over no items is NaN, but adds nothing
+        finite = torch.isfinite(amounts)
+        parts = amounts, weights, torch.where(finite, amounts, 0.0), torch.where(finite, weights, 0.0)
+        sums = torch.stack([part.sum() for part in parts])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.losses, self.weights = [], []
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
+
+def _joined(weights: list[Number], dtype: torch.dtype) -> Tensor:
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        return torch.tensor(weights, dtype=dtype)
+    return torch.cat([torch.as_tensor(weight, dtype=dtype).reshape(-1) for weight in weights])
 
 
 def rows_in(batches: Any) -> int | None:

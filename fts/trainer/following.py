@@ -25,7 +25,7 @@ from fts.trainer.best import metric_of, note_best
 from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
-from fts.trainer.modelling import noisy_embeddings
+from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.optimizers import make_transform
 from fts.trainer.optimizing import rewritten, scheduler_state
 from fts.trainer.outputs import TrainOutput
@@ -64,7 +64,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     trainer.tell("on_train_begin")
     if trainer.args.eval_on_start:
         teller.run_evaluation()
-    with in_train_mode(trainer.model), noisy_embeddings(trainer.model, trainer.args.neftune_noise_alpha):
+    model, args = trainer.model, trainer.args
+    with in_train_mode(model), noisy_embeddings(model, args.neftune_noise_alpha), watched(model, args.debug):
         try:
             teller.tell_all(
                 loops.fit(

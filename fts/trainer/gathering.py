@@ -54,10 +54,14 @@ class Rows:
         tensor = _readable(values)
         shape, end = tuple(tensor.shape[1:]), self.count + tensor.shape[0]
         store = self._room(end, shape, tensor)
-        window = torch.from_numpy(store[self.count : end])
+        window = store[self.count : end]
         if shape != store.shape[1:]:
-            window.fill_(_padding(window.dtype))
-        window[_within(shape)].copy_(tensor)
+            window[:] = _padding(self.dtype or tensor.dtype)
+            window = window[_within(shape)]
+        if tensor.device.type == "cpu":
+            window[:] = tensor.numpy()
+        else:
+            torch.from_numpy(window).copy_(tensor)
         self.count = end
 
     def array(self) -> Array:
@@ -72,6 +76,8 @@ class Rows:
             self.shape, self.dtype = shape, tensor.dtype
             self.store = self.space.array((max(end, self.total or 0), *shape), _numpy_dtype(tensor.dtype))
             return self.store
+        if end <= len(old) and shape == old.shape[1:] == self.shape and tensor.dtype == self.dtype:
+            return old  # nearly always
         if len(shape) != old.ndim - 1:
             known = ["rows", *self.shape]
             raise BatchError(f"An output has shape {list(tensor.shape)} in one batch and {known} in others: axes differ.")
@@ -229,7 +235,7 @@ def across_processes(accelerator: Any) -> Callable[[dict[str, Any]], dict[str, A
         return None
 
     def gather(record: dict[str, Any]) -> dict[str, Any]:
-        record = map_leaves(torch.as_tensor, record)
+        record = map_leaves(lambda leaf: torch.as_tensor(leaf, device=accelerator.device), record)
         found: dict[str, Any] = accelerator.gather_for_metrics(accelerator.pad_across_processes(record, dim=1, pad_index=PADDING))
         return found
 
@@ -247,11 +253,12 @@ def _copied(leaf: Any) -> Array:
 
 
 def _readable(values: Any, *, scalars: bool = False) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
+    tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values)
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()  # numpy has no bfloat16, and metrics want the range
-    tensor = tensor if scalars else torch.atleast_1d(tensor)  # type: ignore[no-untyped-call]
-    return tensor.cpu() if scalars else tensor
+    if scalars:
+        return tensor.cpu()
+    return tensor if tensor.ndim else tensor.reshape(1)
 
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:

@@ -4,17 +4,80 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fts.errors import ArgumentError
+from fts.errors import ArgumentError, MissingDependencyError
 from fts.steps.losses import base_model
+from fts.trainer.arguments import TrainingArguments
 
 BARE = "You should choose a model with a head"
+
+
+def prepared_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
+    """A model as the arguments want it before any work: with a head, its caches and kernels chosen, on the device.
+
+    Raises:
+        ArgumentError: it computes hidden states only.
+        MissingDependencyError: a package is missing.
+    """
+    check_has_head(model)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = args.use_cache
+    if args.use_liger_kernel:
+        use_liger_kernels(model, args.liger_kernel_config)
+    return model if args.place_model_on_device is False else model.to(args.device)
+
+
+def use_liger_kernels(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+    """Exchange a transformers model's layers for Liger's fused kernels (`use_liger_kernel`).
+
+    Args:
+        model: a transformers model, perhaps inside peft's.
+        options: `liger_kernel_config`: which kernels, such as `{"rope": True}`.
+
+    Raises:
+        MissingDependencyError: the package is missing.
+        ArgumentError: the model is not one of transformers'.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
+    except ImportError as error:
+        raise MissingDependencyError(
+            "use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel -c constraints.txt."
+        ) from error
+    inner = base_model(model)
+    if not hasattr(inner, "config"):
+        raise ArgumentError(f"use_liger_kernel=True is for transformers models; {type(inner).__name__} is none.")
+    apply(model=inner, **(options or {}))
+
+
+@contextmanager
+def watched(model: nn.Module, debug: Collection[str]) -> Iterator[None]:
+    """Look for overflow in each layer's output until the block ends, where `debug` asks for it.
+
+    Args:
+        model: any module.
+        debug: `DebugOption` values; with "underflow_overflow" transformers' own tool reports and raises at the first one.
+    """
+    if "underflow_overflow" not in debug:
+        yield
+        return
+    from transformers.debug_utils import DebugUnderflowOverflow
+
+    before = {child: set(child._forward_hooks) for child in model.modules()}
+    DebugUnderflowOverflow(model)
+    try:
+        yield
+    finally:
+        for child, hooks in before.items():
+            for key in set(child._forward_hooks) - hooks:
+                del child._forward_hooks[key]
 
 
 def checkpoint_activations(model: nn.Module, options: dict[str, Any] | None = None) -> None:

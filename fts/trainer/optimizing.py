@@ -152,9 +152,9 @@ def rewritten(args: TrainingArguments, changed: dict[int, dict[str, Any]]) -> tu
 
 def _cannot_change(index: int, name: str, value: Any) -> ArgumentError:
     return ArgumentError(
-        f"optimizer.param_groups[{index}][{name!r}] = {value!r} cannot be given to fts's own optimizer while it runs: it takes one lr "
-        "for all groups, betas, eps, and the weight_decay of the first group. For anything else override create_optimizer, which "
-        "makes a torch optimizer."
+        f"optimizer.param_groups[{index}][{name!r}] = {value!r} cannot be given to fts's own optimizer while it runs: it takes "
+        "one lr for all groups, betas, eps, and the weight_decay of the first group. For anything else override "
+        "create_optimizer, which makes a torch optimizer."
     )
 
 

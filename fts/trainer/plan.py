@@ -122,9 +122,9 @@ def steps_of(value: float, total: int) -> int:
 
 def precision_of(args: TrainingArguments) -> str | None:
     """In which precision losses are computed: None for that of the parameters, or "bf16"."""
-    if args.fp16:
+    if args.mixed_precision == "fp16":
         raise ArgumentError("fp16=True needs loss scaling, which is not yet in this version of fts. Use bf16=True.")
-    return "bf16" if args.bf16 else None
+    return "bf16" if args.mixed_precision == "bf16" else None
 
 
 def evaluation_dtype(args: TrainingArguments) -> torch.dtype | None:

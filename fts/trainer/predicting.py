@@ -163,9 +163,10 @@ def _named(outputs: Any) -> Mapping[str, Any] | None:
 
 
 def _holds_tensor(tree: Any) -> bool:
-    if isinstance(tree, Mapping):
-        return any(map(_holds_tensor, tree.values()))
-    return any(map(_holds_tensor, tree)) if isinstance(tree, (list, tuple)) else isinstance(tree, Tensor)
+    if isinstance(tree, Tensor):
+        return True
+    children = tree if isinstance(tree, (list, tuple)) else tree.values() if isinstance(tree, Mapping) else ()
+    return any(map(_holds_tensor, children))
 
 
 def _pair(found: Any) -> tuple[Any, Any]:

@@ -18,8 +18,8 @@ from fts.loops.order import Apart
 from fts.state import TrainState
 from fts.trainer import saving
 from fts.trainer.memory import MemoryMeter
+from fts.trainer.sampling import data_seed
 from fts.trainer.state import TrainerState
-from fts.trainer.training import data_seed
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer

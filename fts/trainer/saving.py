@@ -14,7 +14,7 @@ from torch import nn
 from fts import loops
 from fts.errors import ArgumentError
 from fts.loops import Position
-from fts.state import WEIGHTS, TrainState
+from fts.state import OPTIMIZER, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.state import STATE_FILE, TrainerState
@@ -69,7 +69,7 @@ def save_checkpoint(
         extra: further JSON values that resuming needs.
 
     Returns:
-        The directory. It is complete or not there at any instant.
+        The directory. It is complete or not there at any instant. With `save_only_model` it has the model alone.
     """
 
     def write(directory: Path) -> None:
@@ -77,7 +77,13 @@ def save_checkpoint(
         _save_companions(directory, processing_class, args)
         trainer_state.save_to_json(directory / STATE_FILE)
 
+    def write_model(directory: Path) -> None:
+        save_model(model, directory, processing_class, args)
+        trainer_state.save_to_json(directory / STATE_FILE)
+
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
+    if args.save_only_model:
+        return loops.write_whole(path, write_model)
     return loops.save_checkpoint(path, state, position, extra=extra, write=write)
 
 
@@ -150,6 +156,11 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
         there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
         raise ArgumentError(
             f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
+        )
+    if not (path / OPTIMIZER).is_file():
+        raise ArgumentError(
+            f"{path} has a model, but no {OPTIMIZER}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
+            "on from it. Begin a new run with its model: from_pretrained(path)."
         )
     return path
 

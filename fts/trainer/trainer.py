@@ -35,18 +35,18 @@ from fts.trainer.following import follow
 from fts.trainer.hooks import overridden
 from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, smoothing_of
 from fts.trainer.memory import MemoryMeter
-from fts.trainer.modelling import check_has_head, checkpoint_activations, made_by
+from fts.trainer.modelling import checkpoint_activations, made_by, prepared_model
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import EvalLoopOutput, PredictionOutput, TrainOutput
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
-from fts.trainer.sampling import eval_sampler, train_sampler
+from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
-from fts.trainer.training import Run, data_seed, prepare
-from fts.trainer.validating import check_loader
+from fts.trainer.training import Run, prepare
+from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
 from fts.trainer.verbosity import apply_log_level
 from fts.typing import Transform
 
@@ -188,6 +188,7 @@ class Trainer:
             raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
         if not overridden(self, "evaluate"):  # another one may have any metric
             check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
+        check_evaluation(self)
         checkpoint = saving.find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if self.model_init is not None:
             self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
@@ -421,7 +422,7 @@ class Trainer:
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training set as a torch DataLoader, which visits the rows in the order of the run."""
-        args = with_settings(self.args, per_device_train_batch_size=self._train_batch_size // max(1, self.args.n_gpu))
+        args = self._train_args
         columns = self._accepted_columns()
         return loading.train_dataloader(self.train_dataset, args, self.data_collator, columns, self._get_train_sampler)
 
@@ -484,14 +485,21 @@ class Trainer:
         rule = None if overridden(self, "compute_loss", "training_step") else self.loss_rule
         check_loader(loader, self.model, rule, "training")
         micro = self.args.gradient_accumulation_steps
-        return loading.source_of(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro)
+        source = loading.source_of(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro)
+        return checked(source, lambda batch: check_batch(batch, self.model, rule, "training"))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return train_sampler(dataset, self.args, self.processing_class)
+        return train_sampler(dataset, self._train_args, self.processing_class)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return eval_sampler(eval_dataset)
+
+    @property
+    def _train_args(self) -> TrainingArguments:
+        """The arguments, with the batch size that was found to fit in memory."""
+        size = self._train_batch_size // max(1, self.args.n_gpu)
+        return with_settings(self.args, per_device_train_batch_size=size)
 
     def _accepted_columns(self) -> Any:
         return accepted_columns(self.model, self.label_names) if self.args.remove_unused_columns else None
@@ -685,8 +693,7 @@ class Trainer:
         return made_by(self.model_init, trial)
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        check_has_head(model)
-        return model.to(self.args.device) if self.args.place_model_on_device else model
+        return prepared_model(model, self.args)
 
     def _set_context(self, **changes: Any) -> None:
         own = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}

@@ -30,6 +30,7 @@ from fts.trainer.resuming import (
     saved_arguments,
     seed_changes,
 )
+from fts.trainer.sampling import data_seed
 from fts.trainer.state import STATE_FILE, TrainerState
 from fts.trainer.tally import Tally
 
@@ -83,7 +84,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     seed = data_seed(args) if old is None else old.seed
     source = trainer.train_source(seed)
     cut = Cut(
-        batch_size=batch_size,
+        batch_size=source.batch_size or batch_size,
         micro_batches=args.gradient_accumulation_steps,
         items=source.num_items,
         drop_last=args.dataloader_drop_last,
@@ -104,7 +105,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
             plan = make_plan(args, **sizes, offset=cut.offset)
             optimizing = trainer.optimizing(plan)
         if args.ignore_data_skip:
-            start = Position(start.epoch)
+            start = Position(start.epoch, 0)
         loaded.apply_to(model)
         state = state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
         told = TrainerState.load_from_json(checkpoint / STATE_FILE)
@@ -121,11 +122,6 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally)
     announce(run)
     return run
-
-
-def data_seed(args: TrainingArguments) -> int:
-    """The seed of the order of the data."""
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _moved(position: Position, old: Cut, new: Cut) -> Position:

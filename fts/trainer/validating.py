@@ -17,6 +17,7 @@ from fts.loops.reading import torch_loader
 from fts.steps.losses import shifts_labels
 from fts.trainer.collate import Collator, default_data_collator
 from fts.trainer.columns import bare_model, required_names, takes_names, unexpected_keys
+from fts.trainer.hooks import overridden
 from fts.trainer.sampling import is_indexable
 from fts.typing import Batch
 
@@ -348,3 +349,13 @@ def _rows_of(model: nn.Module, getter: str, attribute: str) -> int | None:
         return None
     size = getattr(table, attribute, None)
     return size if isinstance(size, int) else None
+
+
+def check_evaluation(trainer: Any) -> None:
+    """`check_loader` on every evaluation set that training will come to, with the trainer's own loaders."""
+    dataset = trainer.eval_dataset
+    if str(trainer.args.eval_strategy) == "no" or dataset is None or overridden(trainer, "evaluate", "evaluation_loop"):
+        return
+    rule = None if overridden(trainer, "prediction_step", "compute_loss") else trainer.loss_rule
+    for name in dataset if isinstance(dataset, dict) else (None,):
+        check_loader(trainer.get_eval_dataloader(name), trainer.model, rule, "evaluation", labelled=False)

@@ -9,6 +9,7 @@ from typing import Any
 from fts.errors import ArgumentError
 
 LEVELS = {
+    "detail": logging.DEBUG,
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warning": logging.WARNING,
