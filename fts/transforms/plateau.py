@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -234,10 +233,18 @@ def follow_metric(make: Callable[[Any], Transform], lr: float, rule: RateRule) -
         raise ArgumentError(f"follow_metric takes a function that makes a transform for a rate, as tx.sgd, not {make!r}.")
     first = make(lr)
     check_transform("follow_metric", first)
-    made = lru_cache(maxsize=2)(make)  # the rate seldom changes
+    latest: dict[float, Transform] = {}  # the rate seldom changes
 
     def now(rate: Tensor) -> Transform:
-        return made(float(rate)) if rate.is_cpu else make(rate)  # reading it on the CPU waits for nothing
+        if not rate.is_cpu:
+            return make(rate)
+        value = float(rate)  # reading it on the CPU waits for nothing
+        transform = latest.get(value)
+        if transform is None:
+            transform = make(value)
+            latest.clear()
+            latest[value] = transform
+        return transform
 
     def init(params: Params) -> OptState:
         rate = as_scalar(lr, device_of(params))

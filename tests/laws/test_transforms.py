@@ -67,6 +67,7 @@ REGISTRY = [
     tx.skip_nonfinite(tx.adamw(0.1)),
     tx.skip_nonfinite(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), limit=1),
     tx.multi_steps(tx.adamw(COSINE), every=2),
+    tx.follow_metric(tx.adamw, 0.1, tx.Plateau()),
     tx.multi_steps(tx.chain(tx.clip_by_global_norm(1.0), tx.trace(0.9)), every=3),
     tx.ema_params(tx.adamw(0.1), decay=0.9),
     tx.ema_params(tx.sgd(COSINE, momentum=0.9), decay=0.9, debias=True),
@@ -123,7 +124,9 @@ EAGER_REGISTRY = [
 
 NOT_TRANSFORMS = {
     "apply_updates", "averaged_params", "eval_params", "global_norm",
-    "constant_schedule", "cosine_schedule", "join_schedules", "linear_schedule", "polynomial_schedule", "warmup",
+    "followed_rate", "follows_metric", "observe_metric", "torch_moments",
+    "constant_schedule", "cosine_restarts_schedule", "cosine_schedule", "inverse_sqrt_schedule", "join_schedules",
+    "linear_schedule", "polynomial_schedule", "shift_schedule", "warmup", "warmup_stable_decay_schedule",
 }  # fmt: skip
 
 
