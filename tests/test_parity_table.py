@@ -116,7 +116,7 @@ CALLS = {
     "push_to_hub": argument("push_to_hub", True),
     "fsdp": argument("fsdp", "full_shard"),
     "fsdp_config": argument("fsdp_config", {"min_num_params": 1}),
-    "deepspeed": argument("deepspeed", {}),
+    "deepspeed": argument("deepspeed", {"zero_optimization": {"stage": 2}}),
     "parallelism_config": argument("parallelism_config", object()),
     "set_push_to_hub": lambda trainer: trainer.args.set_push_to_hub("me/it"),
     "create_model_card": lambda trainer: trainer.create_model_card(),
