@@ -60,7 +60,7 @@ class Space:
 def free_memory() -> int:
     """How many bytes this process may still take: of the machine, or of its container if that has less; 8 GiB if unknown."""
     try:
-        import psutil  # type: ignore[import-untyped]  # accelerate brings it
+        import psutil  # accelerate brings it
     except ImportError:
         return 8 * GIB
     return min(int(psutil.virtual_memory().available), _left_in_container())

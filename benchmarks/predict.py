@@ -1,0 +1,202 @@
+"""Memory and time of `predict`, against a loop that allocates its result once; each run in a process of its own.
+
+    python benchmarks/predict.py [--rows 2000] [--width 30000] [--repeats 5] [--threads 2] [--only hand "fts Trainer"]
+
+The result is `rows` x `width` float32 logits (229 MiB). Memory is the highest resident set during the run minus that before it,
+where the model, the data and the libraries are there and a few rows were predicted, as a multiple of the result's size. Time is a
+ratio to the hand-written loop of the same round, which stacks the rows itself. Targets: at most 1.2 and 1.3. "transformers" is
+its Trainer, if installed. The last lines are the memory of `batch_eval_metrics`, which must not grow with the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FEATURES, BATCH, FEW = 16, 8, 24
+MIB = 2**20
+
+
+class Wide(nn.Module):
+    """A layer with many outputs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, width)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.layer(x)
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+Rows = list[dict[str, Any]]
+
+
+def hand_written(model: nn.Module, rows: Rows) -> np.ndarray:
+    model.eval()
+    result = None
+    with torch.no_grad():
+        for start in range(0, len(rows), BATCH):
+            logits = model(torch.stack([row["x"] for row in rows[start : start + BATCH]]))["logits"]
+            if result is None:
+                result = np.empty((len(rows), *logits.shape[1:]), np.float32)
+            result[start : start + len(logits)] = logits.numpy()
+    assert result is not None
+    return result
+
+
+def fts_functions(model: nn.Module, rows: Rows) -> np.ndarray:
+    from torch.utils.data import DataLoader
+
+    from fts.trainer.evaluation import EvaluationPlan, evaluating, run_evaluation
+    from fts.trainer.predicting import predict_batch
+
+    def predict(inputs: Any) -> Any:
+        return predict_batch(model, inputs, compute_loss=lambda model, inputs: (None, None), label_names=["labels"])
+
+    with evaluating(model):
+        output = run_evaluation(predict, DataLoader(rows, BATCH), how=EvaluationPlan())
+    return output.predictions
+
+
+def fts_trainer(model: nn.Module, rows: Rows) -> np.ndarray:
+    import fts
+
+    return _predict(fts, model, rows)
+
+
+def transformers_trainer(model: nn.Module, rows: Rows) -> np.ndarray:
+    import transformers
+
+    return _predict(transformers, model, rows)
+
+
+def _predict(library: Any, model: nn.Module, rows: Rows) -> np.ndarray:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = library.TrainingArguments(
+            folder, per_device_eval_batch_size=BATCH, use_cpu=True, disable_tqdm=True, report_to="none"
+        )
+        return library.Trainer(model, args).predict(rows).predictions
+
+
+def by_batch(model: nn.Module, rows: Rows) -> float:
+    """Metrics batch by batch: the accuracy is a sum, and nothing else is kept."""
+    import fts
+
+    right = [0]
+
+    def compute_metrics(prediction: Any, compute_result: bool) -> dict[str, float]:
+        right[0] += int((prediction.predictions.argmax(-1) == prediction.label_ids).sum())
+        return {"accuracy": right[0] / len(rows)} if compute_result else {}
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = fts.TrainingArguments(
+            folder, per_device_eval_batch_size=BATCH, use_cpu=True, disable_tqdm=True, report_to="none", batch_eval_metrics=True
+        )
+        trainer = fts.Trainer(model, args, compute_metrics=compute_metrics)
+        return trainer.evaluate([row | {"labels": 0} for row in rows])["eval_accuracy"]
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, Rows], np.ndarray]] = {
+    "hand": hand_written,
+    "fts functions": fts_functions,
+    "fts Trainer": fts_trainer,
+    "transformers": transformers_trainer,
+}
+
+
+def peak() -> int:
+    """The highest resident set in bytes, since `forget_peak` where the system can forget it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def measure(run: Callable[..., Any], rows: int, width: int) -> dict[str, float]:
+    """In this process: seconds and bytes of one run, after one on a few rows."""
+    torch.manual_seed(0)
+    model, data = Wide(width), [{"x": row} for row in torch.randn(rows, FEATURES)]
+    run(model, data[:FEW])
+    gc.collect()
+    forget_peak()
+    before, started = peak(), time.perf_counter()
+    result = run(model, data)
+    seconds, used = time.perf_counter() - started, peak() - before
+    if isinstance(result, np.ndarray):
+        with torch.no_grad():
+            np.testing.assert_allclose(result[-1], model(data[-1]["x"])["logits"].numpy(), rtol=1e-4, atol=1e-5)
+        assert result.shape == (rows, width)
+    return {"seconds": seconds, "bytes": used}
+
+
+def in_own_process(name: str, rows: int, width: int, threads: int) -> dict[str, float]:
+    sizes = ["--rows", str(rows), "--width", str(width), "--threads", str(threads)]
+    command = [sys.executable, __file__, "--one", name, *sizes]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--width", type=int, default=30_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one:
+        run = by_batch if options.one == "by batch" else CONTESTANTS[options.one]
+        print(json.dumps(measure(run, options.rows, options.width)))
+        return
+    names = list(dict.fromkeys(["hand", *options.only]))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for index in range(options.repeats):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            found[name].append(in_own_process(name, options.rows, options.width, options.threads))
+    size = options.rows * options.width * 4
+    print(f"{options.rows} rows x {options.width} float32 logits ({size / MIB:.0f} MiB), {options.repeats} rounds")
+    print(f"{'':<16}{'seconds':>10}{'ratio':>8}{'min':>8}{'max':>8}{'memory':>10}")
+    for name in names:
+        ratios = [own["seconds"] / base["seconds"] for own, base in zip(found[name], found["hand"], strict=True)]
+        seconds = statistics.median(run["seconds"] for run in found[name])
+        memory = statistics.median(run["bytes"] for run in found[name]) / size
+        figures = f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}"
+        print(f"{name:<16}{seconds:>10.3f}{figures}{memory:>10.2f}")
+    for rows in (500, 4000):
+        used = statistics.median(in_own_process("by batch", rows, options.width, options.threads)["bytes"] for _ in range(3))
+        print(f"batch_eval_metrics, {rows} rows: {used / MIB:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
