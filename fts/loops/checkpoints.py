@@ -73,13 +73,13 @@ def save_checkpoint(
     progress = _progress(position, extra)
 
     def fill(hidden: Path) -> None:
+        if write is not None:
+            write(hidden)  # first, so that nothing it writes stands for the state
         state.save(hidden)
         (hidden / PROGRESS).write_text(progress)
         lacking = [name for name in LOADED if not (hidden / name).is_file()]
         if lacking:
             raise ArgumentError(f"{type(state).__name__}.save wrote no {lacking[0]}, which a checkpoint is loaded from.")
-        if write is not None:
-            write(hidden)
 
     return write_whole(directory, fill)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import attrs
@@ -32,17 +33,27 @@ def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]]
     """A source whose updates have what `draw` takes from the iterator of an epoch.
 
     Args:
-        draw: `(epoch_iterator, num_batches, device) -> (micro-batches, number of items)`; no micro-batch ends the epoch.
+        draw: `(epoch_iterator, num_batches, device) -> (micro-batches, number of items)`; no micro-batch ends the epoch. Where
+            the data tells its length, it is asked only for what is left.
         source: gives the micro-batches.
         device: is passed on.
     """
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         iterator = source.batches(epoch, start * source.micro_batches)
-        while True:
-            samples, items = draw(iterator, source.micro_batches, device)
+        for wanted in _sizes(source, start):
+            samples, items = draw(iterator, wanted, device)
             if not samples:
                 return
             yield Drawn(samples, items)
 
     return attrs.evolve(source, batches=batches, batches_per_epoch=source.steps_per_epoch, micro_batches=1)
+
+
+def _sizes(source: Source, start: int) -> Iterator[int]:
+    """How many micro-batches each update of an epoch has from one on; without end where the data does not tell."""
+    if source.batches_per_epoch is None:
+        yield from repeat(source.micro_batches)
+        return
+    for taken in range(start * source.micro_batches, source.batches_per_epoch, source.micro_batches):
+        yield min(source.micro_batches, source.batches_per_epoch - taken)

@@ -108,7 +108,7 @@ def run_evaluation(
     held.flush()
     arrays = gathered.arrays() or {}
     figures = mean.figures(skip_nonfinite=how.skip_nonfinite)
-    figures = _metrics(how, waiting, arrays, {*figures, *SPEED}) | figures
+    figures |= _metrics(how, waiting, arrays, {*figures, *SPEED})
     metrics = {f"{how.prefix}_{name}": value for name, value in figures.items()}
     return EvalLoopOutput(arrays.get("predictions"), arrays.get("labels"), metrics, count)
 

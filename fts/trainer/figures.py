@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,30 +14,6 @@ from fts.errors import ArgumentError
 SPEED = ("runtime", "samples_per_second", "steps_per_second")
 GIVEN = ("loss", *SPEED)
 """The figures that every evaluation on labelled data has."""
-
-
-def speed_metrics(prefix: str, start: float, samples: float, count: float, tokens: float | None = None) -> dict[str, float]:
-    """Seconds since `start`, and samples, steps and (if given) tokens a second.
-
-    Args:
-        prefix: is put before the names.
-        start: what `time.perf_counter()` gave at the beginning.
-        samples: rows since then.
-        count: steps since then.
-        tokens: tokens since then.
-
-    >>> list(speed_metrics("eval", time.perf_counter(), 8, 2))
-    ['eval_runtime', 'eval_samples_per_second', 'eval_steps_per_second']
-    """
-    seconds = max(time.perf_counter() - start, 1e-9)
-    values = round(seconds, 4), round(samples / seconds, 3), round(count / seconds, 3)
-    figures = {f"{prefix}_{name}": value for name, value in zip(SPEED, values, strict=True)}
-    return figures if tokens is None else figures | {f"{prefix}_tokens_per_second": round(tokens / seconds, 3)}
-
-
-def batches_of(samples: int, size: int) -> int:
-    """How many batches hold so many rows."""
-    return math.ceil(samples / size)
 
 
 def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> dict[str, int | float]:

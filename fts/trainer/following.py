@@ -21,10 +21,11 @@ from fts.state import TrainState
 from fts.steps import MicroBatches
 from fts.trainer import saving
 from fts.trainer.batch_size import empty_cache
-from fts.trainer.best import metric_of, note_best
+from fts.trainer.best import note_best
 from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
+from fts.trainer.hooks import overridden
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.optimizers import make_transform
 from fts.trainer.optimizing import rewritten, scheduler_state
@@ -73,6 +74,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
                     run.state,
                     run.drawn,
                     total_steps=run.plan.total_steps,
+                    epochs=None if run.source.batches_per_epoch is None or run.cut.offset else run.plan.epochs,
                     start=run.start,
                     due=teller.due,
                     evaluate=teller.evaluate,
@@ -85,6 +87,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             if isinstance(error, CallbackError):
                 teller.rescue(error)
             raise
+    leave_evaluated(trainer.model, teller.state, run.optimizing.transform)
     told, trained = run.told, run.told.global_step - first
     loss = run.tally.total_loss / max(told.global_step, 1)
     metrics = speed_metrics("train", start, run.plan.samples * trained / run.plan.total_steps, trained)
@@ -154,7 +157,7 @@ class Teller:
                 if watched is not None and (changed := watched.changed()):
                     self._exchange(changed)
             elif kind is StepEnd:
-                self.last = event
+                self.last, self.state = event, event.state
                 self.step.step = self.lasting
                 if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
                     self._tell_inner(batch)
@@ -165,7 +168,7 @@ class Teller:
                 if batches:
                     told.epoch = counters.epoch + min(counters.batch * accumulate, batches) / batches
                 else:
-                    told.epoch = counters.step / self.total
+                    told.epoch = counters.epoch + counters.batch / self.total
                 trainer.tell("on_step_end", metrics=event.metrics)
             else:
                 self._tell_other(kind, event)
@@ -188,7 +191,7 @@ class Teller:
         with evaluated_weights(trainer.model, state, optimizing.transform):
             metrics = self.run_evaluation()
         if optimizing.needs_metric:
-            optimizing.observe(state, metric_of(trainer.args, metrics))
+            optimizing.observe(trainer.args, state, metrics)
         is_best = note_best(trainer.args, self.told, metrics)
         if trainer.args.save_strategy == SaveStrategy.BEST:
             trainer.control.should_save = is_best
@@ -205,7 +208,7 @@ class Teller:
         trainer, told, run = self.trainer, self.told, self.run
         trainer.control.should_save = False
         self.counting.settle(told)
-        told.stateful_callbacks = export_callbacks(trainer.callback_handler.callbacks)
+        told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
         root = Path(str(trainer.args.output_dir))
         if told.best_global_step == told.global_step:
             told.best_model_checkpoint = str(root / f"checkpoint-{told.global_step}")
@@ -221,6 +224,7 @@ class Teller:
             args=trainer.args,
             trainer_state=told,
             extra=extra,
+            own_save=trainer.save_model if overridden(trainer, "save_model") else None,
         )
         loops.rotate_checkpoints(root, trainer.args.save_total_limit, told.best_model_checkpoint)
         return path
@@ -353,6 +357,13 @@ def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform)
         return
     with steps.module_at(model, state.replace(params=params)):
         yield
+
+
+def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform) -> None:
+    """Give the model the weights that its optimizer evaluates with, at the end of a run."""
+    params = tx.eval_params(transform, state.opt_state, state.params)
+    if params is not state.params:
+        state.replace(params=params).apply_to(model)
 
 
 def shares_storage(state: TrainState, model: nn.Module) -> bool:

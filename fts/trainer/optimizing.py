@@ -16,12 +16,13 @@ from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.best import metric_of
 from fts.trainer.choices import SchedulerType
 from fts.trainer.constructing import check_step_is_of
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizers import make_transform
 from fts.trainer.plan import Plan, with_settings
-from fts.trainer.schedules import make_rate_rule, make_schedule
+from fts.trainer.schedules import after_evaluation, make_rate_rule, make_schedule
 from fts.trainer.views import OptimizerView, SchedulerView, view_of
 from fts.typing import Schedule, Transform
 
@@ -80,12 +81,12 @@ class Optimizing:
         elif not follows_metric(self.scheduler):
             self.scheduler.step()
 
-    def observe(self, state: TrainState, metric: float) -> None:
+    def observe(self, args: TrainingArguments, state: TrainState, metrics: dict[str, float]) -> None:
         """Let an evaluation move the rate; the state, which belongs to the run, is written in place."""
         if self.rule is None:
-            self.scheduler.step(metric)
+            self.scheduler.step(metric_of(args, metrics))
             return
-        after = tx.observe_metric(state.opt_state, metric, self.rule)
+        after = after_evaluation(args, state.opt_state, metrics)
         for old, new in zip(optree.tree_leaves(state.opt_state), optree.tree_leaves(after), strict=True):
             if old is not new:
                 old.copy_(new)

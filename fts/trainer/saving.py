@@ -55,6 +55,7 @@ def save_checkpoint(
     args: TrainingArguments,
     trainer_state: TrainerState,
     extra: Mapping[str, Any],
+    own_save: Callable[[str], Any] | None = None,
 ) -> Path:
     """Write `checkpoint-<step>`: the state that resumes the run, which is also a model for `from_pretrained`.
 
@@ -67,18 +68,25 @@ def save_checkpoint(
         args: are saved as `training_args.json`.
         trainer_state: is saved as `trainer_state.json`.
         extra: further JSON values that resuming needs.
+        own_save: the user's `save_model`, called with the directory in the place of the default; the state's files come after it.
 
     Returns:
         The directory. It is complete or not there at any instant. With `save_only_model` it has the model alone.
     """
 
     def write(directory: Path) -> None:
-        _save_configuration(model, directory)
-        _save_companions(directory, processing_class, args)
+        if own_save is not None:
+            own_save(str(directory))
+        else:
+            _save_configuration(model, directory)
+            _save_companions(directory, processing_class, args)
         trainer_state.save_to_json(directory / STATE_FILE)
 
     def write_model(directory: Path) -> None:
-        save_model(model, directory, processing_class, args)
+        if own_save is not None:
+            own_save(str(directory))
+        else:
+            save_model(model, directory, processing_class, args)
         trainer_state.save_to_json(directory / STATE_FILE)
 
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"

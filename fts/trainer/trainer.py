@@ -25,7 +25,7 @@ from fts.trainer.accelerating import make_accelerator
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.batch_size import halve_until_fits
 from fts.trainer.best import check_metric
-from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback
+from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback, close_bars
 from fts.trainer.collate import collator_for
 from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
 from fts.trainer.composing import compose_step, items_by, replaced_by, with_count
@@ -117,7 +117,7 @@ class Trainer:
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         step: Any = None,
     ) -> None:
-        self.args = args if args is not None else TrainingArguments()
+        self.args = args if args is not None else TrainingArguments("tmp_trainer")
         check_parts(self.args, model, model_init, eval_dataset, optimizers, optimizer_cls_and_kwargs, step)
         apply_log_level(self.args)
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
@@ -148,6 +148,8 @@ class Trainer:
         self._tokens_before = 0
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         self.is_in_train = False
+        self.is_model_parallel = False
+        self.place_model_on_device = self.args.place_model_on_device is not False
         self.state = TrainerState()
         self.control = TrainerControl()
         self._accelerator: Any = None
@@ -403,7 +405,7 @@ class Trainer:
         )
 
     def _evaluate_on(self, loader: Any, stage: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
-        with self.memory.measuring(stage) as figures:
+        with self.memory.measuring(stage) as figures, self._closing_bars():
             start = time.perf_counter()
             described, only = ("Prediction", None) if stage == "test" else ("Evaluation", self.compute_metrics is None or None)
             output = self.evaluation_loop(
@@ -413,6 +415,14 @@ class Trainer:
             speed = reports.speed_metrics(prefix, start, output.num_samples, count)
             output.metrics.update(speed | figures())
         return output
+
+    @contextlib.contextmanager
+    def _closing_bars(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            close_bars(self.callback_handler.callbacks)
+            raise
 
     def _loss_and_outputs(self, model: nn.Module, inputs: Any) -> Any:
         count = count_labels([inputs], steps.shifts_labels(model)) if self.loss_rule.counts else None
