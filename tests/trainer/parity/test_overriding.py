@@ -1,6 +1,7 @@
 """Methods that user code overrides: one body, mixed into both Trainers, gives the same run."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -257,6 +258,7 @@ def test_data_loaders(change, tmp_path, capsys):
 def counted_samples(base, side):
     class Own(base):
         def get_batch_samples(self, epoch_iterator, num_batches, device=None):
+            self.asked = [*getattr(self, "asked", ()), num_batches]
             batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
             self.taken = [*getattr(self, "taken", ()), (len(batches), int(count))]
             return batches, count * 2
@@ -268,6 +270,7 @@ def test_get_batch_samples(tmp_path, capsys):
     theirs, ours = both(tmp_path, llama(), tokens, change=counted_samples, gradient_accumulation_steps=3, max_steps=5)
     assert_same_training(theirs, ours)
     assert ours.taken == theirs.taken
+    assert ours.asked[:5] == theirs.asked == [3, 3, 2, 3, 3]
 
 
 # Evaluation
@@ -366,7 +369,8 @@ def test_log_with_one_argument(tmp_path, capsys):
 def own_saving(base, side):
     class Own(base):
         def save_model(self, output_dir=None, _internal_call=False):
-            self.saved = [*getattr(self, "saved", ()), str(output_dir).rsplit("/", 1)[-1]]
+            # fts writes into a directory beside it, which it renames when all is there
+            self.saved = [*getattr(self, "saved", ()), re.search(r"checkpoint-\d+", str(output_dir))[0]]
             super().save_model(output_dir, _internal_call)
 
         def floating_point_ops(self, inputs):
@@ -393,12 +397,8 @@ def test_methods_have_the_parameters_of_transformers():
             assert [item for item in inspect.signature(own).parameters if item in expected] == expected, name
 
 
-# as documented, not as in transformers 5.24; and what is not yet there
+# as documented, not as in transformers 5.24; what is not yet there; and what is in another place
 ELSEWHERE = (
-    "metrics_format",
-    "set_initial_training_values",
-    "create_model_card",
-    "hyperparameter_search",
-    "init_hf_repo",
-    "push_to_hub",
+    *("metrics_format", "set_initial_training_values", "load_generation_config"),
+    *("create_model_card", "hyperparameter_search", "init_hf_repo", "push_to_hub"),
 )

@@ -62,10 +62,9 @@ def test_only_the_model_is_saved(tmp_path, capsys):
     files = [{path.name for path in (tmp_path / side.name / "checkpoint-2").iterdir()} for side in SIDES]
     assert files[0] - {"training_args.bin"} <= files[1]
     assert not any("opt" in name for name in files[1])
-    for side in SIDES:  # of what is there, the weights are loaded and the counters go on
-        again = make(side, tmp_path, bert(), classes, **options | {"max_steps": 4})
-        again.train(resume_from_checkpoint=str(tmp_path / side.name / "checkpoint-2"))
-        assert again.state.global_step == 4
+    again = make(OURS, tmp_path, bert(), classes, **options)
+    with pytest.raises(ValueError, match="save_only_model=True"):  # transformers would go on with a new optimizer
+        again.train(resume_from_checkpoint=str(tmp_path / "fts" / "checkpoint-2"))
 
 
 def test_fp16(tmp_path, capsys):
@@ -118,20 +117,20 @@ def test_memory_is_measured(tmp_path, capsys):
 
 
 class Large(Plain):
-    """It has no room for more than 4 rows."""
+    """It has no room for more than one row."""
 
     def forward(self, input_ids, labels=None):
-        if self.training and len(input_ids) > 4:
+        if self.training and len(input_ids) > 1:
             raise RuntimeError("CUDA out of memory.")
         return super().forward(input_ids, labels)
 
 
 def test_a_batch_size_that_fits_is_found(tmp_path, capsys):
-    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 9, "max_steps": -1, "num_train_epochs": 1}
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 2, "max_steps": -1, "num_train_epochs": 0.5}
     theirs, ours = both(tmp_path, Large(), classes, **options)
-    assert ours.state.train_batch_size == theirs.state.train_batch_size == 4
+    assert ours.state.train_batch_size == theirs.state.train_batch_size == 1
     assert_same_training(theirs, ours)
-    assert ours.state.global_step == theirs.state.global_step == 8
+    assert ours.state.global_step == theirs.state.global_step == 15
 
 
 def test_compiled(tmp_path, capsys):
