@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+
+import fts
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = next((name for name in ("c++", "g++", "clang++", "cl") if shutil.which(name)), None)
@@ -46,8 +49,25 @@ def given() -> dict[str, object]:
     data = [{"x": torch.randn(16, 8), "y": torch.randint(3, (16,))} for _ in range(4)]
     module = ModuleType("snippets")
     sys.modules[module.__name__] = module  # torch.compile looks the globals of a function up in its module
-    vars(module).update(torch=torch, net=net, data=data, batch=data[0])
+    vars(module).update(torch=torch, net=net, data=data, batch=data[0], **facade())
     return vars(module)
+
+
+def facade() -> dict[str, object]:
+    """A model, arguments and rows for the snippets of the Trainer."""
+
+    class Regression(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(8, 1)
+
+        def forward(self, x, labels=None):
+            guess = self.line(x).squeeze(-1)
+            return {"loss": nn.functional.mse_loss(guess, labels), "logits": guess}
+
+    rows = [{"x": torch.randn(8), "labels": 1.0} for _ in range(20)]
+    args = fts.TrainingArguments(tempfile.mkdtemp(), use_cpu=True, disable_tqdm=True)
+    return {"Trainer": fts.Trainer, "model": Regression(), "args": args, "rows": rows}
 
 
 def run(blocks: list[Block], namespace: dict[str, object]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from fts.errors import ArgumentError
 from fts.steps import MicroBatches
 from fts.trainer.drawing import Drawn
 from fts.trainer.hooks import overridden
-from fts.trainer.losses import Items, LossRule, count_labels, own_loss, step_loss
+from fts.trainer.losses import Items, LossRule, count_labels, counts_shifted, own_loss, step_loss
 from fts.trainer.plan import Plan
 from fts.typing import Batch, Transform
 
@@ -78,7 +78,7 @@ def compose_step(model: nn.Module, rule: LossRule, plan: Plan, transform: Transf
         step: Any = steps.gradient_step(steps.own_backward(model, _own_step(replaced.training_step)), transform)
         return steps.passing(step, items_by(rule, model))
     simple = replaced.compute_loss is None and replaced.context is None and replaced.prepare_inputs is None
-    own = rule.fn is None and not rule.smoothing and rule.scaled is None
+    own = not rule.counts and not rule.smoothing and rule.scaled is None
     if simple and own and plan.accumulate == 1:
         return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
     loss = step_loss(_replaced_loss(rule, replaced), rule)
@@ -89,7 +89,7 @@ def compose_step(model: nn.Module, rule: LossRule, plan: Plan, transform: Transf
 
 def items_by(rule: LossRule, model: nn.Module) -> Callable[[Batch], Sequence[Items]]:
     """From the batch of a step to what its losses are told of it."""
-    shift = steps.shifts_labels(model)
+    shift = counts_shifted(model)
 
     def count_items(batch: Batch) -> Sequence[Items]:
         micro = batch if isinstance(batch, MicroBatches) else (batch,)

@@ -89,7 +89,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             raise
     leave_evaluated(trainer.model, teller.state, run.optimizing.transform)
     told, trained = run.told, run.told.global_step - first
-    loss = run.tally.total_loss / max(told.global_step, 1)
+    loss = run.tally.mean_loss(told.global_step)
     metrics = speed_metrics("train", start, run.plan.samples * trained / run.plan.total_steps, trained)
     teller.counting.settle(told)
     metrics |= {"total_flos": told.total_flos, "train_loss": loss} | trainer.memory_figures()
@@ -267,7 +267,7 @@ class Teller:
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer
         if kind is Logged:
-            self.tally.add(event)
+            self.tally.add(event, skip_nonfinite=trainer.args.logging_nan_inf_filter)
             if trainer.control.should_log:
                 self._log()
         elif kind is Saved:

@@ -16,6 +16,9 @@ from fts.errors import BatchError, LossError
 from fts.steps.losses import as_loss_output, base_model, shifts_labels
 from fts.typing import LossOutput, Number
 
+CAUSAL = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
+"""The values of a transformers model's `loss_type` whose loss compares position t with label t + 1."""
+
 
 class Items(NamedTuple):
     """What a micro-batch's loss is told of the whole step.
@@ -235,5 +238,23 @@ def item_count(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence
     >>> item_count(nn.Linear(2, 1), {"x": torch.zeros(4, 2), "labels": torch.zeros(4)}, ["labels"])
     4
     """
-    count = steps.label_count(model, batch.get(label_names[0])) if label_names else None
-    return (steps.rows(batch) or 1) if count is None else count
+    labels: Any = batch.get(label_names[0]) if label_names else None
+    if steps.label_count(model, labels) is None:
+        return steps.rows(batch) or 1
+    shift = counts_shifted(model) if accepts_count(model) else shifts_labels(model)
+    counted: Tensor = ((labels[..., 1:] if shift else labels) != -100).sum()
+    return counted
+
+
+def counts_shifted(model: nn.Module) -> bool:
+    """Whether `num_items_in_batch` leaves out the first label of each row, which a causal language model does not predict.
+
+    As Hugging Face decides it, by the name of the model's loss; GPT-2 has none, so its loss is divided by all labels.
+
+    >>> counts_shifted(nn.Linear(1, 1))
+    False
+    """
+    inner = base_model(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    return getattr(inner, "loss_type", None) in CAUSAL

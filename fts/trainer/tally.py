@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
@@ -22,6 +23,8 @@ class Tally:
         steps: since the last log.
         total_loss: the sum of all steps' losses.
         read_at: the step up to which figures were read.
+        left_out: of each metric, since the last log: steps whose mean was not finite, and is not among the sums.
+        without_loss: steps whose loss is not in `total_loss`, for that reason.
     """
 
     sums: dict[str, float] = attrs.field(factory=dict)
@@ -29,26 +32,40 @@ class Tally:
     steps: int = 0
     total_loss: float = 0.0
     read_at: int = 0
+    left_out: dict[str, int] = attrs.field(factory=dict)
+    without_loss: int = 0
 
-    def add(self, event: Logged) -> None:
-        """Take in what the loop has read."""
+    def add(self, event: Logged, *, skip_nonfinite: bool = False) -> None:
+        """Take in what the loop has read; means that are not finite only if they are not to be skipped."""
         for name, mean in event.metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + mean * event.steps
-        self.total_loss += event.metrics.get("loss", 0.0) * event.steps
+            kept = math.isfinite(mean) or not skip_nonfinite
+            self.sums[name] = self.sums.get(name, 0.0) + (mean * event.steps if kept else 0.0)
+            if not kept:
+                self.left_out[name] = self.left_out.get(name, 0) + event.steps
+        loss = event.metrics.get("loss", 0.0)
+        if math.isfinite(loss) or not skip_nonfinite:
+            self.total_loss += loss * event.steps
+        else:
+            self.without_loss += event.steps
         self.last = dict(event.last)
         self.steps += event.steps
         self.read_at = event.counters.step
 
     def take(self) -> dict[str, float]:
         """What to log: means over the steps since the last log; learning rate and gradient norm of the last step."""
-        means = {name: total / self.steps for name, total in self.sums.items()}
+        counts = {name: self.steps - self.left_out.get(name, 0) for name in self.sums}
+        means = {name: total / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         logs = {"loss": means.pop("loss")} if "loss" in means else {}
         for source, name in (("grad_norm", "grad_norm"), ("lr", "learning_rate")):
             means.pop(source, None)
             if source in self.last:
                 logs[name] = self.last[source]
-        self.sums, self.steps = {}, 0
+        self.sums, self.steps, self.left_out = {}, 0, {}
         return logs | means
+
+    def mean_loss(self, step: int) -> float:
+        """The mean loss of a run up to a step; 0.0 where no step was counted."""
+        return self.total_loss / max(step - self.without_loss, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, from which `Tally(**values)` makes the same again."""

@@ -33,7 +33,7 @@ from fts.trainer.constructing import check_parts, not_yet
 from fts.trainer.describing import describe_run
 from fts.trainer.following import follow
 from fts.trainer.hooks import overridden
-from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, smoothing_of
+from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of
 from fts.trainer.memory import MemoryMeter
 from fts.trainer.modelling import checkpoint_activations, made_by, prepared_model
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs
@@ -425,7 +425,7 @@ class Trainer:
             raise
 
     def _loss_and_outputs(self, model: nn.Module, inputs: Any) -> Any:
-        count = count_labels([inputs], steps.shifts_labels(model)) if self.loss_rule.counts else None
+        count = count_labels([inputs], counts_shifted(model)) if self.loss_rule.counts else None
         return with_count(self.compute_loss)(model, inputs, count, return_outputs=True)
 
     # Data

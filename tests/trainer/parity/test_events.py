@@ -149,8 +149,8 @@ def test_state_in_a_checkpoint(tmp_path, capsys):
     assert best[0] == best[1]
     for entry, twin in zip(one["log_history"], other["log_history"], strict=True):
         assert_same_figures(entry, twin, rel=2e-4)
-    # a control's flags are those of the moment; a resumed run begins with none
-    assert other["stateful_callbacks"].keys() == one["stateful_callbacks"].keys() - {"TrainerControl"}
+    assert other["stateful_callbacks"].keys() == one["stateful_callbacks"].keys() == {"TrainerControl"}
+    assert other["stateful_callbacks"]["TrainerControl"].keys() == one["stateful_callbacks"]["TrainerControl"].keys()
 
 
 def test_checkpoints_have_the_same_model_files(tmp_path, capsys):

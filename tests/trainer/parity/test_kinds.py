@@ -218,6 +218,19 @@ def test_stream(steps, accumulate, tmp_path, capsys):
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-4)
 
 
+def test_what_is_left_of_a_stream_is_an_update(tmp_path, capsys):
+    """Deliberate: 7 batches are updates of 3, 3 and 1 also where the data does not tell its length."""
+
+    def train(data):
+        trainer = make(OURS, tmp_path, bert(), lambda m: {"train_dataset": data}, max_steps=3, **options)
+        trainer.train()
+        return [(entry["loss"], entry["grad_norm"]) for entry in entries(trainer)]
+
+    rows = sentences(26)
+    options = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
+    assert train(Stream(rows)) == train(rows)
+
+
 def test_stream_without_max_steps_is_refused(tmp_path, capsys):
     for side in SIDES:
         with pytest.raises(ValueError, match="max_steps"):

@@ -67,6 +67,12 @@ def test_only_the_model_is_saved(tmp_path, capsys):
         again.train(resume_from_checkpoint=str(tmp_path / "fts" / "checkpoint-2"))
 
 
+def test_fp16_needs_loss_scaling(tmp_path, capsys):
+    with pytest.raises(ValueError, match="fp16=True needs loss scaling, which is not yet in this version of fts"):
+        make(OURS, tmp_path, llama(), tokens, fp16=True).train()
+
+
+@pytest.mark.xfail(reason="loss scaling is not there yet", raises=ValueError)
 def test_fp16(tmp_path, capsys):
     half = make(OURS, tmp_path, llama(), tokens, fp16=True, max_steps=4)
     half.train()
