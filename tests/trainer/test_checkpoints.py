@@ -136,7 +136,7 @@ def test_files_of_a_plain_module(tmp_path):
 
 def test_a_checkpoint_loads_with_from_pretrained(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from tests.trainer.test_parity import bert, sentences
+    from tests.trainer.parity.models import bert, sentences
 
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]))
     tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
@@ -154,7 +154,7 @@ def test_a_checkpoint_loads_with_from_pretrained(tmp_path):
 
 def test_lora_checkpoints_resume(tmp_path):
     peft = pytest.importorskip("peft")
-    from tests.trainer.test_parity import bert, sentences
+    from tests.trainer.parity.models import bert, sentences
 
     def adapted():
         torch.manual_seed(1)
