@@ -57,3 +57,25 @@ class CallbackError(FtsError, RuntimeError):
 
 class CompileFallbackWarning(UserWarning):
     """A step could not be compiled as one graph and runs eagerly instead."""
+
+
+class Interrupted(SystemExit):
+    """A run was stopped by a signal, after it had saved what it was asked to save. Left alone, it ends the process.
+
+    It is no `FtsError`: nothing that catches errors should catch it.
+
+    Attributes:
+        code: the exit status, 128 + the signal's number: 143 for SIGTERM.
+        reason: the signal's name.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason} stopped the run (exit status {self.code})."
+
+
+class KeyboardInterrupted(Interrupted, KeyboardInterrupt):
+    """As `Interrupted`, by Ctrl-C: code that catches KeyboardInterrupt catches it."""

@@ -13,6 +13,7 @@ from fts.loops.data import Source, source
 from fts.loops.evaluate import evaluate
 from fts.loops.events import EpochBegin, EpochEnd, EvalBatch, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
 from fts.loops.fit import fit
+from fts.loops.interrupting import StopRequest, interruptible, stopping
 from fts.loops.order import EpochSampler, length_grouped, permutation
 from fts.loops.placement import on_device
 from fts.loops.position import Position
@@ -34,10 +35,12 @@ __all__ = [
     "Source",
     "StepBegin",
     "StepEnd",
+    "StopRequest",
     "Stopped",
     "cadence",
     "evaluate",
     "fit",
+    "interruptible",
     "length_grouped",
     "load_checkpoint",
     "load_extra",
@@ -47,6 +50,7 @@ __all__ = [
     "rotate_checkpoints",
     "save_checkpoint",
     "source",
+    "stopping",
     "verify_checkpoint",
     "write_whole",
 ]
