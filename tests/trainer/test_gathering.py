@@ -239,7 +239,9 @@ assert given[0].inputs.shape == (11, 11) and given[0].losses.shape == (11,)
 assert output.metrics["eval_sum"] == 66
 alone = run_evaluation(lambda batch: (None, batch["labels"], None), loader, how=EvaluationPlan(gather=gather))
 assert alone.predictions.tolist() == list(range(1, 12)) and alone.metrics == {}
-print("loss", output.metrics["eval_loss"])
+print("loss", output.metrics["eval_loss"], flush=True)
+accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()  # a thread of gloo that outlives the interpreter would end it with an error
 """
 
 
