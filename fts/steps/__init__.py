@@ -7,20 +7,24 @@ from fts.steps.donation import donating
 from fts.steps.engines import Value
 from fts.steps.evaluate import EvalStep, eval_step, module_at
 from fts.steps.exchanging import Exchangeable
+from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfinite_in
 from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, rows, split
 from fts.steps.passing import passing
-from fts.steps.train import Gradients, TrainStep, gradient_step, train_step
+from fts.steps.reaching import gradients_at, raise_nonfinite
+from fts.steps.train import Gradients, TrainStep, gradient_step, seeing_gradients, train_step
 from fts.steps.updates import apply_gradients
 
 __all__ = [
     "CompiledStep",
     "EvalStep",
     "Exchangeable",
+    "FiniteGradients",
     "Gradients",
     "MicroBatches",
     "ModuleLoss",
+    "NonFinite",
     "OwnBackward",
     "TrainStep",
     "Value",
@@ -30,14 +34,19 @@ __all__ = [
     "describe",
     "donating",
     "eval_step",
+    "finite_gradients",
     "gradient_step",
+    "gradients_at",
     "label_count",
     "loss_in",
     "module_at",
     "module_loss",
+    "nonfinite_in",
     "own_backward",
     "passing",
+    "raise_nonfinite",
     "rows",
+    "seeing_gradients",
     "shifts_labels",
     "split",
     "train_step",

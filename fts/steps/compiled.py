@@ -15,6 +15,7 @@ from fts.errors import ArgumentError, CompileFallbackWarning
 from fts.state import TrainState, mark_donated
 from fts.steps.backward import OwnBackward
 from fts.steps.binding import Binding
+from fts.steps.finite import IN_GRAPH, FiniteGradients
 from fts.steps.gradients import ValueAndGrad
 from fts.steps.graphs import Graph, graph_of, is_compile_error, reason_of
 from fts.steps.train import TrainStep
@@ -90,7 +91,7 @@ class CompiledStep:
         gradients = self.step.gradients
         if isinstance(gradients, ValueAndGrad):
             gradients = attrs.evolve(gradients, engine="func")
-        return attrs.evolve(self.step, donate=False, gradients=gradients)
+        return attrs.evolve(self.step, donate=False, gradients=gradients, on_gradients=None)
 
     def _graph(self, state: TrainState, batch: Batch, args: tuple[Any, ...]) -> Graph | None:
         graphs, binding = self.graphs, self._binding
@@ -172,6 +173,8 @@ def compile(step: StepFn[Any], *, donate: bool | None = None, backend: str = "in
             f"{step.gradients.label} cannot be compiled: a graph of the whole step cannot follow a backward of its own. "
             "Return the loss instead (steps.train_step), or do not compile."
         )
+    if isinstance(step, TrainStep) and isinstance(step.gradients, FiniteGradients):
+        raise ArgumentError(IN_GRAPH)
     if not callable(step):
         raise ArgumentError(f"compile needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
     return CompiledStep(step, bool(getattr(step, "donate", False)) if donate is None else donate, backend, options)

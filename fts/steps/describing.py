@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from fts.steps.backward import OwnBackward
 from fts.steps.compiled import CompiledStep
 from fts.steps.evaluate import EvalStep
+from fts.steps.finite import FiniteGradients
 from fts.steps.gradients import ValueAndGrad
 from fts.steps.losses import ModuleLoss, name_of
 from fts.steps.passing import Passing
@@ -81,6 +82,7 @@ _NODES: dict[type, Callable[[Any], Node]] = {
     EvalStep: lambda part: ("eval_step" + _with_precision(part.precision), [("loss: " + _name(part.forward.loss), [])]),
     Passing: lambda part: (f"passing {name_of(part.fn)}(batch) to the loss", [part.step]),
     ValueAndGrad: _of_gradients,
+    FiniteGradients: lambda part: ("gradients that must be finite", [part.gradients]),
     OwnBackward: lambda part: ("gradients: " + part.label, []),
     Transform: lambda part: (part.label, list(part.children)),
 }

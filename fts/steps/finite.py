@@ -1,0 +1,143 @@
+"""Losses and gradients that are NaN or infinite: found before the update, and named."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+
+from fts.errors import ArgumentError, NonFiniteError
+from fts.state import TrainState
+from fts.steps.binding import Binding
+from fts.steps.engines import Value
+from fts.steps.tracing import in_transform
+from fts.steps.train import Gradients
+from fts.typing import Batch, Params
+
+SHOWN = 5
+"""So many parameters an error names."""
+
+
+class NonFinite(NamedTuple):
+    """How many numbers of a tensor are not finite.
+
+    Attributes:
+        nan: how many are NaN.
+        infinite: how many are infinite.
+        numbers: how many there are in all.
+    """
+
+    nan: int
+    infinite: int
+    numbers: int
+
+    def __str__(self) -> str:
+        return f"{self.nan} NaN and {self.infinite} infinite of {self.numbers}"
+
+
+def nonfinite_in(tensors: Params) -> dict[str, NonFinite]:
+    """The tensors with numbers that are NaN or infinite.
+
+    Args:
+        tensors: gradients or parameters by name.
+
+    Returns:
+        How many, by name; empty where all are finite. It waits for the device.
+
+    >>> nonfinite_in({"w": torch.tensor([1.0, float("nan")]), "b": torch.zeros(1)})
+    {'w': NonFinite(nan=1, infinite=0, numbers=2)}
+    """
+    if not tensors or _norm_is_finite(list(tensors.values())):
+        return {}
+    found = {name: NonFinite(int(t.isnan().sum()), int(t.isinf().sum()), t.numel()) for name, t in tensors.items()}
+    return {name: counts for name, counts in found.items() if counts.nan or counts.infinite}
+
+
+def _norm_is_finite(tensors: list[Tensor]) -> bool:
+    """A finite norm proves finite numbers, and is read once for all; an infinite one may be an overflow of squares."""
+    device = tensors[0].device
+    return math.isfinite(float(sum(norm.detach().to(device, torch.float32) for norm in torch._foreach_norm(tensors))))
+
+
+@attrs.frozen(eq=False)
+class FiniteGradients:
+    """Gradients that are looked at before anybody uses them; made by `finite_gradients`."""
+
+    gradients: Gradients
+
+    @property
+    def binding(self) -> Binding | None:
+        """That of the gradients."""
+        return self.gradients.binding
+
+    def __call__(self, state: TrainState, batch: Batch, *args: Any, own_buffers: bool = False) -> tuple[Value, Params]:
+        if in_transform():
+            raise ArgumentError(IN_GRAPH)
+        # not in the state's own buffers: a batch that gives NaN must not leave it in them
+        value, grads = self.gradients(state, batch, *args)
+        found = nonfinite_in(grads)
+        loss = float(value.loss)
+        if found or not math.isfinite(loss):
+            raise NonFiniteError(describe_nonfinite(int(state.step) + 1, loss, found, len(grads)))
+        return value, grads
+
+
+def describe_nonfinite(step: int, loss: float, found: dict[str, NonFinite], parameters: int) -> str:
+    """Say what is not finite in a step.
+
+    Args:
+        step: the number of the step, the first being 1.
+        loss: its loss.
+        found: what `nonfinite_in` found in its gradients.
+        parameters: how many there are.
+
+    >>> print(describe_nonfinite(3, math.inf, {}, 2))
+    In step 3 the loss is inf; all gradients are finite. Nothing was updated...
+    """
+    names = ", ".join(f"{name} ({counts})" for name, counts in list(found.items())[:SHOWN])
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    which = f"the gradients of {len(found)} of {parameters} parameters are not finite: {names}{more}"
+    return (
+        f"In step {step} the loss is {loss:g}; {which if found else 'all gradients are finite'}. Nothing was updated: the state "
+        "is that before the step. Look for log(0), 0/0 or overflow in the loss and for bad numbers in the batch, lower the "
+        "learning rate, or skip such updates with tx.skip_nonfinite."
+    )
+
+
+IN_GRAPH = (
+    "A graph cannot look at its gradients while it runs. Wrap the optimizer in tx.skip_nonfinite(optimizer, limit=1) instead, "
+    "which withholds the update and raises; loops.replay names the parameters."
+)
+
+
+def finite_gradients(gradients: Gradients) -> FiniteGradients:
+    """Raise where a loss or gradient is NaN or infinite, before the update.
+
+    It reads one number at each step, which on devices other than the CPU waits for them.
+
+    Args:
+        gradients: what `value_and_grad` or `own_backward` makes.
+
+    Returns:
+        The same, for `gradient_step`. A `NonFiniteError` names the step, the loss and the parameters; the state stays as it was,
+        also one that was to be donated.
+
+    Raises:
+        ArgumentError: it is used in a graph or a `torch.func` transformation.
+
+    >>> import fts
+    >>> from fts import steps, transforms as tx
+    >>> state = fts.TrainState.create({"w": torch.tensor([0.0])}, tx.sgd(0.1))
+    >>> gradients = finite_gradients(steps.value_and_grad(lambda params, batch: (params["w"] * batch).log().sum()))
+    >>> steps.gradient_step(gradients, tx.sgd(0.1))(state, torch.tensor([1.0]))
+    Traceback (most recent call last):
+    fts.errors.NonFiniteError: In step 1 the loss is -inf; the gradients of 1 of 1 parameters are not finite: w (0 NaN...
+    """
+    if not callable(gradients) or not hasattr(gradients, "binding"):
+        raise ArgumentError(
+            f"finite_gradients needs gradients such as steps.value_and_grad(loss), not {type(gradients).__name__}."
+        )
+    return FiniteGradients(gradients)
