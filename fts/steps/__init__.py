@@ -11,7 +11,7 @@ from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfi
 from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, rows, split
-from fts.steps.passing import passing
+from fts.steps.passing import Passing, passing
 from fts.steps.reaching import gradients_at, raise_nonfinite
 from fts.steps.train import Gradients, TrainStep, gradient_step, seeing_gradients, train_step
 from fts.steps.updates import apply_gradients
@@ -26,6 +26,7 @@ __all__ = [
     "ModuleLoss",
     "NonFinite",
     "OwnBackward",
+    "Passing",
     "TrainStep",
     "Value",
     "ValueAndGrad",

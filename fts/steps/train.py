@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
@@ -12,6 +13,7 @@ from fts.steps.binding import Binding
 from fts.steps.engines import Value
 from fts.steps.gradients import Engine, value_and_grad
 from fts.steps.losses import ModuleLoss
+from fts.steps.passing import Passing
 from fts.steps.updates import merge_metrics, next_state
 from fts.typing import Batch, Info, LossFn, Metrics, Params, Transform
 
@@ -36,9 +38,12 @@ class TrainStep:
     gradients: Gradients
     transform: Transform
     donate: bool = False
+    on_gradients: Callable[[Params], None] | None = None
 
     def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
         value, grads = self.gradients(state, batch, *args, own_buffers=self.donate)
+        if self.on_gradients is not None:
+            self.on_gradients(grads)
         after, info = next_state(state, grads, self.transform, value.buffers, donate=self.donate, step_name="train_step")
         return after, merge_metrics(value.loss, value.metrics, info)
 
@@ -117,6 +122,36 @@ def gradient_step(gradients: Gradients, transform: Transform, *, donate: bool = 
             "`binding` (None for a plain function) and are called as (state, batch, *args, own_buffers=...)."
         )
     return TrainStep(gradients, transform, donate)
+
+
+def seeing_gradients(step: Any, fn: Callable[[Params], None]) -> Any:
+    """The same step, which shows its gradients before the update.
+
+    Args:
+        step: what `train_step` or `gradient_step` made, also inside `passing`.
+        fn: called with the gradients by name; what it writes into them in place is used.
+
+    Returns:
+        A step.
+
+    Raises:
+        ArgumentError: the step is compiled to one graph, in which nothing can be seen, or of another kind.
+
+    >>> import torch
+    >>> from fts import steps, transforms as tx
+    >>> step = steps.train_step(lambda params, batch: (params["w"] * batch).sum(), tx.sgd(0.1))
+    >>> state = TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.1))
+    >>> state, _ = seeing_gradients(step, print)(state, torch.tensor([2.0]))
+    {'w': tensor([2.])}
+    """
+    if isinstance(step, TrainStep):
+        return attrs.evolve(step, on_gradients=fn)
+    if isinstance(step, Passing):
+        return attrs.evolve(step, step=seeing_gradients(step.step, fn))
+    raise ArgumentError(
+        f"The gradients of a {type(step).__name__} cannot be seen: only steps of train_step and gradient_step that are not "
+        "compiled show them."
+    )
 
 
 def _check_transform(who: str, transform: Any) -> None:

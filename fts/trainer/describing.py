@@ -15,12 +15,9 @@ def describe_run(plan: Plan, step: Any) -> str:
 
     >>> from fts.trainer import TrainingArguments
     >>> from fts.trainer.plan import make_plan
-    >>> text = describe_run(make_plan(TrainingArguments(num_train_epochs=1), batches=10, items=80), lambda state, batch: None)
-    >>> print(text[:60])
-    run
-    ├── plan
-    │   ├── total_steps: 10
-    │   ├── epochs: 1
+    >>> plan = make_plan(TrainingArguments(num_train_epochs=1), batches=10, items=80)
+    >>> describe_run(plan, lambda state, batch: None).splitlines()[:3]
+    ['run', '├── plan', '│   ├── total_steps: 10']
     """
     values = attrs.asdict(plan, filter=lambda field, value: field.name != "schedule" and value is not None)
     lines = [f"{name}: {value}" for name, value in values.items()]

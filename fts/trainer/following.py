@@ -33,7 +33,7 @@ from fts.trainer.outputs import TrainOutput
 from fts.trainer.reports import speed_metrics
 from fts.trainer.training import Run
 from fts.trainer.views import OptimizerView
-from fts.typing import Schedule, Transform
+from fts.typing import Params, Schedule, Transform
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -122,9 +122,10 @@ class Teller:
         self.batches = run.source.batches_per_epoch
         self.accumulate = run.plan.accumulate
         self.total = run.plan.total_steps
-        self.step = steps.Exchangeable(steps.donating(run.step))
+        self.step = steps.Exchangeable(self._seen(run.step))
         self.lasting = self.step.step
         self.state = run.state
+        self.batch: Any = None
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
@@ -151,7 +152,8 @@ class Teller:
             if kind is StepBegin:
                 control = trainer.control
                 control.should_log = control.should_evaluate = control.should_save = False
-                batch, self.state = event.batch, event.state
+                self.batch = batch = event.batch
+                self.state = event.state
                 if listeners["on_step_begin"]:
                     trainer.tell("on_step_begin")
                 if watched is not None and (changed := watched.changed()):
@@ -160,7 +162,7 @@ class Teller:
                 self.last, self.state = event, event.state
                 self.step.step = self.lasting
                 if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
-                    self._tell_inner(batch)
+                    self._tell_inner()
                 for act in self.after_step:
                     act(event, batch)
                 counters = event.counters
@@ -254,7 +256,7 @@ class Teller:
 
         def step_at(schedule: Schedule) -> Any:
             transform = make_transform(args, schedule, trainer.model, total_steps=plan.total_steps)
-            return steps.donating(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
+            return self._seen(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
 
         if any(name != "lr" for group in changed.values() for name in group):
             self.lasting = self.step.step = step_at(plan.schedule)
@@ -278,11 +280,35 @@ class Teller:
         elif kind is EpochEnd:
             trainer.tell("on_epoch_end")
 
-    def _tell_inner(self, batch: Any) -> None:
-        for _ in range(len(batch) - 1 if isinstance(batch, MicroBatches) else 0):
-            self.trainer.tell("on_substep_end")
-        self.trainer.tell("on_pre_optimizer_step")
+    def _seen(self, step: Any) -> Any:
+        """The step, donating; it shows its gradients where a callback wants them and one that is not compiled has them."""
+        listens = self.trainer.callback_handler.listeners["on_pre_optimizer_step"]
+        inner = step.step if isinstance(step, steps.Passing) else step
+        self.shows_gradients = bool(listens) and isinstance(inner, steps.TrainStep)
+        step = steps.donating(step)
+        return steps.seeing_gradients(step, self._show_gradients) if self.shows_gradients else step
+
+    def _show_gradients(self, grads: Params) -> None:
+        """Put the gradients where torch has them while callbacks look at them, or change them in place."""
+        parameters = dict(self.trainer.model.named_parameters())
+        for name, grad in grads.items():
+            parameters[name].grad = grad
+        try:
+            self._tell_substeps()
+            self.trainer.tell("on_pre_optimizer_step")
+        finally:
+            for name in grads:
+                parameters[name].grad = None
+
+    def _tell_inner(self) -> None:
+        if not self.shows_gradients:
+            self._tell_substeps()
+            self.trainer.tell("on_pre_optimizer_step")
         self.trainer.tell("on_optimizer_step")
+
+    def _tell_substeps(self) -> None:
+        for _ in range(len(self.batch) - 1 if isinstance(self.batch, MicroBatches) else 0):
+            self.trainer.tell("on_substep_end")
 
     def _bring_model_up_to_date(self, event: StepEnd, batch: Any) -> None:
         # The usual optimizers write the model's own tensors; one that makes new ones is found out at the first step.

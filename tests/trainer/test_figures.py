@@ -1,20 +1,9 @@
-import time
-
 import numpy as np
 import pytest
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.figures import check_batch_metrics, own_figures, speed_metrics
-
-
-def test_speed():
-    figures = speed_metrics("test", time.perf_counter() - 2.0, samples=20, count=4, tokens=100)
-    assert figures["test_runtime"] == pytest.approx(2.0, abs=0.1)
-    assert figures["test_samples_per_second"] == pytest.approx(10, rel=0.1)
-    assert figures["test_steps_per_second"] == pytest.approx(2, rel=0.1)
-    assert figures["test_tokens_per_second"] == pytest.approx(50, rel=0.1)
-    assert "test_tokens_per_second" not in speed_metrics("test", time.perf_counter(), 1, 1)
+from fts.trainer.figures import check_batch_metrics, own_figures
 
 
 def test_numbers_become_pythons():

@@ -84,5 +84,5 @@ def test_records_are_not_shown_twice(capsys):
 
 
 def test_unknown_levels_are_named():
-    with pytest.raises(ArgumentError, match=r"log_level='loud' is unknown. Use one of 'debug', .*'passive'"):
+    with pytest.raises(ArgumentError, match=r"log_level='loud' is unknown. Use one of 'detail', 'debug', .*'passive'"):
         apply_log_level(arguments("loud"))

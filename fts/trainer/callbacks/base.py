@@ -41,8 +41,10 @@ class TrainerCallback:
     - in `on_evaluate` and `on_predict` `metrics`: the figures of the evaluation or prediction, as Python numbers.
 
     To ask for something, set a flag of `control`; an event may also return another control object, which then takes its place.
-    In one update, forward, backward and the optimizer are a single step: `on_substep_end`, `on_pre_optimizer_step` and
-    `on_optimizer_step` are called in that order right after it, before `on_step_end`. What is not overridden costs nothing.
+    In one update, forward, backward and the optimizer are a single step. `on_pre_optimizer_step` is called inside it, where it
+    is not compiled: each Parameter's `.grad` then has the gradient of the whole update, before clipping, and what is written into
+    it in place is used. `on_optimizer_step` is called right after the update; `on_substep_end`, for all micro-batches but the
+    last, before both. What is not overridden costs nothing.
     What an event raises ends the run as a `CallbackError` that names the callback, the event and the step. A callback that also
     derives from `ExportableState` has its state kept in checkpoints. Callbacks written for transformers work as they are.
 

@@ -2,6 +2,7 @@ import logging
 import re
 
 import pytest
+import torch
 
 import fts
 from fts.errors import ArgumentError, CallbackError
@@ -16,7 +17,7 @@ from fts.trainer import (
     TrainerState,
 )
 from fts.trainer.callbacks import EVENTS
-from tests.trainer.helpers import make_trainer
+from tests.trainer.helpers import Linear, make_trainer
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,8 +102,38 @@ def test_a_callback_can_ask_for_everything(tmp_path):
     history = trainer.state.log_history
     assert [(entry["step"], "loss" in entry) for entry in history if "train_loss" not in entry] == [(1, True), (2, False)]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
-    assert trainer.state.global_step == 12  # max_steps stays; the second epoch begins early, and a third follows
-    assert trainer.state.epoch == pytest.approx(2 + 2 / 6)
+    assert trainer.state.global_step == 10  # the second epoch begins early, and no third follows
+    assert trainer.state.epoch == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_seen_before_the_update(accumulate, tmp_path):
+    class Freeze(TrainerCallback):
+        def __init__(self):
+            self.norms, self.substeps, self.reported = [], 0, []
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.substeps += 1
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+            model.w.grad[:2] = 0.0
+
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            assert model.w.grad is None
+
+        def on_step_end(self, args, state, control, metrics=None, **kwargs):
+            self.reported.append(metrics["grad_norm"].item())
+
+    seen = Freeze()
+    options = {"gradient_accumulation_steps": accumulate, "num_train_epochs": 1, "callbacks": [seen]}
+    trainer = make_trainer(tmp_path, Linear(), **options)
+    trainer.train()
+    assert trainer.model.w[:2].tolist() == [0.0, 0.0]
+    assert trainer.model.w[2:].ne(0).all()
+    assert all(norm >= reported > 0 for norm, reported in zip(seen.norms, seen.reported, strict=True))
+    assert len(seen.norms) == trainer.state.global_step
+    assert seen.substeps == (3 if accumulate == 2 else 0)
 
 
 def test_a_returned_control_replaces_the_old_one(tmp_path):
