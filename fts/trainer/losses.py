@@ -246,6 +246,18 @@ def item_count(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence
     return counted
 
 
+def weight_by(model: nn.Module, rule: LossRule) -> Callable[[Any], Number]:
+    """From a batch to the weight of its loss among those of other batches: what the loss was divided by."""
+
+    def weigh(batch: Any) -> Number:
+        count = count_labels([batch], counts_shifted(model)) if rule.counts else None
+        if count is not None:
+            return count
+        return item_count(model, batch, rule.label_names) if isinstance(batch, Mapping) else steps.rows(batch) or 1
+
+    return weigh
+
+
 def counts_shifted(model: nn.Module) -> bool:
     """Whether `num_items_in_batch` leaves out the first label of each row, which a causal language model does not predict.
 

@@ -31,9 +31,10 @@ from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
 from fts.trainer.composing import compose_step, items_by, replaced_by, with_count
 from fts.trainer.constructing import check_parts, not_yet
 from fts.trainer.describing import describe_run
+from fts.trainer.figures import check_batch_metrics
 from fts.trainer.following import follow
 from fts.trainer.hooks import overridden
-from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of
+from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of, weight_by
 from fts.trainer.memory import MemoryMeter
 from fts.trainer.modelling import checkpoint_activations, made_by, prepared_model
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs
@@ -132,6 +133,8 @@ class Trainer:
         self.data_collator = data_collator if data_collator is not None else collator_for(processing_class)
         self.compute_loss_func = compute_loss_func
         self.compute_metrics = compute_metrics
+        if self.args.batch_eval_metrics:
+            check_batch_metrics(compute_metrics)
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         names = self.args.label_names
         self.label_names: list[str] = label_names_of(self.model) if names is None else list(names)
@@ -378,13 +381,14 @@ class Trainer:
             self.label_names,
             prefix=metric_key_prefix,
             keep=description == "Prediction",
+            weigh=weight_by(self.model, self.loss_rule),
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             on_batch=lambda: self.tell("on_prediction_step"),
         )
 
         def predict(inputs: Any) -> tuple[Any, Any, Any]:
-            return self.prediction_step(self.model, self._prepare_inputs(inputs), loss_only, ignore_keys=ignore_keys)
+            return self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
 
         with evaluation.evaluating(self.model, evaluation_dtype(args)):
             return evaluation.run_evaluation(predict, dataloader, how=how)
