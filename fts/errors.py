@@ -35,6 +35,10 @@ class NonFiniteError(FtsError, FloatingPointError):
     """Gradients stayed NaN or infinite for longer than allowed."""
 
 
+class SpikeError(FtsError, ArithmeticError):
+    """Losses, or norms of gradients, stayed far above what they had been for longer than allowed."""
+
+
 class DonatedStateError(FtsError, RuntimeError):
     """A state was used after a step had reused its storage."""
 

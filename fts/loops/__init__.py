@@ -11,12 +11,26 @@ from fts.loops.checkpoints import (
 )
 from fts.loops.data import Source, source
 from fts.loops.evaluate import evaluate
-from fts.loops.events import EpochBegin, EpochEnd, EvalBatch, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
+from fts.loops.events import (
+    EpochBegin,
+    EpochEnd,
+    EvalBatch,
+    Evaluated,
+    Event,
+    Logged,
+    RolledBack,
+    Saved,
+    StepBegin,
+    StepEnd,
+    Stopped,
+)
 from fts.loops.fit import fit
 from fts.loops.interrupting import StopRequest, interruptible, stopping
+from fts.loops.locating import locating
 from fts.loops.order import EpochSampler, length_grouped, permutation
 from fts.loops.placement import on_device
 from fts.loops.position import Position
+from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
 
 __all__ = [
@@ -31,6 +45,7 @@ __all__ = [
     "Event",
     "Logged",
     "Position",
+    "RolledBack",
     "Saved",
     "Source",
     "StepBegin",
@@ -44,9 +59,11 @@ __all__ = [
     "length_grouped",
     "load_checkpoint",
     "load_extra",
+    "locating",
     "newest_checkpoint",
     "on_device",
     "permutation",
+    "rolling_back",
     "rotate_checkpoints",
     "save_checkpoint",
     "source",

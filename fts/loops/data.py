@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import attrs
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset, IterableDataset, default_collate
 
 from fts.errors import ArgumentError, DataError
@@ -30,6 +31,7 @@ class Source:
         micro_batches: how many of them make the batch of one step.
         kind: what the data is, in words.
         shares: how many workers divide a stream among them, each cutting its share into batches; otherwise 1.
+        order: `(epoch, start)` -> the indices of each loader's batch from number `start` on; None where items have none.
     """
 
     batches: Callable[[int, int], Iterator[Batch]] = attrs.field(repr=False)
@@ -39,6 +41,7 @@ class Source:
     micro_batches: int = 1
     kind: str = "data"
     shares: int = 1
+    order: Order | None = attrs.field(default=None, repr=False)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -67,6 +70,25 @@ class Source:
         if self.micro_batches == 1:
             return self.batches(epoch, start)
         return _grouped(self.batches(epoch, start * self.micro_batches), self.micro_batches)
+
+    def items(self, epoch: int, batch: int) -> list[Any] | None:
+        """The indices of the items in a step's batch, without reading them.
+
+        Args:
+            epoch: which pass over the data, from 0.
+            batch: which of the steps' batches, from 0.
+
+        Returns:
+            The indices; None where the items have none, as in a stream.
+
+        >>> source(list(range(10)), batch_size=2, micro_batches=2).items(epoch=0, batch=1)
+        [4, 5, 6, 7]
+        """
+        if self.order is None:
+            return None
+        found = islice(self.order(epoch, batch * self.micro_batches), self.micro_batches)
+        parts = [part.tolist() if isinstance(part, Tensor) else part for part in found]
+        return [index for part in parts for index in (part if isinstance(part, (list, tuple)) else [part])]
 
     def describe_empty(self, epoch: int) -> str:
         """Say that an epoch had no batch, with what is known about why."""
@@ -239,7 +261,8 @@ def _indexed(reading: Reading) -> Source:
         size, num_items, per_epoch = getattr(reading.sampler, "batch_size", None), None, items
     else:
         size, num_items, per_epoch = reading.batch_size, items, _batches(items, reading)
-    return Source(rows if simple else batches, per_epoch, num_items, size, reading.micro_batches, f"a {type(data).__name__}")
+    kind = f"a {type(data).__name__}"
+    return Source(rows if simple else batches, per_epoch, num_items, size, reading.micro_batches, kind, order=order)
 
 
 def _streamed(reading: Reading) -> Source:

@@ -92,6 +92,21 @@ class Saved:
 
 
 @attrs.frozen
+class RolledBack:
+    """A step failed, and the run goes on from an earlier state, past the batch that failed.
+
+    Attributes:
+        counters: how far the run had come; `counters.position` is where in the data it goes on.
+        step: the step of the state that it goes on from.
+        error: what the step raised.
+    """
+
+    counters: Counters
+    step: int
+    error: Exception = attrs.field(eq=False)
+
+
+@attrs.frozen
 class EpochEnd:
     """An epoch ended.
 
@@ -121,4 +136,4 @@ class Stopped:
     reason: Literal["total_steps", "epochs", "due"] = "total_steps"
 
 
-Event: TypeAlias = EpochBegin | StepBegin | StepEnd | Logged | EvalBatch | Evaluated | Saved | EpochEnd | Stopped
+Event: TypeAlias = EpochBegin | StepBegin | StepEnd | Logged | EvalBatch | Evaluated | Saved | RolledBack | EpochEnd | Stopped

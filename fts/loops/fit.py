@@ -74,7 +74,7 @@ def fit(
     """
     plan = due if due is not None else cadence(50, evaluate and "epoch", save and "epoch")
     _check_arguments(total_steps, epochs, start, plan, evaluate, save)
-    batches = data if isinstance(data, Source) else source(data, seed=_attribute(state, "seed"))
+    batches = data if isinstance(data, Source) else source(data, seed=attribute_of(state, "seed"))
     if donate:
         from fts.steps import donating
 
@@ -98,7 +98,7 @@ def _fit(
     if total_steps is None and epochs is None:
         epochs = start.epoch + 1
     per_epoch = data.steps_per_epoch
-    number, epoch, batch_number = int(_attribute(state, "step")), start.epoch, start.batch
+    number, epoch, batch_number = int(attribute_of(state, "step")), start.epoch, start.batch
     planned = _planned_total(number, start, total_steps, epochs, per_epoch)
     counters = Counters(number, epoch, batch_number, planned, per_epoch)
     reason = _reason(number, epoch, total_steps, epochs)
@@ -212,7 +212,7 @@ def _reason(
     return "epochs" if epochs is not None and epoch >= epochs else None
 
 
-def _attribute(state: Any, name: str) -> Any:
+def attribute_of(state: Any, name: str) -> Any:
     """`state.step` or `state.seed`; of a tuple or dict of states (as for a GAN) that of the first; else 0."""
     if hasattr(state, name):
         return getattr(state, name)
