@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.steps.losses import base_model
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.columns import takes_names
 
-BARE = "You should choose a model with a head"
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def prepared_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
@@ -154,15 +155,11 @@ def check_has_head(model: nn.Module) -> None:
     """
     kind = type(model).__name__
     bare = type(model).__module__.startswith("transformers.models.") and kind.endswith("Model") and hasattr(model, "config")
-    if bare and "Head" not in kind and not _takes_labels(model):
+    if bare and "Head" not in kind and "labels" not in takes_names(model):
         raise ArgumentError(
-            f"{kind} computes hidden states only and takes no labels. {BARE}, such as AutoModelForSequenceClassification, or "
-            "pass compute_loss_func=."
+            f"{kind} computes hidden states only and takes no labels. You should choose a model with a head, such as "
+            "AutoModelForSequenceClassification, or pass compute_loss_func=."
         )
-
-
-def _takes_labels(model: nn.Module) -> bool:
-    return "labels" in getattr(model.forward, "__code__", None).co_varnames  # type: ignore[union-attr]
 
 
 def made_by(model_init: Callable[..., nn.Module] | None, trial: Any = None) -> nn.Module:
@@ -181,6 +178,3 @@ def made_by(model_init: Callable[..., nn.Module] | None, trial: Any = None) -> n
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model_init must return a torch.nn.Module, not {type(model).__name__}.")
     return model
-
-
-_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
