@@ -38,7 +38,7 @@ def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> di
     for key, value in metrics.items():
         if not isinstance(key, str):
             raise ArgumentError(f"compute_metrics returned a figure named {key!r}; use a string, such as {str(key)!r}.")
-        name, number = key.removeprefix(f"{prefix}_"), plain(value)
+        name, number = key.removeprefix(f"{prefix}_"), _number(value)
         if name in taken or name in figures:
             raise ArgumentError(f"compute_metrics returned {key!r}, but there is another {prefix}_{name} already. Rename it.")
         if not isinstance(number, (int, float)):
@@ -50,12 +50,8 @@ def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> di
     return figures
 
 
-def plain(value: Any) -> Any:
-    """A number that JSON can hold, of numpy's and torch's; everything else as it is.
-
-    >>> plain(np.float32(0.5)), plain(np.array([2])), plain("x")
-    (0.5, 2, 'x')
-    """
+def _number(value: Any) -> Any:
+    """Python's number for one of numpy's and torch's; everything else as it is."""
     one = (isinstance(value, Tensor) and value.numel() == 1) or (isinstance(value, (np.generic, np.ndarray)) and value.size == 1)
     return value.item() if one else value
 

@@ -13,9 +13,6 @@ import torch
 
 from fts.errors import MissingDependencyError
 
-STAGES = ("init", "train", "eval", "test")
-"""Making the Trainer, and its train, evaluate and predict."""
-
 INTERVAL = 0.001
 """Seconds between two looks at the memory of the process."""
 
@@ -72,7 +69,7 @@ class MemoryMeter:
         """Measure a block.
 
         Args:
-            stage: one of `STAGES`.
+            stage: "init", "train", "eval" or "test".
 
         Yields:
             A function that ends the measurement and gives the figures, in bytes by name: empty for "init", and inside another

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -18,6 +18,7 @@ from fts.steps.losses import shifts_labels
 from fts.trainer.collate import Collator, default_data_collator
 from fts.trainer.columns import bare_model, required_names, takes_names, unexpected_keys
 from fts.trainer.hooks import overridden
+from fts.trainer.losses import LossRule
 from fts.trainer.sampling import is_indexable
 from fts.typing import Batch
 
@@ -27,18 +28,6 @@ ROWS = 8
 CLASSES = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForVideoClassification")
 LABELS = ("label", "labels", "label_ids")
 TOKENS = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
-
-
-class LossRule(Protocol):
-    """How the loss of a batch is computed, as far as data must fit it."""
-
-    @property
-    def label_names(self) -> Sequence[str]:
-        """The batch's keys that are labels."""
-
-    @property
-    def fn(self) -> Callable[..., Any] | None:
-        """A function of outputs and labels; None: the model computes its own loss."""
 
 
 def check_loader(loader: Any, model: nn.Module, loss: LossRule | None, what: str, *, labelled: bool = True) -> None:
@@ -111,10 +100,8 @@ def check_data(
 def _keeps_labels(collator: Any) -> bool:
     """Whether a collator leaves labels as they are in the data, as far as one can know."""
     inner = getattr(collator, "collator", collator)  # ours that drops columns
-    return inner is default_data_collator or f"{type(inner).__module__}.{type(inner).__name__}" == _PADDING
-
-
-_PADDING = "transformers.data.data_collator.DataCollatorWithPadding"
+    kind = f"{type(inner).__module__}.{type(inner).__name__}"
+    return inner is default_data_collator or kind == "transformers.data.data_collator.DataCollatorWithPadding"
 
 
 def _check_all_labels(dataset: Any, model: nn.Module, what: str) -> None:
@@ -200,7 +187,6 @@ def check_batch(batch: Any, model: nn.Module, loss: LossRule | None, what: str, 
         DataError: the batch is no dictionary, has keys that forward does not take, lacks some that it needs, has none of the
             labels, or has ids or labels that the model's tables do not have.
 
-    >>> from fts.trainer.losses import LossRule
     >>> check_batch({"input": torch.zeros(1, 2), "text": "?"}, nn.Linear(2, 1), LossRule(()), "training")
     Traceback (most recent call last):
         ...

@@ -12,20 +12,12 @@ import torch
 from torch import distributed
 
 from fts.trainer.choices import ParallelMode
+from fts.trainer.verbosity import LEVELS
 
 if TYPE_CHECKING:
     from fts.trainer.arguments.training import TrainingArguments
 
 log = logging.getLogger(__name__)
-
-LEVELS = {
-    "detail": logging.DEBUG,
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "critical": logging.CRITICAL,
-}
 
 
 def in_group() -> bool:

@@ -12,10 +12,11 @@ from fts.trainer.arguments.accelerator import accelerator_config
 from fts.trainer.arguments.texts import dict_from_text, pairs_from_text, text_of_pairs
 from fts.trainer.checks import check_choice, check_flag, check_interval, check_one_of, check_real, check_text, check_whole
 from fts.trainer.choices import DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
+from fts.trainer.verbosity import LEVELS
 
 Check = Callable[[str, Any], Any]
 
-LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+LOG_LEVELS = (*LEVELS, "passive")
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
 BACKENDS = ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")
 STARTS = ("fork", "spawn", "forkserver")
