@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from fts.errors import ArgumentError
+from fts.trainer.arguments import check_accumulation
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +77,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 def _accumulation(args: Any, config: dict[str, Any]) -> dict[str, Any]:
     given = dict(config.get("gradient_accumulation_kwargs") or {})
-    steps = given.pop("num_steps", 1)
-    own = getattr(args, "gradient_accumulation_steps", 1)
-    if steps not in (1, own):
-        raise ArgumentError(
-            f"The `AcceleratorConfig`'s `num_steps` is set but to {steps}, where gradient_accumulation_steps={own}. Leave "
-            f"num_steps out and use gradient_accumulation_steps={steps}."
-        )
+    check_accumulation(given, getattr(args, "gradient_accumulation_steps", 1))
     return given | {"num_steps": 1}
 
 

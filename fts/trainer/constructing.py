@@ -30,7 +30,8 @@ def check_parts(
     if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
         raise ArgumentError(f"eval_strategy='{args.eval_strategy}' needs data to evaluate: Trainer(..., eval_dataset=...).")
     precision_of(args)  # one that is not there is an error now
-    check_accumulation(args.accelerator_config, args.gradient_accumulation_steps)  # type: ignore[arg-type]  # settled
+    config: Any = args.accelerator_config  # settled: an AcceleratorConfig
+    check_accumulation(config.gradient_accumulation_kwargs, args.gradient_accumulation_steps)
     _check_optimizers(model_init, optimizers, optimizer_cls_and_kwargs)
     _check_step(step, optimizers, optimizer_cls_and_kwargs)
 

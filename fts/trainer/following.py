@@ -28,9 +28,11 @@ from fts.trainer.counting import Counting
 from fts.trainer.hooks import overridden
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.optimizers import make_transform
-from fts.trainer.optimizing import rewritten, scheduler_state
+from fts.trainer.optimizing import rewritten
 from fts.trainer.outputs import TrainOutput
+from fts.trainer.plan import with_settings
 from fts.trainer.reports import speed_metrics
+from fts.trainer.torch_settings import settings_state
 from fts.trainer.training import Run
 from fts.trainer.views import OptimizerView
 from fts.typing import Params, Schedule, Transform
@@ -124,6 +126,7 @@ class Teller:
         self.total = run.plan.total_steps
         self.step = steps.Exchangeable(self._seen(run.step))
         self.lasting = self.step.step
+        self.settings: dict[str, Any] = dict(run.written.get("settings", {}))
         self.state = run.state
         self.batch: Any = None
         self.last: StepEnd | None = None
@@ -215,8 +218,9 @@ class Teller:
         if told.best_global_step == told.global_step:
             told.best_model_checkpoint = str(root / f"checkpoint-{told.global_step}")
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
-        if run.optimizing.steps and run.optimizing.scheduler is not None:
-            extra["scheduler"] = scheduler_state(run.optimizing.scheduler)
+        if run.optimizing.steps:
+            extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
+        extra["written"] = self._written()
         path = saving.save_checkpoint(
             root,
             state,
@@ -247,24 +251,37 @@ class Teller:
         optimizer = self.run.optimizing.optimizer
         callbacks = self.trainer.callback_handler.callbacks
         foreign = any(not type(callback).__module__.startswith("fts.") for callback in callbacks)
-        return optimizer if foreign and isinstance(optimizer, OptimizerView) else None
+        if not isinstance(optimizer, OptimizerView):
+            return None
+        if self.settings:
+            self._exchange({})
+        for index, changed in self.run.written.get("next", {}).items():
+            optimizer.param_groups[int(index)].update(changed)
+        return optimizer if foreign or self.run.written else None
 
     def _exchange(self, changed: dict[int, dict[str, Any]]) -> None:
         """Go on with what a callback wrote into the optimizer's groups: a rate for one update, other settings for good."""
         trainer, plan, optimizing = self.trainer, self.run.plan, self.run.optimizing
-        args, rate = rewritten(trainer.args, changed)
+        lasting, rate = rewritten(changed)
+        self.settings |= lasting
+        args = with_settings(trainer.args, **self.settings)
 
         def step_at(schedule: Schedule) -> Any:
             transform = make_transform(args, schedule, trainer.model, total_steps=plan.total_steps)
             return self._seen(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
 
-        if any(name != "lr" for group in changed.values() for name in group):
+        if lasting or not changed:
             self.lasting = self.step.step = step_at(plan.schedule)
         if rate is not None and optimizing.rule is not None:
             tx.followed_rate(self.state.opt_state).fill_(rate)  # the rate of such a run is in its state
         elif rate is not None:
             self.step.step = step_at(tx.constant_schedule(rate))
         optimizing.optimizer.settle()
+
+    def _written(self) -> dict[str, Any]:
+        optimizer = self.run.optimizing.optimizer
+        pending = optimizer.changed() if isinstance(optimizer, OptimizerView) else None
+        return {name: found for name, found in (("settings", self.settings), ("next", pending)) if found}
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer

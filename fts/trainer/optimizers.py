@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,12 +49,13 @@ def decayed_names(model: nn.Module) -> frozenset[str]:
     )
 
 
-def parameter_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(args: TrainingArguments, model: nn.Module, decayed: Collection[str] | None = None) -> list[dict[str, Any]]:
     """The trained parameters in two groups: those that decay, then the others.
 
     Args:
         args: `weight_decay`.
         model: its parameters with `requires_grad`.
+        decayed: the names of those that decay; None: `decayed_names`.
 
     Returns:
         `[{"params": names, "weight_decay": number}, ...]`, with the names in the model's order.
@@ -62,12 +63,18 @@ def parameter_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str
     >>> parameter_groups(TrainingArguments(weight_decay=0.1), nn.Linear(2, 2))
     [{'params': ['weight'], 'weight_decay': 0.1}, {'params': ['bias'], 'weight_decay': 0.0}]
     """
-    decayed = decayed_names(model)
+    decayed = decayed_names(model) if decayed is None else decayed
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
         {"params": [name for name in trained if name in decayed], "weight_decay": args.weight_decay},
         {"params": [name for name in trained if name not in decayed], "weight_decay": 0.0},
     ]
+
+
+def with_parameters(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """The same groups, with a model's Parameters in the place of their names, as torch's optimizers take them."""
+    named = dict(model.named_parameters())
+    return [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
 
 
 def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
@@ -99,8 +106,7 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = 
     if name in _LOW_RANK:
         if model is None:
             raise ArgumentError(f"optim='{name}' needs the model, whose linear layers it projects.")
-        named, groups = dict(model.named_parameters()), target_groups(args, model, kwargs.pop("target"))
-        kwargs["params"] = [{**group, "params": [named[key] for key in group["params"]]} for group in groups]
+        kwargs["params"] = with_parameters(target_groups(args, model, kwargs.pop("target")), model)
     if name in _FUSED_BACKWARD:
         if model is None:
             raise ArgumentError(f"optim='{name}' needs the model, on which it puts its hooks.")
@@ -133,6 +139,11 @@ def make_transform(args: TrainingArguments, schedule: Schedule, model: nn.Module
     make = _maker(args, model, total_steps)
     rule = make_rate_rule(args)
     descent = make(schedule) if rule is None else tx.follow_metric(make, args.learning_rate, rule)
+    return clipped(args, descent)
+
+
+def clipped(args: TrainingArguments, descent: Transform) -> Transform:
+    """A transform behind clipping to `max_grad_norm`; 0 only reports the norm."""
     return tx.chain(tx.clip_by_global_norm(args.max_grad_norm or float("inf")), descent)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,16 +17,15 @@ from fts.trainer.best import metric_of
 from fts.trainer.choices import SchedulerType
 from fts.trainer.constructing import check_step_is_of
 from fts.trainer.hooks import overridden
-from fts.trainer.optimizers import make_transform
-from fts.trainer.plan import Plan, with_settings
-from fts.trainer.schedules import after_evaluation, make_rate_rule, make_schedule
+from fts.trainer.optimizers import clipped, make_transform
+from fts.trainer.plan import Plan
+from fts.trainer.schedules import make_rate_rule, make_schedule, options_of
+from fts.trainer.torch_settings import group_settings
 from fts.trainer.views import OptimizerView, SchedulerView, view_of
 from fts.typing import Schedule, Transform
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 MAKERS = (
     *("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"),
@@ -57,6 +53,7 @@ class Optimizing:
         rule: how evaluations move the rate of the transform, if they do.
         latest: what views read.
         schedule: the rate by update; None where the optimizer itself knows.
+        before: the settings of a torch optimizer's groups when the run began.
     """
 
     transform: Transform
@@ -66,6 +63,7 @@ class Optimizing:
     rule: Any = None
     latest: Latest = attrs.Factory(Latest)
     schedule: Schedule | None = None
+    before: list[dict[str, Any]] = attrs.Factory(list)
 
     @property
     def needs_metric(self) -> bool:
@@ -83,10 +81,11 @@ class Optimizing:
 
     def observe(self, args: TrainingArguments, state: TrainState, metrics: dict[str, float]) -> None:
         """Let an evaluation move the rate; the state, which belongs to the run, is written in place."""
+        metric = metric_of(args, metrics)
         if self.rule is None:
-            self.scheduler.step(metric_of(args, metrics))
+            self.scheduler.step(metric)
             return
-        after = after_evaluation(args, state.opt_state, metrics)
+        after = tx.observe_metric(state.opt_state, metric, self.rule)
         for old, new in zip(optree.tree_leaves(state.opt_state), optree.tree_leaves(after), strict=True):
             if old is not new:
                 old.copy_(new)
@@ -109,7 +108,8 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
     if given or trainer.optimizer_cls_and_kwargs is not None or overridden(trainer, *MAKERS):
         trainer.create_optimizer_and_scheduler(plan.total_steps)
         transform = bridged(trainer.optimizer, model, args)
-        return Optimizing(transform, trainer.optimizer, trainer.lr_scheduler, steps=True)
+        before = group_settings(trainer.optimizer)
+        return Optimizing(transform, trainer.optimizer, trainer.lr_scheduler, steps=True, before=before)
     transform = make_transform(args, plan.schedule, model, total_steps=plan.total_steps)
     rule, latest = make_rate_rule(args), Latest()
     optimizer = view_of(args, model, lambda: None if latest.state is None else latest.state.opt_state)
@@ -120,19 +120,17 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
     return Optimizing(transform, optimizer, scheduler, rule=rule, latest=latest, schedule=schedule)
 
 
-def rewritten(args: TrainingArguments, changed: dict[int, dict[str, Any]]) -> tuple[TrainingArguments, float | None]:
-    """What was written into a view's groups, as arguments that last, and as the learning rate of the next update.
+def rewritten(changed: dict[int, dict[str, Any]]) -> tuple[dict[str, Any], float | None]:
+    """What was written into a view's groups: arguments that last, by name, and the learning rate of the next update.
 
     Args:
-        args: those of the run.
         changed: by the group's index, the new values by name.
 
     Raises:
         ArgumentError: fts's own optimizer has no such setting for that group.
 
-    >>> args, lr = rewritten(TrainingArguments(), {0: {"weight_decay": 0.1, "lr": 0.5}, 1: {"lr": 0.5}})
-    >>> args.weight_decay, lr
-    (0.1, 0.5)
+    >>> rewritten({0: {"weight_decay": 0.1, "lr": 0.5}, 1: {"lr": 0.5}})
+    ({'weight_decay': 0.1}, 0.5)
     """
     values: dict[str, Any] = {}
     rates = {group["lr"] for group in changed.values() if "lr" in group}
@@ -148,7 +146,7 @@ def rewritten(args: TrainingArguments, changed: dict[int, dict[str, Any]]) -> tu
                 raise _cannot_change(index, name, value)
     if len(rates) > 1:
         raise _cannot_change(0, "lr", sorted(rates))
-    return with_settings(args, **values), next(iter(rates), None)
+    return values, next(iter(rates), None)
 
 
 def _cannot_change(index: int, name: str, value: Any) -> ArgumentError:
@@ -182,17 +180,7 @@ def bridged(optimizer: Any, model: nn.Module, args: TrainingArguments) -> Transf
             f"The optimizer {type(optimizer).__name__} holds none of the parameters of {type(model).__name__}: nothing would be "
             "trained. Make it of the model that the Trainer is given; with model_init, use optimizer_cls_and_kwargs= instead."
         )
-    norm = args.max_grad_norm if args.max_grad_norm else float("inf")  # which only reports it
-    return tx.chain(tx.clip_by_global_norm(norm), tx.from_torch(optimizer, parameters=parameters))
-
-
-def torch_groups(model: nn.Module, decayed: Collection[str], weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters of a model in two groups: with weight decay, and without."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return [
-        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
-    ]
+    return clipped(args, tx.from_torch(optimizer, parameters=parameters))
 
 
 def torch_scheduler(optimizer: Any, args: TrainingArguments, total_steps: int) -> Any:
@@ -205,9 +193,8 @@ def torch_scheduler(optimizer: Any, args: TrainingArguments, total_steps: int) -
 
 
 def _torch_rule(optimizer: Any, args: TrainingArguments) -> Any:
-    options: dict[str, Any] = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]  # a string is read when it is set
     if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
-        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options_of(args))
     raise ArgumentError(
         f"lr_scheduler_type='{args.lr_scheduler_type}' cannot drive a torch optimizer of your own. Pass its schedule too: "
         "Trainer(optimizers=(optimizer, scheduler))."
@@ -221,21 +208,3 @@ def follows_metric(scheduler: Any) -> bool:
     False
     """
     return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) or type(scheduler).__name__ == "GreedyLR"
-
-
-def scheduler_state(scheduler: Any) -> dict[str, Any]:
-    """What JSON can hold of a torch schedule's state."""
-    kept = {}
-    for name, value in scheduler.state_dict().items():
-        try:
-            kept[name] = json.loads(json.dumps(value))
-        except (TypeError, ValueError):
-            logger.warning("The schedule %s keeps %r, which a checkpoint cannot hold.", type(scheduler).__name__, name)
-    return kept
-
-
-def restore_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
-    """Set what `scheduler_state` gave, and the learning rates that it had set."""
-    scheduler.load_state_dict(state)
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate

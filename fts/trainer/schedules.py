@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from fts import transforms as tx
 from fts.errors import ArgumentError, FtsError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.texts import dict_from_text
-from fts.trainer.callbacks import best_metric_name
 from fts.trainer.checks import check_real
 from fts.trainer.choices import SchedulerType
-from fts.typing import OptState, Schedule
+from fts.typing import Schedule
 
 
 def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
@@ -35,7 +33,7 @@ def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
     >>> [schedule(step) for step in range(7)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    kind, options = SchedulerType(args.lr_scheduler_type), _options(args)
+    kind, options = SchedulerType(args.lr_scheduler_type), options_of(args)
     make, taken = _SCHEDULES[kind]
     _check_keys(args, options, taken)
     try:
@@ -64,7 +62,7 @@ def make_rate_rule(args: TrainingArguments) -> tx.RateRule | None:
     rule = _RULES.get(SchedulerType(args.lr_scheduler_type))
     if rule is None:
         return None
-    options = _options(args)
+    options = options_of(args)
     _check_keys(args, options, _names(rule))
     if options.pop("verbose", False):
         raise ArgumentError(
@@ -80,35 +78,9 @@ def make_rate_rule(args: TrainingArguments) -> tx.RateRule | None:
     return made
 
 
-def after_evaluation(args: TrainingArguments, opt_state: OptState, metrics: Mapping[str, float]) -> OptState:
-    """The optimizer's state after an evaluation: with another learning rate, where a metric decides.
-
-    Args:
-        args: `lr_scheduler_type`, `lr_scheduler_kwargs` and `metric_for_best_model`.
-        opt_state: the state of the transform that `make_transform` made for these arguments.
-        metrics: those of the evaluation.
-
-    Returns:
-        A new state, or the given one where the rate is a function of the step.
-
-    Raises:
-        ArgumentError: the metric that decides is not among them.
-    """
-    rule = make_rate_rule(args)
-    if rule is None:
-        return opt_state
-    name = best_metric_name(args)
-    if name not in metrics:
-        raise ArgumentError(
-            f"lr_scheduler_type='{args.lr_scheduler_type}' follows metric_for_best_model={args.metric_for_best_model!r}, and "
-            f"there is no '{name}' in the evaluation's {sorted(metrics)}. Return it from compute_metrics, or choose one of these."
-        )
-    return tx.observe_metric(opt_state, metrics[name], rule)
-
-
-def _options(args: TrainingArguments) -> dict[str, Any]:
-    given = getattr(args, "lr_scheduler_kwargs", None) or {}
-    return dict(dict_from_text("lr_scheduler_kwargs", given) if isinstance(given, str) else given)
+def options_of(args: TrainingArguments) -> dict[str, Any]:
+    """`lr_scheduler_kwargs`; a text became a dictionary when it was set."""
+    return dict(args.lr_scheduler_kwargs) if isinstance(args.lr_scheduler_kwargs, dict) else {}
 
 
 def _check_keys(args: TrainingArguments, options: dict[str, Any], taken: tuple[str, ...]) -> None:

@@ -37,7 +37,7 @@ from fts.trainer.hooks import overridden
 from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of, weight_by
 from fts.trainer.memory import MemoryMeter
 from fts.trainer.modelling import checkpoint_activations, made_by, prepared_model
-from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs
+from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import EvalLoopOutput, PredictionOutput, TrainOutput
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, with_settings
@@ -46,7 +46,7 @@ from fts.trainer.rehearsing import Rehearsal, rehearse
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
-from fts.trainer.training import Run, prepare
+from fts.trainer.training import Run, plan_of, prepare
 from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
 from fts.trainer.verbosity import apply_log_level
 from fts.typing import Transform
@@ -269,8 +269,8 @@ class Trainer:
         if self.optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            own = {"params": optimizing.torch_groups(model, self.get_decay_parameter_names(model), self.args.weight_decay)}
-            self.optimizer = cls(**(own | kwargs))
+            groups = parameter_groups(self.args, model, self.get_decay_parameter_names(model))
+            self.optimizer = cls(**({"params": with_parameters(groups, model)} | kwargs))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -671,9 +671,7 @@ class Trainer:
         """The arguments, resolved for the training set, or for so many updates."""
         if total_steps is not None:
             return make_plan(with_settings(self.args, max_steps=total_steps), batches=None, items=None)
-        source = self.train_source(data_seed(self.args))
-        size = self._train_batch_size
-        return make_plan(self.args, batches=source.batches_per_epoch, items=source.num_items, batch_size=size)
+        return plan_of(self, self.train_source(data_seed(self.args)), self._train_batch_size)
 
     @property
     def loss_rule(self) -> LossRule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
 from fts.trainer.drawing import drawn_by
 from fts.trainer.hooks import overridden
-from fts.trainer.optimizing import Optimizing, restore_scheduler
-from fts.trainer.plan import Plan, make_plan
+from fts.trainer.optimizing import Optimizing
+from fts.trainer.plan import Plan, make_plan, with_settings
 from fts.trainer.resuming import (
     SHAPING,
     Cut,
@@ -33,6 +34,7 @@ from fts.trainer.resuming import (
 from fts.trainer.sampling import data_seed
 from fts.trainer.state import STATE_FILE, TrainerState
 from fts.trainer.tally import Tally
+from fts.trainer.torch_settings import restore_settings
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -55,6 +57,7 @@ class Run:
         start: where in the batches to begin.
         told: the state that callbacks see.
         tally: figures that were read before, but not logged.
+        written: what callbacks had written into the optimizer's groups: settings that last, and those of the next update.
     """
 
     plan: Plan
@@ -67,6 +70,7 @@ class Run:
     start: Position
     told: TrainerState
     tally: Tally
+    written: dict[str, Any] = attrs.Factory(dict)
 
 
 def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
@@ -91,18 +95,17 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         shares=source.shares,
         seed=seed,
     )
-    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "items": source.num_items, "batch_size": batch_size}
-    plan = make_plan(args, **sizes)
+    plan = plan_of(trainer, source, batch_size)
     optimizing = trainer.optimizing(plan)
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
-    told, tally, start = TrainerState(), Tally(), Position()
+    told, tally, start, written = TrainerState(), Tally(), Position(), dict[str, Any]()
     if checkpoint is not None:
         loaded, start = _load(args, checkpoint, state)
         if old is not None:
             start = _moved(start, old, cut)
             cut = attrs.evolve(cut, offset=offset_after(int(loaded.step), start, old, cut))
-            plan = make_plan(args, **sizes, offset=cut.offset)
+            plan = plan_of(trainer, source, batch_size, cut.offset)
             optimizing = trainer.optimizing(plan)
         if args.ignore_data_skip:
             start = Position(start.epoch, 0)
@@ -111,17 +114,38 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         told = TrainerState.load_from_json(checkpoint / STATE_FILE)
         extra = loops.load_extra(checkpoint)
         tally = Tally(**extra.get("tally", {}))
-        if optimizing.steps and optimizing.scheduler is not None and "scheduler" in extra:
-            restore_scheduler(optimizing.scheduler, extra["scheduler"])
+        if optimizing.steps and "torch" in extra:
+            restore_settings(optimizing.optimizer, optimizing.scheduler, extra["torch"])
+        written = extra.get("written", {})
         _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
         arguments = args.restore_callback_states_from_checkpoint
         restore_callbacks(trainer.callback_handler.callbacks, told.stateful_callbacks, arguments=arguments)
     told.max_steps, told.num_train_epochs, told.train_batch_size = plan.total_steps, plan.epochs, plan.train_batch_size
     told.logging_steps, told.eval_steps, told.save_steps = plan.logging_steps, plan.eval_steps, plan.save_steps
     drawn = drawn_by(trainer.get_batch_samples, source, args.device) if overridden(trainer, "get_batch_samples") else source
-    run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally)
-    announce(run)
+    run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally, written)
+    announce(run, trainer)
     return run
+
+
+def plan_of(trainer: Trainer, source: Source, batch_size: int, offset: int = 0) -> Plan:
+    """The arguments, resolved for a source; an overridden `set_initial_training_values` decides on epochs, rows and updates.
+
+    Args:
+        trainer: has the arguments.
+        source: the batches of training.
+        batch_size: rows in a micro-batch.
+        offset: see `make_plan`.
+    """
+    args = trainer.args
+    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "items": source.num_items, "batch_size": batch_size}
+    if not overridden(trainer, "set_initial_training_values"):
+        return make_plan(args, **sizes, offset=offset)
+    loader, several = trainer.callback_handler.train_dataloader, trainer.get_total_train_batch_size(args)
+    takes_rows = len(inspect.signature(trainer.set_initial_training_values).parameters) > 2
+    values = trainer.set_initial_training_values(args, loader, *([several] if takes_rows else []))
+    plan = make_plan(with_settings(args, max_steps=values[-1]), **sizes)
+    return attrs.evolve(plan, epochs=values[0], samples=values[3])
 
 
 def _moved(position: Position, old: Cut, new: Cut) -> Position:
@@ -159,14 +183,16 @@ def _warn(args: TrainingArguments, plan: Plan, told: TrainerState, checkpoint: P
         told.best_model_checkpoint = None
 
 
-def announce(run: Run) -> None:
+def announce(run: Run, trainer: Trainer) -> None:
     """Log what is about to happen."""
-    plan = run.plan
+    plan, examples = run.plan, run.source.num_items
+    if overridden(trainer, "num_examples"):
+        examples = trainer.num_examples(trainer.callback_handler.train_dataloader)
     logger.info("***** Running training *****")
-    logger.info("  Num examples = %s", run.source.num_items)
+    logger.info("  Num examples = %s", examples)
     logger.info("  Num Epochs = %s", plan.epochs)
     logger.info("  Instantaneous batch size per device = %s", plan.train_batch_size)
-    logger.info("  Total train batch size (with accumulation) = %s", plan.train_batch_size * plan.accumulate)
+    logger.info("  Total train batch size (with accumulation) = %s", trainer.get_total_train_batch_size(trainer.args))
     logger.info("  Gradient Accumulation steps = %s", plan.accumulate)
     logger.info("  Total optimization steps = %s", plan.total_steps)
     logger.info("  Number of trainable parameters = %s", sum(tensor.numel() for tensor in run.state.params.values()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.optimizers import optimizer_and_groups
+from fts.trainer.optimizers import optimizer_and_groups, with_parameters
 from fts.typing import OptState, Schedule
 
 Read = Callable[[], OptState]
@@ -44,7 +44,7 @@ class OptimizerView(torch.optim.Optimizer):
         self.read = read
         self._named = dict(model.named_parameters())
         self._known: list[dict[str, Any]] | None = None
-        made = [{**group, "params": [self._named[name] for name in group["params"]]} for group in groups]
+        made = with_parameters(groups, model)
         for group in made:
             group.setdefault("initial_lr", group["lr"])
         super().__init__(made, {key: value for key, value in made[0].items() if key not in ("params", "initial_lr")})
@@ -187,10 +187,9 @@ def view_of(args: TrainingArguments, model: nn.Module, read: Read) -> OptimizerV
     ([0.1, 0.0], (0.9, 0.999))
     """
     cls, groups, kwargs = optimizer_and_groups(args, model)
-    named = dict(model.named_parameters())
     options = {key: value for key, value in kwargs.items() if key != "fused"}  # which would check devices
-    made = cls([{**group, "params": [named[name] for name in group["params"]]} for group in groups], **options)
-    names = {id(parameter): name for name, parameter in named.items()}
+    made = cls(with_parameters(groups, model), **options)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     shown = [
         {**group, "lr": float(group["lr"]), "params": [names[id(parameter)] for parameter in group["params"]]}
         for group in made.param_groups

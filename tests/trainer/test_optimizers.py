@@ -12,7 +12,7 @@ from fts.errors import ArgumentError, MissingDependencyError
 from fts.trainer import TrainingArguments
 from fts.trainer.choices import OptimizerNames
 from fts.trainer.optimizers import decayed_names, make_transform, optimizer_cls_and_kwargs, parameter_groups
-from fts.trainer.schedules import after_evaluation, make_schedule
+from fts.trainer.schedules import make_rate_rule, make_schedule
 
 STEPS, RATE = 10, 0.01
 BITSANDBYTES = [
@@ -266,7 +266,7 @@ def test_a_metric_decides_on_the_rate(name):
         params, state, info = transform.apply(grads, state, params)
         assert info["lr"].item() == optimizer.param_groups[0]["lr"]
         scheduler.step(metrics := [1.0, 2.0, 3.0, 0.5][step % 4])
-        state = after_evaluation(args, state, {"eval_loss": metrics})
+        state = tx.observe_metric(state, metrics, make_rate_rule(args))
     for key, value in params.items():
         torch.testing.assert_close(value, live[key].detach(), rtol=1e-5, atol=1e-6)
 

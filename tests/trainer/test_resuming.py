@@ -10,7 +10,7 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_extra
 from fts.trainer import TrainerCallback
 from fts.trainer.resuming import Cut, convert
-from tests.trainer.helpers import Linear, make_trainer
+from tests.trainer.helpers import Linear, Regression, losses, make_trainer
 
 ROWS = 24
 SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "logging_strategy": "no"}
@@ -209,3 +209,80 @@ def test_the_checkpoint_says_how_data_was_cut(tmp_path):
     run(tmp_path, stop=2, gradient_accumulation_steps=2)
     cut = load_extra(tmp_path / "checkpoint-2")["cut"]
     assert (cut["batch_size"], cut["micro_batches"], cut["items"]) == (4, 2, ROWS)
+
+
+# What torch schedules and callbacks have made of the optimizer's settings
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = control.should_save = True
+
+
+class Writes(TrainerCallback):
+    """Writes settings at one step; `when` says at which event."""
+
+    def __init__(self, when, **settings):
+        self.settings = settings
+        setattr(self, when, self._write)
+
+    def _write(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 3:
+            for group in optimizer.param_groups:
+                group.update({name: value for name, value in self.settings.items() if name != "weight_decay"})
+            optimizer.param_groups[0].update(self.settings)
+
+
+def one_cycle(parameters):
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=30)
+
+
+def cyclic(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=3)
+
+
+def multi_step(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5, 5, 8], 0.5)
+
+
+def tensor_rate(parameters):
+    return torch.optim.AdamW(parameters, lr=torch.tensor(0.1)), None
+
+
+@pytest.mark.parametrize("make", [one_cycle, cyclic, multi_step, tensor_rate])
+def test_settings_of_torch_schedules_come_back(make, tmp_path):
+    def trainer(folder, *callbacks):
+        torch.manual_seed(0)
+        model = Regression()
+        options = {"num_train_epochs": 2, "logging_steps": 1, "optimizers": make(model.parameters())}
+        return make_trainer(tmp_path / folder, model, callbacks=list(callbacks), **options)
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("parts", StopAt(4)).train()
+    resumed = trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(one, two) for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("when", ["on_step_begin", "on_step_end"])
+@pytest.mark.parametrize("settings", [{"lr": 0.5}, {"betas": (0.5, 0.6)}, {"weight_decay": 0.5}, {"lr": 0.2, "eps": 1e-3}])
+def test_what_callbacks_wrote_comes_back(settings, when, tmp_path):
+    def trainer(folder, *callbacks):
+        torch.manual_seed(0)
+        return make_trainer(tmp_path / folder, Regression(), num_train_epochs=2, logging_steps=1, callbacks=list(callbacks))
+
+    whole, plain = trainer("whole", Writes(when, **settings)), trainer("plain")
+    whole.train(), plain.train()
+    trainer("parts", Writes(when, **settings), StopAt(3 if when == "on_step_end" else 5)).train()
+    resumed = trainer("parts")  # without the callback, whose work is done
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole) != losses(plain)

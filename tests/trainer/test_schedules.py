@@ -8,7 +8,7 @@ from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer import TrainingArguments
 from fts.trainer.choices import SchedulerType
-from fts.trainer.schedules import after_evaluation, make_rate_rule, make_schedule
+from fts.trainer.schedules import make_rate_rule, make_schedule
 
 PEAK = 3e-4
 
@@ -117,12 +117,8 @@ def test_where_a_metric_decides_the_schedule_is_constant_without_warmup(kind):
 
 
 def test_an_evaluation_changes_the_rate():
-    args = arguments("reduce_lr_on_plateau", {"patience": 0, "factor": 0.5}, metric_for_best_model="f1")
-    rule = make_rate_rule(args)
+    rule = make_rate_rule(arguments("reduce_lr_on_plateau", {"patience": 0, "factor": 0.5}))
     state = tx.follow_metric(tx.sgd, PEAK, rule).init({"w": torch.zeros(1)})
-    for f1 in (0.5, 0.4, math.nan):
-        state = after_evaluation(args, state, {"eval_f1": f1, "eval_loss": 1.0})
+    for metric in (0.5, 0.4, math.nan):
+        state = tx.observe_metric(state, metric, rule)
     assert tx.followed_rate(state).item() == pytest.approx(PEAK / 2)  # 0.4 is lower than 0.5, as mode is "min"
-    with pytest.raises(ArgumentError, match=r"follows metric_for_best_model='f1', and there is no 'eval_f1' in .*'eval_loss'"):
-        after_evaluation(args, state, {"eval_loss": 1.0})
-    assert after_evaluation(arguments("linear"), state, {}) is state

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -100,16 +101,16 @@ def accelerator_config(name: str, value: Any) -> AcceleratorConfig:
     raise ArgumentError(f"{name}={value!r} must be a dict, the path of a JSON file, or an AcceleratorConfig.")
 
 
-def check_accumulation(config: AcceleratorConfig, steps: int) -> None:
+def check_accumulation(given: Mapping[str, Any] | None, steps: int) -> None:
     """Raise ArgumentError if accelerate's configuration wants another number of micro-batches in an update.
 
     Args:
-        config: its `num_steps` may be 1, or the same number.
+        given: its `gradient_accumulation_kwargs`, whose `num_steps` may be 1, or the same number.
         steps: `gradient_accumulation_steps`.
 
-    >>> check_accumulation(AcceleratorConfig(gradient_accumulation_kwargs={"num_steps": 4}), 4)
+    >>> check_accumulation({"num_steps": 4}, 4)
     """
-    wanted = (config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+    wanted = (given or {}).get("num_steps", 1)
     if wanted not in (1, steps):
         raise ArgumentError(
             f"The `AcceleratorConfig`'s `num_steps` is set but to {wanted}, where gradient_accumulation_steps={steps}. Leave "
