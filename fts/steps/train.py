@@ -38,13 +38,14 @@ class TrainStep:
     gradients: Gradients
     transform: Transform
     donate: bool = False
-    on_gradients: Callable[[Params], None] | None = None
+    on_gradients: Callable[[Params], Transform | None] | None = None
 
     def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
         value, grads = self.gradients(state, batch, *args, own_buffers=self.donate)
+        transform = self.transform
         if self.on_gradients is not None:
-            self.on_gradients(grads)
-        after, info = next_state(state, grads, self.transform, value.buffers, donate=self.donate, step_name="train_step")
+            transform = self.on_gradients(grads) or transform
+        after, info = next_state(state, grads, transform, value.buffers, donate=self.donate, step_name="train_step")
         return after, merge_metrics(value.loss, value.metrics, info)
 
     def check(self, info: Info) -> None:
@@ -124,12 +125,13 @@ def gradient_step(gradients: Gradients, transform: Transform, *, donate: bool = 
     return TrainStep(gradients, transform, donate)
 
 
-def seeing_gradients(step: Any, fn: Callable[[Params], None]) -> Any:
+def seeing_gradients(step: Any, fn: Callable[[Params], Transform | None]) -> Any:
     """The same step, which shows its gradients before the update.
 
     Args:
         step: what `train_step` or `gradient_step` made, also inside `passing`.
-        fn: called with the gradients by name; what it writes into them in place is used.
+        fn: called with the gradients by name; what it writes into them, or exchanges in the dictionary, is used. It may return
+            another transform with the same state for this one update.
 
     Returns:
         A step.

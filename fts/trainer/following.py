@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
+import torch
 from torch import nn
 
 from fts import loops, steps, transforms as tx
@@ -25,6 +26,7 @@ from fts.trainer.best import note_best
 from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
+from fts.trainer.guarding import Guard
 from fts.trainer.hooks import overridden
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.optimizers import make_transform
@@ -98,7 +100,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     trainer.log(metrics)
     if trainer.args.load_best_model_at_end and told.best_model_checkpoint is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, told.best_model_checkpoint)
-        saving.load_weights(trainer.model, told.best_model_checkpoint)
+        load_best(trainer, run, told.best_model_checkpoint, teller.state)
     trainer.tell("on_train_end")
     return TrainOutput(told.global_step, loss, metrics)
 
@@ -149,6 +151,7 @@ class Teller:
         listeners = trainer.callback_handler.listeners
         batches, accumulate = self.batches, self.accumulate
         watched = self._watched_view()
+        guard = Guard(trainer.model) if self._has_guests() and shares_storage(self.run.state, trainer.model) else None
         batch: Any = None
         for event in events:
             kind = type(event)
@@ -159,6 +162,8 @@ class Teller:
                 self.state = event.state
                 if listeners["on_step_begin"]:
                     trainer.tell("on_step_begin")
+                if guard is not None:
+                    guard.check(event.state)
                 if watched is not None and (changed := watched.changed()):
                     self._exchange(changed)
             elif kind is StepEnd:
@@ -246,37 +251,48 @@ class Teller:
             path = self.save(self.last.state, counters.position)
         error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
 
+    def _has_guests(self) -> bool:
+        """Whether there are callbacks of the user's, which could change anything."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return any(not type(callback).__module__.startswith(("fts.", "transformers.")) for callback in callbacks)
+
     def _watched_view(self) -> OptimizerView | None:
         """The view of the optimizer, where a callback of the user's could write to it."""
         optimizer = self.run.optimizing.optimizer
-        callbacks = self.trainer.callback_handler.callbacks
-        foreign = any(not type(callback).__module__.startswith("fts.") for callback in callbacks)
         if not isinstance(optimizer, OptimizerView):
             return None
         if self.settings:
             self._exchange({})
         for index, changed in self.run.written.get("next", {}).items():
             optimizer.param_groups[int(index)].update(changed)
-        return optimizer if foreign or self.run.written else None
+        return optimizer if self._has_guests() or self.run.written else None
 
-    def _exchange(self, changed: dict[int, dict[str, Any]]) -> None:
-        """Go on with what a callback wrote into the optimizer's groups: a rate for one update, other settings for good."""
+    def _exchange(self, changed: dict[int, dict[str, Any]]) -> Transform | None:
+        """Go on with what a callback wrote into the optimizer's groups: a rate for one update, other settings for good.
+
+        Returns:
+            The transform of the next update, if it is another one.
+        """
         trainer, plan, optimizing = self.trainer, self.run.plan, self.run.optimizing
-        lasting, rate = rewritten(changed)
+        filled = [index for index, group in enumerate(optimizing.optimizer.param_groups) if group["params"]]
+        lasting, rate = rewritten(changed, filled)
         self.settings |= lasting
         args = with_settings(trainer.args, **self.settings)
 
-        def step_at(schedule: Schedule) -> Any:
+        def step_at(schedule: Schedule) -> tuple[Transform, Any]:
             transform = make_transform(args, schedule, trainer.model, total_steps=plan.total_steps)
-            return self._seen(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
+            return transform, self._seen(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
 
+        transform = None
         if lasting or not changed:
-            self.lasting = self.step.step = step_at(plan.schedule)
+            transform, self.lasting = step_at(plan.schedule)
+            self.step.step = self.lasting
         if rate is not None and optimizing.rule is not None:
             tx.followed_rate(self.state.opt_state).fill_(rate)  # the rate of such a run is in its state
         elif rate is not None:
-            self.step.step = step_at(tx.constant_schedule(rate))
+            transform, self.step.step = step_at(tx.constant_schedule(rate))
         optimizing.optimizer.settle()
+        return transform
 
     def _written(self) -> dict[str, Any]:
         optimizer = self.run.optimizing.optimizer
@@ -305,17 +321,23 @@ class Teller:
         step = steps.donating(step)
         return steps.seeing_gradients(step, self._show_gradients) if self.shows_gradients else step
 
-    def _show_gradients(self, grads: Params) -> None:
-        """Put the gradients where torch has them while callbacks look at them, or change them in place."""
+    def _show_gradients(self, grads: Params) -> Transform | None:
+        """Put the gradients where torch has them while callbacks look at them, or change them, or settings of this update."""
         parameters = dict(self.trainer.model.named_parameters())
         for name, grad in grads.items():
             parameters[name].grad = grad
         try:
             self._tell_substeps()
             self.trainer.tell("on_pre_optimizer_step")
+            for name, grad in grads.items():
+                now = parameters[name].grad
+                grads[name] = torch.zeros_like(grad) if now is None else now
         finally:
             for name in grads:
                 parameters[name].grad = None
+        optimizer = self.run.optimizing.optimizer
+        changed = optimizer.changed() if isinstance(optimizer, OptimizerView) else None
+        return self._exchange(changed) if changed else None
 
     def _tell_inner(self) -> None:
         if not self.shows_gradients:
@@ -400,6 +422,16 @@ def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform)
         return
     with steps.module_at(model, state.replace(params=params)):
         yield
+
+
+def load_best(trainer: Trainer, run: Run, checkpoint: str, like: TrainState) -> None:
+    """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others."""
+    transform = run.optimizing.transform
+    if tx.eval_params(transform, like.opt_state, like.params) is like.params or trainer.args.save_only_model:
+        saving.load_weights(trainer.model, checkpoint)
+        return
+    state, _ = loops.load_checkpoint(checkpoint, like=like)
+    state.replace(params=tx.eval_params(transform, state.opt_state, state.params)).apply_to(trainer.model)
 
 
 def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform) -> None:

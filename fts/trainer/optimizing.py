@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,7 +19,7 @@ from fts.trainer.choices import SchedulerType
 from fts.trainer.constructing import check_step_is_of
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizers import clipped, make_transform
-from fts.trainer.plan import Plan
+from fts.trainer.plan import Plan, with_settings
 from fts.trainer.schedules import make_rate_rule, make_schedule, options_of
 from fts.trainer.torch_settings import group_settings
 from fts.trainer.views import OptimizerView, SchedulerView, view_of
@@ -120,11 +121,12 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
     return Optimizing(transform, optimizer, scheduler, rule=rule, latest=latest, schedule=schedule)
 
 
-def rewritten(changed: dict[int, dict[str, Any]]) -> tuple[dict[str, Any], float | None]:
+def rewritten(changed: dict[int, dict[str, Any]], filled: Collection[int] = ()) -> tuple[dict[str, Any], float | None]:
     """What was written into a view's groups: arguments that last, by name, and the learning rate of the next update.
 
     Args:
         changed: by the group's index, the new values by name.
+        filled: the groups that have parameters; a new rate must be that of all of them.
 
     Raises:
         ArgumentError: fts's own optimizer has no such setting for that group.
@@ -144,7 +146,8 @@ def rewritten(changed: dict[int, dict[str, Any]]) -> tuple[dict[str, Any], float
                 values["adam_epsilon"] = value
             elif name != "lr":
                 raise _cannot_change(index, name, value)
-    if len(rates) > 1:
+    silent = [index for index in filled if "lr" not in changed.get(index, {})]
+    if len(rates) > 1 or (rates and silent):
         raise _cannot_change(0, "lr", sorted(rates))
     return values, next(iter(rates), None)
 
@@ -188,7 +191,8 @@ def torch_scheduler(optimizer: Any, args: TrainingArguments, total_steps: int) -
     rule = make_rate_rule(args)
     if rule is not None:
         return _torch_rule(optimizer, args)
-    schedule, peak = make_schedule(args, total_steps, args.get_warmup_steps(total_steps)), args.learning_rate
+    peak = float(optimizer.defaults.get("lr", args.learning_rate))  # which shapes with a lowest rate of their own begin from
+    schedule = make_schedule(with_settings(args, learning_rate=peak), total_steps, args.get_warmup_steps(total_steps))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(schedule(step)) / peak if peak else 0.0)
 
 

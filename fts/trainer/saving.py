@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fts import loops
-from fts.errors import ArgumentError
+from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
 from fts.state import OPTIMIZER, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
@@ -20,6 +20,9 @@ from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.state import STATE_FILE, TrainerState
 
 ARGUMENTS_FILE = "training_args.json"
+
+ADAPTERS = "adapter_model.safetensors"
+"""Where peft saves adapters alone."""
 
 
 def save_model(
@@ -101,9 +104,11 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     Raises:
         ArgumentError: names or shapes are not those of the model.
     """
-    from safetensors.torch import load_file
-
-    found = load_file(Path(directory) / WEIGHTS)
+    adapters = Path(directory) / ADAPTERS
+    if adapters.is_file() and not (Path(directory) / WEIGHTS).is_file():
+        _load_adapters(model, adapters)
+        return
+    found = _read_weights(Path(directory))
     targets = _tensors(model)
     missing = [name for name, _ in model.named_parameters() if name not in found]
     unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
@@ -116,13 +121,38 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
             targets[name].copy_(tensor)
 
 
-def restorer(model: nn.Module, callbacks: list[Any]) -> Callable[[], None]:
+def _load_adapters(model: nn.Module, path: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(path))
+
+
+def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, of one file or of shards."""
+    from safetensors.torch import load_file
+
+    index = directory / f"{WEIGHTS}.index.json"
+    try:
+        if (directory / WEIGHTS).is_file():
+            return dict(load_file(directory / WEIGHTS))
+        if index.is_file():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+            return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / Path(file).name).items()}
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"The weights in {directory} cannot be read: {error}") from error
+    raise CheckpointError(f"{directory} has no weights: neither {WEIGHTS} nor {index.name} is there.")
+
+
+def restorer(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
     """A function that brings a model's weights and the callbacks' states back to what they are now.
 
     Args:
         model: a copy of its tensors is kept on the CPU.
         callbacks: those that have a state.
+        optimizers: the user's torch optimizer and schedule, or None in their places.
     """
+    torch_states = [None if part is None else copy.deepcopy(part.state_dict()) for part in optimizers]
     kept = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model).items()}
     states = copy.deepcopy(export_callbacks(callbacks))
 
@@ -131,6 +161,9 @@ def restorer(model: nn.Module, callbacks: list[Any]) -> Callable[[], None]:
             for name, tensor in _tensors(model).items():
                 tensor.copy_(kept[name])
         restore_callbacks(callbacks, states)
+        for part, state in zip(optimizers, torch_states, strict=True):
+            if part is not None:
+                part.load_state_dict(copy.deepcopy(state))
 
     return restore
 

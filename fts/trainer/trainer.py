@@ -46,7 +46,7 @@ from fts.trainer.rehearsing import Rehearsal, rehearse
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
-from fts.trainer.training import Run, plan_of, prepare
+from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
 from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
 from fts.trainer.verbosity import apply_log_level
 from fts.typing import Transform
@@ -207,7 +207,9 @@ class Trainer:
         with self.memory.measuring("train") as self.memory_figures:
             if not self.args.auto_find_batch_size:
                 return run(self.args.train_batch_size)
-            return halve_until_fits(run, self.args.train_batch_size, saving.restorer(self.model, self.callback_handler.callbacks))
+            first = saved_batch_size(checkpoint) or self.args.train_batch_size
+            restore = saving.restorer(self.model, self.callback_handler.callbacks, self._given_optimizers)
+            return halve_until_fits(run, first, restore)
 
     def _train(self, run: Run, ignore_keys: list[str] | None) -> TrainOutput:
         self.state, self.control = run.told, TrainerControl()

@@ -128,6 +128,11 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     return run
 
 
+def saved_batch_size(checkpoint: Path | None) -> int | None:
+    """The batch size that the run of a checkpoint had found to fit; None to begin."""
+    return None if checkpoint is None else TrainerState.load_from_json(checkpoint / STATE_FILE).train_batch_size
+
+
 def plan_of(trainer: Trainer, source: Source, batch_size: int, offset: int = 0) -> Plan:
     """The arguments, resolved for a source; an overridden `set_initial_training_values` decides on epochs, rows and updates.
 

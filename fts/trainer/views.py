@@ -5,8 +5,8 @@ They compute nothing: `step` is an error. What they show is read from the traini
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -79,11 +79,12 @@ class OptimizerView(torch.optim.Optimizer):
         self._known = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
 
     @property
-    def state(self) -> defaultdict[Any, Any]:
+    def state(self) -> Any:
         """What torch's optimizer would keep, by Parameter; a new dictionary with the training state's tensors."""
         opt_state = self.read()
         moments = {} if opt_state is None else tx.torch_moments(opt_state)
-        return defaultdict(dict, {self._named[name]: entry for name, entry in moments.items() if name in self._named})
+        found = {self._named[name]: entry for name, entry in moments.items() if name in self._named}
+        return MappingProxyType(found)  # the tensors are the state's own; entries cannot be exchanged
 
     @state.setter
     def state(self, value: Any) -> None:

@@ -48,13 +48,13 @@ def watchers():
 def test_the_memory_of_the_process_is_measured():
     meter = MemoryMeter(True)
     with meter.measuring("init") as figures:
-        held = torch.ones(32 * MIB, dtype=torch.uint8)
+        held = torch.ones(64 * MIB, dtype=torch.uint8)  # more than malloc ever takes from its heap
     with meter.measuring("train") as figures:
         passing = torch.ones(96 * MIB, dtype=torch.uint8)
         time.sleep(0.05)
         del passing
         found = figures()
-    assert found["init_mem_cpu_alloc_delta"] == pytest.approx(32 * MIB, abs=8 * MIB)
+    assert found["init_mem_cpu_alloc_delta"] == pytest.approx(64 * MIB, abs=8 * MIB)
     assert found["train_mem_cpu_alloc_delta"] == pytest.approx(0, abs=8 * MIB)
     assert found["train_mem_cpu_peaked_delta"] == pytest.approx(96 * MIB, abs=16 * MIB)
     assert found["before_init_mem_cpu"] > 0 and held.numel()

@@ -265,8 +265,8 @@ def test_a_metric_decides_on_the_rate(name):
         optimizer.step()
         params, state, info = transform.apply(grads, state, params)
         assert info["lr"].item() == optimizer.param_groups[0]["lr"]
-        scheduler.step(metrics := [1.0, 2.0, 3.0, 0.5][step % 4])
-        state = tx.observe_metric(state, metrics, make_rate_rule(args))
+        scheduler.step(metric := [1.0, 2.0, 3.0, 0.5][step % 4])
+        state = tx.observe_metric(state, metric, make_rate_rule(args))
     for key, value in params.items():
         torch.testing.assert_close(value, live[key].detach(), rtol=1e-5, atol=1e-6)
 

@@ -305,3 +305,62 @@ def test_interrupts_stay_what_they_are(kind):
     with pytest.raises(kind) as caught:
         call(CallbackHandler([DefaultFlowCallback, Stops]), "on_log", logs={})
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
+def test_a_rate_written_before_the_update_is_that_of_the_update(event, tmp_path):
+    class Write(TrainerCallback):
+        pass
+
+    rates = []
+
+    def write(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.25
+
+    def note(self, args, state, control, metrics=None, **kwargs):
+        rates.append(round(float(metrics["lr"]), 6))
+
+    setattr(Write, event, write)
+    Write.on_step_end = note
+    make_trainer(tmp_path, Linear(), max_steps=3, lr_scheduler_type="constant", callbacks=[Write()]).train()
+    assert rates == [0.01, 0.25, 0.01]
+
+
+def written(name, value):
+    def write(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            setattr(model, name, value(model)) if name == "w" else value(model)
+
+    return type("Write", (TrainerCallback,), {"on_step_end": write})()
+
+
+def test_weights_that_a_callback_exchanges_are_trained_on(tmp_path):
+    def exchange(model):
+        model.w.data = torch.full((4,), 7.0)
+
+    trainer = make_trainer(tmp_path, Linear(), max_steps=3, learning_rate=1e-6, callbacks=[written("data", exchange)])
+    trainer.train()
+    torch.testing.assert_close(trainer.model.w.detach(), torch.full((4,), 7.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("w", lambda model: torch.nn.Parameter(model.w.detach() * 2), "The Parameter 'w' was replaced"),
+        ("frozen", lambda model: model.w.requires_grad_(False), "requires_grad of 'w' was set to False"),
+    ],
+)
+def test_what_a_running_step_cannot_follow_is_refused(name, value, message, tmp_path):
+    with pytest.raises(ArgumentError, match=message):
+        make_trainer(tmp_path, Linear(), max_steps=4, callbacks=[written(name, value)]).train()
+
+
+def test_a_rate_of_one_group_alone_is_refused(tmp_path):
+    class Write(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            optimizer.param_groups[1]["lr"] = 0.5
+
+    with pytest.raises(ArgumentError, match="one lr for all groups"):
+        make_trainer(tmp_path, max_steps=2, callbacks=[Write()]).train()

@@ -1,0 +1,54 @@
+"""What callbacks do to the model while a run has it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fts.errors import ArgumentError
+from fts.state import TrainState
+from fts.steps.binding import Binding
+
+
+class Guard:
+    """Takes what was written into a model for the state's, and refuses what a running step cannot follow.
+
+    Args:
+        model: the one that is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        binding = Binding(model)
+        self.places = [
+            (name, binding.parameters[name], place, key)
+            for name, places in binding.parameter_places.items()
+            for place, key in places
+        ]
+
+    def check(self, state: TrainState) -> None:
+        """Compare the model with the state that it shares its tensors with.
+
+        Args:
+            state: gets the values of Parameters whose `.data` was exchanged; what was written in place it has already.
+
+        Raises:
+            ArgumentError: a Parameter was replaced, frozen or unfrozen.
+        """
+        for name, parameter, place, key in self.places:
+            if place.get(key) is not parameter:
+                raise ArgumentError(
+                    f"The Parameter {name!r} was replaced while the model is trained, so that its updates would be lost. Write "
+                    "into it in place, under torch.no_grad()."
+                )
+            trained = name in state.params
+            if parameter.requires_grad is not trained:
+                raise ArgumentError(
+                    f"requires_grad of {name!r} was set to {parameter.requires_grad} while the model is trained, but what is "
+                    "trained is fixed when a run begins. Set it before train(), zero the gradient in on_pre_optimizer_step, or "
+                    "pass Trainer(step=tx.masked(...))."
+                )
+            tensor = state.params[name] if trained else state.frozen[name]
+            if parameter.data_ptr() != tensor.data_ptr() and parameter.shape == tensor.shape:
+                with torch.no_grad():
+                    tensor.copy_(parameter)
+                parameter.data = tensor
