@@ -1,0 +1,86 @@
+"""The best weights are those that were evaluated; a retry with a smaller batch begins where the first try did."""
+
+import pytest
+import torch
+
+from fts.trainer import TrainerCallback
+from tests.trainer.helpers import Linear, Regression, losses, make_trainer
+
+BEST = {
+    "num_train_epochs": 4,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "save_total_limit": 1,
+}
+
+
+def test_the_best_of_a_schedule_free_run_is_what_was_evaluated(tmp_path):
+    pytest.importorskip("schedulefree")
+    trainer = make_trainer(tmp_path, Regression(dropout=0.0), optim="schedule_free_adamw", **BEST)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_the_best_adapters_are_loaded_from_checkpoints_of_the_model_alone(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    from tests.trainer.parity.models import llama, texts
+
+    torch.manual_seed(0)
+    configs = {
+        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }
+    rows = [dict(row, labels=row["input_ids"]) for row in texts()]
+    model = peft.get_peft_model(llama(), configs[kind]())
+    options = {"learning_rate": 0.3, "save_only_model": True, "train_dataset": rows, "eval_dataset": rows[:6]}
+    trainer = make_trainer(tmp_path, model, **(BEST | options))
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+class Full(TrainerCallback):
+    """Memory does not suffice for batches of 8 at the third update."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.train_batch_size == 8 and state.global_step == 3:
+            raise torch.OutOfMemoryError("full")
+
+
+def with_schedule(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_retry_equals_a_run_of_that_size(own, tmp_path):
+    def trainer(size, **options):
+        torch.manual_seed(0)
+        model = Regression()
+        if own:
+            options["optimizers"] = with_schedule(model)
+        return make_trainer(tmp_path / str(size), model, per_device_train_batch_size=size, logging_steps=1, **options)
+
+    found = trainer(8, auto_find_batch_size=True, callbacks=[Full()])
+    found.train()
+    fresh = trainer(4)
+    fresh.train()
+    assert losses(found) == losses(fresh)
+    assert found.state.train_batch_size == 4
+    assert found.args.per_device_train_batch_size == 8
+
+
+def test_a_resumed_run_keeps_the_size_that_was_found(tmp_path):
+    class Stop(Full):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control)
+            control.should_training_stop = control.should_save = state.global_step == 4
+
+    options = {"per_device_train_batch_size": 8, "auto_find_batch_size": True, "max_steps": 6}
+    make_trainer(tmp_path, Linear(), callbacks=[Stop()], **options).train()
+    resumed = make_trainer(tmp_path, Linear(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert resumed.state.train_batch_size == 4
