@@ -7,9 +7,8 @@ from typing import Any
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks import best_metric_name
 from fts.trainer.choices import IntervalStrategy, SaveStrategy
-from fts.trainer.figures import GIVEN
+from fts.trainer.figures import GIVEN, best_metric_name
 from fts.trainer.state import TrainerState
 
 

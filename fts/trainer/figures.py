@@ -16,6 +16,17 @@ GIVEN = ("loss", *SPEED)
 """The figures that every evaluation on labelled data has."""
 
 
+def best_metric_name(args: Any) -> str:
+    """`metric_for_best_model` as it stands in the metrics of an evaluation.
+
+    >>> from fts.trainer import TrainingArguments
+    >>> best_metric_name(TrainingArguments(metric_for_best_model="loss"))
+    'eval_loss'
+    """
+    name = str(args.metric_for_best_model)
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
 def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> dict[str, int | float]:
     """What `compute_metrics` returned, by names without the prefix, and as Python numbers.
 

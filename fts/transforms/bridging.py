@@ -10,7 +10,7 @@ from torch import nn
 
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_transform, in_words
-from fts.transforms._bridge import Bridge, Closure, TorchState
+from fts.transforms._bridge import Bridge, Closure, TorchState, states_in
 from fts.transforms._optimizers import Bound, bind, build, has_modes, is_optimizer, needs_closure
 from fts.typing import OptState, Params, Schedule, Transform
 
@@ -92,7 +92,7 @@ def eval_params(transform: Transform, opt_state: OptState, params: Params) -> Pa
     result = dict(params)
     if not any(bridge.modes for bridge in bridges):
         return result
-    states = _states(opt_state)
+    states = states_in(opt_state, TorchState)
     if len(states) != len(bridges):
         raise ArgumentError(
             f"eval_params: {transform.label} contains from_torch {len(bridges)} times, and the state {len(states)} times. "
@@ -155,10 +155,3 @@ def _bridges(transform: Transform) -> list[Bridge]:
     if isinstance(owner, Bridge):
         return [owner]
     return [bridge for child in transform.children for bridge in _bridges(child)]
-
-
-def _states(tree: OptState) -> list[TorchState]:
-    if isinstance(tree, TorchState):
-        return [tree]
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
-    return [state for child in children for state in _states(child)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.transforms._bridge import TorchState
+from fts.transforms._bridge import TorchState, states_in
 from fts.transforms._leaves import decode
 from fts.transforms.adam import AdamState
 from fts.transforms.momentum import SgdState
@@ -32,17 +32,10 @@ def torch_moments(opt_state: OptState) -> dict[str, dict[str, Any]]:
     {'w': {'step': tensor(1.), 'exp_avg': tensor([0.2000]), 'exp_avg_sq': tensor([0.0040])}}
     """
     found: dict[str, dict[str, Any]] = {}
-    for state in _states(opt_state):
+    for state in states_in(opt_state, AdamState, SgdState, TorchState):
         for name, entry in _entries(state).items():
             found[name] = {**found.get(name, {}), **entry}
     return found
-
-
-def _states(state: OptState) -> list[Any]:
-    if isinstance(state, (AdamState, SgdState, TorchState)):
-        return [state]
-    children = state.values() if isinstance(state, dict) else state if isinstance(state, (tuple, list)) else ()
-    return [found for child in children for found in _states(child)]
 
 
 def _entries(state: Any) -> dict[str, dict[str, Any]]:

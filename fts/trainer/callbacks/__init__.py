@@ -1,7 +1,7 @@
 """Callbacks: the events of a run as method calls."""
 
 from fts.trainer.callbacks.base import EVENTS, TrainerCallback, overrides
-from fts.trainer.callbacks.early_stopping import EarlyStoppingCallback, best_metric_name
+from fts.trainer.callbacks.early_stopping import EarlyStoppingCallback
 from fts.trainer.callbacks.exporting import export_callbacks, restore_callbacks
 from fts.trainer.callbacks.failing import callback_error
 from fts.trainer.callbacks.flow import DefaultFlowCallback
@@ -17,7 +17,6 @@ __all__ = [
     "PrinterCallback",
     "ProgressCallback",
     "TrainerCallback",
-    "best_metric_name",
     "callback_error",
     "close_bars",
     "export_callbacks",

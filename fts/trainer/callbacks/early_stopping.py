@@ -8,6 +8,7 @@ from typing import Any
 from fts.errors import ArgumentError
 from fts.trainer.callbacks.base import TrainerCallback
 from fts.trainer.choices import IntervalStrategy
+from fts.trainer.figures import best_metric_name
 from fts.trainer.state import ExportableState
 
 logger = logging.getLogger(__name__)
@@ -64,14 +65,3 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             },
             "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter},
         }
-
-
-def best_metric_name(args: Any) -> str:
-    """`metric_for_best_model` as it stands in the metrics of an evaluation.
-
-    >>> from fts.trainer import TrainingArguments
-    >>> best_metric_name(TrainingArguments(metric_for_best_model="loss"))
-    'eval_loss'
-    """
-    name = str(args.metric_for_best_model)
-    return name if name.startswith("eval_") else f"eval_{name}"
