@@ -6,38 +6,31 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
-import torch
-from torch import nn
 
-from fts import loops, steps, transforms as tx
+from fts import loops
 from fts.errors import CallbackError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Saved, StepBegin, StepEnd
 from fts.loops.checkpoints import is_whole
 from fts.state import TrainState
-from fts.steps import MicroBatches
 from fts.trainer import saving
 from fts.trainer.batch_size import empty_cache
 from fts.trainer.best import note_best
 from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
-from fts.trainer.guarding import Guard
 from fts.trainer.hooks import overridden
 from fts.trainer.modelling import noisy_embeddings, watched
-from fts.trainer.optimizers import make_transform
-from fts.trainer.optimizing import rewritten
 from fts.trainer.outputs import TrainOutput
-from fts.trainer.plan import with_settings
 from fts.trainer.reports import speed_metrics
+from fts.trainer.stepping import Stepping
 from fts.trainer.torch_settings import settings_state
 from fts.trainer.training import Run
-from fts.trainer.views import OptimizerView
-from fts.typing import Params, Schedule, Transform
+from fts.trainer.weights import evaluated_weights, in_train_mode, leave_evaluated, load_best, shares_storage
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -74,7 +67,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
         try:
             teller.tell_all(
                 loops.fit(
-                    teller.step,
+                    teller.stepping.step,
                     run.state,
                     run.drawn,
                     total_steps=run.plan.total_steps,
@@ -91,7 +84,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             if isinstance(error, CallbackError):
                 teller.rescue(error)
             raise
-    leave_evaluated(trainer.model, teller.state, run.optimizing.transform)
+    leave_evaluated(model, teller.stepping.state, run.optimizing.transform)
     told, trained = run.told, run.told.global_step - first
     loss = run.tally.mean_loss(told.global_step)
     metrics = speed_metrics("train", start, run.plan.samples * trained / run.plan.total_steps, trained)
@@ -100,7 +93,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     trainer.log(metrics)
     if trainer.args.load_best_model_at_end and told.best_model_checkpoint is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, told.best_model_checkpoint)
-        load_best(trainer, run, told.best_model_checkpoint, teller.state)
+        like, transform = teller.stepping.state, run.optimizing.transform
+        load_best(model, told.best_model_checkpoint, like, transform, model_only=args.save_only_model)
     trainer.tell("on_train_end")
     return TrainOutput(told.global_step, loss, metrics)
 
@@ -126,11 +120,7 @@ class Teller:
         self.batches = run.source.batches_per_epoch
         self.accumulate = run.plan.accumulate
         self.total = run.plan.total_steps
-        self.step = steps.Exchangeable(self._seen(run.step))
-        self.lasting = self.step.step
-        self.settings: dict[str, Any] = dict(run.written.get("settings", {}))
-        self.state = run.state
-        self.batch: Any = None
+        self.stepping = Stepping(trainer, run)
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
@@ -150,29 +140,22 @@ class Teller:
         trainer, told = self.trainer, self.told
         listeners = trainer.callback_handler.listeners
         batches, accumulate = self.batches, self.accumulate
-        watched = self._watched_view()
-        guard = Guard(trainer.model) if self._has_guests() and shares_storage(self.run.state, trainer.model) else None
-        batch: Any = None
+        stepping = self.stepping
+        stepping.watch()
         for event in events:
             kind = type(event)
             if kind is StepBegin:
                 control = trainer.control
                 control.should_log = control.should_evaluate = control.should_save = False
-                self.batch = batch = event.batch
-                self.state = event.state
+                stepping.batch, stepping.state = event.batch, event.state
                 if listeners["on_step_begin"]:
                     trainer.tell("on_step_begin")
-                if guard is not None:
-                    guard.check(event.state)
-                if watched is not None and (changed := watched.changed()):
-                    self._exchange(changed)
+                stepping.begin(event)
             elif kind is StepEnd:
-                self.last, self.state = event, event.state
-                self.step.step = self.lasting
-                if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
-                    self._tell_inner()
+                self.last = event
+                stepping.end(event)
                 for act in self.after_step:
-                    act(event, batch)
+                    act(event, stepping.batch)
                 counters = event.counters
                 told.global_step = counters.step
                 if batches:
@@ -225,18 +208,21 @@ class Teller:
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
         if run.optimizing.steps:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
-        extra["written"] = self._written()
-        path = saving.save_checkpoint(
-            root,
-            state,
-            position,
-            model=trainer.model,
-            processing_class=trainer.processing_class,
-            args=trainer.args,
-            trainer_state=told,
-            extra=extra,
-            own_save=trainer.save_model if overridden(trainer, "save_model") else None,
-        )
+        extra["written"] = self.stepping.written()
+        # a model alone is for evaluation; a run goes on from the weights that are trained
+        alone = trainer.args.save_only_model
+        with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():
+            path = saving.save_checkpoint(
+                root,
+                state,
+                position,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+                args=trainer.args,
+                trainer_state=told,
+                extra=extra,
+                own_save=trainer.save_model if overridden(trainer, "save_model") else None,
+            )
         loops.rotate_checkpoints(root, trainer.args.save_total_limit, told.best_model_checkpoint)
         return path
 
@@ -251,54 +237,6 @@ class Teller:
             path = self.save(self.last.state, counters.position)
         error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
 
-    def _has_guests(self) -> bool:
-        """Whether there are callbacks of the user's, which could change anything."""
-        callbacks = self.trainer.callback_handler.callbacks
-        return any(not type(callback).__module__.startswith(("fts.", "transformers.")) for callback in callbacks)
-
-    def _watched_view(self) -> OptimizerView | None:
-        """The view of the optimizer, where a callback of the user's could write to it."""
-        optimizer = self.run.optimizing.optimizer
-        if not isinstance(optimizer, OptimizerView):
-            return None
-        if self.settings:
-            self._exchange({})
-        for index, changed in self.run.written.get("next", {}).items():
-            optimizer.param_groups[int(index)].update(changed)
-        return optimizer if self._has_guests() or self.run.written else None
-
-    def _exchange(self, changed: dict[int, dict[str, Any]]) -> Transform | None:
-        """Go on with what a callback wrote into the optimizer's groups: a rate for one update, other settings for good.
-
-        Returns:
-            The transform of the next update, if it is another one.
-        """
-        trainer, plan, optimizing = self.trainer, self.run.plan, self.run.optimizing
-        filled = [index for index, group in enumerate(optimizing.optimizer.param_groups) if group["params"]]
-        lasting, rate = rewritten(changed, filled)
-        self.settings |= lasting
-        args = with_settings(trainer.args, **self.settings)
-
-        def step_at(schedule: Schedule) -> tuple[Transform, Any]:
-            transform = make_transform(args, schedule, trainer.model, total_steps=plan.total_steps)
-            return transform, self._seen(trainer.step_of(plan, attrs.evolve(optimizing, transform=transform)))
-
-        transform = None
-        if lasting or not changed:
-            transform, self.lasting = step_at(plan.schedule)
-            self.step.step = self.lasting
-        if rate is not None and optimizing.rule is not None:
-            tx.followed_rate(self.state.opt_state).fill_(rate)  # the rate of such a run is in its state
-        elif rate is not None:
-            transform, self.step.step = step_at(tx.constant_schedule(rate))
-        optimizing.optimizer.settle()
-        return transform
-
-    def _written(self) -> dict[str, Any]:
-        optimizer = self.run.optimizing.optimizer
-        pending = optimizer.changed() if isinstance(optimizer, OptimizerView) else None
-        return {name: found for name, found in (("settings", self.settings), ("next", pending)) if found}
-
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer
         if kind is Logged:
@@ -312,42 +250,6 @@ class Teller:
             trainer.tell("on_epoch_begin")
         elif kind is EpochEnd:
             trainer.tell("on_epoch_end")
-
-    def _seen(self, step: Any) -> Any:
-        """The step, donating; it shows its gradients where a callback wants them and one that is not compiled has them."""
-        listens = self.trainer.callback_handler.listeners["on_pre_optimizer_step"]
-        inner = step.step if isinstance(step, steps.Passing) else step
-        self.shows_gradients = bool(listens) and isinstance(inner, steps.TrainStep)
-        step = steps.donating(step)
-        return steps.seeing_gradients(step, self._show_gradients) if self.shows_gradients else step
-
-    def _show_gradients(self, grads: Params) -> Transform | None:
-        """Put the gradients where torch has them while callbacks look at them, or change them, or settings of this update."""
-        parameters = dict(self.trainer.model.named_parameters())
-        for name, grad in grads.items():
-            parameters[name].grad = grad
-        try:
-            self._tell_substeps()
-            self.trainer.tell("on_pre_optimizer_step")
-            for name, grad in grads.items():
-                now = parameters[name].grad
-                grads[name] = torch.zeros_like(grad) if now is None else now
-        finally:
-            for name in grads:
-                parameters[name].grad = None
-        optimizer = self.run.optimizing.optimizer
-        changed = optimizer.changed() if isinstance(optimizer, OptimizerView) else None
-        return self._exchange(changed) if changed else None
-
-    def _tell_inner(self) -> None:
-        if not self.shows_gradients:
-            self._tell_substeps()
-            self.trainer.tell("on_pre_optimizer_step")
-        self.trainer.tell("on_optimizer_step")
-
-    def _tell_substeps(self) -> None:
-        for _ in range(len(self.batch) - 1 if isinstance(self.batch, MicroBatches) else 0):
-            self.trainer.tell("on_substep_end")
 
     def _bring_model_up_to_date(self, event: StepEnd, batch: Any) -> None:
         # The usual optimizers write the model's own tensors; one that makes new ones is found out at the first step.
@@ -411,49 +313,3 @@ class Wanted:
     def end_epoch(self) -> bool:
         """End the epoch."""
         return self.trainer.control.should_epoch_stop
-
-
-@contextmanager
-def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform) -> Iterator[None]:
-    """The model at the weights that the optimizer evaluates with, where these are not those it trains, until the block ends."""
-    params = tx.eval_params(transform, state.opt_state, state.params)
-    if params is state.params:
-        yield
-        return
-    with steps.module_at(model, state.replace(params=params)):
-        yield
-
-
-def load_best(trainer: Trainer, run: Run, checkpoint: str, like: TrainState) -> None:
-    """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others."""
-    transform = run.optimizing.transform
-    if tx.eval_params(transform, like.opt_state, like.params) is like.params or trainer.args.save_only_model:
-        saving.load_weights(trainer.model, checkpoint)
-        return
-    state, _ = loops.load_checkpoint(checkpoint, like=like)
-    state.replace(params=tx.eval_params(transform, state.opt_state, state.params)).apply_to(trainer.model)
-
-
-def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform) -> None:
-    """Give the model the weights that its optimizer evaluates with, at the end of a run."""
-    params = tx.eval_params(transform, state.opt_state, state.params)
-    if params is not state.params:
-        state.replace(params=params).apply_to(model)
-
-
-def shares_storage(state: TrainState, model: nn.Module) -> bool:
-    """Whether a state's tensors are those of the model, so that writing one writes the other."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    return all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in (state.params | state.buffers).items())
-
-
-@contextmanager
-def in_train_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in train mode until the block ends, then each as it was."""
-    modes = [(child, child.training) for child in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training

@@ -1,0 +1,66 @@
+"""Which weights the model has: those that are trained, those that are evaluated, those of the best evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fts import loops, steps, transforms as tx
+from fts.state import TrainState
+from fts.trainer import saving
+from fts.typing import Transform
+
+
+@contextmanager
+def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform) -> Iterator[None]:
+    """The model at the weights that the optimizer evaluates with, where these are not those it trains, until the block ends."""
+    params = tx.eval_params(transform, state.opt_state, state.params)
+    if params is state.params:
+        yield
+        return
+    with steps.module_at(model, state.replace(params=params)):
+        yield
+
+
+def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Transform, *, model_only: bool) -> None:
+    """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others.
+
+    Args:
+        model: is written in place.
+        checkpoint: its path.
+        like: a state of the same run.
+        transform: the optimizer.
+        model_only: whether the checkpoint has no optimizer's state, but already the weights that were evaluated.
+    """
+    if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
+        saving.load_weights(model, checkpoint)
+        return
+    state, _ = loops.load_checkpoint(checkpoint, like=like)
+    leave_evaluated(model, state, transform, anyway=True)
+
+
+def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform, *, anyway: bool = False) -> None:
+    """Give the model the weights that its optimizer evaluates with: where these are not those it trains, or anyway."""
+    params = tx.eval_params(transform, state.opt_state, state.params)
+    if anyway or params is not state.params:
+        state.replace(params=params).apply_to(model)
+
+
+def shares_storage(state: TrainState, model: nn.Module) -> bool:
+    """Whether a state's tensors are those of the model, so that writing one writes the other."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    return all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in (state.params | state.buffers).items())
+
+
+@contextmanager
+def in_train_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in train mode until the block ends, then each as it was."""
+    modes = [(child, child.training) for child in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
