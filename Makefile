@@ -56,6 +56,7 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 bench: $(VENV)/.dev ## Measure a step against a hand-written loop, and the time of the import
 	$(PY) benchmarks/import_time.py
 	$(PY) benchmarks/step.py
+	$(PY) benchmarks/predict.py
 
 fuzz: $(VENV)/.dev ## Run the laws with many more generated examples
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws)
