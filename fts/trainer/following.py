@@ -16,6 +16,7 @@ from fts import loops
 from fts.errors import CallbackError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Saved, StepBegin, StepEnd
 from fts.loops.checkpoints import is_whole
+from fts.loops.interrupting import StopRequest
 from fts.state import TrainState
 from fts.trainer import saving
 from fts.trainer.batch_size import empty_cache
@@ -56,6 +57,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
 
     Raises:
         CallbackError: a callback raised; a checkpoint of the last update was written.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1 came; the update was finished, and a checkpoint of it written.
     """
     start, first = time.perf_counter(), run.told.global_step
     teller = Teller(trainer, run, ignore_keys, start)
@@ -63,9 +65,15 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     if trainer.args.eval_on_start:
         teller.run_evaluation()
     model, args = trainer.model, trainer.args
-    with in_train_mode(model), noisy_embeddings(model, args.neftune_noise_alpha), watched(model, args.debug):
+    with (
+        loops.interruptible() as request,
+        in_train_mode(model),
+        noisy_embeddings(model, args.neftune_noise_alpha),
+        watched(model, args.debug),
+    ):
         try:
             teller.tell_all(
+                request,
                 loops.fit(
                     teller.stepping.step,
                     run.state,
@@ -77,7 +85,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
                     evaluate=teller.evaluate,
                     save=teller.save,
                     skip_nonfinite=trainer.args.logging_nan_inf_filter,
-                )
+                ),
             )
         except BaseException as error:
             close_bars(trainer.callback_handler.callbacks)
@@ -135,8 +143,13 @@ class Teller:
         if every:
             yield lambda event, batch: empty_cache(args.device) if event.counters.step % every == 0 else None
 
-    def tell_all(self, events: Iterator[Any]) -> None:
-        """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must."""
+    def tell_all(self, request: StopRequest, events: Iterator[Any]) -> None:
+        """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must.
+
+        Args:
+            request: whether a signal asks the run to save and stop.
+            events: those of the loop.
+        """
         trainer, told = self.trainer, self.told
         listeners = trainer.callback_handler.listeners
         batches, accumulate = self.batches, self.accumulate
@@ -163,6 +176,9 @@ class Teller:
                 else:
                     told.epoch = counters.epoch + counters.batch / self.total
                 trainer.tell("on_step_end", metrics=event.metrics)
+                if request.poll():
+                    trainer.control.should_save = trainer.control.should_training_stop = True
+                    trainer.control.should_evaluate = False  # who asks a run to stop does not want to wait
             else:
                 self._tell_other(kind, event)
 
