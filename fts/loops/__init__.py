@@ -1,14 +1,7 @@
 """Many steps: the order of the data, events, evaluation, checkpoints and resume."""
 
 from fts.loops.cadence import Cadence, Counters, Due, cadence
-from fts.loops.checkpoints import (
-    load_checkpoint,
-    load_extra,
-    newest_checkpoint,
-    save_checkpoint,
-    verify_checkpoint,
-    write_whole,
-)
+from fts.loops.checkpoints import load_checkpoint, load_extra, save_checkpoint, verify_checkpoint
 from fts.loops.data import Source, source
 from fts.loops.evaluate import evaluate
 from fts.loops.events import (
@@ -24,6 +17,7 @@ from fts.loops.events import (
     StepEnd,
     Stopped,
 )
+from fts.loops.finding import newest_checkpoint
 from fts.loops.fit import fit
 from fts.loops.interrupting import StopRequest, interruptible, stopping
 from fts.loops.locating import locating
@@ -32,6 +26,7 @@ from fts.loops.placement import on_device
 from fts.loops.position import Position
 from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
+from fts.loops.whole import write_whole
 
 __all__ = [
     "Cadence",

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fts.loops.checkpoints import checkpoints_in
+from fts.loops.finding import checkpoints_in
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import attrs
 from fts import loops
 from fts.errors import CallbackError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Saved, StepBegin, StepEnd
-from fts.loops.checkpoints import is_whole
+from fts.loops.finding import is_whole
 from fts.loops.interrupting import StopRequest
 from fts.state import TrainState
 from fts.trainer import saving

@@ -12,7 +12,7 @@ import attrs
 from fts import loops
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
-from fts.loops.checkpoints import is_whole
+from fts.loops.finding import is_whole
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
