@@ -26,6 +26,7 @@ from fts.loops.placement import on_device
 from fts.loops.position import Position
 from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
+from fts.loops.timing import Timer, every_interval
 from fts.loops.whole import write_whole
 
 __all__ = [
@@ -47,8 +48,10 @@ __all__ = [
     "StepEnd",
     "StopRequest",
     "Stopped",
+    "Timer",
     "cadence",
     "evaluate",
+    "every_interval",
     "fit",
     "interruptible",
     "length_grouped",

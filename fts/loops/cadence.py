@@ -1,20 +1,23 @@
-"""When to log, evaluate, save and stop: pure functions of the counters."""
+"""When to log, evaluate, save and stop: functions of the counters, and of a clock where an interval is one of time."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Literal, TypeAlias
 
 import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.position import Position
+from fts.loops.timing import Agree, Clock, Timer, every_interval
 
 Moment: TypeAlias = Literal["step", "epoch", "end", "stop"]
 """When `due` is asked: after a step, after a whole epoch, at the planned end, or where the run was asked to stop early."""
 
-Every: TypeAlias = int | Literal["epoch"] | None
-"""Every so many steps, at the end of each epoch, or never."""
+Every: TypeAlias = int | str | timedelta | None
+"""Every so many steps, at the end of each "epoch", by time ("20min", a timedelta), or never."""
 
 
 @attrs.frozen
@@ -71,13 +74,39 @@ class Due:
 NOTHING = Due()
 
 
+@attrs.define(eq=False)
+class ByTime:
+    """Due at the first step after an interval of time, which begins anew there.
+
+    Attributes:
+        timer: tells when the interval is over.
+        step: the step at which it was last due.
+    """
+
+    timer: Timer
+    step: int | None = None
+
+    def __call__(self, counters: Counters) -> bool:
+        """Whether it is due; if so, the interval begins anew."""
+        at_end = counters.moment in ("end", "stop")
+        due = counters.step != self.step if at_end else counters.moment == "step" and self.timer.due()
+        if due:
+            self.step = counters.step
+            self.timer.reset()
+        return due
+
+
+Pace: TypeAlias = int | Literal["epoch"] | ByTime | None
+"""An `Every` that was read."""
+
+
 @attrs.frozen
 class Cadence:
     """A function from `Counters` to `Due`; made by `cadence`."""
 
-    log: Every = None
-    evaluate: Every = None
-    save: Every = None
+    log: Pace = None
+    evaluate: Pace = None
+    save: Pace = None
     stop: Callable[[Counters], bool] | None = None
 
     def __call__(self, counters: Counters) -> Due:
@@ -89,41 +118,76 @@ class Cadence:
 
 
 def cadence(
-    log: Every = None, evaluate: Every = None, save: Every = None, stop: Callable[[Counters], bool] | None = None
+    log: Every = None,
+    evaluate: Every = None,
+    save: Every = None,
+    stop: Callable[[Counters], bool] | None = None,
+    *,
+    clock: Clock = time.monotonic,
+    agree: Agree | None = None,
 ) -> Cadence:
-    """Regular logging, evaluation and saving.
+    """Regular logging, evaluation and saving, each at a pace of its own.
 
-    Each happens every so many steps, counted from the start of training and not of this run, or at the end of each
-    epoch. What happens at all also happens once more at the end of the run, if the last step was not due anyway: so
-    the last steps' metrics are logged and the last state is saved. A run that is stopped early logs and saves, but does
-    not evaluate.
+    Each happens every so many steps, counted from the start of training and not of this run; at the end of each epoch; or at
+    the first step after an interval of time, counted from now and then from the last time that it happened. What happens
+    at all also happens once more at the end of the run, if the last step was not due anyway: so the last steps' metrics are
+    logged and the last state is saved. A run that is stopped early logs and saves, but does not evaluate.
 
     Args:
-        log: steps between two logs, "epoch", or None for never.
+        log: steps between two logs, "epoch", a time such as "20min" or a `timedelta`, or None for never.
         evaluate: the same for evaluations.
         save: the same for checkpoints.
         stop: asked after each step; True ends the run.
+        clock: gives the time in seconds, for intervals of time.
+        agree: combines the answers of all processes for such an interval, as in `Timer`; None for one process.
 
     Returns:
-        A pure function `Counters -> Due`.
+        A function `Counters -> Due`: pure, but for the clock.
 
     Raises:
-        ArgumentError: an interval is not a positive integer.
+        ArgumentError: an interval is not a positive number of steps, nor "epoch" or a length of time.
 
     >>> due = cadence(log=10, save="epoch")
     >>> due(Counters(step=20, epoch=0, batch=20)).log, due(Counters(step=21, epoch=0, batch=21)).log
     (True, False)
+    >>> now = 0.0
+    >>> due = cadence(save="20min", clock=lambda: now)
+    >>> now = 1500.0
+    >>> due(Counters(step=7)).save, due(Counters(step=8)).save
+    (True, False)
     """
-    for name, every in (("log", log), ("evaluate", evaluate), ("save", save)):
-        whole = isinstance(every, int) and not isinstance(every, bool) and every > 0
-        if every is not None and every != "epoch" and not whole:
-            raise ArgumentError(f'cadence({name}={every!r}) must be a positive number of steps, "epoch", or None for never.')
-    return Cadence(log, evaluate, save, stop)
+
+    def pace(name: str, every: Every) -> Pace:
+        return _pace(name, every, clock, agree)
+
+    return Cadence(pace("log", log), pace("evaluate", evaluate), pace("save", save), stop)
 
 
-def _due(every: Every, counters: Counters) -> bool:
+def _pace(name: str, every: Every, clock: Clock, agree: Agree | None) -> Pace:
+    if every is None or every == "epoch":
+        return every  # type: ignore[return-value]  # mypy does not narrow a str to its literal
+    if isinstance(every, int) and not isinstance(every, bool) and every > 0:
+        return every
+    if isinstance(every, (str, timedelta)):
+        try:
+            return ByTime(every_interval(every, clock=clock, agree=agree))
+        except ArgumentError as error:
+            raise _not_an_interval(name, every) from error
+    raise _not_an_interval(name, every)
+
+
+def _not_an_interval(name: str, every: object) -> ArgumentError:
+    return ArgumentError(
+        f'cadence({name}={every!r}) must be a positive number of steps, "epoch", a length of time such as "20min", or None for '
+        "never."
+    )
+
+
+def _due(every: Pace, counters: Counters) -> bool:
     if every is None:
         return False
+    if isinstance(every, ByTime):
+        return every(counters)
     if every == "epoch":
         # at the end, `batch` is 0 if the epoch was complete, and then it had its turn
         return counters.moment == "epoch" or (counters.moment in ("end", "stop") and counters.batch != 0)

@@ -8,8 +8,10 @@ from typing import Any
 
 from fts.errors import ArgumentError
 
-_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-_WITH_UNITS = re.compile(r"(?:\d+(?:\.\d+)?[dhms])+")
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}  # by the unit's first letter
+_UNIT = "d(?:ays?)?|h(?:(?:ou)?rs?)?|m(?:in(?:ute)?s?)?|s(?:ec(?:ond)?s?)?"
+_PART = re.compile(rf"(\d+(?:\.\d+)?)({_UNIT})")
+_WITH_UNITS = re.compile(rf"(?:\d+(?:\.\d+)?(?:{_UNIT}))+")
 _CLOCK = re.compile(r"(?:(\d+)[-:])?(\d+):(\d\d):(\d\d)")
 
 
@@ -17,8 +19,8 @@ def seconds_of(time: float | str | timedelta) -> float:
     """A length of time in seconds.
 
     Args:
-        time: seconds; a `timedelta`; or text: "2h30m" with the units d, h, m and s, or "02:30:00", "1-02:30:00", "1:02:30:00"
-            (days, hours, minutes, seconds).
+        time: seconds; a `timedelta`; or text: "2h30m", "20min", "1 hour 30 sec" with the units d, h, m and s or their names, or
+            "02:30:00", "1-02:30:00", "1:02:30:00" (days, hours, minutes, seconds).
 
     Returns:
         Seconds.
@@ -26,13 +28,13 @@ def seconds_of(time: float | str | timedelta) -> float:
     Raises:
         ArgumentError: it cannot be read, or is negative.
 
-    >>> seconds_of("2h30m"), seconds_of("1-00:00:10"), seconds_of(90)
-    (9000.0, 86410.0, 90.0)
+    >>> seconds_of("2h30m"), seconds_of("20min"), seconds_of("1-00:00:10"), seconds_of(90)
+    (9000.0, 1200.0, 86410.0, 90.0)
     """
     seconds: Any = _seconds_in(time) if isinstance(time, str) else time.total_seconds() if isinstance(time, timedelta) else time
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
     if not number or not seconds >= 0:  # also NaN
-        raise ArgumentError(f'{time!r} is no length of time. Give seconds, or text such as "2h30m", "90s" or "1-02:30:00".')
+        raise ArgumentError(f'{time!r} is no length of time. Give seconds, or text such as "2h30m", "20min" or "1-02:30:00".')
     return float(seconds)
 
 
@@ -42,5 +44,5 @@ def _seconds_in(text: str) -> float | None:
         days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
     if _WITH_UNITS.fullmatch(text):
-        return sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([dhms])", text))
+        return sum(float(number) * _SECONDS[unit[0]] for number, unit in _PART.findall(text))
     return None
