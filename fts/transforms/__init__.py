@@ -49,6 +49,7 @@ from fts.transforms.schedules import (
     warmup,
     warmup_stable_decay_schedule,
 )
+from fts.transforms.spikes import SpikeState, skip_spikes
 from fts.transforms.wrapping import MultiStepsState, SkipState, multi_steps, skip_nonfinite
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "ScheduleState",
     "SgdState",
     "SkipState",
+    "SpikeState",
     "TorchState",
     "TraceState",
     "adam",
@@ -103,6 +105,7 @@ __all__ = [
     "sgd",
     "shift_schedule",
     "skip_nonfinite",
+    "skip_spikes",
     "torch_moments",
     "trace",
     "warmup",

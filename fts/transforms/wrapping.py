@@ -85,7 +85,7 @@ def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
         total, in_a_row = state.total + skipped, (state.in_a_row + 1) * skipped
         return (
             updates,
-            SkipState(_where(finite, inner_state, state.inner), total, in_a_row),
+            SkipState(where(finite, inner_state, state.inner), total, in_a_row),
             merged([info, {"skipped": skipped, "skipped_total": total, "skipped_in_a_row": in_a_row}]),
         )
 
@@ -164,9 +164,9 @@ def multi_steps(inner: Transform, every: int) -> Transform:
         count = state.gathered + 1
         last = count == every
         updates, inner_state, info = inner.update({name: total / every for name, total in sums.items()}, state.inner, params)
-        info = _where(last, info, state.info)
+        info = where(last, info, state.info)
         next_state = MultiStepsState(
-            _where(last, inner_state, state.inner),
+            where(last, inner_state, state.inner),
             torch.where(last, 0, count),
             {name: torch.where(last, 0.0, total) for name, total in sums.items()},
             info,
@@ -194,7 +194,8 @@ def multi_steps(inner: Transform, every: int) -> Transform:
     return this._replace(apply=apply if is_fast(inner) else None)
 
 
-def _where(condition: Tensor, yes: Any, no: Any) -> Any:
+def where(condition: Tensor, yes: Any, no: Any) -> Any:
+    """`yes` where the condition holds, else `no`, leaf by leaf."""
     return pytree.tree_map(lambda a, b: torch.where(condition.to(a.device), a, b), yes, no)
 
 

@@ -66,6 +66,8 @@ REGISTRY = [
     tx.adamw(COSINE, weight_decay=0.1, mask=is_matrix),
     tx.skip_nonfinite(tx.adamw(0.1)),
     tx.skip_nonfinite(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), limit=1),
+    tx.skip_spikes(tx.adamw(0.1), warmup_steps=1),
+    tx.skip_spikes(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), 0.5, warmup_steps=1),
     tx.multi_steps(tx.adamw(COSINE), every=2),
     tx.follow_metric(tx.adamw, 0.1, tx.Plateau()),
     tx.multi_steps(tx.chain(tx.clip_by_global_norm(1.0), tx.trace(0.9)), every=3),
@@ -163,6 +165,7 @@ def test_any_three_in_a_chain(three, example) -> None:
 
 WRAPPERS = {
     "skip_nonfinite": tx.skip_nonfinite,
+    "skip_spikes": lambda inner: tx.skip_spikes(inner, 0.5, warmup_steps=1),
     "multi_steps": lambda inner: tx.multi_steps(inner, every=2),
     "ema_params": lambda inner: tx.ema_params(inner, 0.9),
     "masked": lambda inner: tx.masked(inner, is_matrix),

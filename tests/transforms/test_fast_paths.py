@@ -168,11 +168,12 @@ def test_constant_infos_are_reported_once_made():
     assert info["lr"].device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", [*FAST, "skip_nonfinite", "multi_steps", "ema_params"])
+@pytest.mark.parametrize("name", [*FAST, "skip_nonfinite", "skip_spikes", "multi_steps", "ema_params"])
 def test_nothing_is_read_off_the_cpu(name):
     """Meta tensors have no values, so any read of one (a synchronisation on a GPU) raises."""
     wrapped = {
         "skip_nonfinite": lambda: tx.skip_nonfinite(tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(SCHEDULE))),
+        "skip_spikes": lambda: tx.skip_spikes(tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(SCHEDULE))),
         "multi_steps": lambda: tx.multi_steps(tx.sgd(SCHEDULE, momentum=0.9), 2),
         "ema_params": lambda: tx.ema_params(tx.adamw(SCHEDULE), 0.9, debias=True),
     }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -37,6 +38,7 @@ TRANSFORMS = {
     "adam": lambda: tx.adam(0.1, weight_decay=0.1),
     "adamw": lambda: tx.adamw(tx.join_schedules([tx.constant_schedule(0.1), tx.warmup(COSINE, 3)], [1]), mask=is_matrix),
     "skip_nonfinite": lambda: tx.skip_nonfinite(tx.adamw(COSINE)),
+    "skip_spikes": lambda: tx.skip_spikes(tx.adamw(COSINE), warmup_steps=1),
     "multi_steps": lambda: tx.multi_steps(tx.adamw(COSINE), every=2),
     "ema_params": lambda: tx.ema_params(tx.adamw(COSINE), 0.9),
     "ema_params, debias": lambda: tx.ema_params(tx.adamw(COSINE), 0.9, debias=True),
