@@ -111,10 +111,10 @@ def skip_spikes(
         good, norms = judged(grads, state.norms)
         updates, inner_state, info = inner.update(grads, state.inner, params)
         updates = {name: torch.where(good.to(u.device), u, 0.0) for name, u in updates.items()}
-        kept = where(good, (inner_state, norms), (state.inner, state.norms))
+        inner_state, norms = where(good, (inner_state, norms), (state.inner, state.norms))
         spike = (~good).to(torch.int64)
         total, in_a_row = state.total + spike, (state.in_a_row + 1) * spike
-        return updates, SpikeState(*kept, total, in_a_row), merged([info, _report(spike, total, in_a_row)])
+        return updates, SpikeState(inner_state, norms, total, in_a_row), merged([info, _report(spike, total, in_a_row)])
 
     def check(info: Info) -> None:
         if inner.check is not None and not any(float(value) for _, value in values_of(info, "spike")):
