@@ -4,6 +4,7 @@
 #   make demo WORDS="charming vile"   words to predict
 #   make test TESTS=tests/loops      some tests only
 #   make test WORKERS=1              one process
+#   make fuzz KILLS=1000             more kills
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -12,6 +13,7 @@ SHELL := /bin/sh
 PYTHON ?= python3
 WORDS ?=
 TESTS ?=
+KILLS ?= 200
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
 VENV := .venv
@@ -58,8 +60,9 @@ bench: $(VENV)/.dev ## Measure a step against a hand-written loop, and the time 
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/predict.py
 
-fuzz: $(VENV)/.dev ## Run the laws with many more generated examples
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws)
+fuzz: $(VENV)/.dev ## Kill training processes 200 times, and run the laws with many more generated examples
+	$(PY) -m tests.reliability.kills --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws tests/reliability)
 
 clean: ## Remove .venv, caches and built pages (runs/, with trained models, stays)
 	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
