@@ -2,11 +2,11 @@
 
     python -m tests.reliability.kills --kills 200 --seed 1
 
-A life is a process that goes on from what it finds in the directory of its run. It is killed (SIGKILL) at an instant drawn from
-the seed: after some time, or at one of its file operations, or some milliseconds after one. So kills land in steps, in saves,
-between their renames, in deletions and in resumes. After each, the newest complete checkpoint must be one that was there before, or
-a newer one, and the next life must go on from it. The life that reaches the end must have the bits of the run that was never killed:
-weights, optimizer, position and logged figures.
+A life is a process that goes on from what it finds in the directory of its run. It is killed (SIGKILL) at an instant drawn from the
+seed: after some time, at one of its file operations, or some milliseconds after one. So kills land in steps, in saves, between
+their renames, in deletions and in resumes. After each, the newest complete checkpoint must be one that was there before, or a newer
+one, and the next life must go on from it. The life that reaches the end must have the bits of the run that was never killed: weights,
+optimizer, position and logged figures.
 
 One process imports everything and forks each life, so that a life costs a fraction of a second.
 """
@@ -38,7 +38,7 @@ OPERATIONS = {
     "rename": (8, ("os.rename",)),
     "delete": (20, ("os.remove", "os.rmdir")),
 }
-"""Kinds of file operations: up to which of them a life may come, and what Python's audit events call them. Flushing opens a file."""
+"""Kinds of file operations: up to which of them a life may come, and Python's audit events of them. Flushing opens a file."""
 
 
 @attrs.frozen

@@ -1,7 +1,7 @@
 """The runs that `kills` kills: a small BERT with dropout, shuffled data, accumulation, clipping, AdamW and a schedule.
 
-Each way of running is a function `(directory, tell) -> (module, state)` that goes on from what it finds in the directory. It tells
-"began STEP" where it goes on and "saved STEP" when a checkpoint is complete.
+Each way of running is a function `(directory, tell) -> (module, figures)` that goes on from what it finds in the directory. It
+tells "began STEP" where it goes on and "saved STEP" when a checkpoint is complete.
 """
 
 from __future__ import annotations
