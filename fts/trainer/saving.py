@@ -17,12 +17,10 @@ from fts.loops import Position
 from fts.state import OPTIMIZER, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
+from fts.trainer.foreign import ADAPTERS, is_transformers_checkpoint, newest_transformers_checkpoint
 from fts.trainer.state import STATE_FILE, TrainerState
 
 ARGUMENTS_FILE = "training_args.json"
-
-ADAPTERS = "adapter_model.safetensors"
-"""Where peft saves adapters alone."""
 
 
 def save_model(
@@ -108,7 +106,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     if adapters.is_file() and not (Path(directory) / WEIGHTS).is_file():
         _load_adapters(model, adapters)
         return
-    found = _read_weights(Path(directory))
+    found = read_weights(Path(directory))
     targets = _tensors(model)
     missing = [name for name, _ in model.named_parameters() if name not in found]
     unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
@@ -128,8 +126,13 @@ def _load_adapters(model: nn.Module, path: Path) -> None:
     set_peft_model_state_dict(model, load_file(path))
 
 
-def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, of one file or of shards."""
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, of one file or of shards.
+
+    Raises:
+        CheckpointError: there are none, or a file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     index = directory / f"{WEIGHTS}.index.json"
@@ -139,7 +142,7 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
         if index.is_file():
             files = set(json.loads(index.read_text())["weight_map"].values())
             return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / Path(file).name).items()}
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"The weights in {directory} cannot be read: {error}") from error
     raise CheckpointError(f"{directory} has no weights: neither {WEIGHTS} nor {index.name} is there.")
 
@@ -176,7 +179,8 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
     """The checkpoint that `resume_from_checkpoint` means.
 
     Args:
-        resume: True for the newest whole one in `root`, a path, or None or False for none.
+        resume: True for the newest whole one in `root`, a path, or None or False for none; transformers' Trainer may have
+            written it, too.
         root: the directory of the checkpoints.
 
     Raises:
@@ -185,7 +189,7 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
     if resume is None or resume is False:
         return None
     if resume is True:
-        newest = loops.newest_checkpoint(root)
+        newest = _newest(root)
         if newest is None:
             raise ArgumentError(
                 f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
@@ -193,6 +197,8 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
             )
         return newest
     path = Path(resume)
+    if is_transformers_checkpoint(path):
+        return path
     if not (path / WEIGHTS).is_file():
         there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
         raise ArgumentError(
@@ -204,6 +210,12 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
             "on from it. Begin a new run with its model: from_pretrained(path)."
         )
     return path
+
+
+def _newest(root: str | Path) -> Path | None:
+    """The checkpoint of the highest step, ours or one of transformers' Trainer."""
+    found = [path for path in (loops.newest_checkpoint(root), newest_transformers_checkpoint(root)) if path is not None]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def _save_configuration(model: Any, directory: Path) -> None:

@@ -17,6 +17,7 @@ from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
 from fts.trainer.drawing import drawn_by
+from fts.trainer.foreign import is_transformers_checkpoint
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.plan import Plan, make_plan, with_settings
@@ -31,6 +32,7 @@ from fts.trainer.resuming import (
     saved_arguments,
     seed_changes,
 )
+from fts.trainer.resuming_hf import read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
 from fts.trainer.state import STATE_FILE, TrainerState
 from fts.trainer.tally import Tally
@@ -84,7 +86,8 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         batch_size: rows in a micro-batch.
     """
     args, model = trainer.args, trainer.model
-    old = None if checkpoint is None else cut_of(checkpoint)
+    foreign = checkpoint is not None and is_transformers_checkpoint(checkpoint)
+    old = None if checkpoint is None or foreign else cut_of(checkpoint)
     seed = data_seed(args) if old is None else old.seed
     source = trainer.train_source(seed)
     cut = Cut(
@@ -100,7 +103,23 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
     told, tally, start, written = TrainerState(), Tally(), Position(), dict[str, Any]()
-    if checkpoint is not None:
+    if checkpoint is not None and foreign:
+        sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "accumulate": plan.accumulate}
+        found = read_transformers_checkpoint(checkpoint, state, model, optimizing, **sizes)
+        start, told, tally = found.start, found.told, found.tally
+        if cut.steps is not None:
+            cut = attrs.evolve(cut, offset=told.global_step - start.epoch * cut.steps - start.batch)
+            plan = plan_of(trainer, source, batch_size, cut.offset)
+            optimizing = trainer.optimizing(plan) if cut.offset else optimizing
+        found.state.apply_to(model)
+        state = state.replace(opt_state=found.state.opt_state, step=found.state.step)
+        report(checkpoint, found)
+        restore_callbacks(
+            trainer.callback_handler.callbacks,
+            told.stateful_callbacks,
+            arguments=args.restore_callback_states_from_checkpoint,
+        )
+    elif checkpoint is not None:
         loaded, start = _load(args, checkpoint, state)
         if old is not None:
             start = _moved(start, old, cut)
