@@ -14,6 +14,7 @@ import torch.utils._pytree as torch_pytree
 from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor, nn
 
+from fts import storage
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
 from fts.typing import OptState, Params, Transform
 
@@ -21,6 +22,9 @@ FORMAT = 1
 """Version of the files that `TrainState.save` writes."""
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+TRAINED = "trained.safetensors"
+"""Takes the place of `WEIGHTS` where the frozen parameters are left out, so that nobody takes it for a model."""
 
 
 @attrs.frozen
@@ -151,29 +155,44 @@ class TrainState:
                 targets[name].copy_(source)
         return module
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> Path:
         """Write the state to `model.safetensors`, `optimizer.safetensors` and `state.json`.
 
         Args:
             directory: is made if need be. The files are written in place; `fts.loops.save_checkpoint` makes it atomic.
+            frozen: also write the parameters that are not trained. Without them the weights are in `trained.safetensors`,
+                which is no model, and loading takes the frozen ones from `like`.
+            shard_size: bytes of tensors that a file may have; where there are more, there are several files with an index,
+                as transformers writes and reads them.
 
         Returns:
             The directory.
         """
-        from safetensors.torch import save_file
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(_storable(self._saved_tensors()), directory / WEIGHTS, metadata={"format": "pt"})
-        save_file(_storable(_flatten_by_path(self.opt_state)), directory / OPTIMIZER, metadata={"format": "pt"})
+        storage.write(directory, self.contents(frozen=frozen, shard_size=shard_size))
+        return directory
+
+    def contents(self, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> storage.Contents:
+        """What `save` writes, laid out but not written: it holds the tensors of the state, not copies.
+
+        Args:
+            frozen: see `save`.
+            shard_size: see `save`.
+
+        Raises:
+            CheckpointError: the state of the transform has parts that are no tensors.
+        """
         document = {
             "format": FORMAT,
             "step": int(self.step),
             "seed": self.seed,
+            "frozen": frozen,
             "ties": [list(pair) for pair in self.layout.ties],
         }
-        (directory / STATE).write_text(json.dumps(document, indent=2) + "\n")
-        return directory
+        weights = storage.lay_out(WEIGHTS if frozen else TRAINED, self._saved_tensors(frozen=frozen), shard_size)
+        optimizer = storage.lay_out(OPTIMIZER, _flatten_by_path(self.opt_state), shard_size)
+        return weights + optimizer + storage.Contents((), {STATE: json.dumps(document, indent=2) + "\n"}, (STATE, TRAINED))
 
     @classmethod
     def load(cls, directory: str | Path, *, like: TrainState) -> TrainState:
@@ -182,7 +201,7 @@ class TrainState:
         Args:
             directory: where `save` wrote.
             like: a state of the same model and transform, for instance a freshly created one. It gives the
-                structure, the devices, and the buffers that a checkpoint omits.
+                structure, the devices, and the buffers and frozen parameters that a checkpoint omits.
 
         Returns:
             A new state; `like` is not changed.
@@ -191,21 +210,22 @@ class TrainState:
             CheckpointError: a file is missing or damaged, or names, shapes or dtypes differ from those of `like`.
         """
         directory = Path(directory)
-        document = _read_document(directory / STATE)
-        saved = _read_tensors(directory / WEIGHTS, like._saved_tensors())
-        optimizer = _read_tensors(directory / OPTIMIZER, _flatten_by_path(like.opt_state))
+        document = _read_document(directory)
+        frozen = document["frozen"]
+        saved = _read_tensors(directory, WEIGHTS if frozen else TRAINED, like._saved_tensors(frozen=frozen))
+        optimizer = _read_tensors(directory, OPTIMIZER, _flatten_by_path(like.opt_state))
         return like.replace(
             params={name: saved[name] for name in like.params},
-            frozen={name: saved[name] for name in like.frozen},
+            frozen={name: saved.get(name, tensor) for name, tensor in like.frozen.items()},
             buffers={name: saved.get(name, tensor) for name, tensor in like.buffers.items()},
             opt_state=optree.tree_unflatten(optree.tree_structure(like.opt_state), list(optimizer.values())),
             step=torch.tensor(document["step"], dtype=torch.int64),
             seed=document["seed"],
         )
 
-    def _saved_tensors(self) -> dict[str, Tensor]:
+    def _saved_tensors(self, *, frozen: bool) -> dict[str, Tensor]:
         persistent = {name: tensor for name, tensor in self.buffers.items() if name not in self.layout.transient}
-        return self.params | self.frozen | persistent
+        return self.params | (self.frozen if frozen else {}) | persistent
 
     def __repr__(self) -> str:
         if "params" not in self.__dict__:
@@ -237,6 +257,11 @@ def mark_donated(state: TrainState, step_name: str) -> None:
     attributes = state.__dict__
     attributes.clear()
     attributes["donated_to"] = step_name
+
+
+def is_donated(state: Any) -> bool:
+    """Whether a step has consumed the state, so that nothing of it is left."""
+    return "donated_to" in state.__dict__
 
 
 def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, Layout]:
@@ -304,45 +329,19 @@ def _flatten_by_path(tree: Any) -> dict[str, Tensor]:
     return flat
 
 
-def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses views and shared storage; copies are made only for those
-    owners: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in owners
-        owners.add(storage.data_ptr())
-        result[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-    return result
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"No state was saved at {path.parent}: {path.name} is missing.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise CheckpointError(f"{path} has format {found!r}; this version of fts reads format {FORMAT}.")
-    for key in ("step", "seed"):
-        value = document.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or (key == "step" and value < 0):
-            raise CheckpointError(f"{path} has {key} = {value!r}; an integer is needed, and a step cannot be negative.")
+def _read_document(directory: Path) -> dict[str, Any]:
+    document, path = storage.read_document(directory, STATE, version=FORMAT), directory / STATE
+    storage.whole_number(path, document, "step")
+    seed, frozen = document.get("seed"), document.setdefault("frozen", True)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise CheckpointError(f"{path} has seed = {seed!r}; an integer is needed.")
+    if not isinstance(frozen, bool):
+        raise CheckpointError(f"{path} has frozen = {frozen!r}; true or false is needed.")
     return document
 
 
-def _read_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    found, path = storage.read_tensors(directory, file), directory / file
     missing, extra = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
     if missing or extra:
         raise CheckpointError(
@@ -355,7 +354,7 @@ def _read_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, {target.dtype}{list(target.shape)} here."
             )
-    # load_file maps into memory that must not be written in place
+    # what was read is mapped from the file and must not be written in place
     return {name: _like(found[name], target) for name, target in like.items()}
 
 

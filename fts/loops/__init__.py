@@ -28,6 +28,7 @@ from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
 from fts.loops.timing import Timer, every_interval
 from fts.loops.whole import write_whole
+from fts.loops.writing import Writer
 
 __all__ = [
     "Cadence",
@@ -49,6 +50,7 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "Timer",
+    "Writer",
     "cadence",
     "evaluate",
     "every_interval",

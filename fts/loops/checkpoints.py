@@ -11,12 +11,10 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.loops.manifest import FORMAT, read_json, verify_files
 from fts.loops.position import Position
 from fts.loops.whole import undo_interrupted, write_whole
-from fts.state import OPTIMIZER, STATE, WEIGHTS
+from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, TrainState
+from fts.storage import SHARD_SIZE, Written, files_of, whole_number, write as write_contents
 
 PROGRESS = "progress.json"
-
-LOADED = (WEIGHTS, OPTIMIZER, STATE, PROGRESS)
-"""The files that loading reads, so that a manifest must list them."""
 
 State = TypeVar("State")
 
@@ -28,10 +26,12 @@ def save_checkpoint(
     *,
     extra: Mapping[str, Any] | None = None,
     write: Callable[[Path], None] | None = None,
+    frozen: bool = True,
+    shard_size: int = SHARD_SIZE,
 ) -> Path:
     """Write a checkpoint that is, at any instant, either complete at `directory` or not there.
 
-    The files are written to a hidden directory beside it, flushed to the disk, listed with size and SHA-256 in
+    The files are written to a hidden directory beside it, flushed to the disk, listed with size and checksum in
     `manifest.json`, and the directory is renamed. An earlier checkpoint of the same name is moved aside first and
     deleted last; if the run dies between the two renames, the next load moves it back.
 
@@ -41,6 +41,8 @@ def save_checkpoint(
         position: where in the data to resume.
         extra: what else to keep; anything that JSON can hold.
         write: called with the hidden directory before it is sealed, to add files such as `config.json`.
+        frozen: also keep the parameters that are not trained; see `TrainState.save`.
+        shard_size: bytes of tensors that a file may have; see `TrainState.save`.
 
     Returns:
         The directory.
@@ -58,24 +60,51 @@ def save_checkpoint(
     >>> position
     Position(epoch=1, batch=0)
     """
+    check_can_be_saved(state)
+    progress = progress_text(position, extra)
+
+    def fill(hidden: Path) -> Mapping[str, Written]:
+        if write is not None:
+            write(hidden)  # first, so that nothing it writes stands for the state
+        (hidden / PROGRESS).write_text(progress, encoding="utf-8")
+        if isinstance(state, TrainState):
+            return write_contents(hidden, state.contents(frozen=frozen, shard_size=shard_size))
+        save_foreign(state, hidden, frozen=frozen, shard_size=shard_size)
+        return {}
+
+    return write_whole(directory, fill)
+
+
+def check_can_be_saved(state: Any) -> None:
+    """Raise an `ArgumentError` unless it has a `save`."""
     if not callable(getattr(state, "save", None)):
         raise ArgumentError(
             f"save_checkpoint was given a state of type {type(state).__name__}, which has no `save`. Give a TrainState, or call "
             "save_checkpoint for each of several in directories of their own."
         )
-    directory = Path(directory)
-    progress = _progress(position, extra)
 
-    def fill(hidden: Path) -> None:
-        if write is not None:
-            write(hidden)  # first, so that nothing it writes stands for the state
-        state.save(hidden)
-        (hidden / PROGRESS).write_text(progress)
-        lacking = [name for name in LOADED if not (hidden / name).is_file()]
-        if lacking:
-            raise ArgumentError(f"{type(state).__name__}.save wrote no {lacking[0]}, which a checkpoint is loaded from.")
 
-    return write_whole(directory, fill)
+def save_foreign(state: Any, hidden: Path, *, frozen: bool, shard_size: int) -> None:
+    """Let a state that is no `TrainState` write itself; options go to it where they are not the usual ones."""
+    options: dict[str, Any] = {} if frozen else {"frozen": frozen}
+    if shard_size != SHARD_SIZE:
+        options["shard_size"] = shard_size
+    state.save(hidden, **options)
+    try:
+        loaded_files(hidden)
+    except CheckpointError as error:
+        raise ArgumentError(f"{type(state).__name__}.save did not write what a checkpoint is loaded from: {error}") from error
+
+
+def loaded_files(directory: Path) -> list[str]:
+    """The files that loading reads, so that a manifest must list them.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    weights = [name for name in (WEIGHTS, TRAINED) if any((directory / file).exists() for file in (name, f"{name}.index.json"))]
+    names = [*(weights or [WEIGHTS]), OPTIMIZER, STATE, PROGRESS]
+    return [file for name in names for file in files_of(directory, name)]
 
 
 def load_checkpoint(directory: str | Path, like: State) -> tuple[State, Position]:
@@ -95,7 +124,7 @@ def load_checkpoint(directory: str | Path, like: State) -> tuple[State, Position
     undo_interrupted(directory)
     verify_checkpoint(directory)
     document = read_json(directory / PROGRESS)
-    position = Position(*(_whole(directory / PROGRESS, document, key) for key in ("epoch", "batch")))
+    position = Position(*(whole_number(directory / PROGRESS, document, key) for key in ("epoch", "batch")))
     load: Callable[..., State] = type(like).load  # type: ignore[attr-defined]
     return load(directory, like=like), position
 
@@ -131,19 +160,13 @@ def verify_checkpoint(directory: str | Path) -> None:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"There is no checkpoint at {directory}.")
-    verify_files(directory, LOADED)
+    verify_files(directory, lambda: loaded_files(directory))
 
 
-def _progress(position: Position, extra: Mapping[str, Any] | None) -> str:
+def progress_text(position: Position, extra: Mapping[str, Any] | None) -> str:
+    """The file of the position and of what else is kept; raises an `ArgumentError` where JSON cannot hold it."""
     document = {"format": FORMAT, "epoch": position.epoch, "batch": position.batch, "extra": dict(extra or {})}
     try:
         return json.dumps(document, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"save_checkpoint(extra=...) must be what JSON can hold: {error}.") from error
-
-
-def _whole(path: Path, document: dict[str, Any], key: str) -> int:
-    value = document.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise CheckpointError(f"{path} has {key} = {value!r}; a whole number of at least 0 is needed.")
-    return value

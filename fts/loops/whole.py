@@ -5,19 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from fts.errors import CheckpointError
-from fts.loops.manifest import flush, seal
+from fts.loops.manifest import seal
+from fts.storage import Written, flush
 
 
-def write_whole(directory: str | Path, fill: Callable[[Path], None]) -> Path:
+def write_whole(directory: str | Path, fill: Callable[[Path], Mapping[str, Written] | None]) -> Path:
     """Write a directory that is, at any instant, either complete or not there, as `save_checkpoint` does.
 
     Args:
         directory: where it shall be; an earlier one of that name is replaced.
-        fill: called with the hidden directory, to write the files.
+        fill: called with the hidden directory, to write the files. It may return what it knows of files that it wrote; the
+            others are read for their checksums.
 
     Returns:
         The directory.
@@ -31,33 +34,65 @@ def write_whole(directory: str | Path, fill: Callable[[Path], None]) -> Path:
     ...     sorted(file.name for file in path.iterdir())
     ['a.txt', 'manifest.json']
     """
+    directory = Path(directory)
+    with begun(directory) as hidden:
+        complete(directory, hidden, fill(hidden))
+    return directory
+
+
+@contextmanager
+def begun(directory: Path) -> Iterator[Path]:
+    """A new hidden directory beside `directory`, to be filled for `complete`; it goes if the block fails.
+
+    Raises:
+        CheckpointError: in the place of what the system says of a disk that is full or not writable.
+    """
+    with explained(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        undo_interrupted(directory)
+        hidden = directory.with_name(f".{directory.name}.writing")
+        shutil.rmtree(hidden, ignore_errors=True)  # left by a run that died here
+        hidden.mkdir()
+    with abandoned_on_error(directory, hidden):
+        yield hidden
+
+
+@contextmanager
+def abandoned_on_error(directory: Path, hidden: Path) -> Iterator[None]:
+    """A block that writes to a hidden directory, which goes if the block fails; errors are as those of `begun`."""
+    try:
+        with explained(directory):
+            yield
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        undo_interrupted(directory)
+        raise
+
+
+@contextmanager
+def explained(directory: Path) -> Iterator[None]:
+    """A block in which what the system says of a disk becomes a `CheckpointError`."""
     from safetensors import SafetensorError  # what safetensors makes of an OSError
 
-    directory = Path(directory)
     try:
-        _write_whole(directory, fill)
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{directory} could not be written: {error}. Earlier checkpoints are whole. Make room or choose another directory, "
             "then resume from the newest one."
         ) from error
-    return directory
 
 
-def _write_whole(directory: Path, fill: Callable[[Path], None]) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    undo_interrupted(directory)
-    hidden = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(hidden, ignore_errors=True)  # left by a run that died here
-    hidden.mkdir()
-    try:
-        fill(hidden)
-        seal(hidden)
-        _replace(directory, hidden)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        undo_interrupted(directory)
-        raise
+def complete(directory: Path, hidden: Path, written: Mapping[str, Written] | None = None) -> None:
+    """Seal a hidden directory and put it into its place.
+
+    Args:
+        directory: the place.
+        hidden: of `begun`.
+        written: see `seal`.
+    """
+    seal(hidden, written)
+    _replace(directory, hidden)
 
 
 def _replace(directory: Path, sealed: Path) -> None:

@@ -2,11 +2,11 @@
 
     python -m tests.reliability.kills --kills 200 --seed 1
 
-A life is a process that goes on from what it finds in the directory of its run. It is killed (SIGKILL) at an instant drawn from the
-seed: after some time, at one of its file operations, or some milliseconds after one. So kills land in steps, in saves, between
-their renames, in deletions and in resumes. After each, the newest complete checkpoint must be one that was there before, or a newer
-one, and the next life must go on from it. The life that reaches the end must have the bits of the run that was never killed: weights,
-optimizer, position and logged figures.
+A life is a process that goes on from what it finds in the directory of its run. It is killed (SIGKILL) at an instant drawn from
+the seed: after some time, at one of its file operations, or some milliseconds after one. So kills land in steps, in saves,
+between their renames, in deletions and in resumes. After each, the newest complete checkpoint must be one that was there before, or a
+newer one, and the next life must go on from it. The life that reaches the end must have the bits of the run that was never
+killed: weights, optimizer, position and logged figures.
 
 One process imports everything and forks each life, so that a life costs a fraction of a second.
 """
@@ -14,7 +14,6 @@ One process imports everything and forks each life, so that a life costs a fract
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import xxhash
+import xxhash
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # no threads before a fork
 OPERATIONS = {
@@ -65,7 +66,7 @@ def drawn(generator: random.Random) -> Kill:
         return Kill(generator.uniform(0, 0.1), early=True)
     if choice < 0.4:
         return Kill(generator.uniform(0, 0.6))
-    kind = generator.choice(list(OPERATIONS))
+    kind = generator.choice([*OPERATIONS, "rename"])
     return Kill(0.0 if choice < 0.8 else generator.uniform(0, 0.03), kind=kind, count=generator.randint(1, OPERATIONS[kind][0]))
 
 
@@ -127,9 +128,9 @@ def newest_whole(root: Path) -> Path:
         try:
             files = json.loads((path / "manifest.json").read_text())["files"]
             whole = all(
-                hashlib.sha256((path / name).read_bytes()).hexdigest() == entry["sha256"] for name, entry in files.items()
+                xxhash.xxh3_128((path / name).read_bytes()).hexdigest() == entry["xxh3_128"] for name, entry in files.items()
             )
-            if whole and not path.name.endswith(".writing"):
+            if whole and not path.name.endswith((".writing", ".deleting")):
                 found[json.loads((path / "state.json").read_text())["step"]] = path
         except (OSError, ValueError):  # incomplete, or going at this moment
             continue
@@ -155,7 +156,7 @@ def phase_of(root: Path, began: bool) -> str:
         return "between two renames"
     if any(name.endswith(".writing") for name in names):
         return "writing"
-    if any(name.startswith(".") for name in names) or any(not (root / name / "manifest.json").is_file() for name in names):
+    if any(name.endswith((".replaced", ".deleting")) for name in names):
         return "deleting"
     return "training"
 

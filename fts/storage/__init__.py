@@ -1,0 +1,25 @@
+"""Tensors and small documents in files: how they are laid out, written, checked and read."""
+
+from fts.storage.documents import read_document, whole_number
+from fts.storage.files import Written, file_in, flush, measure, write_image
+from fts.storage.image import Image
+from fts.storage.tensors import SHARD_SIZE, Contents, TensorFile, files_of, lay_out, read_tensors, write, write_texts
+
+__all__ = [
+    "SHARD_SIZE",
+    "Contents",
+    "Image",
+    "TensorFile",
+    "Written",
+    "file_in",
+    "files_of",
+    "flush",
+    "lay_out",
+    "measure",
+    "read_document",
+    "read_tensors",
+    "whole_number",
+    "write",
+    "write_image",
+    "write_texts",
+]

@@ -1,0 +1,57 @@
+"""JSON objects that are read with suspicion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fts.errors import CheckpointError
+from fts.storage.files import file_in
+
+LARGEST = 2**63 - 1
+"""What a counter can hold."""
+
+
+def read_document(directory: Path, name: str, *, version: int | None = None) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        directory: where the file lies.
+        name: its name.
+        version: what its "format" must be; None where it has none.
+
+    Raises:
+        CheckpointError: the file is missing, leads outside the directory, is damaged, gives a key twice, or is of another format.
+    """
+    path = directory / name
+    try:
+        document = json.loads(file_in(directory, name).read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier checkpoint.") from error
+    found = document.get("format") if isinstance(document, dict) else type(document).__name__
+    if not isinstance(document, dict) or (version is not None and (found != version or isinstance(found, bool))):
+        raise CheckpointError(f"{path} has format {found!r}; this version of fts reads format {version or 'object'}.")
+    return document
+
+
+def whole_number(path: Path, document: dict[str, Any], key: str, *, least: int = 0) -> int:
+    """A counter of a document.
+
+    Raises:
+        CheckpointError: it is missing, no whole number, less than `least`, or larger than a counter can be.
+    """
+    value = document.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+        shown = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > LARGEST else repr(value)
+        raise CheckpointError(f"{path} has {key} = {shown}; a whole number from {least} to 2**63 - 1 is needed.")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return result

@@ -1,0 +1,226 @@
+"""Tensors in files of the safetensors format, in one file or in several with an index, as Hugging Face lays them out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePath
+
+import attrs
+import torch
+from torch import Tensor
+
+from fts.errors import ArgumentError, CheckpointError
+from fts.storage.documents import read_document
+from fts.storage.files import Written, file_in, write_parts
+
+SHARD_SIZE = 50 * 10**9
+"""Bytes of tensors that one file holds at most, as in `save_pretrained` of transformers."""
+
+ALIGNMENT = 64
+"""Bytes of which the data of a file begins at a multiple."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""The names of the format: https://github.com/huggingface/safetensors#format"""
+
+
+@attrs.frozen(eq=False)
+class TensorFile:
+    """One file before it is written.
+
+    Attributes:
+        name: of the file.
+        header: its first bytes; the data of the tensors follows without gaps.
+        tensors: in the order of their data.
+    """
+
+    name: str
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@attrs.frozen(eq=False)
+class Contents:
+    """What is to be written to a directory.
+
+    Attributes:
+        files: those of tensors.
+        texts: small files by name.
+        names: the files that these stand for; whatever an earlier writer left of them is removed.
+    """
+
+    files: tuple[TensorFile, ...]
+    texts: Mapping[str, str]
+    names: Collection[str]
+
+    def __add__(self, other: Contents) -> Contents:
+        return Contents((*self.files, *other.files), {**self.texts, **other.texts}, (*self.names, *other.names))
+
+
+def lay_out(name: str, tensors: Mapping[str, Tensor], shard_size: int = SHARD_SIZE) -> Contents:
+    """Files for tensors: one, or where that would be too large several, with an index that says what lies where.
+
+    Args:
+        name: of the file, such as "model.safetensors"; the others are then "model-00001-of-00003.safetensors" and so on, and
+            the index is "model.safetensors.index.json".
+        tensors: by name. They may share storage; nothing is copied here.
+        shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+
+    Raises:
+        ArgumentError: the size is not positive, or a tensor's dtype has no name in the format.
+
+    >>> contents = lay_out("a.safetensors", {"x": torch.zeros(4), "y": torch.zeros(4)}, shard_size=16)
+    >>> [file.name for file in contents.files], list(contents.texts)
+    (['a-00001-of-00002.safetensors', 'a-00002-of-00002.safetensors'], ['a.safetensors.index.json'])
+    """
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+        raise ArgumentError(f"shard_size={shard_size!r} must be a positive number of bytes.")
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_size
+    for key, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = shard_size
+        shards[-1][key] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return Contents((_file(name, shards[0]),), {}, (name,))
+    stem, suffix = PurePath(name).stem, PurePath(name).suffix
+    names = [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {key: file for file, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    files = tuple(_file(file, shard) for file, shard in zip(names, shards, strict=True))
+    return Contents(files, {_index(name): json.dumps(index, indent=2) + "\n"}, (name,))
+
+
+def _file(name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
+    # by size of a number, so that each tensor is aligned wherever the data is
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, tensor in ordered:
+        if tensor.dtype not in DTYPES:
+            raise ArgumentError(f"{key!r} has dtype {tensor.dtype}, which safetensors cannot hold. Keep it as another one.")
+        end = offset + tensor.nbytes
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return TensorFile(name, len(text).to_bytes(8, "little") + text, tuple(tensor for _, tensor in ordered))
+
+
+def write(directory: Path, contents: Contents) -> dict[str, Written]:
+    """Write the files, from the tensors themselves.
+
+    Returns:
+        The sizes and checksums of the files of tensors, by name.
+    """
+    write_texts(directory, contents)
+    return {file.name: write_parts(directory / file.name, _parts(file)) for file in contents.files}
+
+
+def write_texts(directory: Path, contents: Contents) -> None:
+    """Write the small files alone, and remove what an earlier writer left of the others."""
+    for name in contents.names:
+        pure = PurePath(name)
+        shards = re.compile(rf"{re.escape(pure.stem)}-\d+-of-\d+{re.escape(pure.suffix)}")
+        for path in directory.iterdir():
+            if path.name in (name, _index(name)) or shards.fullmatch(path.name):
+                path.unlink()
+    for name, text in contents.texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _parts(file: TensorFile) -> Iterator[bytes | memoryview]:
+    yield file.header
+    for tensor in file.tensors:
+        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def _index(name: str) -> str:
+    return f"{name}.index.json"
+
+
+def files_of(directory: Path, name: str) -> tuple[str, ...]:
+    """Which files `read_tensors` reads for a name: the file itself, or an index and what it names.
+
+    Raises:
+        CheckpointError: there is neither, or the index cannot be used.
+    """
+    if _there(directory, name) or not _there(directory, _index(name)):
+        file_in(directory, name)
+        return (name,)
+    return (_index(name), *sorted(set(_weight_map(directory, name).values())))
+
+
+def _there(directory: Path, name: str) -> bool:
+    path = directory / name
+    return path.exists() or path.is_symlink()
+
+
+def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    """Read what was laid out under a name; the tensors are mapped from the files and must not be written.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or leads outside the directory, or the index does not fit the files.
+    """
+    first, *shards = files_of(directory, name)
+    if not shards and first == name:
+        return _read_file(file_in(directory, name))
+    found: dict[str, Tensor] = {}
+    weight_map = _weight_map(directory, name)
+    for shard in shards:
+        tensors = _read_file(file_in(directory, shard))
+        named = {key for key, file in weight_map.items() if file == shard}
+        if wrong := sorted(named ^ tensors.keys()):
+            raise CheckpointError(f"{directory / _index(name)} does not fit {shard}: {wrong[0]!r} is in one of them only.")
+        found |= tensors
+    return found
+
+
+def _weight_map(directory: Path, name: str) -> dict[str, str]:
+    path = directory / _index(name)
+    weight_map = read_document(directory, _index(name)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f'{path} has no "weight_map" from names of tensors to names of files.')
+    for file in weight_map.values():
+        if PurePath(file).name != file:
+            raise CheckpointError(f"{path} names the file {file!r}; only files beside it can be used.")
+    return weight_map
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    # what a damaged header leads to: an unknown dtype, a shape that no tensor can have
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier checkpoint.") from error
