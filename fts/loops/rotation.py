@@ -3,49 +3,155 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from fts.loops.finding import checkpoints_in
+import attrs
+
+from fts.errors import ArgumentError
+from fts.loops.finding import checkpoints_in, leftovers_in, looks_whole
 
 logger = logging.getLogger(__name__)
 
 
-def outdated(checkpoint_steps: Sequence[int], limit: int | None, best: int | None) -> list[int]:
-    """Which checkpoints to delete, so that at most `limit` stay: the oldest ones, but never the newest nor the best.
+@attrs.frozen
+class Rated:
+    """What decides whether a checkpoint stays.
+
+    Attributes:
+        step: when it was saved.
+        metric: the figure of its evaluation; None or NaN where there is none.
+        whole: whether it can be used. One that is damaged stays in nobody's place.
+    """
+
+    step: int
+    metric: float | None = None
+    whole: bool = True
+
+
+def kept(
+    checkpoints: Iterable[Rated], limit: int | None, *, best: int | None = None, greater_is_better: bool | None = None
+) -> set[int]:
+    """Which checkpoints stay: the newest, the best, and as many of the next newest as the limit leaves room for.
+
+    It is the meaning that `save_total_limit` has in transformers: the best one takes one of the places, and with a limit of 1
+    there may be two, the best and the newest. So there are never more than `max(limit, 2)`.
 
     Args:
-        checkpoint_steps: the steps of those that are there.
+        checkpoints: those that are there, in any order.
         limit: how many may stay; None for all.
-        best: the step of the best one, if there is one.
+        best: the step of the best one, if it is known.
+        greater_is_better: find the best one by the metrics: the greatest, or with False the least; of equals the first. It
+            stays beside `best`'s place, so give one of the two.
 
     Returns:
-        The steps to delete, in order.
+        The steps of those that stay; all are whole.
 
-    >>> outdated([10, 20, 30, 40], 2, best=10)
-    [20, 30]
-    >>> outdated([10, 20], 1, best=10)
-    []
+    Raises:
+        ArgumentError: the limit is not positive, or both `best` and `greater_is_better` are given.
+
+    >>> sorted(kept([Rated(10, 0.1), Rated(20, 0.4), Rated(30, 0.3), Rated(40, 0.5)], 2, greater_is_better=False))
+    [10, 40]
+    >>> sorted(kept([Rated(10), Rated(20), Rated(30, whole=False)], 1))
+    [20]
     """
-    ordered = sorted(checkpoint_steps)
-    if limit is None:
-        return []
-    pinned = {best, *ordered[-1:]}
-    loose = [step for step in ordered if step not in pinned]
-    return loose[: max(0, min(len(loose), len(ordered) - limit))]
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ArgumentError(f"At most {limit!r} checkpoints cannot stay: give a whole number of at least 1, or None for all.")
+    if best is not None and greater_is_better is not None:
+        raise ArgumentError(f"Give best={best}, or greater_is_better={greater_is_better} to find it by the metrics, not both.")
+    whole = sorted((one for one in checkpoints if one.whole), key=lambda one: one.step)
+    steps = [one.step for one in whole]
+    if limit is None or not steps:
+        return set(steps)
+    if greater_is_better is not None:
+        best = _best_of(whole, greater_is_better)
+    pinned = {step for step in (best, steps[-1]) if step in steps}
+    loose = [step for step in steps if step not in pinned]
+    return pinned | set(loose[len(loose) - max(0, min(limit - len(pinned), len(loose))) :])
 
 
-def rotate_checkpoints(root: str | Path, limit: int | None, best: str | Path | None = None) -> None:
-    """Delete the outdated checkpoints of a directory.
+def _best_of(checkpoints: list[Rated], greater_is_better: bool) -> int | None:
+    rated = [(one.metric, one.step) for one in checkpoints if one.metric is not None and not math.isnan(one.metric)]
+    sign = -1 if greater_is_better else 1
+    return min(rated, key=lambda pair: (sign * pair[0], pair[1]))[1] if rated else None
+
+
+def rotate_checkpoints(
+    root: str | Path, limit: int | None, best: str | Path | int | None = None, *, latest: str | Path | None = None
+) -> None:
+    """Delete the outdated checkpoints of a directory, after a save.
+
+    Which of them are damaged is seen by their manifests and the sizes of their files: no checksum is computed. A damaged one
+    takes no place; it goes when it is older than all that stay, but for the best. A deletion that fails is a warning.
 
     Args:
         root: a directory with `checkpoint-<step>` directories.
         limit: how many may stay; None for all.
-        best: the path of the one that must stay, if there is one.
+        best: the path or the step of the one that must stay, if there is one.
+        latest: the one that was just written, which stays also where another run has left later steps.
+
+    >>> import tempfile
+    >>> from fts.loops import write_whole
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for step in (1, 2, 3):
+    ...         path = write_whole(f"{root}/checkpoint-{step}", lambda hidden: None)
+    ...     rotate_checkpoints(root, 2)
+    ...     sorted(path.name for path in Path(root).iterdir())
+    ['checkpoint-2', 'checkpoint-3']
     """
+    if limit is None:
+        return
+    for path in leftovers_in(root, "deleting").values():
+        _delete(path)
     there = checkpoints_in(root)
-    best_step = next((step for step, path in there.items() if best is not None and path.resolve() == Path(best).resolve()), None)
-    for step in outdated(list(there), limit, best_step):
-        logger.info("Deleting %s: at most %s checkpoints are kept.", there[step], limit)
-        shutil.rmtree(there[step])
+    best_step, latest_step = _step_of(there, best), _step_of(there, latest)
+    rated = [Rated(step, whole=looks_whole(path)) for step, path in there.items()]
+    stay = kept(rated, limit, best=best_step)
+    oldest = min(stay - {best_step}, default=math.inf)
+    for one in rated:
+        outdated = one.step not in stay if one.whole else one.step < oldest
+        if outdated and one.step != latest_step:
+            logger.info("Deleting %s: at most %s checkpoints are kept.", there[one.step], limit)
+            _delete(there[one.step])
+
+
+def _step_of(there: dict[int, Path], checkpoint: str | Path | int | None) -> int | None:
+    if checkpoint is None or isinstance(checkpoint, int):
+        return checkpoint
+    return next((step for step, path in there.items() if _is_same(path, Path(checkpoint))), None)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    # a run that was moved remembers where its checkpoints were
+    return path.resolve() == other.resolve() or (path.name == other.name and not other.exists())
+
+
+def _delete(path: Path) -> None:
+    try:
+        delete(path)
+    except OSError as error:
+        logger.warning("%s is outdated, but could not be deleted: %s. Training goes on; delete it by hand.", path, error)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint so that nothing that looks like one is left if that is interrupted: it is renamed first.
+
+    Args:
+        path: a checkpoint, or what is left of one.
+
+    Raises:
+        OSError: it could not be renamed, or not be deleted whole; what is left of it has a hidden name.
+    """
+    if not path.name.startswith("."):
+        hidden = path.with_name(f".{path.name}.deleting")
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        os.rename(path, hidden)
+        path = hidden
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)

@@ -1,0 +1,39 @@
+"""The command line: `fts checkpoints DIR`, `fts checkpoints prune DIR`, `fts replay CHECKPOINT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fts.cli import checkpoints
+from fts.errors import FtsError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words behind `fts`; None for those of the process.
+
+    Returns:
+        The exit status: 0; 1 where something is wrong with what was looked at; 2 where the command could not be done.
+
+    >>> main(["checkpoints", "/nowhere"])
+    2
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["checkpoints", "prune"]:
+        words[:2] = ["checkpoints prune"]
+    parser = argparse.ArgumentParser(prog="fts", description="What can be done with the checkpoints of a run.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    checkpoints.add_to(commands)
+    try:
+        options = parser.parse_args(words)
+    except SystemExit as stop:  # of --help, or of words that argparse does not understand
+        return int(stop.code or 0)
+    try:
+        return int(options.run(options))
+    except (FtsError, OSError) as error:
+        print(f"fts: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,112 @@
+"""What is in a directory of checkpoints, and which one a run goes on from."""
+
+import json
+import logging
+import shutil
+
+import pytest
+
+from fts.loops import newest_checkpoint
+from fts.loops.finding import best_of, survey
+from tests.loops.saved import flip_a_bit, names_in, save, save_model, truncate
+
+
+def conditions(root):
+    return {one.step: one.condition for one in survey(root)}
+
+
+def one_of_each(root):
+    save(root, 1)
+    truncate(save(root, 2))
+    flip_a_bit(save(root, 3))
+    (save(root, 4) / "optimizer.safetensors").unlink()
+    (save(root, 5) / "manifest.json").unlink()
+    save_model(root, 6)
+    (root / "checkpoint-7").mkdir()
+    (root / "checkpoint-8").mkdir()
+    (root / "checkpoint-8" / "pytorch_model.bin").write_bytes(b"weights")
+    document = json.loads((save(root, 9) / "manifest.json").read_text())
+    (root / "checkpoint-9" / "manifest.json").write_text(json.dumps(document | {"format": 99}))
+    shutil.copytree(root / "checkpoint-1", root / ".checkpoint-10.writing")
+    shutil.copytree(root / "checkpoint-1", root / ".checkpoint-11.deleting")
+    (root / "checkpoint-x").mkdir()
+    (root / "runs").mkdir()
+
+
+def test_what_each_is_good_for_and_why_not(tmp_path):
+    one_of_each(tmp_path)
+    before = names_in(tmp_path)
+    found = {one.step: one for one in survey(tmp_path)}
+    assert conditions(tmp_path) == {
+        1: "whole", 2: "damaged", 3: "damaged", 4: "damaged", 5: "damaged", 6: "model only", 7: "damaged", 8: "unknown",
+        9: "unknown", 10: "cut off", 11: "cut off",
+    }  # fmt: skip
+    problems = {2: "bytes, but was written with", 3: "has changed", 4: "optimizer.safetensors", 5: "manifest.json is missing"}
+    problems |= {6: "save_only_model", 7: "manifest.json is missing", 8: "another program", 9: "format 99"}
+    problems |= {10: "a save that was cut off", 11: "a deletion that was cut off"}
+    assert found[1].problem is None
+    for step, text in problems.items():
+        assert text in found[step].problem and str(found[step].path) in found[step].problem
+    sizes = [path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir()]
+    assert found[1].nbytes == sum(sizes)
+    assert names_in(tmp_path) == before
+
+
+def test_nothing_to_find(tmp_path):
+    assert survey(tmp_path) == survey(tmp_path / "nowhere") == []
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_the_newest_whole_one_and_a_warning_for_each_that_is_passed_over(tmp_path, caplog):
+    one_of_each(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 9
+    assert ".checkpoint-10.writing is what is left of a save that was cut off" in lines[0]
+    for step, line in zip(range(9, 1, -1), lines[1:], strict=True):
+        assert f"checkpoint-{step} is passed over (" in line
+    assert "(model only)" in lines[4] and "(damaged)" in lines[-1] and "bytes, but was written with" in lines[-1]
+
+
+def test_nothing_is_said_of_those_that_are_older(tmp_path, caplog):
+    truncate(save(tmp_path, 1))
+    save(tmp_path, 2)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not caplog.records
+
+
+def test_an_interrupted_replacement_is_undone(tmp_path):
+    path = save(tmp_path, 4)
+    path.rename(tmp_path / ".checkpoint-4.replaced")
+    assert conditions(tmp_path) == {4: "whole"}
+
+
+def test_progress_is_told(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    told = []
+    survey(tmp_path, lambda done, count: told.append((done, count)))
+    assert told == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_the_figures_of_a_run(tmp_path):
+    first = {"step": 5, "epoch": 1, "eval_loss": 0.5, "eval_runtime": 2.0, "eval_samples_per_second": 9.0}
+    second = {"step": 10, "epoch": 2, "eval_loss": 0.75, "eval_f1": 1}
+    save(tmp_path, 5, [{"step": 5, "loss": 3.0}, first], best_global_step=5, best_model_checkpoint="elsewhere/checkpoint-5")
+    save(tmp_path, 10, [first, second], best_global_step=5, best_model_checkpoint="elsewhere/checkpoint-5")
+    found = survey(tmp_path)
+    assert [dict(one.metrics) for one in found] == [{"eval_loss": 0.5}, {"eval_loss": 0.75, "eval_f1": 1.0}]
+    assert best_of(found) == 5
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    assert best_of(survey(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", '{"log_history": 3, "best_global_step": "x"}', '{"log_history": [3, {"step": 5}]}', "[" * 100_000]
+)
+def test_figures_that_cannot_be_read_are_left_out(tmp_path, text):
+    path = save(tmp_path, 5)
+    (path / "trainer_state.json").write_text(text)  # not in the manifest
+    [found] = survey(tmp_path)
+    assert (found.condition, dict(found.metrics), found.best) == ("whole", {}, None)
