@@ -4,8 +4,8 @@
 
 A life is a process that goes on from what it finds in the directory of its run. It is killed (SIGKILL) at an instant drawn from
 the seed: after some time, at one of its file operations, or some milliseconds after one. So kills land in steps, in saves,
-between their renames, in deletions and in resumes. After each, the newest complete checkpoint must be one that was there before, or a
-newer one, and the next life must go on from it. The life that reaches the end must have the bits of the run that was never
+between their renames, in deletions and in resumes. After each, the newest complete checkpoint must be one that was there before,
+or a newer one, and the next life must go on from it. The life that reaches the end must have the bits of the run that was never
 killed: weights, optimizer, position and logged figures.
 
 One process imports everything and forks each life, so that a life costs a fraction of a second.
@@ -31,12 +31,11 @@ from typing import Any
 
 import attrs
 import xxhash
-import xxhash
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # no threads before a fork
 OPERATIONS = {
     "any": (60, ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")),
-    "rename": (8, ("os.rename",)),
+    "rename": (5, ("os.rename",)),
     "delete": (20, ("os.remove", "os.rmdir")),
 }
 """Kinds of file operations: up to which of them a life may come, and Python's audit events of them. Flushing opens a file."""
