@@ -7,7 +7,7 @@ from fts.steps.donation import donating
 from fts.steps.engines import Value
 from fts.steps.evaluate import EvalStep, eval_step, module_at
 from fts.steps.exchanging import Exchangeable
-from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfinite_in
+from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfinite_in, notice_nonfinite
 from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, rows, split
@@ -43,6 +43,7 @@ __all__ = [
     "module_at",
     "module_loss",
     "nonfinite_in",
+    "notice_nonfinite",
     "own_backward",
     "passing",
     "raise_nonfinite",

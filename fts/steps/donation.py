@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from fts.steps.finite import NoticingStep
 from fts.steps.passing import Passing
 
 
@@ -24,7 +25,7 @@ def donating(step: Any, donate: bool = True) -> Any:
     >>> donating(steps.train_step(lambda params, batch: params["w"].sum(), tx.sgd(0.1))).donate
     True
     """
-    if isinstance(step, Passing):
+    if isinstance(step, (Passing, NoticingStep)):
         return attrs.evolve(step, step=donating(step.step, donate))
     if attrs.has(type(step)) and "donate" in attrs.fields_dict(type(step)):
         return attrs.evolve(step, donate=donate)

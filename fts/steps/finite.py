@@ -15,7 +15,7 @@ from fts.steps.binding import Binding
 from fts.steps.engines import Value
 from fts.steps.tracing import in_transform
 from fts.steps.train import Gradients
-from fts.typing import Batch, Params
+from fts.typing import Batch, Info, Metrics, Params
 
 SHOWN = 5
 """So many parameters an error names."""
@@ -141,3 +141,56 @@ def finite_gradients(gradients: Gradients) -> FiniteGradients:
             f"finite_gradients needs gradients such as steps.value_and_grad(loss), not {type(gradients).__name__}."
         )
     return FiniteGradients(gradients)
+
+
+@attrs.frozen(eq=False)
+class NoticingStep:
+    """A step whose figures are looked at after it; made by `notice_nonfinite`."""
+
+    step: Any
+    at_once: bool = False
+
+    def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
+        after, metrics = self.step(state, batch, *args)
+        if self.at_once or all(value.is_cpu for value in metrics.values() if isinstance(value, Tensor)):
+            _look_at(metrics)
+        return after, metrics
+
+    def check(self, info: Info) -> None:
+        """As the step's own `check`, if it has one; then raise where the loss or the norm of the gradients is not finite."""
+        check = getattr(self.step, "check", None)
+        if check is not None:
+            check(info)
+        _look_at(info)
+
+
+def _look_at(metrics: Metrics) -> None:
+    found = {name: float(metrics[name]) for name in ("loss", "grad_norm") if name in metrics and metrics[name].ndim == 0}
+    if all(map(math.isfinite, found.values())) or int(metrics.get("skipped", 0)):
+        return
+    raise NonFiniteError(
+        f"{' and '.join(f'{name} = {value:g}' for name, value in found.items())} after an update, which is in the parameters "
+        "now. Go on from the last checkpoint; withhold such updates with tx.skip_nonfinite, or run the step uncompiled to see "
+        "which gradients they are."
+    )
+
+
+def notice_nonfinite(step: Any, *, at_once: bool = False) -> NoticingStep:
+    """Raise where the loss or the norm of the gradients of a step is NaN or infinite, after its update.
+
+    It works for steps whose gradients cannot be looked at before (compiled, or your own) and waits for no device: off the CPU the
+    figures are looked at when the loop reads them.
+
+    Args:
+        step: `(state, batch) -> (state, metrics)` with a metric `loss`, `grad_norm`, or both.
+        at_once: look after each step, also where that waits for a device.
+
+    Returns:
+        A step that raises `NonFiniteError`. A metric `skipped` that is not 0 says that the update was withheld.
+
+    >>> careful = notice_nonfinite(lambda state, batch: (state, {"loss": batch}))
+    >>> careful(None, torch.tensor(float("nan")))
+    Traceback (most recent call last):
+    fts.errors.NonFiniteError: loss = nan after an update, which is in the parameters now. Go on from the last checkpoint...
+    """
+    return NoticingStep(step, at_once)

@@ -65,6 +65,10 @@ class Counting:
         told.total_flos += self.operations
         self.tokens, self.operations = 0, 0.0
 
+    def forget(self) -> None:
+        """Drop what was counted since."""
+        self.tokens, self.operations = 0, 0.0
+
 
 def _operations(trainer: Any, name: str) -> Callable[[Mapping[str, Any]], float] | None:
     model = trainer.model

@@ -7,23 +7,25 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 
 from fts import loops
-from fts.errors import CallbackError
-from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Saved, StepBegin, StepEnd
+from fts.errors import CallbackError, CheckpointError, Interrupted, NonFiniteError
+from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, RolledBack, Saved, StepBegin, StepEnd
 from fts.loops.finding import is_whole
 from fts.loops.interrupting import StopRequest
-from fts.state import TrainState
+from fts.state import TrainState, is_donated
 from fts.trainer import saving
-from fts.trainer.batch_size import empty_cache
+from fts.trainer.batch_size import empty_cache, is_out_of_memory
 from fts.trainer.best import note_best
 from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
+from fts.trainer.faults import CHOICES, Remembered, rolling_back
 from fts.trainer.hooks import overridden
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.outputs import TrainOutput
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NOTHING = Due()
+
+TIME_IS_UP = 75
+"""The exit status of a run that `max_time` ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 AfterStep: TypeAlias = Callable[[StepEnd, Any], None]
 """What is done after an update and before callbacks hear of it, given the event and the batch."""
@@ -57,41 +62,34 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
 
     Raises:
         CallbackError: a callback raised; a checkpoint of the last update was written.
-        Interrupted: SIGTERM, SIGINT or SIGUSR1 came; the update was finished, and a checkpoint of it written.
+        Interrupted: SIGTERM, SIGINT or SIGUSR1 came, or `max_time` is over; the update was finished, and a checkpoint written.
     """
     start, first = time.perf_counter(), run.told.global_step
-    teller = Teller(trainer, run, ignore_keys, start)
+    writer = loops.Writer(background=trainer.args.async_save)
+    teller = Teller(trainer, run, ignore_keys, start, writer)
     trainer.tell("on_train_begin")
     if trainer.args.eval_on_start:
         teller.run_evaluation()
     model, args = trainer.model, trainer.args
     with (
-        loops.interruptible() as request,
+        writer,
+        loops.interruptible(max_time=args.max_time) as request,
         in_train_mode(model),
         noisy_embeddings(model, args.neftune_noise_alpha),
         watched(model, args.debug),
     ):
         try:
-            teller.tell_all(
-                request,
-                loops.fit(
-                    teller.stepping.step,
-                    run.state,
-                    run.drawn,
-                    total_steps=run.plan.total_steps,
-                    epochs=None if run.source.batches_per_epoch is None or run.cut.offset else run.plan.epochs,
-                    start=run.start,
-                    due=teller.due,
-                    evaluate=teller.evaluate,
-                    save=teller.save,
-                    skip_nonfinite=trainer.args.logging_nan_inf_filter,
-                ),
-            )
+            events = rolling_back(args, model, teller.events, run.state, run.start)
+            teller.tell_all(request, writer.watch(loops.locating(events, run.source)))
         except BaseException as error:
             close_bars(trainer.callback_handler.callbacks)
-            if isinstance(error, CallbackError):
+            if isinstance(error, NonFiniteError):
+                error.add_note(CHOICES)
+            if isinstance(error, Exception):
                 teller.rescue(error)
             raise
+    if request.reason == "max_time" and run.told.global_step < run.plan.total_steps:
+        raise Interrupted(TIME_IS_UP, "max_time")
     leave_evaluated(model, teller.stepping.state, run.optimizing.transform)
     told, trained = run.told, run.told.global_step - first
     loss = run.tally.mean_loss(told.global_step)
@@ -115,15 +113,20 @@ class Teller:
         run: the run that is followed.
         ignore_keys: the model's outputs that evaluations do not keep.
         start: `time.perf_counter()` when the run began.
+        writer: writes the checkpoints.
     """
 
-    def __init__(self, trainer: Trainer, run: Run, ignore_keys: list[str] | None, start: float) -> None:
+    def __init__(self, trainer: Trainer, run: Run, ignore_keys: list[str] | None, start: float, writer: loops.Writer) -> None:
         self.trainer = trainer
         self.run = run
         self.told = run.told
         self.tally = run.tally
         self.ignore_keys = ignore_keys
         self.start = start
+        self.writer = writer
+        self.timer = None if trainer.args.save_every is None else loops.every_interval(trainer.args.save_every)
+        callbacks = trainer.callback_handler.callbacks
+        self.memory = Remembered(run.told, run.tally, callbacks) if trainer.args.nonfinite == "rollback" else None
         self.counting = Counting.of(trainer)
         self.batches = run.source.batches_per_epoch
         self.accumulate = run.plan.accumulate
@@ -142,6 +145,22 @@ class Teller:
         every = args.torch_empty_cache_steps
         if every:
             yield lambda event, batch: empty_cache(args.device) if event.counters.step % every == 0 else None
+
+    def events(self, state: TrainState, start: Position) -> Iterator[loops.Event]:
+        """The events of the loop, from a state and a position on."""
+        run = self.run
+        return loops.fit(
+            self.stepping.step,
+            state,
+            run.drawn,
+            total_steps=run.plan.total_steps,
+            epochs=None if run.source.batches_per_epoch is None or run.cut.offset else run.plan.epochs,
+            start=start,
+            due=self.due,
+            evaluate=self.evaluate,
+            save=self.save,
+            skip_nonfinite=self.trainer.args.logging_nan_inf_filter,
+        )
 
     def tell_all(self, request: StopRequest, events: Iterator[Any]) -> None:
         """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must.
@@ -176,6 +195,8 @@ class Teller:
                 else:
                     told.epoch = counters.epoch + counters.batch / self.total
                 trainer.tell("on_step_end", metrics=event.metrics)
+                if self.timer is not None and self.timer.due():
+                    trainer.control.should_save = True
                 if request.poll():
                     trainer.control.should_save = trainer.control.should_training_stop = True
                     trainer.control.should_evaluate = False  # who asks a run to stop does not want to wait
@@ -188,9 +209,10 @@ class Teller:
         if control.should_log and self.tally.read_at == counters.step:
             self._log()  # the loop has no new figures, because they were read for a checkpoint
         over = counters.moment in ("end", "stop")
+        read = over or (self.memory is not None and self.memory.is_due(counters.step))
         asked = control.should_log or control.should_evaluate or control.should_save
-        if over or asked or control.should_training_stop or control.should_epoch_stop:
-            return cast(Due, Wanted(self.trainer, over))
+        if read or asked or control.should_training_stop or control.should_epoch_stop:
+            return cast(Due, Wanted(self.trainer, read))
         return NOTHING
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -213,9 +235,11 @@ class Teller:
         return self.trainer.evaluate(ignore_keys=self.ignore_keys)
 
     def save(self, state: TrainState, position: Position) -> Path:
-        """Write a checkpoint, and delete those that are outdated."""
+        """Begin to write a checkpoint; those that are outdated are deleted when it is complete."""
         trainer, told, run = self.trainer, self.told, self.run
         trainer.control.should_save = False
+        if self.timer is not None:
+            self.timer.reset()
         self.counting.settle(told)
         told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
         root = Path(str(trainer.args.output_dir))
@@ -228,7 +252,8 @@ class Teller:
         # a model alone is for evaluation; a run goes on from the weights that are trained
         alone = trainer.args.save_only_model
         with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():
-            path = saving.save_checkpoint(
+            return saving.save_checkpoint(
+                self.writer,
                 root,
                 state,
                 position,
@@ -238,19 +263,33 @@ class Teller:
                 trainer_state=told,
                 extra=extra,
                 own_save=trainer.save_model if overridden(trainer, "save_model") else None,
+                then=partial(loops.rotate_checkpoints, root, trainer.args.save_total_limit, told.best_model_checkpoint),
             )
-        loops.rotate_checkpoints(root, trainer.args.save_total_limit, told.best_model_checkpoint)
-        return path
 
-    def rescue(self, error: CallbackError) -> None:
-        """Write a checkpoint of the last update, after a callback failed; the error says where."""
-        if self.last is None:
+    def rescue(self, error: Exception) -> None:
+        """Write a checkpoint of the last update, after a callback failed, the data or a step; the error says where.
+
+        There is none where the failing step had begun to write the state, and after other errors than a callback's none where
+        nothing was to be saved at all, or the batch size is to be tried again.
+        """
+        args = self.trainer.args
+        saves = args.save_strategy != SaveStrategy.NO or self.timer is not None
+        tried = args.auto_find_batch_size and is_out_of_memory(error)
+        if self.last is None or is_donated(self.last.state) or isinstance(error, CheckpointError):
+            return
+        if not isinstance(error, CallbackError) and (tried or not saves):
             return
         counters = self.last.counters
         self.told.global_step = counters.step
-        path = Path(str(self.trainer.args.output_dir)) / f"checkpoint-{counters.step}"
-        if not is_whole(path):
-            path = self.save(self.last.state, counters.position)
+        path = Path(str(args.output_dir)) / f"checkpoint-{counters.step}"
+        try:
+            self.writer.wait()
+            if not is_whole(path):
+                self.save(self.last.state, counters.position)
+                self.writer.wait()
+        except Exception as second:  # noqa: BLE001 - the first one is what has to be told
+            error.add_note(f"No checkpoint of step {counters.step} could be written: {type(second).__name__}: {second}")
+            return
         error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
@@ -259,8 +298,15 @@ class Teller:
             self.tally.add(event, skip_nonfinite=trainer.args.logging_nan_inf_filter)
             if trainer.control.should_log:
                 self._log()
+            if self.memory is not None:
+                self.memory.at(event)
         elif kind is Saved:
+            if trainer.callback_handler.listeners["on_save"]:
+                self.writer.wait()  # a callback finds the checkpoint in its place
             trainer.tell("on_save")
+        elif kind is RolledBack and self.memory is not None:
+            self.memory.go_back(event)
+            self.counting.forget()
         elif kind is EpochBegin:
             trainer.control.should_epoch_stop = False
             trainer.tell("on_epoch_begin")
@@ -297,18 +343,18 @@ class Wanted:
 
     Args:
         trainer: has the flags.
-        over: whether the run is over.
+        read: whether the figures are read anyway: at the end, or where a copy of the state is kept.
     """
 
-    def __init__(self, trainer: Trainer, over: bool) -> None:
+    def __init__(self, trainer: Trainer, read: bool) -> None:
         self.trainer = trainer
-        self.over = over
+        self.read = read
 
     @property
     def log(self) -> bool:
         """Read the loop's figures: to log them, or before anything that may save, or at the end for the mean loss."""
         control = self.trainer.control
-        return self.over or control.should_log or control.should_evaluate or control.should_save
+        return self.read or control.should_log or control.should_evaluate or control.should_save
 
     @property
     def evaluate(self) -> bool:

@@ -139,12 +139,17 @@ def make_transform(args: TrainingArguments, schedule: Schedule, model: nn.Module
     make = _maker(args, model, total_steps)
     rule = make_rate_rule(args)
     descent = make(schedule) if rule is None else tx.follow_metric(make, args.learning_rate, rule)
-    return clipped(args, descent)
+    return guarded(args, descent)
 
 
-def clipped(args: TrainingArguments, descent: Transform) -> Transform:
-    """A transform behind clipping to `max_grad_norm`; 0 only reports the norm."""
-    return tx.chain(tx.clip_by_global_norm(args.max_grad_norm or float("inf")), descent)
+def guarded(args: TrainingArguments, descent: Transform) -> Transform:
+    """A transform behind clipping to `max_grad_norm` (0 only reports the norm), and `withholding`."""
+    return withholding(args, tx.chain(tx.clip_by_global_norm(args.max_grad_norm or float("inf")), descent))
+
+
+def withholding(args: TrainingArguments, transform: Transform) -> Transform:
+    """A transform that skips updates of gradients which are not finite, where `nonfinite="skip"` asks for it."""
+    return tx.skip_nonfinite(transform, args.nonfinite_limit) if args.nonfinite == "skip" else transform
 
 
 def optimizer_and_groups(

@@ -17,8 +17,9 @@ from fts.trainer.arguments import TrainingArguments
 from fts.trainer.best import metric_of
 from fts.trainer.choices import SchedulerType
 from fts.trainer.constructing import check_step_is_of
+from fts.trainer.faults import check_can_roll_back
 from fts.trainer.hooks import overridden
-from fts.trainer.optimizers import clipped, make_transform
+from fts.trainer.optimizers import guarded, make_transform, withholding
 from fts.trainer.plan import Plan, with_settings
 from fts.trainer.schedules import make_rate_rule, make_schedule, options_of
 from fts.trainer.torch_settings import group_settings
@@ -103,11 +104,18 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
     args, model = trainer.args, trainer.model
     if trainer.step is not None:
         check_step_is_of(trainer.step, model)
-        transform = trainer.step if isinstance(trainer.step, Transform) else trainer.step.transform
-        return Optimizing(transform, None, None)
+        if isinstance(trainer.step, Transform):
+            return Optimizing(withholding(args, trainer.step), None, None)
+        if args.nonfinite == "skip":
+            raise ArgumentError(
+                "nonfinite='skip' cannot get into a whole step of your own: Trainer(step=...). Make that step with "
+                "tx.skip_nonfinite(...) around its transform, or give the Trainer the transform alone."
+            )
+        return Optimizing(trainer.step.transform, None, None)
     given = trainer.optimizer is not None or trainer.lr_scheduler is not None
     if given or trainer.optimizer_cls_and_kwargs is not None or overridden(trainer, *MAKERS):
         trainer.create_optimizer_and_scheduler(plan.total_steps)
+        check_can_roll_back(args, torch_schedule=trainer.lr_scheduler is not None)
         transform = bridged(trainer.optimizer, model, args)
         before = group_settings(trainer.optimizer)
         return Optimizing(transform, trainer.optimizer, trainer.lr_scheduler, steps=True, before=before)
@@ -183,7 +191,7 @@ def bridged(optimizer: Any, model: nn.Module, args: TrainingArguments) -> Transf
             f"The optimizer {type(optimizer).__name__} holds none of the parameters of {type(model).__name__}: nothing would be "
             "trained. Make it of the model that the Trainer is given; with model_init, use optimizer_cls_and_kwargs= instead."
         )
-    return clipped(args, tx.from_torch(optimizer, parameters=parameters))
+    return guarded(args, tx.from_torch(optimizer, parameters=parameters))
 
 
 def torch_scheduler(optimizer: Any, args: TrainingArguments, total_steps: int) -> Any:

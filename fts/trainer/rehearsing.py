@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import torch
 
+from fts import loops
 from fts.loops import Position
 from fts.loops.order import Apart
 from fts.state import TrainState
@@ -86,6 +87,7 @@ def rehearse(trainer: Trainer) -> Rehearsal:
             evaluated = _measured(lambda: trainer.evaluation_loop(batches, "Evaluation"))[1]
         path, saving_seconds, _ = _measured(
             lambda: saving.save_checkpoint(
+                loops.Writer(background=False),
                 directory,
                 state,
                 Position(),

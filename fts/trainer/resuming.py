@@ -20,7 +20,7 @@ from fts.trainer.state import STATE_FILE, TrainerState
 UNHEEDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
 """Arguments that a comparison leaves out: those that only scripts read, and the seeds, which have lines of their own."""
 
-SHAPING = ("optim", "max_grad_norm", "weight_decay")
+SHAPING = ("optim", "max_grad_norm", "weight_decay", "nonfinite")
 """Arguments that decide which tensors an optimizer's state has."""
 
 

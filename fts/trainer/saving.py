@@ -14,7 +14,7 @@ from torch import nn
 from fts import loops
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
-from fts.state import OPTIMIZER, WEIGHTS, TrainState
+from fts.state import OPTIMIZER, TRAINED, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.foreign import ADAPTERS, is_transformers_checkpoint, newest_transformers_checkpoint
@@ -47,6 +47,7 @@ def save_model(
 
 
 def save_checkpoint(
+    writer: loops.Writer,
     root: str | Path,
     state: TrainState,
     position: Position,
@@ -57,10 +58,12 @@ def save_checkpoint(
     trainer_state: TrainerState,
     extra: Mapping[str, Any],
     own_save: Callable[[str], Any] | None = None,
+    then: Callable[[], object] | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>`: the state that resumes the run, which is also a model for `from_pretrained`.
+    """Begin to write `checkpoint-<step>`: the state that resumes the run, which is also a model for `from_pretrained`.
 
     Args:
+        writer: writes it.
         root: the directory of the checkpoints.
         state: the core's state.
         position: where in the data to go on.
@@ -70,9 +73,10 @@ def save_checkpoint(
         trainer_state: is saved as `trainer_state.json`.
         extra: further JSON values that resuming needs.
         own_save: the user's `save_model`, called with the directory in the place of the default; the state's files come after it.
+        then: called when the checkpoint is durable.
 
     Returns:
-        The directory. It is complete or not there at any instant. With `save_only_model` it has the model alone.
+        The directory, which is complete or not there at any instant. With `save_only_model` it has the model alone.
     """
 
     def write(directory: Path) -> None:
@@ -92,8 +96,8 @@ def save_checkpoint(
 
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
     if args.save_only_model:
-        return loops.write_whole(path, write_model)
-    return loops.save_checkpoint(path, state, position, extra=extra, write=write)
+        return writer.write(path, write_model, then)
+    return writer.save(path, state, position, extra=extra, write=write, then=then, frozen=not _has_adapters(model))
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
@@ -199,12 +203,15 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
     path = Path(resume)
     if is_transformers_checkpoint(path):
         return path
-    if not (path / WEIGHTS).is_file():
+    found = [
+        name for name in (WEIGHTS, TRAINED, OPTIMIZER) if any((path / file).is_file() for file in (name, f"{name}.index.json"))
+    ]
+    if WEIGHTS not in found and TRAINED not in found:
         there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
         raise ArgumentError(
             f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
         )
-    if not (path / OPTIMIZER).is_file():
+    if OPTIMIZER not in found:
         raise ArgumentError(
             f"{path} has a model, but no {OPTIMIZER}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
             "on from it. Begin a new run with its model: from_pretrained(path)."
@@ -218,8 +225,13 @@ def _newest(root: str | Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
+def _has_adapters(model: Any) -> bool:
+    """Whether it is a model of peft's: the parameters below its adapters are frozen, and come with the model."""
+    return callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config")
+
+
 def _save_configuration(model: Any, directory: Path) -> None:
-    if callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
+    if _has_adapters(model):
         model.save_pretrained(directory)  # the adapters, beside the whole state
         return
     for name in ("config", "generation_config"):

@@ -10,6 +10,7 @@ import torch
 from fts import steps, transforms as tx
 from fts.loops import StepBegin, StepEnd
 from fts.steps import MicroBatches
+from fts.trainer.faults import raising
 from fts.trainer.guarding import Guard
 from fts.trainer.optimizers import make_transform
 from fts.trainer.optimizing import rewritten
@@ -124,7 +125,7 @@ class Stepping:
         inner = step.step if isinstance(step, steps.Passing) else step
         self.shows_gradients = bool(listens) and isinstance(inner, steps.TrainStep)
         step = steps.donating(step)
-        return steps.seeing_gradients(step, self._show_gradients) if self.shows_gradients else step
+        return raising(self.trainer.args, steps.seeing_gradients(step, self._show_gradients) if self.shows_gradients else step)
 
     def _show_gradients(self, grads: Params) -> Transform | None:
         """Put the gradients where torch has them while callbacks look at them, or change them, or settings of this update."""

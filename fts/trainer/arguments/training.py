@@ -136,7 +136,7 @@ class TrainingArguments:
     save_steps: float = arg(500, "Updates between two checkpoints; below 1: a share of all updates.")
     save_on_each_node: bool = arg(False, "Save on each machine, not only on the first.")
     save_total_limit: int | None = arg(None, "How many checkpoints to keep beside the best one; the newest always stays.")
-    enable_jit_checkpoint: bool = arg(False, "Save a checkpoint when the process is asked to end.")
+    enable_jit_checkpoint: bool = arg(False, "Save a checkpoint when the process is asked to end (SIGTERM); it always does.")
 
     # Hub
     push_to_hub: bool = arg(False, "Upload the model whenever it is saved.")
@@ -204,6 +204,15 @@ class TrainingArguments:
     # Documented, but gone from newer versions of transformers; at the end, so that positions mean the same as there
     save_safetensors: bool = arg(True, "Weights are written as safetensors; there is no other way.")
     group_by_length: bool = arg(False, "Put rows of like length into a batch: train_sampling_strategy='group_by_length'.")
+
+    # Of fts alone
+    async_save: bool = arg(True, "Write checkpoints beside training, from a copy of the state; else training waits.")
+    save_every: str | None = arg(None, "Also save when so much time has gone by since the last save: '20min', or seconds.")
+    max_time: str | None = arg(None, "Save and end the process with status 75 after so much training: '3h50min', or seconds.")
+    nonfinite: Literal["raise", "skip", "rollback", "ignore"] = arg(
+        "raise", "What a loss or gradient that is NaN or infinite does: raise, skip the update, roll back and on, or ignore it."
+    )
+    nonfinite_limit: int = arg(10, "So many updates in a row may be skipped, or so often may a run roll back.")
 
     # What code written for Hugging Face's arguments looks for, and may set
     distributed_state: ClassVar[Any] = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
 from fts.errors import ArgumentError
+from fts.loops.durations import seconds_of
 from fts.trainer.arguments.accelerator import accelerator_config
 from fts.trainer.arguments.texts import dict_from_text, pairs_from_text, text_of_pairs
 from fts.trainer.checks import check_choice, check_flag, check_interval, check_one_of, check_real, check_text, check_whole
@@ -19,6 +21,7 @@ Check = Callable[[str, Any], Any]
 LOG_LEVELS = (*LEVELS, "passive")
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
 BACKENDS = ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")
+NONFINITE = ("raise", "skip", "rollback", "ignore")
 STARTS = ("fork", "spawn", "forkserver")
 TRACKERS = (
     *("all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow"),
@@ -67,6 +70,19 @@ def _steps(name: str, value: Any) -> Any:
 
 def _text(remedy: str = "") -> Check:
     return lambda name, value: check_text(name, value, remedy)
+
+
+def _time(name: str, value: Any) -> str | float:
+    """A length of time as it was written; a timedelta in seconds, which JSON can hold."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value):
+        value = float(value)  # of a command line
+    try:
+        seconds = seconds_of(value)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}={value!r}: {error}") from None
+    if not 0 < seconds < float("inf"):
+        raise ArgumentError(f"{name}={value!r} must be a length of time above 0. Use None for no limit.")
+    return value if isinstance(value, (str, int, float)) else seconds
 
 
 def _output_dir(name: str, value: Any) -> str:
@@ -176,6 +192,7 @@ FLAGS = (
     *("load_best_model_at_end", "ignore_data_skip", "restore_callback_states_from_checkpoint", "full_determinism", "use_cpu"),
     *("dataloader_drop_last", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_in_order"),
     *("remove_unused_columns", "group_by_length", "skip_memory_metrics", "predict_with_generate", "sortish_sampler"),
+    "async_save",
 )
 FLAGS_OR_NONE = (
     *("tf32", "activation_checkpointing", "gradient_checkpointing", "disable_tqdm", "hub_private_repo", "greater_is_better"),
@@ -231,6 +248,10 @@ VALUES: dict[str, Check] = {
     "save_steps": _steps,
     "save_total_limit": _or_none(_whole(1, "Use None to keep all, or save_strategy='no' to save none.")),
     "save_safetensors": _safetensors,
+    "save_every": _or_none(_time),
+    "max_time": _or_none(_time),
+    "nonfinite": _one_of(NONFINITE),
+    "nonfinite_limit": _whole(1),
     "hub_token": _or_none(_token),
     "hub_strategy": _choice(HubStrategy),
     "metric_for_best_model": _or_none(_metric),

@@ -15,7 +15,10 @@ with open(Path(__file__).with_name("documented.tsv")) as table:
     DOCUMENTED = list(csv.DictReader(table, delimiter="\t"))
 OURS = {"TrainingArguments": TrainingArguments, "Seq2SeqTrainingArguments": Seq2SeqTrainingArguments}
 
-NOT_IN_TRANSFORMERS = {"group_by_length", "save_safetensors"}  # documented, gone from newer versions
+NOT_IN_TRANSFORMERS = {  # documented, gone from newer versions; and what is fts' own
+    *("group_by_length", "save_safetensors"),
+    *("async_save", "save_every", "max_time", "nonfinite", "nonfinite_limit"),
+}
 DIFFERENT_FROM_TRANSFORMERS = {  # ours is the documented default
     "optim": ("adamw_torch", "adamw_torch_fused"),
     "trackio_space_id": ("trackio", None),

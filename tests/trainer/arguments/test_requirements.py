@@ -30,7 +30,6 @@ ASKED = {
     "fsdp_config": [{"min_num_params": 2000}, '{"min_num_params": 2000}', "fsdp.json"],
     "deepspeed": ["ds.json", {"zero_optimization": {"stage": 2}}],
     "parallelism_config": [object()],
-    "enable_jit_checkpoint": [True],
     "debug": ["tpu_metrics_debug", ["underflow_overflow", "tpu_metrics_debug"]],
     "train_sampling_strategy": ["batch_rebalance"],
 }

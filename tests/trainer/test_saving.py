@@ -1,0 +1,199 @@
+"""When and how checkpoints are written: beside training, by the clock, at a limit of time, after an error."""
+
+import logging
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from fts import loops
+from fts.errors import ArgumentError, CallbackError, CheckpointError
+from fts.trainer import TrainerCallback, TrainingArguments
+from fts.trainer.arguments import training
+from tests.trainer.helpers import Regression, make_trainer, rows
+
+
+def names(root):
+    return sorted(path.name for path in root.glob("checkpoint-*"))
+
+
+def files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name not in ("training_args.json", "manifest.json")}
+
+
+def test_checkpoints_are_the_same_beside_training_or_not(tmp_path):
+    for background in (True, False):
+        torch.manual_seed(0)
+        options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "async_save": background, "logging_steps": 1}
+        make_trainer(tmp_path / str(background), Regression(), **options, skip_memory_metrics=True).train()
+    one, two = tmp_path / "True", tmp_path / "False"
+    assert names(one) == names(two) == ["checkpoint-16", "checkpoint-18"]
+    for name in names(one):
+        loops.verify_checkpoint(one / name)
+        written, expected = files(one / name), files(two / name)
+        assert written.keys() == expected.keys()
+        assert [key for key in written if written[key] != expected[key] and key != "trainer_state.json"] == []
+
+
+def test_beside_training_means_on_another_thread(tmp_path, monkeypatch, caplog):
+    threads = []
+    real = loops.rotate_checkpoints
+    monkeypatch.setattr(loops, "rotate_checkpoints", lambda *args: threads.append(threading.current_thread()) or real(*args))
+    with caplog.at_level(logging.INFO, "fts"):
+        make_trainer(tmp_path, Regression(), save_strategy="epoch").train()
+    assert len(threads) == 3
+    assert threading.main_thread() not in threads
+    assert len(re.findall(r"from a copy of the state: \d+ MiB", caplog.text)) == 1
+    threads.clear()
+    make_trainer(tmp_path, Regression(), save_strategy="epoch", async_save=False).train()
+    assert set(threads) == {threading.main_thread()}
+
+
+def test_a_callback_finds_the_checkpoint_in_its_place(tmp_path):
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            loops.verify_checkpoint(tmp_path / f"checkpoint-{state.global_step}")
+            self.seen = state.global_step
+
+    look = Look()
+    make_trainer(tmp_path, Regression(), save_strategy="epoch", callbacks=[look]).train()
+    assert look.seen == 18
+
+
+def test_a_disk_error_ends_the_run_at_the_next_step_with_its_cause(tmp_path, monkeypatch):
+    from fts.loops import writing
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    trainer = make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=3)
+    calls = []
+    real = writing.complete
+    monkeypatch.setattr(writing, "complete", lambda *args: calls.append(1) or (real(*args) if len(calls) == 1 else full()))
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left on device.*Make room"):
+        trainer.train()
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert 6 < trainer.state.global_step <= 9
+    loops.verify_checkpoint(tmp_path / "checkpoint-3")
+
+
+def test_saving_by_the_clock_is_independent_of_steps(tmp_path, monkeypatch):
+    now = [0.0]
+    timer = loops.every_interval
+    monkeypatch.setattr(loops, "every_interval", lambda interval: timer(interval, clock=lambda: now[0]))
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            now[0] += 60.0  # each step takes a minute
+
+    def saved(**options):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        make_trainer(root, Regression(), count=40, num_train_epochs=1, callbacks=[Clock()], **options).train()
+        return names(root)
+
+    assert saved(save_every="4min") == ["checkpoint-4", "checkpoint-8"]
+    assert saved(save_every="4min", save_strategy="steps", save_steps=7) == ["checkpoint-10", "checkpoint-4", "checkpoint-7"]
+    assert saved(save_strategy="steps", save_steps=7) == ["checkpoint-10", "checkpoint-7"]  # and at the end
+
+
+SCRIPT = """
+import pathlib, sys, time
+import torch
+from fts.trainer import TrainerCallback
+from tests.trainer.helpers import Regression, make_trainer
+
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(0.05)
+
+torch.manual_seed(0)
+options = {"max_time": sys.argv[2], "num_train_epochs": 1000, "callbacks": [Slow()]}
+trainer = make_trainer(pathlib.Path(sys.argv[1]), Regression(), **options)
+trainer.train()
+print("never")
+"""
+
+
+def test_a_time_limit_saves_and_ends_the_process_with_a_status_of_its_own(tmp_path):
+    start = time.monotonic()
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), "0.5s"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 75, done.stderr
+    assert "never" not in done.stdout
+    assert time.monotonic() - start >= 0.5
+    (name,) = names(tmp_path)
+    loops.verify_checkpoint(tmp_path / name)
+    assert int(name.removeprefix("checkpoint-")) < 6000
+
+
+def test_a_run_that_is_done_in_time_ends_as_usual(tmp_path):
+    assert make_trainer(tmp_path, Regression(), max_time="1 hour").train().global_step == 18
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("save_every", "often", "save_every='often': 'often' is no length of time"),
+        ("save_every", 0, "save_every=0 must be a length of time above 0"),
+        ("max_time", -1, "max_time=-1: -1 is no length of time"),
+        ("nonfinite", "panic", "nonfinite='panic' is unknown. Use one of 'raise', 'skip', 'rollback', 'ignore'"),
+        ("nonfinite_limit", 0, "nonfinite_limit=0 must be a whole number of at least 1"),
+        ("async_save", "yes", "async_save='yes' must be True or False"),
+    ],
+)
+def test_errors(name, value, words):
+    with pytest.raises(ArgumentError, match=re.escape(words)):
+        TrainingArguments(**{name: value})
+
+
+def test_times_of_a_command_line():
+    transformers = pytest.importorskip("transformers")
+    parser = transformers.HfArgumentParser(training.TrainingArguments)
+    command = ["--save_every", "20min", "--max_time", "90", "--async_save", "False", "--nonfinite", "skip"]
+    (args,) = parser.parse_args_into_dataclasses(command)
+    assert (args.save_every, args.max_time, args.async_save, args.nonfinite) == ("20min", 90.0, False, "skip")
+
+
+class Failing(torch.utils.data.Dataset):
+    def __init__(self, bad):
+        self.rows, self.bad = rows(22), bad
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise LookupError("row 13 has no label")
+        return self.rows[index]
+
+
+def test_an_error_in_the_data_leaves_a_checkpoint_of_the_last_update(tmp_path):
+    options = {"train_sampling_strategy": "sequential", "num_train_epochs": 1}
+    trainer = make_trainer(tmp_path, Regression(), train_dataset=Failing(13), save_strategy="steps", save_steps=100, **options)
+    with pytest.raises(LookupError, match="row 13 has no label") as caught:
+        trainer.train()
+    notes = "\n".join(caught.value.__notes__)
+    assert "After step 3, before epoch 0, batch 3 (from 0), items 12, 13, 14, 15 of the data." in notes
+    assert "A checkpoint of step 3 was written" in notes
+    torch.manual_seed(0)
+    resumed = make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=100, **options)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 6
+
+
+def test_an_error_that_cannot_be_rescued_is_still_the_one_that_is_told(tmp_path, monkeypatch):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                monkeypatch.setattr(loops.Writer, "save", full)
+                raise KeyError("accuracy")
+
+    def full(*args, **kwargs):
+        raise CheckpointError("the disk is full")
+
+    with pytest.raises(CallbackError, match="accuracy") as caught:
+        make_trainer(tmp_path, Regression(), callbacks=[Fails()]).train()
+    assert "No checkpoint of step 2 could be written: CheckpointError: the disk is full" in caught.value.__notes__
