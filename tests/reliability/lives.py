@@ -99,29 +99,37 @@ def _core() -> tuple[Any, Any, Any, Any]:
     return net, step, state, data
 
 
-def _fit(net: Any, step: Any, state: Any, data: Any, position: loops.Position, save: Any, tell: Tell) -> tuple[Any, Any]:
+def _fit(
+    net: Any, step: Any, state: Any, data: Any, position: loops.Position, save: Any, tell: Tell, watch: Any = iter
+) -> tuple[Any, Any]:
     tell(f"began {int(state.step)}")
-    due = loops.cadence(save=2)
-    for event in loops.fit(step, state, data, epochs=EPOCHS, start=position, due=due, save=save):
-        if isinstance(event, loops.Saved):
-            tell(f"saved {event.counters.step}")
-    assert isinstance(event, loops.Stopped)
-    return event.state.apply_to(net), None
+    *_, last = watch(loops.fit(step, state, data, epochs=EPOCHS, start=position, due=loops.cadence(save=2), save=save))
+    return last.state.apply_to(net), None
+
+
+def on_the_thread(root: Path, tell: Tell) -> tuple[Any, Any]:
+    """`fts.Trainer` that saves on the training thread."""
+    return with_trainer(root, tell, async_save=False)
 
 
 def with_rotation(root: Path, tell: Tell) -> tuple[Any, Any]:
-    """`loops.fit` with a checkpoint of each second step, of which two stay."""
+    """`loops.fit` with a `Writer` and a checkpoint of each second step, of which two stay."""
     net, step, state, data = _core()
     newest, position = loops.newest_checkpoint(root), loops.Position()
     if newest is not None:
         state, position = loops.load_checkpoint(newest, like=state)
 
     def save(state: Any, position: loops.Position) -> Path:
-        path = loops.save_checkpoint(root / f"checkpoint-{int(state.step)}", state, position)
-        loops.rotate_checkpoints(root, 2)
-        return path
+        path = root / f"checkpoint-{int(state.step)}"
 
-    return _fit(net, step, state, data, position, save, tell)
+        def then() -> None:
+            tell(f"saved {path.name.removeprefix('checkpoint-')}")
+            loops.rotate_checkpoints(root, 2)
+
+        return writer.save(path, state, position, then=then)
+
+    with loops.Writer() as writer:
+        return _fit(net, step, state, data, position, save, tell, writer.watch)
 
 
 def with_replacement(root: Path, tell: Tell) -> tuple[Any, Any]:
@@ -132,13 +140,16 @@ def with_replacement(root: Path, tell: Tell) -> tuple[Any, Any]:
         state, position = loops.load_checkpoint(root / "last", like=state)
 
     def save(state: Any, position: loops.Position) -> Path:
-        return loops.save_checkpoint(root / "last", state, position)
+        path = loops.save_checkpoint(root / "last", state, position)
+        tell(f"saved {int(state.step)}")
+        return path
 
     return _fit(net, step, state, data, position, save, tell)
 
 
 WAYS: dict[str, Callable[[Path, Tell], tuple[Any, Any]]] = {
     "Trainer": with_trainer,
-    "fit, rotated": with_rotation,
-    "fit, replaced": with_replacement,
+    "Trainer, async_save=False": on_the_thread,
+    "fit, Writer": with_rotation,
+    "fit, one replaced": with_replacement,
 }
