@@ -24,6 +24,7 @@ from fts.loops.locating import locating
 from fts.loops.order import EpochSampler, length_grouped, permutation
 from fts.loops.placement import on_device
 from fts.loops.position import Position
+from fts.loops.replaying import Replayed, replay
 from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
 from fts.loops.timing import Timer, every_interval
@@ -42,6 +43,7 @@ __all__ = [
     "Event",
     "Logged",
     "Position",
+    "Replayed",
     "RolledBack",
     "Saved",
     "Source",
@@ -63,6 +65,7 @@ __all__ = [
     "newest_checkpoint",
     "on_device",
     "permutation",
+    "replay",
     "rolling_back",
     "rotate_checkpoints",
     "save_checkpoint",

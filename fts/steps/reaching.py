@@ -10,7 +10,6 @@ from fts.errors import ArgumentError
 from fts.state import TrainState
 from fts.steps.compiled import CompiledStep
 from fts.steps.engines import Value
-from fts.steps.exchanging import Exchangeable
 from fts.steps.finite import IN_GRAPH, FiniteGradients, finite_gradients
 from fts.steps.passing import Passing
 from fts.steps.train import TrainStep
@@ -49,8 +48,8 @@ def gradients_at(step: Any, state: TrainState, batch: Batch, *args: Any) -> tupl
     """The loss and the gradients that a step would update with, without the update.
 
     Args:
-        step: what `train_step`, `gradient_step`, `passing` or `compile` made. Those of a compiled step are computed eagerly, so
-            they are equal to rounding, and under dropout differ.
+        step: what `train_step`, `gradient_step`, `passing` or `compile` made, or what runs such a step and has it as its `step`.
+            Those of a compiled step are computed eagerly, so they are equal to rounding, and under dropout differ.
         state: where; it is not changed.
         batch: of the step.
         args: what the step is given behind the batch.
@@ -73,6 +72,16 @@ def gradients_at(step: Any, state: TrainState, batch: Batch, *args: Any) -> tupl
         return (gradients.gradients if isinstance(gradients, FiniteGradients) else gradients)(state, batch, *args)
     if isinstance(step, Passing):
         return gradients_at(step.step, state, batch, *step.fn(batch), *args)
-    if isinstance(step, (CompiledStep, Exchangeable)):
+    if has_gradients(step):
         return gradients_at(step.step, state, batch, *args)
     raise ArgumentError(f"The gradients of {type(step).__name__} cannot be reached: it is not made of fts.steps.train_step.")
+
+
+def has_gradients(step: Any) -> bool:
+    """Whether `gradients_at` can reach the gradients of a step.
+
+    >>> from fts import steps, transforms as tx
+    >>> has_gradients(steps.train_step(lambda params, batch: params["w"].sum(), tx.sgd(0.1))), has_gradients(print)
+    (True, False)
+    """
+    return isinstance(step, TrainStep) or (hasattr(step, "step") and has_gradients(step.step))
