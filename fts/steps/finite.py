@@ -58,8 +58,11 @@ def nonfinite_in(tensors: Params) -> dict[str, NonFinite]:
 
 def _norm_is_finite(tensors: list[Tensor]) -> bool:
     """A finite norm proves finite numbers, and is read once for all; an infinite one may be an overflow of squares."""
-    device = tensors[0].device
-    return math.isfinite(float(sum(norm.detach().to(device, torch.float32) for norm in torch._foreach_norm(tensors))))
+    norms = torch._foreach_norm(tensors)
+    if all(norm.is_cpu for norm in norms):
+        return math.isfinite(sum(map(float, norms)))
+    device = norms[0].device
+    return math.isfinite(float(torch.stack([norm.detach().to(device, torch.float32) for norm in norms]).sum()))
 
 
 @attrs.frozen(eq=False)
