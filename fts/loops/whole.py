@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fts.errors import CheckpointError
@@ -65,7 +65,8 @@ def abandoned_on_error(directory: Path, hidden: Path) -> Iterator[None]:
             yield
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        undo_interrupted(directory)
+        with suppress(OSError):  # where nothing can be written, the next load does it
+            undo_interrupted(directory)
         raise
 
 

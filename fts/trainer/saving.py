@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fts.loops import Position
 from fts.state import OPTIMIZER, TRAINED, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
+from fts.trainer.choices import SaveStrategy
 from fts.trainer.foreign import ADAPTERS, is_transformers_checkpoint, newest_transformers_checkpoint
 from fts.trainer.state import STATE_FILE, TrainerState
 
@@ -98,6 +100,25 @@ def save_checkpoint(
     if args.save_only_model:
         return writer.write(path, write_model, then)
     return writer.save(path, state, position, extra=extra, write=write, then=then, frozen=not _has_adapters(model))
+
+
+def check_output_dir(args: TrainingArguments) -> None:
+    """Make the directory of a run that saves, and find out now rather than at the first save whether it can be written to.
+
+    Raises:
+        ArgumentError: it is a file, or cannot be written to.
+    """
+    if args.save_strategy == SaveStrategy.NO and args.save_every is None:
+        return
+    directory = str(args.output_dir)
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ArgumentError(
+            f"output_dir={directory!r} cannot be written to: {error}. Choose another one, or save_strategy='no'."
+        ) from error
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:

@@ -183,8 +183,8 @@ class Trainer:
             The number of updates, the mean loss and the figures of the run.
 
         Raises:
-            ArgumentError: there is no training set, or no such checkpoint; no evaluation can have `metric_for_best_model`; or
-                the checkpoint is at a row where no update of the new sizes begins.
+            ArgumentError: there is no training set, or no such checkpoint; no evaluation can have `metric_for_best_model`;
+                `output_dir` cannot be written to; or the checkpoint is at a row where no update of the new sizes begins.
             CheckpointError: the checkpoint is damaged, or of another model or optimizer.
             DataError: the training set cannot be used.
             CallbackError: a callback raised; a checkpoint of the last update was written.
@@ -195,6 +195,7 @@ class Trainer:
             check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
         check_evaluation(self)
         checkpoint = saving.find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        saving.check_output_dir(self.args)
         if self.model_init is not None:
             self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
         if self.args.gradient_checkpointing:
