@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset, IterableDataset, default_collate
 
 from fts.errors import ArgumentError, DataError
-from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, skip, too_short
+from fts.loops.cursors import Bookmark, Cursor, marks_of
+from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, too_short
 from fts.loops.order import EpochSampler, Order, cut_order, regular_order, sampled_order
+from fts.loops.position import Position
 from fts.loops.reading import Collate, Reading, loading_options, reading_of, torch_loader
 from fts.randomness import DATA, fold
 from fts.steps.microbatches import MicroBatches
@@ -24,7 +26,8 @@ class Source:
     """Data as epochs of batches; made by `source`.
 
     Attributes:
-        batches: `(epoch, start)` -> the loader's batches of that epoch from number `start` on.
+        batches: `(epoch, start)` -> the loader's batches of that epoch from number `start` on; where there is a bookmark, it is
+            called with a cursor, too.
         batches_per_epoch: how many of those an epoch has; None where the data does not tell.
         num_items: how many items an epoch visits; None where the data does not tell.
         batch_size: items in one of those batches; None where they come ready.
@@ -32,9 +35,11 @@ class Source:
         kind: what the data is, in words.
         shares: how many workers divide a stream among them, each cutting its share into batches; otherwise 1.
         order: `(epoch, start)` -> the indices of each loader's batch from number `start` on; None where items have none.
+        bookmark: where a stream's iteration is; None where the data keeps no state.
+        begin: the place of a cursor, and the cursor, if it was restored.
     """
 
-    batches: Callable[[int, int], Iterator[Batch]] = attrs.field(repr=False)
+    batches: Callable[..., Iterator[Batch]] = attrs.field(repr=False)
     batches_per_epoch: int | None = None
     num_items: int | None = None
     batch_size: int | None = None
@@ -42,6 +47,8 @@ class Source:
     kind: str = "data"
     shares: int = 1
     order: Order | None = attrs.field(default=None, repr=False)
+    bookmark: Bookmark | None = attrs.field(default=None, repr=False)
+    begin: tuple[Position, Cursor] | None = attrs.field(default=None, repr=False)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -67,9 +74,44 @@ class Source:
         steps = self.steps_per_epoch
         if steps is not None and start > steps:
             raise too_short(start, steps)
-        if self.micro_batches == 1:
-            return self.batches(epoch, start)
-        return _grouped(self.batches(epoch, start * self.micro_batches), self.micro_batches)
+        cursor = self.begin[1] if self.begin is not None and self.begin[0] == Position(epoch, start) else None
+        found = self.batches(epoch, start * self.micro_batches, *([] if cursor is None else [cursor]))
+        return found if self.micro_batches == 1 else _grouped(found, self.micro_batches)
+
+    def cursor(self, position: Position) -> Cursor | None:
+        """Where a stream is, in the words of its `state_dict()`: what `restored` begins at without reading what was skipped.
+
+        Args:
+            position: of the next batch; it must be where the iteration of this source stands, as at the time when
+                `loops.fit` saves.
+
+        Returns:
+            What JSON can hold, to keep as `save_checkpoint(..., extra={"data": ...})`; None where the data keeps no state, where
+            the state is not all that decides what comes next, or where the iteration is elsewhere.
+
+        >>> source([1, 2]).cursor(Position()) is None
+        True
+        """
+        if self.bookmark is None:
+            return None
+        return self.bookmark.cursor(position.epoch, position.batch, self.micro_batches)
+
+    def restored(self, position: Position, cursor: Cursor | None) -> Source:
+        """The same source, whose iteration from a position on begins at a cursor.
+
+        Args:
+            position: what the cursor is the place of, in batches of this source.
+            cursor: what `cursor` gave; None to read what is skipped.
+
+        Raises:
+            CheckpointError: the cursor is damaged.
+        """
+        if cursor is None or self.bookmark is None:
+            return self
+        marks_of(cursor)
+        if len(cursor["readers"]) != self.bookmark.readers:
+            return self
+        return attrs.evolve(self, begin=(position, cursor))
 
     def items(self, epoch: int, batch: int) -> list[Any] | None:
         """The indices of the items in a step's batch, without reading them.
@@ -277,10 +319,10 @@ def _streamed(reading: Reading) -> Source:
             "Use one worker, or a torch IterableDataset that divides its items by torch.utils.data.get_worker_info()."
         )
 
-    def batches(epoch: int, start: int) -> Iterator[Batch]:
+    def batches(epoch: int, start: int, cursor: Cursor | None = None) -> Iterator[Batch]:
         if reading.loading:
-            return skip(workers.stream(stream, epoch, fold(seed, DATA, epoch)), start, reading.micro_batches)
-        return stream.batches(epoch, start)
+            return workers.stream(stream, epoch, start, cursor, fold(seed, DATA, epoch))
+        return stream.batches(epoch, start, cursor)
 
     # with several workers the length depends on how they divide the items
     items = _length(data) if count <= 1 else None
@@ -293,6 +335,7 @@ def _streamed(reading: Reading) -> Source:
         reading.micro_batches,
         kind=f"a {type(data).__name__}",
         shares=max(1, count),
+        bookmark=stream.bookmark if stream.stateful or stream.bookmark.reason else None,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Iterator
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, TypeAlias
 
 import attrs
@@ -20,10 +22,13 @@ from torch.utils.data import (
 )
 
 from fts.errors import DataError
+from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, marks_of, written
 from fts.loops.order import Indices, announce_epoch
 from fts.loops.reading import Collate, Reading
 from fts.randomness import DATA, fold, seed_generators
 from fts.typing import Batch
+
+logger = logging.getLogger(__name__)
 
 Request: TypeAlias = tuple[int, int | None, Indices]
 """(epoch, seed of the fetch or None where nothing can draw, indices)."""
@@ -68,37 +73,94 @@ class Stream(IterableDataset[Batch]):
     Each worker has its share, as in torch: its batch `i`, if it is worker `w` of `k`, is seeded as number `i * k + w`,
     which is its place in the epoch as long as no worker has run out.
 
+    Where the data has `state_dict` and `load_state_dict`, each batch comes with the state that it leaves the data in.
+
     Args:
         reading: names iterable data.
     """
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-        # a tensor, because in shared memory workers that live for several epochs see it change
-        self.epoch = torch.zeros((), dtype=torch.int64)
+        reason = incomplete(reading.data)
+        self.stateful = keeps_state(reading.data) and not isinstance(reading.data, Iterator) and not reason
+        readers = max(1, reading.loading.get("num_workers", 0))
+        # the data itself is read for several epochs, or copies of it that live on in their workers
+        lasting = not reading.loading or bool(reading.loading.get("persistent_workers"))
+        self.bookmark = Bookmark(readers, lasting, f"a {type(reading.data).__name__}", reason)
+        self.marks: list[Mark] = []
+        self.turn = 0
+        # the epoch, and whether it begins at the marks: a tensor, because in shared memory workers that live for several epochs
+        # see it change
+        self.place = torch.zeros(2, dtype=torch.int64)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.batches(int(self.epoch))
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch; the first `start` are consumed, but neither collated nor yielded."""
-        data, size, seed = self.reading.data, self.reading.batch_size, self.reading.seed
-        collate, drop_last = self.reading.collate, self.reading.drop_last
+    def __iter__(self) -> Iterator[Any]:
+        """What a worker gives: batches, or batches with marks."""
         worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        announce_epoch(data, epoch)
-        seed_generators(fold(seed, DATA, epoch, first))
-        items = iter(data)
-        for number in count():
-            seed_generators(fold(seed, DATA, epoch, first + number * stride))
-            found = list(islice(items, size or 1))
-            if not found or (drop_last and len(found) < (size or 1)):
-                if number <= start - self.reading.micro_batches:
-                    raise too_short(start, number)
+        reader, readers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        epoch, at_marks = self.place.tolist()
+        mark = next((mark for mark in self.marks if mark.reader == reader), None) if at_marks else None
+        made = self._made(epoch, reader, readers, 0 if mark is None else mark.taken, mark)
+        if not self.stateful:
+            return (batch for batch, _ in made)
+        # whoever had its turn before the place of the cursor lets one pass
+        pause = [(None, mark._replace(empty=True))] if mark is not None and reader < self.turn else []
+        return chain(pause, made)
+
+    def batches(self, epoch: int, start: int = 0, cursor: Cursor | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, read in this process; without a cursor, the others are consumed."""
+        mark = next(iter(self.begin(epoch, start, cursor)), None)
+        for batch, found in self._made(epoch, 0, 1, start, mark):
+            if self.stateful and not self.bookmark.note(found):
                 return
-            if number >= start:
-                batch = found if size else found[0]
-                yield batch if collate is None else collate(batch)
+            if not found.empty:
+                yield batch
+
+    def begin(self, epoch: int, start: int, cursor: Cursor | None) -> list[Mark]:
+        """Set where the next iteration begins: at batch `start`, if there is a cursor."""
+        self.marks, self.turn = ([], 0) if cursor is None else marks_of(cursor)
+        if self.bookmark.readers == 1:  # in batches of this run's size
+            self.marks = [mark._replace(taken=start) for mark in self.marks]
+        self.place[0], self.place[1] = epoch, cursor is not None
+        self.bookmark.begin(epoch, start if cursor is not None else 0, self.marks, self.turn)
+        return self.marks
+
+    def _made(self, epoch: int, reader: int, readers: int, start: int, mark: Mark | None) -> Iterator[tuple[Batch, Mark]]:
+        """A reader's batches from its number `start` on, each with its mark."""
+        size, seed, collate = self.reading.batch_size, self.reading.seed, self.reading.collate
+        announce_epoch(self.reading.data, epoch)
+        data = isolated(self.reading.data)
+        if mark is not None and mark.state is not None:
+            data.load_state_dict(json.loads(mark.state))
+        seed_generators(fold(seed, DATA, epoch, reader))
+        ended = mark is not None and mark.ended
+        items = iter(()) if ended else iter(data)
+        for number in count(0 if mark is None else start):
+            seed_generators(fold(seed, DATA, epoch, reader + number * readers))
+            try:
+                found = list(islice(items, size or 1))
+            except Exception as error:
+                if mark is None or number > start or data is self.reading.data:
+                    raise
+                # `datasets` cannot load some states in a worker; the copy that failed is dropped
+                logger.warning("Skipped items are read again, because %s does not load its state: %r", self.bookmark.kind, error)
+                yield from self._made(epoch, reader, readers, start, None)
+                return
+            short = len(found) < (size or 1)
+            if not found or (short and self.reading.drop_last):
+                if mark is None and number <= start - self.reading.micro_batches:
+                    raise too_short(start, number)
+                if self.stateful:
+                    yield None, written(data, reader, number, ended=True, empty=True)
+                return
+            after = written(data, reader, number + 1, ended=short) if self.stateful else _NO_MARK
+            if mark is None and number < start:
+                self.bookmark.note(after)
+                continue
+            batch = found if size else found[0]
+            yield batch if collate is None else collate(batch), after
+
+
+_NO_MARK = Mark(0)
 
 
 def skip(batches: Iterator[Batch], start: int, micro_batches: int) -> Iterator[Batch]:
@@ -171,12 +233,17 @@ class Workers:
         self.plan.requests = requests
         return self._start(fetcher, seed, sampler=self.plan)
 
-    def stream(self, stream: Stream, epoch: int, seed: int) -> Iterator[Batch]:
-        """The batches of an epoch, taken from the workers in turn."""
-        stream.epoch.share_memory_()  # type: ignore[no-untyped-call]
-        stream.epoch.fill_(epoch)
+    def stream(self, stream: Stream, epoch: int, start: int, cursor: Cursor | None, seed: int) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, taken from the workers in turn."""
+        stream.place.share_memory_()  # type: ignore[no-untyped-call]
+        stream.begin(epoch, start, cursor)
+        if cursor is not None:
+            self.loader = None  # workers that are there do not know it
         announce_epoch(stream.reading.data, epoch)  # where workers share it, before they start
-        return self._start(stream, seed)
+        found = self._start(stream, seed)
+        if stream.stateful:
+            found = (batch for batch, mark in found if stream.bookmark.note(mark))
+        return skip(found, start, stream.reading.micro_batches) if cursor is None else found
 
     def _start(self, dataset: Any, seed: int, **sampler: Any) -> Iterator[Batch]:
         loader = self.loader

@@ -32,8 +32,8 @@ def on_device(source: Source, device: torch.device | str) -> Source:
     if place.type == "cpu":
         return source
 
-    def batches(epoch: int, start: int) -> Iterator[Batch]:
-        return (moved(batch, place) for batch in source.batches(epoch, start))
+    def batches(epoch: int, start: int, *cursor: Any) -> Iterator[Batch]:
+        return (moved(batch, place) for batch in source.batches(epoch, start, *cursor))
 
     return attrs.evolve(source, batches=batches)
 

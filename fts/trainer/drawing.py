@@ -39,8 +39,8 @@ def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]]
         device: is passed on.
     """
 
-    def batches(epoch: int, start: int) -> Iterator[Batch]:
-        iterator = source.batches(epoch, start * source.micro_batches)
+    def batches(epoch: int, start: int, *cursor: Any) -> Iterator[Batch]:
+        iterator = source.batches(epoch, start * source.micro_batches, *cursor)
         for wanted in _sizes(source, start):
             samples, items = draw(iterator, wanted, device)
             if not samples:
