@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fts.cli import checkpoints
+from fts.cli import checkpoints, replaying
 from fts.errors import FtsError
 
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fts", description="What can be done with the checkpoints of a run.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     checkpoints.add_to(commands)
+    replaying.add_to(commands)
     try:
         options = parser.parse_args(words)
     except SystemExit as stop:  # of --help, or of words that argparse does not understand
@@ -35,5 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (FtsError, OSError) as error:
-        print(f"fts: {error}", file=sys.stderr)
+        print("\n".join([f"fts: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
