@@ -122,35 +122,37 @@ def newest_whole(root: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = {}
-    for path in root.iterdir() if root.is_dir() else ():
-        try:
-            files = json.loads((path / "manifest.json").read_text())["files"]
-            whole = all(
-                xxhash.xxh3_128((path / name).read_bytes()).hexdigest() == entry["xxh3_128"] for name, entry in files.items()
-            )
-            if whole and not path.name.endswith((".writing", ".deleting")):
-                found[json.loads((path / "state.json").read_text())["step"]] = path
-        except (OSError, ValueError):  # incomplete, or going at this moment
-            continue
+    found = {step: path for path in listed(root) if (step := step_of(path)) and not path.name.endswith((".writing", ".deleting"))}
     if not found:
         raise FileNotFoundError(f"no complete checkpoint in {root}")
     return found[max(found)]
 
 
+def listed(root: Path) -> list[Path]:
+    """What is in a run's directory, which may not be there yet."""
+    return list(root.iterdir()) if root.is_dir() else []
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint; 0 if it is not complete."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        whole = all(xxhash.xxh3_128_hexdigest((path / name).read_bytes()) == files[name]["xxh3_128"] for name in files)
+        return int(json.loads((path / "state.json").read_text())["step"]) if whole else 0
+    except (OSError, ValueError):  # incomplete, or going at this moment
+        return 0
+
+
 def step_in(root: Path) -> int:
     """The step of the newest complete checkpoint; 0 if there is none."""
-    try:
-        return int(json.loads((newest_whole(root) / "state.json").read_text())["step"])
-    except FileNotFoundError:
-        return 0
+    return max((step_of(path) for path in listed(root) if not path.name.endswith((".writing", ".deleting"))), default=0)
 
 
 def phase_of(root: Path, began: bool) -> str:
     """What a life was doing when it was killed, by what it left."""
     if not began:
         return "starting"
-    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    names = [path.name for path in listed(root)]
     if any(name.endswith(".replaced") and name[1 : -len(".replaced")] not in names for name in names):
         return "between two renames"
     if any(name.endswith(".writing") for name in names):
@@ -274,6 +276,9 @@ def run(
         tally.phases[phase_of(root, life.began is not None)] += 1
         if after < max(durable, life.saved, life.before):
             tally.problem(f"{name}: step {max(durable, life.saved, life.before)} was complete, and {after} is after {kill}")
+        broken = [path.name for path in listed(root) if not path.name.startswith(".") and not step_of(path)]
+        if broken:
+            tally.problem(f"{name}: {broken} can be seen, and are not complete, after {kill}")
         durable = after
     tally.runs += 1
     different = unequal(ending, reference)
@@ -282,7 +287,7 @@ def run(
 
 
 def fuzz(kills: int, seed: int, root: Path) -> Tally:
-    """Kill until `kills` were counted, each way of running in turn; the last run goes to its end."""
+    """Kill until `kills` were counted, each way of running about as often; a run goes to its end after at most 12 kills."""
     from tests.reliability.lives import WAYS
 
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
@@ -296,9 +301,10 @@ def fuzz(kills: int, seed: int, root: Path) -> Tally:
         if not life.done:
             raise RuntimeError(f"{name}: the run that is not killed failed:\n{life.errors}")
     while tally.kills < kills and not tally.problems:
-        name = list(WAYS)[number % len(WAYS)]
+        name = min(WAYS, key=lambda name: tally.ways[name])
         directory = root / f"run-{number}"
-        run(name, WAYS[name], directory, references[name], generator, kills - tally.kills, tally)
+        limit = min(kills - tally.kills, max(3, min(12, kills // 4)))
+        run(name, WAYS[name], directory, references[name], generator, limit, tally)
         number += 1
         if not tally.problems:
             shutil.rmtree(directory)
