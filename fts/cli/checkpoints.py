@@ -107,7 +107,7 @@ def choose(
     >>> from fts.loops.finding import Found
     >>> found = [Found(step, Path(f"checkpoint-{step}"), "whole") for step in (1, 2, 3)]
     >>> [(one.step, reason) for one, reason in choose(found, 2, keep_best=True, now=0.0)[0]]
-    [(1, 'older than the 2 that are kept')]
+    [(1, 'older than what is kept')]
     """
     intact = [one for one in found if one.condition in ("whole", "model only")]
     best, newest = best_of(found) if keep_best else None, newest_of(found)
@@ -119,7 +119,7 @@ def choose(
             pins = [name for name, step in (("the newest", newest), ("the best", best)) if one.step == step]
             spared.append((one, " and ".join(pins) or one.condition))
         elif one in intact:
-            doomed.append((one, f"older than the {len(stay)} that are kept"))
+            doomed.append((one, f"older than what is kept"))
         elif one.condition == "unknown":
             spared.append((one, f"it cannot be judged. {one.problem}"))
         elif one.condition == "cut off":

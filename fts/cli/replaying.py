@@ -21,7 +21,7 @@ HEADINGS = {
     "batch": "the batch",
     "before": "parameters before the step",
     "gradients": "gradients",
-    "after": "parameters after it",
+    "after": "parameters after the step",
 }
 
 

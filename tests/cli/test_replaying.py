@@ -143,7 +143,7 @@ def test_a_poisoned_item_is_named(tmp_path):
     assert re.search(r"^loss     nan$", run.stdout, re.MULTILINE)
     assert "Not finite in the batch:\n  batch: 1 NaN and 0 infinite of 12\n" in run.stdout
     assert re.search(r"Not finite in gradients:\n(  .*\n)*  0\.weight: 12 NaN and 0 infinite of 12\n", run.stdout)
-    assert "Not finite in parameters after it:" in run.stdout and "before" not in run.stdout.replace("before clipping", "")
+    assert "Not finite in parameters after the step:" in run.stdout and "before" not in run.stdout.replace("before clipping", "")
     assert run.stdout.splitlines()[-1].startswith(
         "The state after the step is compared with nothing: there is no whole checkpoint-8"
     )
