@@ -119,7 +119,7 @@ def choose(
             pins = [name for name, step in (("the newest", newest), ("the best", best)) if one.step == step]
             spared.append((one, " and ".join(pins) or one.condition))
         elif one in intact:
-            doomed.append((one, f"older than what is kept"))
+            doomed.append((one, "older than what is kept"))
         elif one.condition == "unknown":
             spared.append((one, f"it cannot be judged. {one.problem}"))
         elif one.condition == "cut off":
