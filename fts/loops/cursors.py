@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any, NamedTuple, TypeAlias
 
 import attrs
@@ -57,6 +57,16 @@ def written(data: Any, reader: int, taken: int, *, ended: bool = False, empty: b
     if json.loads(text) != state:
         return Mark(reader, taken, None, ended, "its state_dict() has tuples, or keys that are no texts", empty)
     return Mark(reader, taken, text, ended, "", empty)
+
+
+def state_before(data: Any) -> Any:
+    """The state of data between two iterations; None for data whose iterations are `isolated`, or which has none as yet."""
+    if hasattr(data, "_ex_iterable"):
+        return None
+    try:
+        return deepcopy(data.state_dict())
+    except Exception:  # noqa: BLE001  # there may be one only while it is iterated
+        return None
 
 
 def isolated(data: Any) -> Any:

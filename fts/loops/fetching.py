@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from fts.errors import DataError
-from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, marks_of, written
+from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, marks_of, state_before, written
 from fts.loops.order import Indices, announce_epoch
 from fts.loops.reading import Collate, Reading
 from fts.randomness import DATA, fold, seed_generators
@@ -99,7 +99,7 @@ class Stream(IterableDataset[Batch]):
         reader, readers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         epoch, at_marks = self.place.tolist()
         mark = next((mark for mark in self.marks if mark.reader == reader), None) if at_marks else None
-        made = self._made(epoch, reader, readers, 0 if mark is None else mark.taken, mark)
+        made = self._undone(self._made(epoch, reader, readers, 0 if mark is None else mark.taken, mark))
         if not self.stateful:
             return (batch for batch, _ in made)
         # whoever had its turn before the place of the cursor lets one pass
@@ -109,10 +109,8 @@ class Stream(IterableDataset[Batch]):
     def batches(self, epoch: int, start: int = 0, cursor: Cursor | None = None) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on, read in this process; without a cursor, the others are consumed."""
         mark = next(iter(self.begin(epoch, start, cursor)), None)
-        for batch, found in self._made(epoch, 0, 1, start, mark):
-            if self.stateful and not self.bookmark.note(found):
-                return
-            if not found.empty:
+        for batch, found in self._undone(self._made(epoch, 0, 1, start, mark)):
+            if not self.stateful or self.bookmark.note(found):
                 yield batch
 
     def begin(self, epoch: int, start: int, cursor: Cursor | None) -> list[Mark]:
@@ -123,6 +121,16 @@ class Stream(IterableDataset[Batch]):
         self.place[0], self.place[1] = epoch, cursor is not None
         self.bookmark.begin(epoch, start if cursor is not None else 0, self.marks, self.turn)
         return self.marks
+
+    def _undone(self, made: Iterator[tuple[Batch, Mark]]) -> Iterator[tuple[Batch, Mark]]:
+        """The same; left before its end, it leaves the data at the place where it was, so that the next epoch begins there."""
+        before = state_before(self.reading.data) if self.stateful else None
+        try:
+            yield from made
+            before = None
+        finally:
+            if before is not None:
+                self.reading.data.load_state_dict(before)
 
     def _made(self, epoch: int, reader: int, readers: int, start: int, mark: Mark | None) -> Iterator[tuple[Batch, Mark]]:
         """A reader's batches from its number `start` on, each with its mark."""

@@ -248,7 +248,7 @@ class Teller:
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
         if run.optimizing.steps:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
-        extra["written"] = self.stepping.written()
+        extra |= {"written": self.stepping.written(), "data": run.source.cursor(position)}
         # a model alone is for evaluation; a run goes on from the weights that are trained
         alone = trainer.args.save_only_model
         with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():

@@ -69,7 +69,7 @@ class Iterated(IterableDataset[Any]):
     """Anything that can be iterated, as a data set that torch's DataLoader takes.
 
     Args:
-        data: an iterable; its `set_epoch` and length, if it has them, are passed on.
+        data: an iterable; its `set_epoch`, its length and its state, if it has them, are passed on.
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
@@ -80,6 +80,16 @@ class Iterated(IterableDataset[Any]):
 
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]  # a TypeError says that there is none, as torch expects
+
+    @property
+    def state_dict(self) -> Any:
+        """The data's own; None if it has none."""
+        return getattr(self.data, "state_dict", None)
+
+    @property
+    def load_state_dict(self) -> Any:
+        """The data's own; None if it has none."""
+        return getattr(self.data, "load_state_dict", None)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data which epoch it is, if it wants to know."""

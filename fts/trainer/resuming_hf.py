@@ -97,6 +97,15 @@ def read_transformers_checkpoint(
     return Carried(state, start, told, _tally(told), account.carried, account.lost)
 
 
+def offset_of(directory: Path, batches: int | None, accumulate: int) -> int:
+    """How many more updates a checkpoint's run took than this run's sizes would have needed to come as far; see `Cut.offset`."""
+    told = TrainerState.load_from_json(directory / STATE_FILE)
+    if batches is None:
+        return 0
+    start = _position(told, batches, accumulate, _Account())
+    return told.global_step - start.epoch * -(-batches // accumulate) - start.batch
+
+
 def report(directory: Path, found: Carried) -> None:
     """Log the account, a line for each thing."""
     logger.warning("%s was written by transformers' Trainer.", directory)

@@ -32,7 +32,7 @@ from fts.trainer.resuming import (
     saved_arguments,
     seed_changes,
 )
-from fts.trainer.resuming_hf import read_transformers_checkpoint, report
+from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
 from fts.trainer.state import STATE_FILE, TrainerState
 from fts.trainer.tally import Tally
@@ -104,21 +104,18 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
     told, tally, start, written = TrainerState(), Tally(), Position(), dict[str, Any]()
     if checkpoint is not None and foreign:
+        offset = offset_of(checkpoint, source.batches_per_epoch, plan.accumulate)
+        if offset:
+            cut = attrs.evolve(cut, offset=offset)
+            plan = plan_of(trainer, source, batch_size, offset)
+            optimizing = trainer.optimizing(plan)
         sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "accumulate": plan.accumulate}
         found = read_transformers_checkpoint(checkpoint, state, model, optimizing, **sizes)
         start, told, tally = found.start, found.told, found.tally
-        if cut.steps is not None:
-            cut = attrs.evolve(cut, offset=told.global_step - start.epoch * cut.steps - start.batch)
-            plan = plan_of(trainer, source, batch_size, cut.offset)
-            optimizing = trainer.optimizing(plan) if cut.offset else optimizing
         found.state.apply_to(model)
         state = state.replace(opt_state=found.state.opt_state, step=found.state.step)
         report(checkpoint, found)
-        restore_callbacks(
-            trainer.callback_handler.callbacks,
-            told.stateful_callbacks,
-            arguments=args.restore_callback_states_from_checkpoint,
-        )
+        _warn(args, plan, told, checkpoint, [])
     elif checkpoint is not None:
         loaded, start = _load(args, checkpoint, state)
         if old is not None:
@@ -137,6 +134,9 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
             restore_settings(optimizing.optimizer, optimizing.scheduler, extra["torch"])
         written = extra.get("written", {})
         _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
+        if not args.ignore_data_skip and (old is None or old.items == cut.items):
+            source = source.restored(start, extra.get("data"))
+    if checkpoint is not None:
         arguments = args.restore_callback_states_from_checkpoint
         restore_callbacks(trainer.callback_handler.callbacks, told.stateful_callbacks, arguments=arguments)
     told.max_steps, told.num_train_epochs, told.train_batch_size = plan.total_steps, plan.epochs, plan.train_batch_size

@@ -158,8 +158,8 @@ def checked(source: Source, check: Callable[[Batch], None]) -> Source:
     """
     pending = [check]
 
-    def batches(epoch: int, start: int) -> Iterator[Batch]:
-        found = source.batches(epoch, start)
+    def batches(epoch: int, start: int, *cursor: Any) -> Iterator[Batch]:
+        found = source.batches(epoch, start, *cursor)
         return _first_checked(found, pending.pop()) if pending else found
 
     return attrs.evolve(source, batches=batches)

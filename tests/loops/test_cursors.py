@@ -175,6 +175,17 @@ def test_a_cursor_is_only_of_the_place_where_the_iteration_stands():
     assert other.restored(Position(0, 2), source.cursor(Position(0, 2))).begin is None  # of another number of workers
 
 
+@pytest.mark.parametrize("options", [{}, {"workers": 1, "persistent_workers": True}])
+def test_an_epoch_that_was_left_begins_anew(options):
+    source = loops.source(Counting(), batch_size=4, **options)
+    whole = [flat(batch) for batch in source.epoch(0)]
+    left = source.epoch(0)
+    assert flat(next(left)) == whole[0]
+    del left
+    assert [flat(batch) for batch in source.epoch(0)] == whole
+    assert [flat(batch) for batch in source.epoch(0, 2)] == whole[2:]
+
+
 def test_other_sizes_go_on_at_the_same_item():
     source = loops.source(Counting(noisy=False), batch_size=4)
     whole = [row for batch in source.epoch(0) for row in batch.tolist()]
@@ -189,12 +200,15 @@ def test_other_sizes_go_on_at_the_same_item():
 
 class Unwritable(Counting):
     def state_dict(self):
-        return {"at": self.at, "order": torch.arange(2)}
+        return {"at": self.at, "epoch": self.epoch, "order": torch.arange(2)}
 
 
 class Tuples(Counting):
     def state_dict(self):
         return {"at": (self.at,)}
+
+    def load_state_dict(self, state):
+        (self.at,) = state["at"]
 
 
 @pytest.mark.parametrize(("data", "why"), [(Unwritable, "Tensor is not JSON"), (Tuples, "tuples")])

@@ -254,4 +254,4 @@ def test_another_model_is_refused_by_the_name_of_a_weight(tmp_path):
     with pytest.raises(CheckpointError, match=r"classifier\.weight has the shape \[3, 16\]; it must be \[5, 16\]"):
         goes_on(tmp_path, bert(labels=5))
     with pytest.raises(CheckpointError, match=r"hidden\.weight is missing"):
-        make_trainer(tmp_path, train_dataset=rows(8)).train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+        make_trainer(tmp_path, train_dataset=rows(30)).train(resume_from_checkpoint=tmp_path / "checkpoint-6")
