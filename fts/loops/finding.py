@@ -120,11 +120,12 @@ def examine(path: Path, step: int) -> Found:
     return Found(step, path, condition, problem, _size(path), _time(path), metrics, best)
 
 
-def newest_checkpoint(root: str | Path) -> Path | None:
+def newest_checkpoint(root: str | Path, *, also: Callable[[Path], bool] | None = None) -> Path | None:
     """The checkpoint of the highest step that is whole; a warning says of each newer one why it is passed over.
 
     Args:
         root: a directory with `checkpoint-<step>` directories; it need not exist.
+        also: whether one that cannot be judged, such as that of another program, is good enough all the same.
 
     Returns:
         Its path; None if there is none. Damaged and incomplete ones are passed over.
@@ -134,7 +135,7 @@ def newest_checkpoint(root: str | Path) -> Path | None:
         logger.warning("%s is what is left of a save that was cut off; `fts checkpoints prune` deletes it.", path)
     for path in reversed(checkpoints_in(root).values()):
         condition, problem = _judge(path)
-        if condition == "whole":
+        if condition == "whole" or (condition == "unknown" and also is not None and also(path)):
             return path
         logger.warning("%s is passed over (%s): %s", path, condition, problem)
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fts.loops.finding import checkpoints_in
 from fts.loops.manifest import MANIFEST
 from fts.state import WEIGHTS
 from fts.trainer.state import STATE_FILE
@@ -36,10 +35,6 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json", ADAPTERS))
 
 
-def newest_transformers_checkpoint(root: str | Path) -> Path | None:
-    """The one of the highest step that a run can go on from; None if there is none. Its files have no checksums."""
-    found = reversed(checkpoints_in(root).values())
-    return next(
-        (path for path in found if is_transformers_checkpoint(path) and (path / TORCH_OPTIMIZER).is_file() and has_weights(path)),
-        None,
-    )
+def can_be_resumed(directory: Path) -> bool:
+    """Whether transformers' Trainer wrote a checkpoint, with all that a run needs to go on. Its files have no checksums."""
+    return is_transformers_checkpoint(directory) and (directory / TORCH_OPTIMIZER).is_file() and has_weights(directory)

@@ -19,7 +19,7 @@ from fts.state import OPTIMIZER, TRAINED, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.choices import SaveStrategy
-from fts.trainer.foreign import ADAPTERS, is_transformers_checkpoint, newest_transformers_checkpoint
+from fts.trainer.foreign import ADAPTERS, can_be_resumed, is_transformers_checkpoint
 from fts.trainer.state import STATE_FILE, TrainerState
 
 ARGUMENTS_FILE = "training_args.json"
@@ -214,7 +214,7 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
     if resume is None or resume is False:
         return None
     if resume is True:
-        newest = _newest(root)
+        newest = loops.newest_checkpoint(root, also=can_be_resumed)  # also of transformers' Trainer
         if newest is None:
             raise ArgumentError(
                 f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
@@ -238,12 +238,6 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
             "on from it. Begin a new run with its model: from_pretrained(path)."
         )
     return path
-
-
-def _newest(root: str | Path) -> Path | None:
-    """The checkpoint of the highest step, ours or one of transformers' Trainer."""
-    found = [path for path in (loops.newest_checkpoint(root), newest_transformers_checkpoint(root)) if path is not None]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def _has_adapters(model: Any) -> bool:

@@ -76,6 +76,16 @@ def test_nothing_is_said_of_those_that_are_older(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_one_that_cannot_be_judged_is_taken_where_the_caller_says_so(tmp_path, caplog):
+    save(tmp_path, 1)
+    for step in (2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").write_bytes(b"weights")
+    truncate(save(tmp_path, 4))
+    assert newest_checkpoint(tmp_path, also=lambda path: path.name == "checkpoint-2") == tmp_path / "checkpoint-2"
+    assert len(caplog.records) == 2  # 4, which is damaged, and 3
+
+
 def test_an_interrupted_replacement_is_undone(tmp_path):
     path = save(tmp_path, 4)
     path.rename(tmp_path / ".checkpoint-4.replaced")
