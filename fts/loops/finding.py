@@ -73,7 +73,7 @@ def _named(root: str | Path, pattern: str) -> dict[int, Path]:
     if not root.is_dir():
         return {}
     names = ((re.fullmatch(pattern, path.name), path) for path in root.iterdir())
-    return dict(sorted((int(name[1]), path) for name, path in names if name))
+    return dict(sorted((int(name[1]), path) for name, path in names if name and path.is_dir()))
 
 
 def survey(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[Found]:
@@ -184,14 +184,22 @@ def _judge(path: Path) -> tuple[Condition, str | None]:
 def _unknown(path: Path) -> str | None:
     """Why a checkpoint cannot be judged, if it cannot."""
     try:
+        return _foreign(path)
+    except PermissionError as error:
+        return f"{path} may not be read: {error}"
+
+
+def _foreign(path: Path) -> str | None:
+    """Which other program wrote a checkpoint, if one did."""
+    try:
         document = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         if names and not names & {PROGRESS, STATE}:
             return f"{path} has no {MANIFEST} and no file that fts alone writes: another program wrote it."
         return None
-    except PermissionError as error:
-        return f"{path} may not be read: {error}"
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError):
         return None
     found = document.get("format") if isinstance(document, dict) else None
@@ -204,7 +212,10 @@ def _undo_interrupted_in(root: Path) -> None:
     for entry in list(root.iterdir()) if root.is_dir() else []:
         aside = re.fullmatch(r"\.(checkpoint-\d+)\.replaced", entry.name)
         if aside:
-            undo_interrupted(root / aside[1])
+            try:
+                undo_interrupted(root / aside[1])
+            except OSError as error:
+                logger.warning("%s is a whole checkpoint that was being replaced; it cannot be moved back: %s", entry, error)
 
 
 def _size(path: Path) -> int:

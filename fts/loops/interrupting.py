@@ -11,20 +11,18 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
 from fts.errors import ArgumentError, Interrupted, KeyboardInterrupted
 from fts.loops.cadence import NOTHING, Counters, Due
 from fts.loops.durations import seconds_of
+from fts.loops.timing import Agree
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Agree: TypeAlias = Callable[[int], int]
-"""From this process's code to that of all processes: the greatest."""
-
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 """What schedulers send before they kill, and Ctrl-C."""
 

@@ -44,8 +44,7 @@ def kept(
         checkpoints: those that are there, in any order.
         limit: how many may stay; None for all.
         best: the step of the best one, if it is known.
-        greater_is_better: find the best one by the metrics: the greatest, or with False the least; of equals the first. It
-            stays beside `best`'s place, so give one of the two.
+        greater_is_better: find the best one by the metrics instead: the greatest, or with False the least; of equals the first.
 
     Returns:
         The steps of those that stay; all are whole.

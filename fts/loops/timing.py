@@ -16,7 +16,7 @@ Clock: TypeAlias = Callable[[], float]
 """Seconds since some moment, such as `time.monotonic`."""
 
 Agree: TypeAlias = Callable[[int], int]
-"""From this process's 0 or 1 to that of all processes: the greatest."""
+"""From this process's number to the greatest of all processes."""
 
 
 @attrs.define(eq=False)

@@ -95,6 +95,12 @@ TRAINER = """
 """
 
 
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """What the command does to the path of modules ends with the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def python(*words, **options):
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, **options)
 
@@ -201,6 +207,5 @@ def test_a_checkpoint_that_is_not_there_and_a_step_that_is_not_after_it(tmp_path
 def test_a_module_that_cannot_import_what_it_needs_says_so(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import there_is_no_such_package\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(ModuleNotFoundError, match="there_is_no_such_package"):
         main(["replay", "checkpoint-5", "--step", "6", "--run", "needy:made"])

@@ -3,6 +3,11 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +95,56 @@ def test_an_interrupted_replacement_is_undone(tmp_path):
     path = save(tmp_path, 4)
     path.rename(tmp_path / ".checkpoint-4.replaced")
     assert conditions(tmp_path) == {4: "whole"}
+
+
+def test_a_replacement_that_cannot_be_undone_is_said(tmp_path, caplog, monkeypatch):
+    save(tmp_path, 2)
+    save(tmp_path, 4).rename(tmp_path / ".checkpoint-4.replaced")
+
+    def failing(source, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.rename", failing)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert ".checkpoint-4.replaced" in caplog.text and "Read-only file system" in caplog.text
+
+
+def test_files_with_such_names_are_none(tmp_path):
+    """A program may well write a file checkpoint-5."""
+    (tmp_path / "checkpoint-5").write_bytes(b"weights")
+    save(tmp_path, 4)
+    assert conditions(tmp_path) == {4: "whole"}
+
+
+def test_a_directory_that_may_not_be_read_is_not_taken_for_damaged():
+    """In a process without root's rights."""
+    program = """
+        import os, sys
+        from fts.loops.finding import survey
+
+        if os.geteuid() == 0:
+            os.setegid(65534)
+            os.seteuid(65534)
+        for found in survey(sys.argv[1]):
+            print(found.step, found.condition, found.problem)
+    """
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own can be entered by its user only
+        root = Path(directory)
+        for step in (1, 2, 3, 4):
+            save(root, step)
+        root.chmod(0o755)
+        (root / "checkpoint-2").chmod(0)
+        (root / "checkpoint-3" / "manifest.json").chmod(0)
+        (root / "checkpoint-4" / "model.safetensors").chmod(0)
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), directory], capture_output=True, text=True, check=False
+        )
+        (root / "checkpoint-2").chmod(0o755)
+    lines = run.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["1", "whole"], ["2", "unknown"], ["3", "unknown"], ["4", "unknown"]], (
+        run.stderr
+    )
+    assert all("Permission denied" in line for line in lines[1:])
 
 
 def test_progress_is_told(tmp_path):

@@ -172,3 +172,26 @@ def test_neftune(tmp_path):
 
     trained(tmp_path, make)
     assert replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10).equal is True
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_transformer_with_dropout_and_padding(tmp_path, lora):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def make(tmp_path, **changes):
+        torch.manual_seed(0)
+        config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        model = BertForSequenceClassification(config)
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
+        generator = torch.Generator().manual_seed(1)
+        data = [{"input_ids": torch.randint(1, 40, (8,), generator=generator), "labels": number % 2} for number in range(22)]
+        return Trainer(model, arguments(tmp_path, weight_decay=0.01, **changes), train_dataset=data)
+
+    trained(tmp_path, make)
+    trainer = make(tmp_path, **SAVING)
+    found = replay(trainer, tmp_path / "checkpoint-5", 10)
+    assert found.equal is True, found.differing
+    assert set(found.gradients) == {name for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
