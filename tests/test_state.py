@@ -14,7 +14,7 @@ from torch import nn
 import fts
 from fts import steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
-from fts.state import OPTIMIZER, STATE, WEIGHTS, mark_donated
+from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, mark_donated
 
 ENGINES = ["module", "func"]
 
@@ -255,6 +255,42 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert int(fresh.step) == 0
 
 
+@pytest.mark.parametrize("shard_size", [1, 40, 100])
+def test_a_state_in_shards_comes_back_bit_for_bit(tmp_path, shard_size):
+    state = trained()
+    state.save(tmp_path)
+    state.save(tmp_path, shard_size=shard_size)
+    assert {"model.safetensors.index.json", "optimizer.safetensors.index.json"} < {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / WEIGHTS).exists() and not (tmp_path / OPTIMIZER).exists()
+    fresh = fts.TrainState.create(net_of(), optimizer(), seed=0)
+    assert_same(fts.TrainState.load(tmp_path, like=fresh), state)
+    (tmp_path / "model-00002-of-00001.safetensors").write_bytes(b"never read")
+    next(tmp_path.glob("model-00001-of-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-\d+\.safetensors is missing"):
+        fts.TrainState.load(tmp_path, like=fresh)
+
+
+def test_frozen_parameters_can_be_left_out_and_are_those_of_like(tmp_path):
+    from safetensors.torch import load_file
+
+    state = trained()
+    state.save(tmp_path)
+    state.save(tmp_path / "trained", frozen=False)
+    assert not (tmp_path / "trained" / WEIGHTS).exists()  # nobody takes it for a model
+    assert load_file(tmp_path / "trained" / TRAINED).keys() == load_file(tmp_path / WEIGHTS).keys() - {"position"}
+    fresh = fts.TrainState.create(net_of(), optimizer(), seed=0)
+    assert_same(fts.TrainState.load(tmp_path / "trained", like=fresh), state)
+    other = fresh.replace(frozen={"position": torch.zeros(4)})
+    assert torch.equal(fts.TrainState.load(tmp_path / "trained", like=other).frozen["position"], torch.zeros(4))
+    assert torch.equal(fts.TrainState.load(tmp_path, like=other).frozen["position"], state.frozen["position"])
+    state.save(tmp_path / "trained")
+    assert not (tmp_path / "trained" / TRAINED).exists()
+    document = json.loads((tmp_path / STATE).read_text())
+    (tmp_path / STATE).write_text(json.dumps(document | {"frozen": False}))
+    with pytest.raises(CheckpointError, match=r"trained\.safetensors is missing"):
+        fts.TrainState.load(tmp_path, like=fresh)
+
+
 def test_training_goes_on_with_the_same_bits_after_loading(tmp_path):
     net = net_of()
     step = steps.train_step(steps.module_loss(net, loss_fn), optimizer(), donate=True)
@@ -315,7 +351,10 @@ def test_counters_in_the_document_are_checked(tmp_path):
     state = trained()
     state.save(tmp_path)
     document = json.loads((tmp_path / STATE).read_text())
-    for key, value in (("step", "2"), ("step", -1), ("step", True), ("seed", None), ("seed", 1.5)):
+    for key, value in (
+        *(("step", "2"), ("step", -1), ("step", True), ("step", 2**63), ("step", 10**4000), ("step", float("nan"))),
+        *(("seed", None), ("seed", 1.5), ("seed", False), ("frozen", 1), ("frozen", None)),
+    ):
         (tmp_path / STATE).write_text(json.dumps(document | {key: value}))
         with pytest.raises(CheckpointError, match=key):
             fts.TrainState.load(tmp_path, like=state)
@@ -560,3 +599,42 @@ def test_the_pure_update_of_a_hundred_steps_equals_torch_optim(name):
         state, _ = step(state, data(index, torch.float64))
     for key in expected:
         torch.testing.assert_close(state.params[key], expected[key], rtol=1e-10, atol=1e-13)
+
+
+# What transformers makes of the files
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    return BertForMaskedLM(
+        BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    )
+
+
+@pytest.mark.parametrize("shard_size", [10**9, 2000])
+@pytest.mark.parametrize("make", [bert, gpt2, t5])
+def test_from_pretrained_loads_a_tied_model_without_a_word(make, shard_size, tmp_path):
+    state = fts.TrainState.create(make(), tx.sgd(0.1))
+    assert state.layout.ties
+    state = state.replace(params={name: tensor + 1.0 for name, tensor in state.params.items()})
+    state.save(tmp_path, shard_size=shard_size)
+    model = make()
+    model.config.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).exists() == (shard_size == 10**9)
+    loaded, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values()), said
+    for name, tensor in state.apply_to(model).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_only_the_adapters_of_a_large_model_need_be_saved(tmp_path):
+    model = lora()
+    state = fts.TrainState.create(model, tx.adamw(0.1))
+    state.save(tmp_path / "all")
+    state.save(tmp_path / "adapters", frozen=False)
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).iterdir()) for name in ("all", "adapters")]
+    assert sizes[0] > 2 * sizes[1]
+    assert_same(fts.TrainState.load(tmp_path / "adapters", like=fts.TrainState.create(lora(), tx.adamw(0.1))), state)

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,70 @@ def test_a_manifest_cannot_lead_outside(tmp_path, name):
         verify_checkpoint(path)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_that_leads_outside_is_refused(tmp_path, name):
+    path = saved(tmp_path, 1)
+    (path / name).rename(tmp_path / name)
+    (path / name).symlink_to(tmp_path / name)
+    reads = {"progress.json": load_extra, "manifest.json": verify_checkpoint}
+    read = reads.get(name, lambda path: fts.TrainState.load(path, like=state_at(0)))
+    for reader in (read, lambda path: load_checkpoint(path, like=state_at(0))):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is a link that leads outside"):
+            reader(path)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        '{"format": 1, "files": {"a": {}, "a": {}}}',
+        '{"format": 1, "files": {"state.json": {"size": NaN, "xxh3_128": ""}}}',
+        '{"format": 1, "files": {"state.json": {"size": ' + "9" * 4000 + ', "xxh3_128": ""}}}',
+        '{"format": 1, "files": {"state.json": {"size": ' + "9" * 5000 + ', "xxh3_128": ""}}}',
+        '{"format": 1, "files": {"state.json": {"size": 1, "sha256": ""}}}',
+        '{"format": 1, "files": {"state.json": 1}}',
+        '{"format": 1, "files": {"": {"size": 1, "xxh3_128": ""}}}',
+        '{"format": 1, "files": ["state.json"]}',
+        '{"format": true, "files": {}}',
+        '{"format": 1, "files": {}}',
+        '"format"',
+    ],
+)
+def test_a_manifest_that_cannot_be_used(tmp_path, manifest):
+    path = saved(tmp_path, 1)
+    (path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path, like=state_at(0))
+
+
+def test_shards_are_vouched_for_too(tmp_path):
+    path = saved(tmp_path, 3, shard_size=20)
+    assert not (path / "model.safetensors").exists() and step_of(path) == 3
+    names = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".safetensors")
+    assert len(names) > 3
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in [*names, "model.safetensors.index.json"]:
+        files = {key: value for key, value in manifest["files"].items() if key != name}
+        (path / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+        with pytest.raises(CheckpointError, match=f"manifest.json does not list {name}"):
+            load_checkpoint(path, like=state_at(0))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "model.safetensors").write_bytes(b"a file that would be read in their place")
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not list model\.safetensors"):
+        load_checkpoint(path, like=state_at(0))
+
+
+def test_frozen_parameters_can_be_left_out(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3).requires_grad_(False), torch.nn.Linear(3, 1))
+    state = fts.TrainState.create(net, OPTIMIZER)
+    path = save_checkpoint(tmp_path / "checkpoint-1", state, frozen=False)
+    loaded, _ = load_checkpoint(path, like=state)
+    assert torch.equal(loaded.frozen["0.weight"], net[0].weight)
+    assert (path / "trained.safetensors").exists() and not (path / "model.safetensors").exists()
+    (path / "trained.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"trained\.safetensors is missing"):
+        load_checkpoint(path, like=state)
+
+
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "", "x" * 5000])
 def test_names_that_are_no_file_are_refused(tmp_path, name):
     path = saved(tmp_path, 1)
@@ -186,7 +251,16 @@ def test_a_state_must_write_what_a_checkpoint_is_loaded_from(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("document", ["[]", '{"format": 2}', '{"format": 1, "epoch": -1, "batch": 0}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "[]",
+        '{"format": 2}',
+        '{"format": 1, "epoch": -1, "batch": 0}',
+        '{"format": 1, "epoch": 0, "batch": 9223372036854775808}',
+        '{"format": 1}',
+    ],
+)
 def test_progress_is_checked_even_if_the_manifest_fits(tmp_path, document):
     path = saved(tmp_path, 1)
     (path / "progress.json").write_text(document)
