@@ -1,11 +1,14 @@
 """`fts checkpoints` and `fts checkpoints prune`, as a user calls them."""
 
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -193,6 +196,11 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path):
     )
     assert run.returncode == 1, run.stderr
     assert "checkpoint-15/model.safetensors has changed" in run.stdout
+
+
+def test_the_command_that_is_installed_is_this_one():
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert pkgutil.resolve_name(scripts["fts"]) is main
 
 
 def test_importing_fts_does_not_load_the_command_line():

@@ -1,5 +1,8 @@
 import re
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +131,14 @@ def test_processes_agree_on_the_step_of_a_save_by_time():
     clocks[1].now += 8
     assert [due(Counters(step=1)).save for due in dues] == [True, True]
     assert answers == [1, 0]
+
+
+def test_two_processes_save_at_the_same_steps(tmp_path):
+    program = Path(__file__).with_name("agreeing.py")
+    words = [sys.executable, str(program), str(tmp_path / "rendezvous")]
+    both = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    # 4 steps of 3 s are more than 10 s; alone, the slower clock would save after 5
+    assert [process.communicate()[0].split() for process in both] == [["4", "8", "11"], ["4", "8", "11"]]
 
 
 def test_fit_saves_by_time(tmp_path):
