@@ -246,19 +246,19 @@ def _told(path: Path) -> dict[str, Any]:
 
 def _figures_at(told: Mapping[str, Any], step: int) -> dict[str, float]:
     history = told.get("log_history")
-    entries = (
-        [entry for entry in history if isinstance(entry, dict) and entry.get("step") == step] if isinstance(history, list) else []
-    )
-    return {
-        name: float(value)
-        for entry in entries
-        for name, value in entry.items()
-        if isinstance(value, (int, float)) and name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
-    }
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    figures = [pair for entry in entries if entry.get("step") == step for pair in entry.items()]
+    return {name: float(value) for name, value in figures if _is_figure(name, value)}
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    """Whether it is a number of an evaluation, and none of its speed."""
+    number = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+    return number and name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
 
 
 def _best_step(told: Mapping[str, Any]) -> int | None:
     step, path = told.get("best_global_step"), told.get("best_model_checkpoint")
-    if isinstance(path, str) and (name := re.fullmatch(r"checkpoint-(\d+)", Path(path).name)):
+    if isinstance(path, str) and (name := re.fullmatch(r"checkpoint-(\d{1,18})", Path(path).name)):
         return int(name[1])
     return step if isinstance(step, int) and not isinstance(step, bool) and step > 0 else None

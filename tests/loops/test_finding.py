@@ -10,9 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 
 from fts.loops import newest_checkpoint
-from fts.loops.finding import best_of, survey
+from fts.loops.finding import best_of, looks_whole, survey
 from tests.loops.saved import flip_a_bit, names_in, save, save_model, truncate
 
 
@@ -175,3 +176,37 @@ def test_figures_that_cannot_be_read_are_left_out(tmp_path, text):
     (path / "trainer_state.json").write_text(text)  # not in the manifest
     [found] = survey(tmp_path)
     assert (found.condition, dict(found.metrics), found.best) == ("whole", {}, None)
+
+
+NUMBERS = st.integers() | st.floats() | st.just(10**400) | st.booleans()
+TEXTS = st.text(max_size=8) | st.integers(1, 5000).map(lambda digits: "checkpoint-" + "9" * digits)
+JSON = st.recursive(
+    st.none() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+ENTRIES = st.lists(st.fixed_dictionaries({"step": st.just(5), "eval_loss": JSON, "eval_f1": NUMBERS}), max_size=2)
+TOLD = JSON | st.fixed_dictionaries({"log_history": JSON | ENTRIES, "best_global_step": JSON, "best_model_checkpoint": JSON})
+FILES = st.dictionaries(st.text(max_size=8) | st.sampled_from(["../../etc/passwd", "a\0b"]), JSON, max_size=3)
+MANIFESTS = JSON | st.fixed_dictionaries({"format": JSON | st.just(1), "files": JSON | FILES})
+BYTES = st.binary(max_size=40)
+
+
+def as_bytes(documents):
+    return BYTES | documents.map(lambda document: json.dumps(document).encode())
+
+
+@given(as_bytes(MANIFESTS), as_bytes(TOLD))
+def test_no_manifest_and_no_figures_are_too_strange_to_be_judged(manifest, told):
+    with tempfile.TemporaryDirectory() as root:
+        directory = Path(root, "checkpoint-5")
+        directory.mkdir()
+        (directory / "progress.json").write_text("{}")
+        (directory / "manifest.json").write_bytes(manifest)
+        (directory / "trainer_state.json").write_bytes(told)
+        [found] = survey(root)
+        assert found.condition in ("damaged", "unknown") and found.problem
+        assert all(isinstance(value, float) for value in found.metrics.values())
+        assert looks_whole(directory) in (True, False)
+        assert newest_checkpoint(root) is None
+        assert best_of([found]) in (None, 5)
