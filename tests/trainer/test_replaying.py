@@ -195,3 +195,32 @@ def test_a_transformer_with_dropout_and_padding(tmp_path, lora):
     found = replay(trainer, tmp_path / "checkpoint-5", 10)
     assert found.equal is True, found.differing
     assert set(found.gradients) == {name for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_stream(tmp_path, stateful):
+    class Stream(torch.utils.data.IterableDataset):
+        begin = 0
+
+        def __iter__(self):
+            for number, row in enumerate(rows(22)):
+                if number >= self.begin:
+                    self.given = number + 1
+                    yield row
+            self.begin = 0
+
+    class Stateful(Stream):
+        def state_dict(self):
+            return {"given": self.given}
+
+        def load_state_dict(self, state):
+            self.begin = state["given"]
+
+    def make(tmp_path, **changes):
+        torch.manual_seed(0)
+        return Trainer(Regression(), arguments(tmp_path, **changes), train_dataset=(Stateful if stateful else Stream)())
+
+    trained(tmp_path, make)
+    found = replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10)
+    assert found.equal is True, found.differing
+    assert found.items is None
