@@ -18,6 +18,7 @@ from fts.errors import CallbackError, CheckpointError, Interrupted, NonFiniteErr
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, RolledBack, Saved, StepBegin, StepEnd
 from fts.loops.finding import is_whole
 from fts.loops.interrupting import StopRequest
+from fts.randomness import EVALUATION, fold, seed_generators
 from fts.state import TrainState, is_donated
 from fts.trainer import saving
 from fts.trainer.batch_size import empty_cache, is_out_of_memory
@@ -79,6 +80,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
         watched(model, args.debug),
     ):
         try:
+            if run.owes:
+                teller.make_up(run.state)
             events = rolling_back(args, model, teller.events, run.state, run.start)
             teller.tell_all(request, writer.watch(loops.locating(events, run.source)))
         except BaseException as error:
@@ -134,6 +137,8 @@ class Teller:
         self.stepping = Stepping(trainer, run)
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
+        self.leaving = self.owes = False
+        self.seed = run.state.seed
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
 
     def _asked_for(self) -> Iterator[AfterStep]:
@@ -153,7 +158,7 @@ class Teller:
             self.stepping.step,
             state,
             run.drawn,
-            total_steps=run.plan.total_steps,
+            total_steps=run.told.global_step if self.trainer.control.should_training_stop else run.plan.total_steps,
             epochs=None if run.source.batches_per_epoch is None or run.cut.offset else run.plan.epochs,
             start=start,
             due=self.due,
@@ -198,6 +203,7 @@ class Teller:
                 if self.timer is not None and self.timer.due():
                     trainer.control.should_save = True
                 if request.poll():
+                    self.leaving, self.owes = True, trainer.control.should_evaluate
                     trainer.control.should_save = trainer.control.should_training_stop = True
                     trainer.control.should_evaluate = False  # who asks a run to stop does not want to wait
             else:
@@ -228,8 +234,16 @@ class Teller:
             trainer.control.should_save = is_best
         return metrics
 
+    def make_up(self, state: TrainState) -> None:
+        """Do what was due at the last step of an interrupted run, and that run had no time for: evaluate, and save with that."""
+        self.run.optimizing.latest.state = state
+        self.evaluate(state)
+        self.save(state, self.run.start)
+        self.trainer.tell("on_save")
+
     def run_evaluation(self) -> dict[str, float]:
-        """What the trainer's `evaluate` gives, which a subclass may have replaced."""
+        """What the trainer's `evaluate` gives, which a subclass may have replaced; what it draws depends on the step alone."""
+        seed_generators(fold(self.seed, EVALUATION, self.told.global_step), self.trainer.args.device)
         if self.ignore_keys is None:
             return self.trainer.evaluate()
         return self.trainer.evaluate(ignore_keys=self.ignore_keys)
@@ -248,7 +262,7 @@ class Teller:
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
         if run.optimizing.steps:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
-        extra |= {"written": self.stepping.written(), "data": run.source.cursor(position)}
+        extra |= {"written": self.stepping.written(), "data": run.source.cursor(position), "owes": self.owes}
         # a model alone is for evaluation; a run goes on from the weights that are trained
         alone = trainer.args.save_only_model
         with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():
@@ -310,7 +324,7 @@ class Teller:
         elif kind is EpochBegin:
             trainer.control.should_epoch_stop = False
             trainer.tell("on_epoch_begin")
-        elif kind is EpochEnd:
+        elif kind is EpochEnd and not self.leaving:  # else it is told when the run goes on and comes to it
             trainer.tell("on_epoch_end")
 
     def _bring_model_up_to_date(self, event: StepEnd, batch: Any) -> None:

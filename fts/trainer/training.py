@@ -60,6 +60,7 @@ class Run:
         told: the state that callbacks see.
         tally: figures that were read before, but not logged.
         written: what callbacks had written into the optimizer's groups: settings that last, and those of the next update.
+        owes: whether an evaluation was due at the step of the checkpoint, and was left out because the run was asked to stop.
     """
 
     plan: Plan
@@ -73,6 +74,7 @@ class Run:
     told: TrainerState
     tally: Tally
     written: dict[str, Any] = attrs.Factory(dict)
+    owes: bool = False
 
 
 def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
@@ -102,7 +104,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     optimizing = trainer.optimizing(plan)
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
-    told, tally, start, written = TrainerState(), Tally(), Position(), dict[str, Any]()
+    told, tally, start, written, owes = TrainerState(), Tally(), Position(), dict[str, Any](), False
     if checkpoint is not None and foreign:
         offset = offset_of(checkpoint, source.batches_per_epoch, plan.accumulate)
         if offset:
@@ -132,7 +134,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         tally = Tally(**extra.get("tally", {}))
         if optimizing.steps and "torch" in extra:
             restore_settings(optimizing.optimizer, optimizing.scheduler, extra["torch"])
-        written = extra.get("written", {})
+        written, owes = extra.get("written", {}), extra.get("owes") is True
         _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
         if not args.ignore_data_skip and (old is None or old.items == cut.items):
             source = source.restored(start, extra.get("data"))
@@ -142,7 +144,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     told.max_steps, told.num_train_epochs, told.train_batch_size = plan.total_steps, plan.epochs, plan.train_batch_size
     told.logging_steps, told.eval_steps, told.save_steps = plan.logging_steps, plan.eval_steps, plan.save_steps
     drawn = drawn_by(trainer.get_batch_samples, source, args.device) if overridden(trainer, "get_batch_samples") else source
-    run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally, written)
+    run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally, written, owes)
     announce(run, trainer)
     return run
 

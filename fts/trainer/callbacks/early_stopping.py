@@ -31,13 +31,14 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         self.early_stopping_patience_counter = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Check that it can work."""
+        """Check that it can work; a resumed run that it had ended stays so, unless more patience was given to it."""
         if args.metric_for_best_model is None:
             raise ArgumentError("EarlyStoppingCallback needs metric_for_best_model in the arguments, such as 'loss'.")
         if args.eval_strategy == IntervalStrategy.NO:
             raise ArgumentError("EarlyStoppingCallback needs evaluations: use eval_strategy='steps' or 'epoch'.")
         if not args.load_best_model_at_end:
             logger.warning("EarlyStoppingCallback without load_best_model_at_end=True: training ends with the last weights.")
+        self._stop(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> Any:
         """Count evaluations without progress."""
@@ -46,8 +47,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             logger.warning("Early stopping found no %s among %s.", best_metric_name(args), sorted(metrics or {}))
             return
         self.check_metric_value(args, state, control, value)
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            control.should_training_stop = True
+        self._stop(control)
 
     def check_metric_value(self, args: Any, state: Any, control: Any, metric_value: float) -> None:
         """Count one evaluation: from 0 again if it is better than those before, whose best one the state has."""
@@ -55,6 +55,10 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         gain = None if best is None else (metric_value - best if args.greater_is_better else best - metric_value)
         better = gain is None or gain > (self.early_stopping_threshold or 0.0)
         self.early_stopping_patience_counter = 0 if better else self.early_stopping_patience_counter + 1
+
+    def _stop(self, control: Any) -> None:
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:
         """What checkpoints keep."""
