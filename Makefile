@@ -55,10 +55,11 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 	$(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-bench: $(VENV)/.dev ## Measure a step against a hand-written loop, and the time of the import
+bench: $(VENV)/.dev ## Measure steps, prediction, checkpoints and the import against peers
 	$(PY) benchmarks/import_time.py
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/predict.py
+	$(PY) benchmarks/checkpoint.py
 
 fuzz: $(VENV)/.dev ## Kill training processes 200 times, and run the laws with many more generated examples
 	$(PY) -m tests.reliability.kills --kills $(KILLS)
