@@ -257,8 +257,9 @@ class Teller:
         self.counting.settle(told)
         told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
         root = Path(str(trainer.args.output_dir))
+        path = root / f"checkpoint-{told.global_step}"
         if told.best_global_step == told.global_step:
-            told.best_model_checkpoint = str(root / f"checkpoint-{told.global_step}")
+            told.best_model_checkpoint = str(path)
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
         if run.optimizing.steps:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
@@ -277,7 +278,9 @@ class Teller:
                 trainer_state=told,
                 extra=extra,
                 own_save=trainer.save_model if overridden(trainer, "save_model") else None,
-                then=partial(loops.rotate_checkpoints, root, trainer.args.save_total_limit, told.best_model_checkpoint),
+                then=partial(
+                    loops.rotate_checkpoints, root, trainer.args.save_total_limit, told.best_model_checkpoint, latest=path
+                ),
             )
 
     def rescue(self, error: Exception) -> None:

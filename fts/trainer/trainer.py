@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fts import steps
 from fts.errors import ArgumentError
-from fts.loops import Source
+from fts.loops import Replayed, Source
 from fts.loops.placement import moved
 from fts.randomness import seed_generators
 from fts.steps.precision import autocast, autocast_dtype
@@ -43,6 +43,7 @@ from fts.trainer.outputs import EvalLoopOutput, PredictionOutput, TrainOutput
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
+from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
@@ -669,6 +670,18 @@ class Trainer:
             Seconds and bytes of each; prints as a table.
         """
         return rehearse(self)
+
+    def replay(self, checkpoint: str | Path, to_step: int) -> Replayed:
+        """Run the updates after a checkpoint once more, bit for bit, and look into the last of them.
+
+        Args:
+            checkpoint: from before the update; the model is given its weights.
+            to_step: the number of the update, the first being 1.
+
+        Returns:
+            What went in and what came out; see `fts.loops.replay`.
+        """
+        return replay(self, checkpoint, to_step)
 
     def plan(self, total_steps: int | None = None) -> Plan:
         """The arguments, resolved for the training set, or for so many updates."""

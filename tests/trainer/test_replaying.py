@@ -7,7 +7,6 @@ from torch import nn
 from fts.errors import ArgumentError, NonFiniteError
 from fts.loops import Position
 from fts.trainer import Trainer, TrainerCallback
-from fts.trainer.replaying import replay
 from tests.trainer.helpers import Regression, arguments, make_trainer, rows
 
 SAVING = {"save_strategy": "steps", "save_steps": 5, "max_steps": 20, "logging_steps": 1}
@@ -36,7 +35,7 @@ def test_an_update_is_replayed_bit_for_bit(tmp_path, changes):
     run = trained(tmp_path, **changes)
     torch.manual_seed(99)
     trainer = make_trainer(tmp_path, **(SAVING | changes))
-    found = replay(trainer, tmp_path / "checkpoint-5", 10)
+    found = trainer.replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True, found.differing
     assert found.compared == tmp_path / "checkpoint-10"
     assert set(found.gradients) == {name for name, _ in trainer.model.named_parameters()}
@@ -58,7 +57,7 @@ def test_a_torch_optimizer_and_its_schedule(tmp_path):
         return make_trainer(tmp_path, model, optimizers=(optimizer, scheduler), **changes)
 
     trained(tmp_path, make)
-    found = replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 15)
+    found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 15)
     assert found.equal is True, found.differing
     assert found.gradients
 
@@ -75,7 +74,7 @@ def test_an_overridden_training_step(tmp_path):
         return Own(Regression(), arguments(tmp_path, **changes), train_dataset=rows(22))
 
     trained(tmp_path, make)
-    found = replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10)
+    found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True and found.gradients
 
 
@@ -90,7 +89,7 @@ def test_batches_that_a_trainer_draws_have_their_items(tmp_path):
         return Drawing(Regression(), arguments(tmp_path, gradient_accumulation_steps=2, **changes), train_dataset=rows(24))
 
     trained(tmp_path, make)
-    found = replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10)
+    found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True
     x, data = torch.cat([part["x"] for part in found.batch]), rows(24)
     assert torch.equal(x, torch.stack([data[index]["x"] for index in found.items]))
@@ -103,7 +102,7 @@ def test_settings_that_a_callback_wrote_before_the_checkpoint(tmp_path):
                 optimizer.param_groups[0]["betas"] = (0.5, 0.9)
 
     trained(tmp_path, callbacks=[Decay()])
-    found = replay(make_trainer(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10)
+    found = make_trainer(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True, found.differing
 
 
@@ -124,7 +123,7 @@ def test_the_item_that_is_poisoned(tmp_path, nonfinite):
             make(item).train()
     else:
         make(item).train()
-    found = replay(make(item), tmp_path / "checkpoint-2", 4)
+    found = make(item).replay(tmp_path / "checkpoint-2", 4)
     assert found.bad_items == [item] and found.items[1] == item
     assert found.loss != found.loss
     names = {name for name, _ in Regression().named_parameters()}
@@ -141,13 +140,13 @@ def test_other_sizes_of_batches_are_refused(tmp_path):
     trained(tmp_path)
     trainer = make_trainer(tmp_path, **(SAVING | {"per_device_train_batch_size": 2}))
     with pytest.raises(ArgumentError, match="another batch would be replayed"):
-        replay(trainer, tmp_path / "checkpoint-5", 10)
+        trainer.replay(tmp_path / "checkpoint-5", 10)
 
 
 def test_a_run_can_be_trained_after_a_replay(tmp_path):
     run = trained(tmp_path)
     trainer = make_trainer(tmp_path, **SAVING)
-    assert replay(trainer, tmp_path / "checkpoint-15", 16).position == Position(2, 3)
+    assert trainer.replay(tmp_path / "checkpoint-15", 16).position == Position(2, 3)
     trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-15")
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], tensor)
@@ -171,7 +170,7 @@ def test_neftune(tmp_path):
         return Trainer(Words(), arguments(tmp_path, neftune_noise_alpha=5.0, **changes), train_dataset=data)
 
     trained(tmp_path, make)
-    assert replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10).equal is True
+    assert make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10).equal is True
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -192,7 +191,7 @@ def test_a_transformer_with_dropout_and_padding(tmp_path, lora):
 
     trained(tmp_path, make)
     trainer = make(tmp_path, **SAVING)
-    found = replay(trainer, tmp_path / "checkpoint-5", 10)
+    found = trainer.replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True, found.differing
     assert set(found.gradients) == {name for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
 
@@ -221,6 +220,6 @@ def test_a_stream(tmp_path, stateful):
         return Trainer(Regression(), arguments(tmp_path, **changes), train_dataset=(Stateful if stateful else Stream)())
 
     trained(tmp_path, make)
-    found = replay(make(tmp_path, **SAVING), tmp_path / "checkpoint-5", 10)
+    found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True, found.differing
     assert found.items is None

@@ -42,7 +42,9 @@ def test_checkpoints_are_the_same_beside_training_or_not(tmp_path):
 def test_beside_training_means_on_another_thread(tmp_path, monkeypatch, caplog):
     threads = []
     real = loops.rotate_checkpoints
-    monkeypatch.setattr(loops, "rotate_checkpoints", lambda *args: threads.append(threading.current_thread()) or real(*args))
+    monkeypatch.setattr(
+        loops, "rotate_checkpoints", lambda *args, **options: threads.append(threading.current_thread()) or real(*args, **options)
+    )
     with caplog.at_level(logging.INFO, "fts"):
         make_trainer(tmp_path, Regression(), save_strategy="epoch").train()
     assert len(threads) == 3
@@ -197,3 +199,10 @@ def test_an_error_that_cannot_be_rescued_is_still_the_one_that_is_told(tmp_path,
     with pytest.raises(CallbackError, match="accuracy") as caught:
         make_trainer(tmp_path, Regression(), callbacks=[Fails()]).train()
     assert "No checkpoint of step 2 could be written: CheckpointError: the disk is full" in caught.value.__notes__
+
+
+def test_a_run_keeps_what_it_writes_where_another_left_later_steps(tmp_path):
+    make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=9).train()
+    assert names(tmp_path) == ["checkpoint-18", "checkpoint-9"]
+    make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=2, max_steps=4, save_total_limit=1).train()
+    assert "checkpoint-4" in names(tmp_path)
