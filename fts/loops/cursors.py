@@ -24,17 +24,15 @@ class Mark(NamedTuple):
     Attributes:
         reader: which worker it is, from 0.
         taken: how many batches it has made in this epoch.
-        state: the data's `state_dict()` after the last of them, as JSON; None where there is none.
+        state: the data's `state_dict()` after the last of them.
         ended: whether it found the end of its share.
-        reason: why there is no state.
         empty: whether no batch comes with this mark.
     """
 
     reader: int
     taken: int = 0
-    state: str | None = None
+    state: Any = None
     ended: bool = False
-    reason: str = ""
     empty: bool = False
 
 
@@ -50,18 +48,17 @@ def keeps_state(data: Any) -> bool:
 def written(data: Any, reader: int, taken: int, *, ended: bool = False, empty: bool = False) -> Mark:
     """Where a reader is, with the state of its data."""
     state = data.state_dict()
-    try:
-        text = json.dumps(state)
-    except (TypeError, ValueError, RecursionError) as error:
-        return Mark(reader, taken, None, ended, f"its state_dict() holds what JSON cannot ({error})", empty)
-    if json.loads(text) != state:
-        return Mark(reader, taken, None, ended, "its state_dict() has tuples, or keys that are no texts", empty)
-    return Mark(reader, taken, text, ended, "", empty)
+    return Mark(reader, taken, state if _of_datasets(data) else deepcopy(state), ended, empty)
+
+
+def loaded(data: Any, mark: Mark) -> None:
+    """Let the next iteration of data begin at a mark."""
+    data.load_state_dict(deepcopy(mark.state))
 
 
 def state_before(data: Any) -> Any:
     """The state of data between two iterations; None for data whose iterations are `isolated`, or which has none as yet."""
-    if hasattr(data, "_ex_iterable"):
+    if _of_datasets(data):
         return None
     try:
         return deepcopy(data.state_dict())
@@ -75,12 +72,16 @@ def isolated(data: Any) -> Any:
     Two of them that were made of one (`take`, `skip`, `map`) share the parts that count, so that iterating one moves the state
     of the other.
     """
-    if not hasattr(data, "_ex_iterable"):
+    if not _of_datasets(data):
         return data
     alone = object.__new__(type(data))  # its own copy would share the attributes
     alone.__dict__.update(data.__dict__)
     alone._ex_iterable = _apart(data._ex_iterable)
     return alone
+
+
+def _of_datasets(data: Any) -> bool:
+    return hasattr(data, "_ex_iterable")
 
 
 def incomplete(data: Any) -> str:
@@ -185,18 +186,15 @@ class Bookmark:
         return [mark._replace(taken=0, ended=False, empty=False) for mark in self.marks.values()]
 
     def _written(self, marks: list[Mark], turn: int) -> Cursor | None:
-        lacking = next((mark.reason for mark in marks if mark.state is None), None)
-        if lacking is not None:
-            self._tell(lacking)
+        readers: list[dict[str, Any] | None] = [None] * self.readers
+        for mark in marks:
+            readers[mark.reader] = {"taken": mark.taken, "ended": mark.ended, "state": mark.state}
+        cursor = {"turn": turn, "readers": readers}
+        reason = _unlike_json(cursor)
+        if reason:
+            self._tell(reason)
             return None
-        known = {mark.reader: mark for mark in marks}
-        readers = [
-            {"taken": known[i].taken, "ended": known[i].ended, "state": json.loads(known[i].state or "null")}
-            if i in known
-            else None
-            for i in range(self.readers)
-        ]
-        return {"turn": turn, "readers": readers}
+        return dict(json.loads(json.dumps(cursor)))
 
     def _tell(self, reason: str) -> None:
         if not self.told:
@@ -213,7 +211,7 @@ def marks_of(cursor: Cursor) -> tuple[list[Mark], int]:
         CheckpointError: it is damaged.
 
     >>> marks_of({"turn": 0, "readers": [{"taken": 2, "ended": False, "state": {"at": 4}}]})
-    ([Mark(reader=0, taken=2, state='{"at": 4}', ended=False, reason='', empty=False)], 0)
+    ([Mark(reader=0, taken=2, state={'at': 4}, ended=False, empty=False)], 0)
     """
     readers, turn = cursor.get("readers"), cursor.get("turn")
     if not isinstance(readers, list) or not isinstance(turn, int) or not 0 <= turn < len(readers):
@@ -224,8 +222,17 @@ def marks_of(cursor: Cursor) -> tuple[list[Mark], int]:
             continue
         if not isinstance(entry, dict) or not _is_count(entry.get("taken")) or not isinstance(entry.get("ended"), bool):
             raise CheckpointError(f"The place in a stream is damaged: that of reader {reader} is {entry!r:.80}.")
-        marks.append(Mark(reader, entry["taken"], json.dumps(entry.get("state")), entry["ended"]))
+        marks.append(Mark(reader, entry["taken"], entry.get("state"), entry["ended"]))
     return marks, turn
+
+
+def _unlike_json(cursor: Cursor) -> str:
+    """Why a state would not come back from JSON as it is; empty if it would."""
+    try:
+        text = json.dumps(cursor)
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"its state_dict() holds what JSON cannot ({error})"
+    return "" if json.loads(text) == cursor else "its state_dict() has tuples, or keys that are no texts"
 
 
 def _is_count(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, islice
@@ -22,7 +21,7 @@ from torch.utils.data import (
 )
 
 from fts.errors import DataError
-from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, marks_of, state_before, written
+from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, loaded, marks_of, state_before, written
 from fts.loops.order import Indices, announce_epoch
 from fts.loops.reading import Collate, Reading
 from fts.randomness import DATA, fold, seed_generators
@@ -137,8 +136,8 @@ class Stream(IterableDataset[Batch]):
         size, seed, collate = self.reading.batch_size, self.reading.seed, self.reading.collate
         announce_epoch(self.reading.data, epoch)
         data = isolated(self.reading.data)
-        if mark is not None and mark.state is not None:
-            data.load_state_dict(json.loads(mark.state))
+        if mark is not None:
+            loaded(data, mark)
         seed_generators(fold(seed, DATA, epoch, reader))
         ended = mark is not None and mark.ended
         items = iter(()) if ended else iter(data)
