@@ -15,6 +15,7 @@ from fts.loops import Position
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.plan import Plan
 from fts.trainer.saving import ARGUMENTS_FILE
+from fts.trainer.schedules import make_schedule
 from fts.trainer.state import STATE_FILE, TrainerState
 
 UNHEEDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
@@ -36,6 +37,7 @@ class Cut:
         shares: how many workers divide a stream among them, each cutting its share; otherwise 1.
         seed: the seed of the rows' order.
         offset: how many more updates were taken than this cut would have needed to come as far, because another cut came before.
+        processes: how many processes have a micro-batch each.
     """
 
     batch_size: int
@@ -45,11 +47,12 @@ class Cut:
     shares: int = 1
     seed: int = 0
     offset: int = 0
+    processes: int = 1
 
     @property
     def rows(self) -> int:
         """Rows in an update."""
-        return self.batch_size * self.micro_batches
+        return self.batch_size * self.micro_batches * self.processes
 
     @property
     def steps(self) -> int | None:
@@ -57,12 +60,12 @@ class Cut:
         if self.items is None:
             return None
         batches = self.items // self.batch_size if self.drop_last else -(-self.items // self.batch_size)
-        return -(-batches // self.micro_batches)
+        return -(-batches // (self.micro_batches * self.processes))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """What decides which rows an update has."""
-        return self.batch_size, self.micro_batches, self.drop_last, self.shares
+        return self.batch_size, self.micro_batches, self.processes, self.drop_last, self.shares
 
 
 def convert(position: Position, old: Cut, new: Cut) -> Position:
@@ -80,6 +83,8 @@ def convert(position: Position, old: Cut, new: Cut) -> Position:
         return Position(position.epoch, new.steps)
     rows = position.batch * old.rows
     before = f"per_device_train_batch_size={old.batch_size} and gradient_accumulation_steps={old.micro_batches}"
+    if old.processes > 1:
+        before += f" in {old.processes} processes"
     if (old.shares, old.batch_size) != (new.shares, new.batch_size) and max(old.shares, new.shares) > 1:
         raise ArgumentError(
             f"The checkpoint is in epoch {position.epoch} of a stream read by {old.shares} worker(s) with {before}; "
@@ -148,7 +153,7 @@ def argument_changes(args: TrainingArguments, before: dict[str, Any], names: Seq
 
 
 def changes(args: TrainingArguments, plan: Plan, told: TrainerState, before: dict[str, Any]) -> list[str]:
-    """All changes that win over a checkpoint; intervals are compared as resolved to steps."""
+    """All changes that win over a checkpoint; intervals, and the length of the run, are compared as resolved to steps."""
     resolved = {
         "logging_steps": (plan.logging_steps, told.logging_steps),
         "eval_steps": (plan.eval_steps, told.eval_steps),
@@ -156,7 +161,32 @@ def changes(args: TrainingArguments, plan: Plan, told: TrainerState, before: dic
         "per_device_train_batch_size": (plan.train_batch_size, told.train_batch_size),
     }
     lines = [_line(name, new, old, STATE_FILE) for name, (new, old) in resolved.items() if new != old]
-    return lines + argument_changes(args, {name: value for name, value in before.items() if name not in resolved})
+    lines += argument_changes(args, {name: value for name, value in before.items() if name not in resolved})
+    if told.max_steps not in (0, plan.total_steps):
+        lines.append(f"updates of the run: {plan.total_steps} (from args and data) != {told.max_steps} (from {STATE_FILE})")
+        lines += _stretched(args, plan, told)
+    return lines
+
+
+def _stretched(args: TrainingArguments, plan: Plan, told: TrainerState) -> list[str]:
+    """What another length of the run does to the learning rate at the next update."""
+    before = make_schedule(args, told.max_steps, args.get_warmup_steps(told.max_steps))
+    new, old = float(plan.schedule(told.global_step)), float(before(told.global_step))
+    if new == old:
+        return []
+    return [f"learning rate at update {told.global_step}: {new:g}, by {plan.total_steps} updates, != {old:g}, by {told.max_steps}"]
+
+
+def process_changes(old: Cut, new: Cut) -> list[str]:
+    """Where the checkpoint's run had another number of processes.
+
+    >>> process_changes(Cut(batch_size=4, micro_batches=1, processes=2), Cut(batch_size=4, micro_batches=1))
+    ['processes: 1 (from this run) != 2 (from checkpoint); an update has 4 rows, where it had 8']
+    """
+    if old.processes == new.processes:
+        return []
+    rows = f"; an update has {new.rows} rows, where it had {old.rows}" if old.rows != new.rows else ""
+    return [f"processes: {new.processes} (from this run) != {old.processes} (from checkpoint){rows}"]
 
 
 def seed_changes(args: TrainingArguments, seed: int, data_seed: int) -> list[str]:

@@ -29,6 +29,7 @@ from fts.trainer.resuming import (
     convert,
     cut_of,
     offset_after,
+    process_changes,
     saved_arguments,
     seed_changes,
 )
@@ -99,6 +100,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         drop_last=args.dataloader_drop_last,
         shares=source.shares,
         seed=seed,
+        processes=args.world_size,
     )
     plan = plan_of(trainer, source, batch_size)
     optimizing = trainer.optimizing(plan)
@@ -136,6 +138,8 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
             restore_settings(optimizing.optimizer, optimizing.scheduler, extra["torch"])
         written, owes = extra.get("written", {}), extra.get("owes") is True
         _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
+        for line in [] if old is None else process_changes(old, cut):
+            logger.warning("%s: this run wins.", line)
         if not args.ignore_data_skip and (old is None or old.items == cut.items):
             source = source.restored(start, extra.get("data"))
     if checkpoint is not None:

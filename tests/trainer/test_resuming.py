@@ -1,5 +1,6 @@
 """What happens if a run is resumed with other arguments."""
 
+import json
 import logging
 
 import pytest
@@ -8,9 +9,10 @@ from torch.utils.data import IterableDataset
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_extra
+from fts.loops.manifest import seal
 from fts.trainer import TrainerCallback
-from fts.trainer.resuming import Cut, convert
-from tests.trainer.helpers import Linear, Regression, losses, make_trainer
+from fts.trainer.resuming import UNHEEDED, Cut, argument_changes, convert, seed_changes
+from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 ROWS = 24
 SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "logging_strategy": "no"}
@@ -162,6 +164,51 @@ def test_every_changed_argument_is_reported_with_who_wins(tmp_path, caplog):
     ):
         (found,) = (message for message in lines if message.startswith(line))
         assert "args win" in found
+
+
+def test_each_argument_has_a_line_that_names_both_values(tmp_path):
+    args = arguments(tmp_path)
+    before = json.loads(json.dumps(args.to_dict(), default=str))
+    assert len(before) > 100
+    assert argument_changes(args, before) == []
+    for name in before.keys() - set(UNHEEDED):
+        (line,) = argument_changes(args, before | {name: "another"})
+        assert line == f"{name}: {before[name]} (from args) != another (from training_args.json)"
+    for name in ("seed", "data_seed"):  # the only ones that a checkpoint wins
+        (line,) = seed_changes(arguments(tmp_path, **{name: 7}), 42, 42)
+        assert line.startswith(f"{name}: 7 (from args) != 42")
+
+
+def test_a_stretched_schedule_is_said_with_its_rates(tmp_path, caplog):
+    run(tmp_path, stop=2)
+    with caplog.at_level(logging.WARNING):
+        _, trainer = run(tmp_path, resume=True, num_train_epochs=4, logging_strategy="steps", logging_steps=1)
+    assert "updates of the run: 24 (from args and data) != 12 (from trainer_state.json): args win" in caplog.text
+    said = "learning rate at update 2: 0.00916667, by 24 updates, != 0.00833333, by 12: args win"
+    assert said in caplog.text
+    assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(0.00916667)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, resume=True, num_train_epochs=5, lr_scheduler_type="constant")
+    assert "updates of the run: 30" in caplog.text
+    assert "learning rate at update" not in caplog.text
+
+
+def test_another_number_of_processes_is_said_and_rows_are_found_again(tmp_path, caplog):
+    whole, _ = run(tmp_path / "whole", save_strategy="no")
+    run(tmp_path / "run", stop=2)
+    path = tmp_path / "run" / "checkpoint-2" / "progress.json"
+    document = json.loads(path.read_text())
+    document["extra"]["cut"]["processes"] = 2
+    path.write_text(json.dumps(document))
+    seal(path.parent)
+    with caplog.at_level(logging.WARNING):
+        seen, trainer = run(tmp_path / "run", resume=True)
+    assert (
+        "processes: 1 (from this run) != 2 (from checkpoint); an update has 4 rows, where it had 8: this run wins" in caplog.text
+    )
+    assert seen == whole[16:]
+    assert trainer.state.global_step == 2 + 2 + 6
 
 
 def test_unchanged_arguments_are_not_reported(tmp_path, caplog):
