@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from attrs.validators import ge, optional
 
 from fts import loops
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
+from fts.loops.checkpoints import PROGRESS
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.plan import Plan
+from fts.trainer.records import checked, record
 from fts.trainer.saving import ARGUMENTS_FILE
 from fts.trainer.schedules import make_schedule
 from fts.trainer.state import STATE_FILE, TrainerState
+from fts.trainer.tally import Tally
 
 UNHEEDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
 """Arguments that a comparison leaves out: those that only scripts read, and the seeds, which have lines of their own."""
@@ -40,14 +44,14 @@ class Cut:
         processes: how many processes have a micro-batch each.
     """
 
-    batch_size: int
-    micro_batches: int
-    items: int | None = None
+    batch_size: int = attrs.field(validator=ge(1))
+    micro_batches: int = attrs.field(validator=ge(1))
+    items: int | None = attrs.field(default=None, validator=optional(ge(0)))
     drop_last: bool = False
-    shares: int = 1
+    shares: int = attrs.field(default=1, validator=ge(1))
     seed: int = 0
     offset: int = 0
-    processes: int = 1
+    processes: int = attrs.field(default=1, validator=ge(1))
 
     @property
     def rows(self) -> int:
@@ -105,15 +109,32 @@ def cut_of(checkpoint: Path) -> Cut | None:
     """How the data of a checkpoint's run was cut; None where it does not say.
 
     Raises:
-        CheckpointError: it says so in a way that this version does not know.
+        CheckpointError: what it says is damaged, or this version does not know it.
     """
-    record = loops.load_extra(checkpoint).get("cut")
-    try:
-        return None if record is None else Cut(**record)
-    except TypeError as error:
-        raise CheckpointError(
-            f"{checkpoint} was written by another version of fts: {error}. Use the version that wrote it."
-        ) from error
+    values = loops.load_extra(checkpoint).get("cut")
+    return None if values is None else record(Cut, values, f'"cut" in {checkpoint / PROGRESS}')
+
+
+def tally_of(checkpoint: Path) -> Tally:
+    """The figures that a checkpoint's run had read, but not logged.
+
+    Raises:
+        CheckpointError: they are damaged, or this version does not know them.
+    """
+    return record(Tally, loops.load_extra(checkpoint).get("tally", {}), f'"tally" in {checkpoint / PROGRESS}')
+
+
+def written_of(checkpoint: Path) -> dict[str, Any]:
+    """What callbacks of a checkpoint's run had written into the optimizer's groups.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    hint, where = dict[str, dict[str, Any]], f'"written" in {checkpoint / PROGRESS}'
+    found: dict[str, Any] = checked(loops.load_extra(checkpoint).get("written", {}), hint, where)
+    checked(found.get("settings", {}), dict[str, float], where)
+    checked(found.get("next", {}), dict[str, dict[str, float | bool | list[float] | None]], where)
+    return found
 
 
 def offset_after(step: int, start: Position, old: Cut, new: Cut) -> int:
@@ -174,7 +195,9 @@ def _stretched(args: TrainingArguments, plan: Plan, told: TrainerState) -> list[
     new, old = float(plan.schedule(told.global_step)), float(before(told.global_step))
     if new == old:
         return []
-    return [f"learning rate at update {told.global_step}: {new:g}, by {plan.total_steps} updates, != {old:g}, by {told.max_steps}"]
+    return [
+        f"learning rate at update {told.global_step}: {new:g}, by {plan.total_steps} updates, != {old:g}, by {told.max_steps}"
+    ]
 
 
 def process_changes(old: Cut, new: Cut) -> list[str]:

@@ -8,6 +8,7 @@ import attrs
 import torch
 
 from fts import steps, transforms as tx
+from fts.errors import CheckpointError
 from fts.loops import StepBegin, StepEnd
 from fts.steps import MicroBatches
 from fts.trainer.faults import raising
@@ -83,7 +84,12 @@ class Stepping:
         if self.settings:
             self._exchange({})
         for index, changed in self.run.written.get("next", {}).items():
-            optimizer.param_groups[int(index)].update(changed)
+            try:
+                optimizer.param_groups[int(index)].update(changed)
+            except (ValueError, IndexError) as error:
+                raise CheckpointError(
+                    f"The checkpoint has settings of the optimizer's group {index!r}; there are {len(optimizer.param_groups)}."
+                ) from error
         return optimizer if guests or self.run.written else None
 
     def _exchange(self, changed: dict[int, dict[str, Any]]) -> Transform | None:

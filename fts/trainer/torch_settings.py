@@ -63,7 +63,7 @@ def restore_settings(optimizer: Any, scheduler: Any, state: dict[str, Any]) -> N
         for group, changed in zip(optimizer.param_groups, groups, strict=True):
             for name, value in changed.items():
                 _set(group, name, _decoded(value, group.get(name)))
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"The checkpoint's learning rate schedule does not fit {type(scheduler).__name__}: {error!r}. Make it as it was."
         ) from error

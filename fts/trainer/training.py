@@ -21,6 +21,7 @@ from fts.trainer.foreign import is_transformers_checkpoint
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.plan import Plan, make_plan, with_settings
+from fts.trainer.records import checked
 from fts.trainer.resuming import (
     SHAPING,
     Cut,
@@ -32,6 +33,8 @@ from fts.trainer.resuming import (
     process_changes,
     saved_arguments,
     seed_changes,
+    tally_of,
+    written_of,
 )
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
@@ -133,15 +136,15 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         state = state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
         told = TrainerState.load_from_json(checkpoint / STATE_FILE)
         extra = loops.load_extra(checkpoint)
-        tally = Tally(**extra.get("tally", {}))
+        tally = tally_of(checkpoint)
         if optimizing.steps and "torch" in extra:
-            restore_settings(optimizing.optimizer, optimizing.scheduler, extra["torch"])
-        written, owes = extra.get("written", {}), extra.get("owes") is True
+            restore_settings(optimizing.optimizer, optimizing.scheduler, checked(extra["torch"], dict, str(checkpoint)))
+        written, owes = written_of(checkpoint), extra.get("owes") is True
         _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
         for line in [] if old is None else process_changes(old, cut):
             logger.warning("%s: this run wins.", line)
         if not args.ignore_data_skip and (old is None or old.items == cut.items):
-            source = source.restored(start, extra.get("data"))
+            source = source.restored(start, checked(extra.get("data"), dict | None, str(checkpoint)))
     if checkpoint is not None:
         arguments = args.restore_callback_states_from_checkpoint
         restore_callbacks(trainer.callback_handler.callbacks, told.stateful_callbacks, arguments=arguments)

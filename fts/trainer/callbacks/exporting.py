@@ -43,6 +43,8 @@ def restore_callbacks(callbacks: list[Any], states: Mapping[str, Any], *, argume
     Raises:
         CheckpointError: a state cannot be restored.
     """
+    if not isinstance(states, Mapping):
+        raise CheckpointError(f"The checkpoint's states of callbacks are {states!r:.80}; they must be an object.")
     left = {name: list(found) if isinstance(found, list) else [found] for name, found in states.items()}
     for index, callback in enumerate(callbacks):
         name = type(callback).__name__
