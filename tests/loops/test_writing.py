@@ -264,13 +264,19 @@ def test_without_a_thread_all_is_done_when_save_returns(tmp_path):
 # -- faults -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request, tmp_path):
+    disk, image = tmp_path / "disk", tmp_path / "image"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk]
-    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("cannot mount")
+    if request.param == "tmpfs":
+        commands = [["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk]]
+    else:
+        image.write_bytes(bytes(4 * 2**20))
+        commands = [["mkfs.ext4", "-q", "-m", "0", image], ["mount", "-o", "loop", image, disk]]
+    for command in commands:
+        if shutil.which(command[0]) is None or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("cannot mount")
+    shutil.rmtree(disk / "lost+found", ignore_errors=True)
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -290,7 +296,7 @@ def test_a_full_disk_surfaces_after_a_step_with_its_cause(small_disk):
         with pytest.raises(
             CheckpointError, match=r"checkpoint-2 could not be written.*No space left.*Earlier checkpoints are whole"
         ) as caught:
-            for _ in writer.watch(loops.fit(step, state_at(1, 200_000), range(100), due=loops.cadence(save=2), save=save)):
+            for _ in writer.watch(loops.fit(step, state_at(1, 500_000), range(100), due=loops.cadence(save=2), save=save)):
                 pass
         assert isinstance(caught.value.__cause__, OSError)
         assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
