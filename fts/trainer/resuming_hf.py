@@ -25,7 +25,7 @@ from fts.trainer.optimizing import Optimizing
 from fts.trainer.saving import load_weights, read_weights
 from fts.trainer.state import STATE_FILE, TrainerState
 from fts.trainer.tally import Tally
-from fts.transforms.importing import with_torch_moments
+from fts.transforms.importing import with_plateau, with_torch_moments
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_transformers_checkpoint(
     account = _Account()
     state = _weights(directory, like, model, account)
     state = _optimizer(directory, state, model, optimizing, told.global_step, account)
-    _schedule(directory, optimizing, told.global_step, account)
+    state = _schedule(directory, state, optimizing, told.global_step, account)
     start = _position(told, batches, accumulate, account)
     account.carried.append(
         f"step {told.global_step}, {len(told.log_history)} entries of the log history, the best metric ({told.best_metric}), the "
@@ -210,19 +210,24 @@ def _restore_groups(optimizing: Optimizing, groups: Sequence[Mapping[str, Any]])
                     group[name] = value
 
 
-def _schedule(directory: Path, optimizing: Optimizing, step: int, account: _Account) -> None:
+def _schedule(directory: Path, state: TrainState, optimizing: Optimizing, step: int, account: _Account) -> TrainState:
     path = directory / TORCH_SCHEDULER
     if not path.is_file():
         account.lost.append(f"the learning rate schedule ({TORCH_SCHEDULER} is missing): that of the arguments is used")
-        return
+        return state
     document = read_tensors(path)
     if optimizing.steps:
         _restore_scheduler(path, optimizing.scheduler, document, account)
-        return
+        return state
     rates = document.get("_last_lr")
-    if optimizing.schedule is None or not (isinstance(rates, list) and rates and isinstance(rates[0], float)):
-        account.lost.append("the memory of the learning rate schedule: it begins anew")
-        return
+    if not (isinstance(rates, list) and rates and isinstance(rates[0], float)) or (optimizing.schedule is None):
+        try:
+            opt_state = with_plateau(state.opt_state, rates[0], document)  # type: ignore[index]
+        except (ArgumentError, LookupError, TypeError, ValueError, RuntimeError):
+            account.lost.append("the memory of the learning rate schedule: it begins anew")
+            return state
+        account.carried.append(f"the rule of the learning rate, which is at {rates[0]:g}")  # type: ignore[index]
+        return state.replace(opt_state=opt_state)
     now = float(optimizing.schedule(step))
     if math.isclose(now, rates[0], rel_tol=1e-6, abs_tol=1e-12):
         account.carried.append(f"the learning rate schedule, which is at {now:g}")
@@ -230,6 +235,7 @@ def _schedule(directory: Path, optimizing: Optimizing, step: int, account: _Acco
         account.lost.append(
             f"the learning rate, {rates[0]:g} at step {step}: by the arguments of this run it is {now:g}. args win"
         )
+    return state
 
 
 def _restore_scheduler(path: Path, scheduler: Any, document: dict[Any, Any], account: _Account) -> None:

@@ -13,6 +13,7 @@ from fts.transforms._bridge import TorchState, states_in
 from fts.transforms._leaves import Tree, encode, fitted
 from fts.transforms.adam import AdamState
 from fts.transforms.momentum import SgdState
+from fts.transforms.plateau import FollowState, mapped
 from fts.typing import OptState
 
 
@@ -122,3 +123,32 @@ def _check_keys(name: str, entry: Mapping[str, Any], wanted: set[str]) -> None:
         raise ArgumentError(
             f"with_torch_moments: the optimizer kept {sorted(map(str, entry))} for {name!r}; this one keeps {sorted(wanted)}."
         )
+
+
+def with_plateau(opt_state: OptState, rate: float, memory: Mapping[str, Any]) -> OptState:
+    """The state of `follow_metric` with `Plateau`, with what torch's `ReduceLROnPlateau` knows.
+
+    Args:
+        opt_state: the state of a transform with `follow_metric` in it. It is not changed.
+        rate: the learning rate of the next update.
+        memory: has `best`, `num_bad_epochs` and `cooldown_counter`.
+
+    Raises:
+        ArgumentError: the rule of the state remembers other things.
+
+    >>> from fts import transforms as tx
+    >>> state = tx.follow_metric(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})
+    >>> after = with_plateau(state, 0.05, {"best": 2.0, "num_bad_epochs": 3, "cooldown_counter": 0})
+    >>> tx.followed_rate(after).item(), after.memory["bad"].item()
+    (0.05, 3)
+    """
+    names = {"best": "best", "bad": "num_bad_epochs", "cooldown": "cooldown_counter"}
+    for state in states_in(opt_state, FollowState):
+        if state.memory.keys() != names.keys():
+            raise ArgumentError(f"with_plateau: the rule remembers {sorted(state.memory)}, not {sorted(names)}.")
+
+    def told(state: FollowState) -> FollowState:
+        known = {own: torch.full_like(tensor, memory[names[own]]) for own, tensor in state.memory.items()}
+        return state._replace(lr=torch.full_like(state.lr, rate), memory=known)
+
+    return mapped(opt_state, told)

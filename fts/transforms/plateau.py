@@ -309,7 +309,7 @@ def observe_metric(opt_state: OptState, metric: float | Tensor, rule: RateRule) 
         rate, memory = rule.after(state.lr, state.memory, as_scalar(metric, state.lr.device))
         return FollowState(state.inner, rate, memory)
 
-    state = _mapped(opt_state, observed)
+    state = mapped(opt_state, observed)
     if not found:
         raise ArgumentError(_NONE_HERE)
     return state
@@ -354,22 +354,23 @@ def _rates(opt_state: OptState) -> list[Tensor]:
         rates.append(state.lr)
         return state
 
-    _mapped(opt_state, note)
+    mapped(opt_state, note)
     return rates
 
 
 _NONE_HERE = "No rate in this state follows a metric: make the transform with follow_metric(make, lr, rule)."
 
 
-def _mapped(state: OptState, change: Callable[[FollowState], FollowState]) -> OptState:
+def mapped(state: OptState, change: Callable[[FollowState], FollowState]) -> OptState:
+    """A transform's state with each `FollowState` in it changed."""
     if isinstance(state, FollowState):
-        return change(state._replace(inner=_mapped(state.inner, change)))
+        return change(state._replace(inner=mapped(state.inner, change)))
     if isinstance(state, dict):
-        return {key: _mapped(child, change) for key, child in state.items()}
+        return {key: mapped(child, change) for key, child in state.items()}
     if isinstance(state, tuple):
-        children = [_mapped(child, change) for child in state]
+        children = [mapped(child, change) for child in state]
         return cast("Any", type(state))(*children) if hasattr(state, "_fields") else tuple(children)
-    return [_mapped(child, change) for child in state] if isinstance(state, list) else state
+    return [mapped(child, change) for child in state] if isinstance(state, list) else state
 
 
 def _worst(mode: str) -> float:

@@ -228,7 +228,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case, stop):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ({"dataloader_num_workers": 1}, {}),
         ({}, WORKERS),
         (WORKERS, {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 5}),
     ],
@@ -237,9 +236,10 @@ def test_the_number_of_workers_may_change(tmp_path, before, after):
     compare(tmp_path, "augmented items", 7, before=before, after=after)
 
 
-@pytest.mark.parametrize("case", ["stream", "stream, accumulated", "datasets"])
-def test_streams_that_workers_read_ahead(tmp_path, case):
-    compare(tmp_path, case, 8, before={"dataloader_num_workers": 1}, after={"dataloader_num_workers": 1})
+def test_a_stream_that_a_worker_reads_ahead_goes_on(tmp_path, monkeypatch):
+    settings, *rest = CASES["stream, accumulated"]
+    monkeypatch.setitem(CASES, "one", ({**settings, "dataloader_num_workers": 1}, *rest))
+    compare(tmp_path, "one", 8)
 
 
 def test_a_run_in_two_workers_of_datasets_goes_on(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_resumed_stream_reads_nothing_again(tmp_path):
 
 
 def test_a_compiled_step_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(CASES, "compiled", ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, None, Linear))
+    monkeypatch.setitem(CASES, "compiled", ({"torch_compile": True, "torch_compile_backend": "eager"}, None, Linear))
     compare(tmp_path, "compiled", 5)
 
 

@@ -155,6 +155,21 @@ def test_another_rate_is_said_and_wins(tmp_path, caplog):
     assert resumed.state.log_history[SAVED]["learning_rate"] == pytest.approx(0.3)
 
 
+def test_a_rate_that_a_metric_moves_goes_on_where_it_was(tmp_path, caplog):
+    rule = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 0.05}}
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "warmup_steps": 0, **rule}
+    sides = []
+    for kind, arguments in ((transformers.Trainer, transformers.TrainingArguments), (Trainer, TrainingArguments)):
+        args = arguments(str(tmp_path), **(ARGUMENTS | settings))
+        trainer = kind(bert(), args, train_dataset=sentences(), eval_dataset=sentences(6, seed=1))
+        trainer.train(**({"resume_from_checkpoint": tmp_path / "checkpoint-6"} if sides else {}))
+        sides.append(trainer)
+    rates = [entry["learning_rate"] for entry in sides[0].state.log_history if "learning_rate" in entry]
+    assert rates[0] > rates[SAVED] > rates[-1]
+    assert_same_training(*sides)
+    assert "the rule of the learning rate" in account(caplog)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [
