@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fts import loops
+import fts
+from fts import loops, transforms as tx
 from fts.errors import CheckpointError
 from fts.loops import Position
 from fts.steps import MicroBatches
@@ -330,3 +331,28 @@ def test_an_evaluation_on_a_part_of_the_same_dataset_does_not_move_the_place():
     assert flat(next(batches)) == whole[2]
     assert [flat(batch) for batch in loops.source(train, batch_size=3).restored(Position(0, 2), cursor).epoch(0, 2)] == whole[2:]
     assert [row["a"] for row in train] == list(range(6, 24))  # and nothing is left of it in the dataset
+
+
+def test_fit_saves_the_place_and_goes_on_there(tmp_path):
+    def step(state, batch):
+        new = state.replace(step=state.step + 1, params={"w": state.params["w"] + batch.sum()})
+        return new, {"sum": new.params["w"]}
+
+    def source():
+        return loops.source(Counting(), batch_size=4, seed=5)
+
+    def save(state, position):
+        return loops.save_checkpoint(tmp_path / "checkpoint", state, position, extra={"data": data.cursor(position)})
+
+    first = fts.TrainState.create({"w": torch.zeros((), dtype=torch.float64)}, tx.sgd(0.1))
+    *_, whole = loops.fit(step, first, source(), epochs=2, donate=False)
+    data = source()
+    stop = {"save": 9, "stop": lambda counters: counters.step == 9}
+    *_, left = loops.fit(step, first, data, epochs=2, save=save, due=loops.cadence(**stop), donate=False)
+    assert left.reason == "due"
+    state, position = loops.load_checkpoint(tmp_path / "checkpoint", like=first)
+    assert position == Position(1, 3)
+    data = source().restored(position, loops.load_extra(tmp_path / "checkpoint")["data"])
+    *_, end = loops.fit(step, state, data, epochs=2, start=position, donate=False)
+    assert torch.equal(end.state.params["w"], whole.state.params["w"])
+    assert end.counters == whole.counters
