@@ -192,7 +192,8 @@ class TrainState:
         }
         weights = storage.lay_out(WEIGHTS if frozen else TRAINED, self._saved_tensors(frozen=frozen), shard_size)
         optimizer = storage.lay_out(OPTIMIZER, _flatten_by_path(self.opt_state), shard_size)
-        return weights + optimizer + storage.Contents((), {STATE: json.dumps(document, indent=2) + "\n"}, (STATE, TRAINED))
+        text = json.dumps(document, indent=2) + "\n"
+        return weights + optimizer + storage.Contents(texts={STATE: text}, names=(STATE, TRAINED))
 
     @classmethod
     def load(cls, directory: str | Path, *, like: TrainState) -> TrainState:

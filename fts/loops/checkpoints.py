@@ -12,7 +12,7 @@ from fts.loops.manifest import FORMAT, read_json, verify_files
 from fts.loops.position import Position
 from fts.loops.whole import undo_interrupted, write_whole
 from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, TrainState
-from fts.storage import SHARD_SIZE, Written, files_of, whole_number, write as write_contents
+from fts.storage import SHARD_SIZE, Contents, files_of, has_tensors, whole_number, write as write_contents
 
 PROGRESS = "progress.json"
 
@@ -60,49 +60,66 @@ def save_checkpoint(
     >>> position
     Position(epoch=1, batch=0)
     """
-    check_can_be_saved(state)
-    progress = progress_text(position, extra)
-
-    def fill(hidden: Path) -> Mapping[str, Written]:
-        if write is not None:
-            write(hidden)  # first, so that nothing it writes stands for the state
-        (hidden / PROGRESS).write_text(progress, encoding="utf-8")
-        if isinstance(state, TrainState):
-            return write_contents(hidden, state.contents(frozen=frozen, shard_size=shard_size))
-        save_foreign(state, hidden, frozen=frozen, shard_size=shard_size)
-        return {}
-
-    return write_whole(directory, fill)
+    begin = filling(state, position, extra, write, frozen=frozen, shard_size=shard_size)
+    return write_whole(directory, lambda hidden: write_contents(hidden, begin(hidden)))
 
 
-def check_can_be_saved(state: Any) -> None:
-    """Raise an `ArgumentError` unless it has a `save`."""
+def filling(
+    state: Any,
+    position: Position,
+    extra: Mapping[str, Any] | None,
+    write: Callable[[Path], object] | None,
+    *,
+    frozen: bool,
+    shard_size: int,
+) -> Callable[[Path], Contents]:
+    """What writes a checkpoint's files to a directory, but for those of a `TrainState`, which it returns.
+
+    Args:
+        state: see `save_checkpoint`; so are all others.
+        position: where in the data to resume.
+        extra: what else to keep.
+        write: adds files.
+        frozen: also keep the parameters that are not trained.
+        shard_size: bytes of tensors that a file may have.
+
+    Raises:
+        ArgumentError: the state cannot be saved, or `extra` cannot be written as JSON.
+    """
     if not callable(getattr(state, "save", None)):
         raise ArgumentError(
             f"save_checkpoint was given a state of type {type(state).__name__}, which has no `save`. Give a TrainState, or call "
             "save_checkpoint for each of several in directories of their own."
         )
+    progress = _progress(position, extra)
+
+    def begin(directory: Path) -> Contents:
+        if write is not None:
+            write(directory)  # first, so that nothing it writes stands for the state
+        (directory / PROGRESS).write_text(progress, encoding="utf-8")
+        if isinstance(state, TrainState):
+            return state.contents(frozen=frozen, shard_size=shard_size)
+        _save_foreign(state, directory, frozen=frozen, shard_size=shard_size)
+        return Contents()
+
+    return begin
 
 
-def save_foreign(state: Any, hidden: Path, *, frozen: bool, shard_size: int) -> None:
+def _save_foreign(state: Any, directory: Path, *, frozen: bool, shard_size: int) -> None:
     """Let a state that is no `TrainState` write itself; options go to it where they are not the usual ones."""
     options: dict[str, Any] = {} if frozen else {"frozen": frozen}
     if shard_size != SHARD_SIZE:
         options["shard_size"] = shard_size
-    state.save(hidden, **options)
+    state.save(directory, **options)
     try:
-        loaded_files(hidden)
+        _loaded_files(directory)
     except CheckpointError as error:
         raise ArgumentError(f"{type(state).__name__}.save did not write what a checkpoint is loaded from: {error}") from error
 
 
-def loaded_files(directory: Path) -> list[str]:
-    """The files that loading reads, so that a manifest must list them.
-
-    Raises:
-        CheckpointError: one is missing.
-    """
-    weights = [name for name in (WEIGHTS, TRAINED) if any((directory / file).exists() for file in (name, f"{name}.index.json"))]
+def _loaded_files(directory: Path) -> list[str]:
+    """The files that loading reads, so that a manifest must list them."""
+    weights = [name for name in (WEIGHTS, TRAINED) if has_tensors(directory, name)]
     names = [*(weights or [WEIGHTS]), OPTIMIZER, STATE, PROGRESS]
     return [file for name in names for file in files_of(directory, name)]
 
@@ -160,11 +177,10 @@ def verify_checkpoint(directory: str | Path) -> None:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"There is no checkpoint at {directory}.")
-    verify_files(directory, lambda: loaded_files(directory))
+    verify_files(directory, lambda: _loaded_files(directory))
 
 
-def progress_text(position: Position, extra: Mapping[str, Any] | None) -> str:
-    """The file of the position and of what else is kept; raises an `ArgumentError` where JSON cannot hold it."""
+def _progress(position: Position, extra: Mapping[str, Any] | None) -> str:
     document = {"format": FORMAT, "epoch": position.epoch, "batch": position.batch, "extra": dict(extra or {})}
     try:
         return json.dumps(document, indent=2) + "\n"

@@ -12,11 +12,10 @@ from typing import Any
 import attrs
 
 from fts.errors import CheckpointError, Interrupted
-from fts.loops.checkpoints import PROGRESS, check_can_be_saved, progress_text, save_foreign
+from fts.loops.checkpoints import filling
 from fts.loops.events import Event, StepEnd, Stopped
 from fts.loops.position import Position
 from fts.loops.whole import abandoned_on_error, begun, complete
-from fts.state import TrainState
 from fts.storage import SHARD_SIZE, Contents, Image, Written, write as write_contents, write_image, write_texts
 
 logger = logging.getLogger(__name__)
@@ -39,10 +38,10 @@ class Writer:
     that was used before is eight times as fast. States that are no `TrainState` are written before `save` returns; only the
     checksums, the flush and the renaming are left to the thread.
 
+    As a context it waits at its end for the last save, except where `Interrupted` leaves it: that is in haste.
+
     Args:
         background: False writes everything before `save` returns, without a copy.
-
-    As a context it waits at its end for the last save, except where `Interrupted` leaves it: that is in haste.
 
     >>> import tempfile, torch, fts
     >>> from fts import loops, transforms as tx
@@ -95,18 +94,7 @@ class Writer:
             ArgumentError: the state cannot be saved, or `extra` cannot be written as JSON.
             CheckpointError: the disk is full or not writable, or the save before met an error.
         """
-        check_can_be_saved(state)
-        progress = progress_text(position, extra)
-
-        def begin(hidden: Path) -> Rest:
-            if write is not None:
-                write(hidden)  # first, so that nothing it writes stands for the state
-            (hidden / PROGRESS).write_text(progress, encoding="utf-8")
-            if isinstance(state, TrainState):
-                return self._rest_of(hidden, state.contents(frozen=frozen, shard_size=shard_size))
-            save_foreign(state, hidden, frozen=frozen, shard_size=shard_size)
-            return _nothing
-
+        begin = filling(state, position, extra, write, frozen=frozen, shard_size=shard_size)
         return self._run(Path(directory), begin, then)
 
     def write(self, directory: str | Path, write: Fill, then: Callable[[], object] | None = None) -> Path:
@@ -124,9 +112,9 @@ class Writer:
             CheckpointError: as for `save`.
         """
 
-        def begin(hidden: Path) -> Rest:
+        def begin(hidden: Path) -> Contents:
             write(hidden)
-            return _nothing
+            return Contents()
 
         return self._run(Path(directory), begin, then)
 
@@ -195,10 +183,10 @@ class Writer:
             name: write_image(hidden / name, image, size) for (name, size), image in zip(sizes.items(), images, strict=True)
         }
 
-    def _run(self, directory: Path, begin: Callable[[Path], Rest], then: Callable[[], object] | None) -> Path:
+    def _run(self, directory: Path, begin: Callable[[Path], Contents], then: Callable[[], object] | None) -> Path:
         self.wait()
         with begun(directory) as hidden:
-            rest = begin(hidden)
+            rest = self._rest_of(hidden, begin(hidden))
         if self.background:
             # no daemon: the interpreter lets it finish before it exits
             self._thread = threading.Thread(target=self._finish, args=(directory, hidden, rest, then), name="fts-checkpoint")
@@ -223,7 +211,3 @@ def _finish(directory: Path, hidden: Path, rest: Rest, then: Callable[[], object
         then()
     except Exception as error:
         raise CheckpointError(f"{directory} is complete, but what was to follow its save failed: {error}") from error
-
-
-def _nothing() -> Mapping[str, Written]:
-    return {}

@@ -3,7 +3,7 @@
 from fts.storage.documents import read_document, whole_number
 from fts.storage.files import Written, file_in, flush, measure, write_image
 from fts.storage.image import Image
-from fts.storage.tensors import SHARD_SIZE, Contents, TensorFile, files_of, lay_out, read_tensors, write, write_texts
+from fts.storage.tensors import SHARD_SIZE, Contents, TensorFile, files_of, has_tensors, lay_out, read_tensors, write, write_texts
 
 __all__ = [
     "SHARD_SIZE",
@@ -14,6 +14,7 @@ __all__ = [
     "file_in",
     "files_of",
     "flush",
+    "has_tensors",
     "lay_out",
     "measure",
     "read_document",

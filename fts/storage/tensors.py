@@ -72,9 +72,9 @@ class Contents:
         names: the files that these stand for; whatever an earlier writer left of them is removed.
     """
 
-    files: tuple[TensorFile, ...]
-    texts: Mapping[str, str]
-    names: Collection[str]
+    files: tuple[TensorFile, ...] = ()
+    texts: Mapping[str, str] = attrs.field(factory=dict)
+    names: Collection[str] = ()
 
     def __add__(self, other: Contents) -> Contents:
         return Contents((*self.files, *other.files), {**self.texts, **other.texts}, (*self.names, *other.names))
@@ -107,7 +107,7 @@ def lay_out(name: str, tensors: Mapping[str, Tensor], shard_size: int = SHARD_SI
         shards[-1][key] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        return Contents((_file(name, shards[0]),), {}, (name,))
+        return Contents((_file(name, shards[0]),), names=(name,))
     stem, suffix = PurePath(name).stem, PurePath(name).suffix
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)]
     index = {
@@ -173,14 +173,18 @@ def files_of(directory: Path, name: str) -> tuple[str, ...]:
     Raises:
         CheckpointError: there is neither, or the index cannot be used.
     """
-    if _there(directory, name) or not _there(directory, _index(name)):
+    if _is_there(directory / name) or not _is_there(directory / _index(name)):
         file_in(directory, name)
         return (name,)
     return (_index(name), *sorted(set(_weight_map(directory, name).values())))
 
 
-def _there(directory: Path, name: str) -> bool:
-    path = directory / name
+def has_tensors(directory: Path, name: str) -> bool:
+    """Whether there is something for `read_tensors` to read: the file of that name, or its index."""
+    return _is_there(directory / name) or _is_there(directory / _index(name))
+
+
+def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
