@@ -47,6 +47,10 @@ class DataError(FtsError, ValueError):
     """A dataset or loader cannot be used as asked, for example because it is empty."""
 
 
+class WorkerError(FtsError, RuntimeError):
+    """A process that reads the data was killed, or left."""
+
+
 class CheckpointError(FtsError, RuntimeError):
     """A checkpoint is missing, damaged, or does not fit the state it is loaded into."""
 

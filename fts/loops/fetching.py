@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, islice
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from fts.errors import DataError
+from fts.errors import DataError, WorkerError
 from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, loaded, marks_of, state_before, written
 from fts.loops.order import Indices, announce_epoch
 from fts.loops.reading import Collate, Reading
@@ -261,7 +262,36 @@ class Workers:
             )
             self.loader = loader
         loader.generator.manual_seed(seed)
-        return iter(loader)
+        return self._until_error(iter(loader))
+
+    def _until_error(self, batches: Any) -> Iterator[Any]:
+        """The batches; an error ends the workers at once: its traceback keeps the loader until it is too late for that."""
+        try:
+            yield from batches
+        except Exception as error:
+            # a worker that ends while it hands over a batch is seen as a connection that breaks
+            broken = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "DataLoader worker" in str(error)
+            ends = _ends_of(batches._workers) if broken else ""
+            batches._shutdown_workers()
+            self.loader = None
+            if ends:
+                raise WorkerError(
+                    f"A DataLoader worker ended: {ends}. If nobody killed it, the system did, because memory was short: use "
+                    "fewer workers, or a smaller prefetch factor. Without workers the data's own errors are seen as they are."
+                ) from error
+            raise
+
+
+def _ends_of(workers: Iterable[Any]) -> str:
+    """How those processes that ended by themselves did so."""
+    found = []
+    for process in workers:
+        process.join(0.5)
+        if process.exitcode:
+            code = process.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+            found.append(f"process {process.pid} {how}")
+    return ", ".join(found)
 
 
 def _same(batch: Batch) -> Batch:
