@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.loops.finding import Found, best_of, survey
+from fts.loops.finding import Found, best_of, newest_of, survey
 from fts.loops.rotation import Rated, delete, kept
 
 QUIET = 2.0
@@ -132,11 +132,6 @@ def choose(
         else:
             doomed.append((one, f"damaged: {one.problem}"))
     return doomed, spared
-
-
-def newest_of(found: list[Found]) -> int | None:
-    """The step of the newest one that is whole."""
-    return max((one.step for one in found if one.condition == "whole"), default=None)
 
 
 def surveyed(directory: Path) -> list[Found]:

@@ -17,8 +17,8 @@ from fts.loops.cadence import cadence
 from fts.loops.checkpoints import load_checkpoint
 from fts.loops.data import Source, source
 from fts.loops.events import StepBegin
-from fts.loops.finding import is_whole
 from fts.loops.fit import attribute_of, fit
+from fts.loops.judging import is_whole
 from fts.loops.locating import locating
 from fts.loops.position import Position
 from fts.loops.rollback import detached

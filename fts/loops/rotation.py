@@ -12,7 +12,8 @@ from pathlib import Path
 import attrs
 
 from fts.errors import ArgumentError
-from fts.loops.finding import checkpoints_in, leftovers_in, looks_whole
+from fts.loops.finding import checkpoints_in, leftovers_in
+from fts.loops.judging import looks_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import attrs
 from fts import loops
 from fts.errors import CallbackError, CheckpointError, Interrupted, NonFiniteError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, RolledBack, Saved, StepBegin, StepEnd
-from fts.loops.finding import is_whole
 from fts.loops.interrupting import StopRequest
+from fts.loops.judging import is_whole
 from fts.randomness import EVALUATION, fold, seed_generators
 from fts.state import TrainState, is_donated
 from fts.trainer import saving

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fts.loops.history import TRAINER_STATE
 from fts.loops.manifest import MANIFEST
 from fts.state import WEIGHTS
-from fts.trainer.state import STATE_FILE
 
 TORCH_OPTIMIZER = "optimizer.pt"
 TORCH_SCHEDULER = "scheduler.pt"
@@ -27,7 +27,7 @@ def is_transformers_checkpoint(directory: str | Path) -> bool:
     """
     directory = Path(directory)
     written = any((directory / name).is_file() for name in FILES)
-    return written and (directory / STATE_FILE).is_file() and not (directory / MANIFEST).is_file()
+    return written and (directory / TRAINER_STATE).is_file() and not (directory / MANIFEST).is_file()
 
 
 def has_weights(directory: Path) -> bool:

@@ -14,12 +14,13 @@ from fts import loops
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
 from fts.loops.checkpoints import PROGRESS
+from fts.loops.history import TRAINER_STATE
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.plan import Plan
 from fts.trainer.records import checked, record
 from fts.trainer.saving import ARGUMENTS_FILE
 from fts.trainer.schedules import make_schedule
-from fts.trainer.state import STATE_FILE, TrainerState
+from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 
 UNHEEDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
@@ -181,10 +182,10 @@ def changes(args: TrainingArguments, plan: Plan, told: TrainerState, before: dic
         "save_steps": (plan.save_steps, told.save_steps),
         "per_device_train_batch_size": (plan.train_batch_size, told.train_batch_size),
     }
-    lines = [_line(name, new, old, STATE_FILE) for name, (new, old) in resolved.items() if new != old]
+    lines = [_line(name, new, old, TRAINER_STATE) for name, (new, old) in resolved.items() if new != old]
     lines += argument_changes(args, {name: value for name, value in before.items() if name not in resolved})
     if told.max_steps not in (0, plan.total_steps):
-        lines.append(f"updates of the run: {plan.total_steps} (from args and data) != {told.max_steps} (from {STATE_FILE})")
+        lines.append(f"updates of the run: {plan.total_steps} (from args and data) != {told.max_steps} (from {TRAINER_STATE})")
         lines += _stretched(args, plan, told)
     return lines
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
+from fts.loops.history import TRAINER_STATE
 from fts.state import TrainState
 from fts.trainer.foreign import ADAPTERS, TORCH_OPTIMIZER, TORCH_SCHEDULER
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.saving import load_weights, read_weights
-from fts.trainer.state import STATE_FILE, TrainerState
+from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.transforms.importing import with_plateau, with_torch_moments
 
@@ -71,7 +72,7 @@ def read_transformers_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or of another model; or no update begins where the checkpoint is.
     """
-    told = TrainerState.load_from_json(directory / STATE_FILE)
+    told = TrainerState.load_from_json(directory / TRAINER_STATE)
     if not (directory / TORCH_OPTIMIZER).is_file():
         raise CheckpointError(
             f"{directory} has no {TORCH_OPTIMIZER}: transformers' Trainer wrote it with save_only_model=True, or in files "
@@ -99,7 +100,7 @@ def read_transformers_checkpoint(
 
 def offset_of(directory: Path, batches: int | None, accumulate: int) -> int:
     """How many more updates a checkpoint's run took than this run's sizes would have needed to come as far; see `Cut.offset`."""
-    told = TrainerState.load_from_json(directory / STATE_FILE)
+    told = TrainerState.load_from_json(directory / TRAINER_STATE)
     if batches is None:
         return 0
     start = _position(told, batches, accumulate, _Account())

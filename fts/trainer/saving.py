@@ -15,12 +15,13 @@ from torch import nn
 from fts import loops
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
+from fts.loops.history import TRAINER_STATE
 from fts.state import OPTIMIZER, TRAINED, WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.foreign import ADAPTERS, can_be_resumed, is_transformers_checkpoint
-from fts.trainer.state import STATE_FILE, TrainerState
+from fts.trainer.state import TrainerState
 
 ARGUMENTS_FILE = "training_args.json"
 
@@ -87,14 +88,14 @@ def save_checkpoint(
         else:
             _save_configuration(model, directory)
             _save_companions(directory, processing_class, args)
-        trainer_state.save_to_json(directory / STATE_FILE)
+        trainer_state.save_to_json(directory / TRAINER_STATE)
 
     def write_model(directory: Path) -> None:
         if own_save is not None:
             own_save(str(directory))
         else:
             save_model(model, directory, processing_class, args)
-        trainer_state.save_to_json(directory / STATE_FILE)
+        trainer_state.save_to_json(directory / TRAINER_STATE)
 
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
     if args.save_only_model:

@@ -11,8 +11,6 @@ from typing import Any, Self
 
 from fts.errors import ArgumentError, CheckpointError
 
-STATE_FILE = "trainer_state.json"
-
 
 class ExportableState:
     """What has a state that checkpoints keep: `state()` gives it, and it is set again on resume.

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from fts import steps
 from fts.errors import ArgumentError
 from fts.loops import Replayed, Source
+from fts.loops.history import TRAINER_STATE
 from fts.loops.placement import moved
 from fts.randomness import seed_generators
 from fts.steps.precision import autocast, autocast_dtype
@@ -46,7 +47,7 @@ from fts.trainer.rehearsing import Rehearsal, rehearse
 from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
-from fts.trainer.state import STATE_FILE, TrainerControl, TrainerState
+from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
 from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
 from fts.trainer.verbosity import apply_log_level
@@ -538,7 +539,7 @@ class Trainer:
         if self.is_world_process_zero():
             directory = Path(str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            self.state.save_to_json(directory / STATE_FILE)
+            self.state.save_to_json(directory / TRAINER_STATE)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures to the history, and tell the callbacks.

@@ -12,7 +12,8 @@ import attrs
 from fts import loops
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
-from fts.loops.finding import is_whole
+from fts.loops.history import TRAINER_STATE
+from fts.loops.judging import is_whole
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
@@ -38,7 +39,7 @@ from fts.trainer.resuming import (
 )
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
-from fts.trainer.state import STATE_FILE, TrainerState
+from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.torch_settings import restore_settings
 
@@ -134,7 +135,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
             start = Position(start.epoch, 0)
         loaded.apply_to(model)
         state = state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
-        told = TrainerState.load_from_json(checkpoint / STATE_FILE)
+        told = TrainerState.load_from_json(checkpoint / TRAINER_STATE)
         extra = loops.load_extra(checkpoint)
         tally = tally_of(checkpoint)
         if optimizing.steps and "torch" in extra:
@@ -158,7 +159,7 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
 
 def saved_batch_size(checkpoint: Path | None) -> int | None:
     """The batch size that the run of a checkpoint had found to fit; None to begin."""
-    return None if checkpoint is None else TrainerState.load_from_json(checkpoint / STATE_FILE).train_batch_size
+    return None if checkpoint is None else TrainerState.load_from_json(checkpoint / TRAINER_STATE).train_batch_size
 
 
 def plan_of(trainer: Trainer, source: Source, batch_size: int, offset: int = 0) -> Plan:

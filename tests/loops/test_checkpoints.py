@@ -18,7 +18,7 @@ from fts import transforms as tx
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from fts.loops.checkpoints import load_extra, verify_checkpoint
-from fts.loops.finding import is_whole
+from fts.loops.judging import is_whole
 from fts.loops.manifest import seal
 
 OPTIMIZER = tx.adamw(1e-3)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fts.loops import newest_checkpoint
-from fts.loops.finding import best_of, looks_whole, survey
+from fts.loops.finding import best_of, survey
+from fts.loops.judging import looks_whole
 from tests.loops.saved import flip_a_bit, names_in, save, save_model, truncate
 
 

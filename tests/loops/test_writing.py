@@ -20,7 +20,7 @@ import fts
 from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, Interrupted
 from fts.loops import Position, Writer, load_checkpoint, newest_checkpoint, verify_checkpoint
-from fts.loops.finding import is_whole
+from fts.loops.judging import is_whole
 
 OPTIMIZER = tx.adamw(1e-2)
 
