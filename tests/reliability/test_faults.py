@@ -63,7 +63,9 @@ def newest_step(root):
 
 def is_clean(root):
     """Nothing but whole checkpoints is there."""
-    return all(re.fullmatch(r"checkpoint-\d+", path.name) and loops.judging.is_whole(path) for path in root.iterdir())
+    for path in root.iterdir():
+        loops.verify_checkpoint(path)
+    return all(re.fullmatch(r"checkpoint-\d+", path.name) for path in root.iterdir())
 
 
 # The disk

@@ -28,8 +28,8 @@ from fts.loops.manifest import seal
 from fts.trainer import EarlyStoppingCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
 from fts.trainer.resuming import cut_of, saved_arguments
-from fts.trainer.resuming_hf import read_tensors
-from fts.trainer.saving import load_weights
+from fts.trainer.resuming_hf import read_torch_file
+from fts.trainer.weights import load_weights
 from tests.reliability.ways import SETTINGS, Rows
 from tests.trainer.helpers import Regression, make_trainer
 
@@ -254,7 +254,7 @@ def test_any_bytes_in_an_optimizer_of_torch(content, at, tmp_path_factory):
     good, path = file.getvalue(), tmp_path_factory.mktemp("file") / "optimizer.pt"
     path.write_bytes(good[:at] + content + good[at + len(content) :])
     with contextlib.suppress(CheckpointError):
-        read_tensors(path)
+        read_torch_file(path)
 
 
 # Paths that lead outside

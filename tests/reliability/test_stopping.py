@@ -87,8 +87,9 @@ print("never")
 """
 
 
-@pytest.mark.parametrize(("moment", "steps"), [("first", [1]), ("evaluation", [3, 4]), ("save", [3, 4]), ("twice", [3])])
+@pytest.mark.parametrize(("moment", "steps"), [("first", [1]), ("evaluation", [3, 5]), ("save", [3, 4]), ("twice", [3])])
 def test_a_signal_at_a_bad_moment(moment, steps, tmp_path):
+    """An evaluation, as an update, is finished; what follows is one update at most, and a save of it."""
     root = tmp_path / "run"
     process = started("-c", PROGRAM, moment, root)
     out, err = process.communicate(timeout=120)
@@ -96,7 +97,8 @@ def test_a_signal_at_a_bad_moment(moment, steps, tmp_path):
     assert "never" not in out and "too late" not in out
     there = sorted(int(path.name.removeprefix("checkpoint-")) for path in root.iterdir())
     assert set(there) <= set(steps) and there, there
-    assert all(loops.finding.is_whole(path) for path in root.iterdir())
+    for path in root.iterdir():
+        loops.verify_checkpoint(path)
     options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4}
     torch.manual_seed(0)
     whole = make_trainer(tmp_path / "whole", Regression(), **options)
