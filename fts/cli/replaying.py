@@ -72,10 +72,9 @@ def replayed(made: Any, checkpoint: Path, step: int, name: str) -> Replayed:
     """
     if isinstance(made, tuple) and len(made) == 3:
         return replay(*made, checkpoint, step)
-    if hasattr(made, "train_source") and hasattr(made, "step_of"):
-        from fts.trainer.replaying import replay as replay_trainer
-
-        return replay_trainer(made, checkpoint, step)
+    if callable(getattr(made, "replay", None)):
+        found: Replayed = made.replay(checkpoint, step)
+        return found
     raise ArgumentError(f"{name} returned {type(made).__name__}; it must return a Trainer, or (step, state, data).")
 
 

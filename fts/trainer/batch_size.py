@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from fts.errors import ArgumentError
+from fts.trainer.callbacks import export_callbacks, restore_callbacks
+from fts.trainer.weights import tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,30 @@ def halve_until_fits(run: Callable[[int], Result], size: int, restore: Callable[
         empty_cache()
         logger.warning("Memory does not suffice for a batch of %s rows: trying again from the start with %s.", 2 * size, size)
         restore()
+
+
+def restorer(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
+    """A function that brings a model's weights and the callbacks' states back to what they are now.
+
+    Args:
+        model: a copy of its tensors is kept on the CPU.
+        callbacks: those that have a state.
+        optimizers: the user's torch optimizer and schedule, or None in their places.
+    """
+    torch_states = [None if part is None else copy.deepcopy(part.state_dict()) for part in optimizers]
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
+    states = copy.deepcopy(export_callbacks(callbacks))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, tensor in tensors_of(model).items():
+                tensor.copy_(kept[name])
+        restore_callbacks(callbacks, states)
+        for part, state in zip(optimizers, torch_states, strict=True):
+            if part is not None:
+                part.load_state_dict(copy.deepcopy(state))
+
+    return restore
 
 
 def empty_cache(device: Any = None) -> None:

@@ -17,7 +17,7 @@ from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
-from fts.trainer.weights import shares_storage
+from fts.trainer.weights import shares_storage, tensors_of
 
 EVERY = 100
 """A run that may roll back keeps a copy of its state every so many updates."""
@@ -68,7 +68,7 @@ def in_model(state: TrainState, model: nn.Module) -> TrainState:
     if shares_storage(state, model):
         return state
     state.apply_to(model)
-    own = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    own = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     return state.replace(params={name: own[name] for name in state.params}, buffers={name: own[name] for name in state.buffers})
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from fts.loops.history import TRAINER_STATE
 from fts.loops.manifest import MANIFEST
 from fts.state import WEIGHTS
+from fts.storage import has_tensors
+from fts.trainer.weights import ADAPTERS
 
 TORCH_OPTIMIZER = "optimizer.pt"
 TORCH_SCHEDULER = "scheduler.pt"
 TORCH_ARGUMENTS = "training_args.bin"
-
-ADAPTERS = "adapter_model.safetensors"
-"""Where peft saves adapters alone."""
 
 FILES = (TORCH_OPTIMIZER, TORCH_SCHEDULER, TORCH_ARGUMENTS)
 """Files that transformers' Trainer writes, and fts never."""
@@ -30,11 +29,7 @@ def is_transformers_checkpoint(directory: str | Path) -> bool:
     return written and (directory / TRAINER_STATE).is_file() and not (directory / MANIFEST).is_file()
 
 
-def has_weights(directory: Path) -> bool:
-    """Whether there are weights in safetensors, of a whole model or of adapters."""
-    return any((directory / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json", ADAPTERS))
-
-
 def can_be_resumed(directory: Path) -> bool:
     """Whether transformers' Trainer wrote a checkpoint, with all that a run needs to go on. Its files have no checksums."""
-    return is_transformers_checkpoint(directory) and (directory / TORCH_OPTIMIZER).is_file() and has_weights(directory)
+    has_weights = has_tensors(directory, WEIGHTS) or has_tensors(directory, ADAPTERS)
+    return is_transformers_checkpoint(directory) and (directory / TORCH_OPTIMIZER).is_file() and has_weights

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
 from fts.loops.history import TRAINER_STATE
-from fts.state import TrainState
-from fts.trainer.foreign import ADAPTERS, TORCH_OPTIMIZER, TORCH_SCHEDULER
+from fts.state import WEIGHTS, TrainState
+from fts.storage import read_tensors
+from fts.trainer.foreign import TORCH_OPTIMIZER, TORCH_SCHEDULER
 from fts.trainer.optimizing import Optimizing
-from fts.trainer.saving import load_weights, read_weights
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
+from fts.trainer.weights import ADAPTERS, has_only_adapters, load_weights, tensors_of
 from fts.transforms.importing import with_plateau, with_torch_moments
 
 logger = logging.getLogger(__name__)
@@ -123,16 +124,15 @@ class _Account:
 
 
 def _weights(directory: Path, like: TrainState, model: nn.Module, account: _Account) -> TrainState:
-    adapters = directory / ADAPTERS
-    if adapters.is_file() and not any(directory.glob("model*.safetensors*")):
-        load_weights(model, directory)  # peft knows the names of its files
-        own = dict(model.named_parameters()) | dict(model.named_buffers())
+    if has_only_adapters(directory):
+        load_weights(model, directory)
+        own = tensors_of(model)
         account.carried.append(f"the adapters ({ADAPTERS}); all other weights are those of the model that the Trainer was given")
         return like.replace(
             params={name: own[name].detach() for name in like.params},
             buffers={name: own[name].detach() for name in like.buffers},
         )
-    found = read_weights(directory)
+    found = read_tensors(directory, WEIGHTS)
     aliases: dict[str, list[str]] = {}
     for alias, name in like.layout.ties:
         aliases.setdefault(name, []).append(alias)
@@ -216,7 +216,7 @@ def _schedule(directory: Path, state: TrainState, optimizing: Optimizing, step: 
     if not path.is_file():
         account.lost.append(f"the learning rate schedule ({TORCH_SCHEDULER} is missing): that of the arguments is used")
         return state
-    document = read_tensors(path)
+    document = read_torch_file(path)
     if optimizing.steps:
         _restore_scheduler(path, optimizing.scheduler, document, account)
         return state
@@ -292,7 +292,7 @@ def _tally(told: TrainerState) -> Tally:
     return Tally(total_loss=total, read_at=told.global_step, without_loss=told.global_step - last)
 
 
-def read_tensors(path: Path) -> dict[Any, Any]:
+def read_torch_file(path: Path) -> dict[Any, Any]:
     """The dictionary in a file of `torch.save`, made of tensors, numbers and containers; nothing in it is run.
 
     Raises:
@@ -310,7 +310,7 @@ def read_tensors(path: Path) -> dict[Any, Any]:
 
 
 def _read_optimizer(path: Path) -> tuple[dict[Any, dict[Any, Any]], list[dict[str, Any]]]:
-    document = read_tensors(path)
+    document = read_torch_file(path)
     entries, groups = document.get("state"), document.get("param_groups")
     if (
         isinstance(entries, dict)

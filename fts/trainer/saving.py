@@ -1,26 +1,22 @@
-"""Models and checkpoints on the disk."""
+"""Writing models and checkpoints."""
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fts import loops
-from fts.errors import ArgumentError, CheckpointError
+from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.loops.history import TRAINER_STATE
-from fts.state import OPTIMIZER, TRAINED, WEIGHTS, TrainState
+from fts.state import WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.choices import SaveStrategy
-from fts.trainer.foreign import ADAPTERS, can_be_resumed, is_transformers_checkpoint
 from fts.trainer.state import TrainerState
 
 ARGUMENTS_FILE = "training_args.json"
@@ -85,21 +81,16 @@ def save_checkpoint(
     def write(directory: Path) -> None:
         if own_save is not None:
             own_save(str(directory))
+        elif args.save_only_model:
+            save_model(model, directory, processing_class, args)
         else:
             _save_configuration(model, directory)
             _save_companions(directory, processing_class, args)
         trainer_state.save_to_json(directory / TRAINER_STATE)
 
-    def write_model(directory: Path) -> None:
-        if own_save is not None:
-            own_save(str(directory))
-        else:
-            save_model(model, directory, processing_class, args)
-        trainer_state.save_to_json(directory / TRAINER_STATE)
-
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
     if args.save_only_model:
-        return writer.write(path, write_model, then)
+        return writer.write(path, write, then)
     return writer.save(path, state, position, extra=extra, write=write, then=then, frozen=not _has_adapters(model))
 
 
@@ -120,125 +111,6 @@ def check_output_dir(args: TrainingArguments) -> None:
         raise ArgumentError(
             f"output_dir={directory!r} cannot be written to: {error}. Choose another one, or save_strategy='no'."
         ) from error
-
-
-def load_weights(model: nn.Module, directory: str | Path) -> None:
-    """Read a checkpoint's weights and buffers into a model, in place.
-
-    Raises:
-        ArgumentError: names or shapes are not those of the model.
-    """
-    adapters = Path(directory) / ADAPTERS
-    if adapters.is_file() and not (Path(directory) / WEIGHTS).is_file():
-        _load_adapters(model, adapters)
-        return
-    found = read_weights(Path(directory))
-    targets = _tensors(model)
-    missing = [name for name, _ in model.named_parameters() if name not in found]
-    unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
-    if missing or unknown:
-        raise ArgumentError(
-            f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}."
-        )
-    with torch.no_grad():
-        for name, tensor in found.items():
-            targets[name].copy_(tensor)
-
-
-def _load_adapters(model: nn.Module, path: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(path))
-
-
-def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, of one file or of shards.
-
-    Raises:
-        CheckpointError: there are none, or a file is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = directory / f"{WEIGHTS}.index.json"
-    try:
-        if (directory / WEIGHTS).is_file():
-            return dict(load_file(directory / WEIGHTS))
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-            return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / Path(file).name).items()}
-    except (OSError, SafetensorError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"The weights in {directory} cannot be read: {error}") from error
-    raise CheckpointError(f"{directory} has no weights: neither {WEIGHTS} nor {index.name} is there.")
-
-
-def restorer(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
-    """A function that brings a model's weights and the callbacks' states back to what they are now.
-
-    Args:
-        model: a copy of its tensors is kept on the CPU.
-        callbacks: those that have a state.
-        optimizers: the user's torch optimizer and schedule, or None in their places.
-    """
-    torch_states = [None if part is None else copy.deepcopy(part.state_dict()) for part in optimizers]
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model).items()}
-    states = copy.deepcopy(export_callbacks(callbacks))
-
-    def restore() -> None:
-        with torch.no_grad():
-            for name, tensor in _tensors(model).items():
-                tensor.copy_(kept[name])
-        restore_callbacks(callbacks, states)
-        for part, state in zip(optimizers, torch_states, strict=True):
-            if part is not None:
-                part.load_state_dict(copy.deepcopy(state))
-
-    return restore
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means.
-
-    Args:
-        resume: True for the newest whole one in `root`, a path, or None or False for none; transformers' Trainer may have
-            written it, too.
-        root: the directory of the checkpoints.
-
-    Raises:
-        ArgumentError: there is none.
-    """
-    if resume is None or resume is False:
-        return None
-    if resume is True:
-        newest = loops.newest_checkpoint(root, also=can_be_resumed)  # also of transformers' Trainer
-        if newest is None:
-            raise ArgumentError(
-                f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
-                "first, or give the path of a checkpoint."
-            )
-        return newest
-    path = Path(resume)
-    if is_transformers_checkpoint(path):
-        return path
-    found = [
-        name for name in (WEIGHTS, TRAINED, OPTIMIZER) if any((path / file).is_file() for file in (name, f"{name}.index.json"))
-    ]
-    if WEIGHTS not in found and TRAINED not in found:
-        there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
-        raise ArgumentError(
-            f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
-        )
-    if OPTIMIZER not in found:
-        raise ArgumentError(
-            f"{path} has a model, but no {OPTIMIZER}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
-            "on from it. Begin a new run with its model: from_pretrained(path)."
-        )
-    return path
 
 
 def _has_adapters(model: Any) -> bool:

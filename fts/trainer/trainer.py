@@ -24,7 +24,7 @@ from fts.steps.precision import autocast, autocast_dtype
 from fts.trainer import evaluation, loading, optimizing, reports, saving
 from fts.trainer.accelerating import make_accelerator
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.batch_size import halve_until_fits
+from fts.trainer.batch_size import halve_until_fits, restorer
 from fts.trainer.best import check_metric
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback, close_bars
 from fts.trainer.collate import collator_for
@@ -33,6 +33,7 @@ from fts.trainer.composing import compose_step, items_by, replaced_by, with_coun
 from fts.trainer.constructing import check_parts, not_yet
 from fts.trainer.describing import describe_run
 from fts.trainer.figures import check_batch_metrics
+from fts.trainer.finding import find_checkpoint
 from fts.trainer.following import follow
 from fts.trainer.hooks import overridden
 from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of, weight_by
@@ -196,7 +197,7 @@ class Trainer:
         if not overridden(self, "evaluate"):  # another one may have any metric
             check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
         check_evaluation(self)
-        checkpoint = saving.find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         saving.check_output_dir(self.args)
         if self.model_init is not None:
             self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
@@ -211,7 +212,7 @@ class Trainer:
             if not self.args.auto_find_batch_size:
                 return run(self.args.train_batch_size)
             first = saved_batch_size(checkpoint) or self.args.train_batch_size
-            restore = saving.restorer(self.model, self.callback_handler.callbacks, self._given_optimizers)
+            restore = restorer(self.model, self.callback_handler.callbacks, self._given_optimizers)
             return halve_until_fits(run, first, restore)
 
     def _train(self, run: Run, ignore_keys: list[str] | None) -> TrainOutput:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fts import loops, steps, transforms as tx
-from fts.state import TrainState
-from fts.trainer import saving
+from fts.errors import ArgumentError
+from fts.state import WEIGHTS, TrainState
+from fts.storage import has_tensors, read_tensors
 from fts.typing import Transform
+
+ADAPTERS = "adapter_model.safetensors"
+"""Where peft saves adapters alone."""
 
 
 @contextmanager
@@ -35,10 +41,45 @@ def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Tr
         model_only: whether the checkpoint has no optimizer's state, but already the weights that were evaluated.
     """
     if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
-        saving.load_weights(model, checkpoint)
+        load_weights(model, checkpoint)
         return
     state, _ = loops.load_checkpoint(checkpoint, like=like)
     leave_evaluated(model, state, transform, anyway=True)
+
+
+def load_weights(model: nn.Module, directory: str | Path) -> None:
+    """Read a checkpoint's weights and buffers, or the adapters that it has alone, into a model, in place.
+
+    Raises:
+        ArgumentError: names or shapes are not those of the model.
+        CheckpointError: there are none, or a file is damaged.
+    """
+    directory = Path(directory)
+    if has_only_adapters(directory):
+        from peft import set_peft_model_state_dict  # it knows the names
+
+        set_peft_model_state_dict(model, read_tensors(directory, ADAPTERS))
+        return
+    found, targets = read_tensors(directory, WEIGHTS), tensors_of(model)
+    missing = [name for name, _ in model.named_parameters() if name not in found]
+    unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
+    if missing or unknown:
+        raise ArgumentError(
+            f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}."
+        )
+    with torch.no_grad():
+        for name, tensor in found.items():
+            targets[name].copy_(tensor)
+
+
+def has_only_adapters(directory: Path) -> bool:
+    """Whether a checkpoint has the adapters of a model, and not the weights below them."""
+    return has_tensors(directory, ADAPTERS) and not has_tensors(directory, WEIGHTS)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform, *, anyway: bool = False) -> None:
@@ -50,7 +91,7 @@ def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform, *
 
 def shares_storage(state: TrainState, model: nn.Module) -> bool:
     """Whether a state's tensors are those of the model, so that writing one writes the other."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = tensors_of(model)
     return all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in (state.params | state.buffers).items())
 
 

@@ -247,11 +247,11 @@ def test_an_optimizer_file_of_another_form_is_an_error(tmp_path, document):
 
 def test_a_truncated_file_is_an_error(tmp_path):
     began(tmp_path)
-    for name, said in (("optimizer.pt", "optimizer.pt cannot be read"), ("model.safetensors", "weights in .* cannot be read")):
+    for name in ("optimizer.pt", "model.safetensors"):
         path = tmp_path / "checkpoint-6" / name
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
             goes_on(tmp_path)
         path.write_bytes(whole)
 
