@@ -6,33 +6,26 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import attrs
-
 from fts import loops
-from fts.errors import CallbackError, CheckpointError, Interrupted, NonFiniteError
+from fts.errors import Interrupted, NonFiniteError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, RolledBack, Saved, StepBegin, StepEnd
 from fts.loops.interrupting import StopRequest
-from fts.loops.judging import is_whole
 from fts.randomness import EVALUATION, fold, seed_generators
-from fts.state import TrainState, is_donated
-from fts.trainer import saving
-from fts.trainer.batch_size import empty_cache, is_out_of_memory
+from fts.state import TrainState
+from fts.trainer.batch_size import empty_cache
 from fts.trainer.best import note_best
-from fts.trainer.callbacks import close_bars, export_callbacks
+from fts.trainer.callbacks import close_bars
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
 from fts.trainer.faults import CHOICES, Remembered, rolling_back
-from fts.trainer.hooks import overridden
+from fts.trainer.flags import Wanted
+from fts.trainer.keeping import Keeping
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.outputs import TrainOutput
 from fts.trainer.reports import speed_metrics
 from fts.trainer.stepping import Stepping
-from fts.trainer.torch_settings import settings_state
 from fts.trainer.training import Run
 from fts.trainer.weights import evaluated_weights, in_train_mode, leave_evaluated, load_best, shares_storage
 
@@ -65,13 +58,13 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
         CallbackError: a callback raised; a checkpoint of the last update was written.
         Interrupted: SIGTERM, SIGINT or SIGUSR1 came, or `max_time` is over; the update was finished, and a checkpoint written.
     """
+    model, args = trainer.model, trainer.args
     start, first = time.perf_counter(), run.told.global_step
-    writer = loops.Writer(background=trainer.args.async_save)
+    writer = loops.Writer(background=args.async_save)
     teller = Teller(trainer, run, ignore_keys, start, writer)
     trainer.tell("on_train_begin")
-    if trainer.args.eval_on_start:
+    if args.eval_on_start:
         teller.run_evaluation()
-    model, args = trainer.model, trainer.args
     with (
         writer,
         loops.interruptible(max_time=args.max_time) as request,
@@ -89,7 +82,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             if isinstance(error, NonFiniteError):
                 error.add_note(CHOICES)
             if isinstance(error, Exception):
-                teller.rescue(error)
+                teller.keeping.rescue(error, teller.last)
             raise
     if request.reason == "max_time" and run.told.global_step < run.plan.total_steps:
         raise Interrupted(TIME_IS_UP, "max_time")
@@ -100,7 +93,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     teller.counting.settle(told)
     metrics |= {"total_flos": told.total_flos, "train_loss": loss} | trainer.memory_figures()
     trainer.log(metrics)
-    if trainer.args.load_best_model_at_end and told.best_model_checkpoint is not None:
+    if args.load_best_model_at_end and told.best_model_checkpoint is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, told.best_model_checkpoint)
         like, transform = teller.stepping.state, run.optimizing.transform
         load_best(model, told.best_model_checkpoint, like, transform, model_only=args.save_only_model)
@@ -127,7 +120,6 @@ class Teller:
         self.ignore_keys = ignore_keys
         self.start = start
         self.writer = writer
-        self.timer = None if trainer.args.save_every is None else loops.every_interval(trainer.args.save_every)
         callbacks = trainer.callback_handler.callbacks
         self.memory = Remembered(run.told, run.tally, callbacks) if trainer.args.nonfinite == "rollback" else None
         self.counting = Counting.of(trainer)
@@ -135,9 +127,10 @@ class Teller:
         self.accumulate = run.plan.accumulate
         self.total = run.plan.total_steps
         self.stepping = Stepping(trainer, run)
+        self.keeping = Keeping(trainer, run, self.stepping, self.counting, writer)
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
-        self.leaving = self.owes = False
+        self.leaving = False
         self.seed = run.state.seed
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
 
@@ -163,7 +156,7 @@ class Teller:
             start=start,
             due=self.due,
             evaluate=self.evaluate,
-            save=self.save,
+            save=self.keeping.save,
             skip_nonfinite=self.trainer.args.logging_nan_inf_filter,
         )
 
@@ -200,10 +193,10 @@ class Teller:
                 else:
                     told.epoch = counters.epoch + counters.batch / self.total
                 trainer.tell("on_step_end", metrics=event.metrics)
-                if self.timer is not None and self.timer.due():
+                if self.keeping.is_due():
                     trainer.control.should_save = True
                 if request.poll():
-                    self.leaving, self.owes = True, trainer.control.should_evaluate
+                    self.leaving, self.keeping.owes = True, trainer.control.should_evaluate
                     trainer.control.should_save = trainer.control.should_training_stop = True
                     trainer.control.should_evaluate = False  # who asks a run to stop does not want to wait
             else:
@@ -238,7 +231,7 @@ class Teller:
         """Do what was due at the last step of an interrupted run, and that run had no time for: evaluate, and save with that."""
         self.run.optimizing.latest.state = state
         self.evaluate(state)
-        self.save(state, self.run.start)
+        self.keeping.save(state, self.run.start)
         self.trainer.tell("on_save")
 
     def run_evaluation(self) -> dict[str, float]:
@@ -247,67 +240,6 @@ class Teller:
         if self.ignore_keys is None:
             return self.trainer.evaluate()
         return self.trainer.evaluate(ignore_keys=self.ignore_keys)
-
-    def save(self, state: TrainState, position: Position) -> Path:
-        """Begin to write a checkpoint; those that are outdated are deleted when it is complete."""
-        trainer, told, run = self.trainer, self.told, self.run
-        trainer.control.should_save = False
-        if self.timer is not None:
-            self.timer.reset()
-        self.counting.settle(told)
-        told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
-        root = Path(str(trainer.args.output_dir))
-        path = root / f"checkpoint-{told.global_step}"
-        if told.best_global_step == told.global_step:
-            told.best_model_checkpoint = str(path)
-        extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
-        if run.optimizing.steps:
-            extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
-        extra |= {"written": self.stepping.written(), "data": run.source.cursor(position), "owes": self.owes}
-        # a model alone is for evaluation; a run goes on from the weights that are trained
-        alone = trainer.args.save_only_model
-        with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():
-            return saving.save_checkpoint(
-                self.writer,
-                root,
-                state,
-                position,
-                model=trainer.model,
-                processing_class=trainer.processing_class,
-                args=trainer.args,
-                trainer_state=told,
-                extra=extra,
-                own_save=trainer.save_model if overridden(trainer, "save_model") else None,
-                then=partial(
-                    loops.rotate_checkpoints, root, trainer.args.save_total_limit, told.best_model_checkpoint, latest=path
-                ),
-            )
-
-    def rescue(self, error: Exception) -> None:
-        """Write a checkpoint of the last update, after a callback failed, the data or a step; the error says where.
-
-        There is none where the failing step had begun to write the state, and after other errors than a callback's none where
-        nothing was to be saved at all, or the batch size is to be tried again.
-        """
-        args = self.trainer.args
-        saves = args.save_strategy != SaveStrategy.NO or self.timer is not None
-        tried = args.auto_find_batch_size and is_out_of_memory(error)
-        if self.last is None or is_donated(self.last.state) or isinstance(error, CheckpointError):
-            return
-        if not isinstance(error, CallbackError) and (tried or not saves):
-            return
-        counters = self.last.counters
-        self.told.global_step = counters.step
-        path = Path(str(args.output_dir)) / f"checkpoint-{counters.step}"
-        try:
-            self.writer.wait()
-            if not is_whole(path):
-                self.save(self.last.state, counters.position)
-                self.writer.wait()
-        except Exception as second:  # noqa: BLE001 - the first one is what has to be told
-            error.add_note(f"No checkpoint of step {counters.step} could be written: {type(second).__name__}: {second}")
-            return
-        error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer
@@ -350,45 +282,3 @@ class Teller:
             self.trainer.log(logs, self.start)
         else:
             self.trainer.log(logs)
-
-
-class Wanted:
-    """What is due, read from the control flags at the moment when the loop asks for it.
-
-    The loop asks in its order (log, evaluate, save, stop), and callbacks may change a flag in between: an evaluation that
-    stops early, or one whose metric asks for a checkpoint.
-
-    Args:
-        trainer: has the flags.
-        read: whether the figures are read anyway: at the end, or where a copy of the state is kept.
-    """
-
-    def __init__(self, trainer: Trainer, read: bool) -> None:
-        self.trainer = trainer
-        self.read = read
-
-    @property
-    def log(self) -> bool:
-        """Read the loop's figures: to log them, or before anything that may save, or at the end for the mean loss."""
-        control = self.trainer.control
-        return self.read or control.should_log or control.should_evaluate or control.should_save
-
-    @property
-    def evaluate(self) -> bool:
-        """Evaluate."""
-        return self.trainer.control.should_evaluate
-
-    @property
-    def save(self) -> bool:
-        """Write a checkpoint."""
-        return self.trainer.control.should_save
-
-    @property
-    def stop(self) -> bool:
-        """End the run."""
-        return self.trainer.control.should_training_stop
-
-    @property
-    def end_epoch(self) -> bool:
-        """End the epoch."""
-        return self.trainer.control.should_epoch_stop

@@ -1,0 +1,122 @@
+"""The checkpoints of a run: when they are due by the clock, what is in them, and the one that an error leaves."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from fts import loops
+from fts.errors import CallbackError, CheckpointError
+from fts.loops import Position, StepEnd
+from fts.loops.judging import is_whole
+from fts.state import TrainState, is_donated
+from fts.trainer import saving
+from fts.trainer.batch_size import is_out_of_memory
+from fts.trainer.callbacks import export_callbacks
+from fts.trainer.choices import SaveStrategy
+from fts.trainer.counting import Counting
+from fts.trainer.hooks import overridden
+from fts.trainer.stepping import Stepping
+from fts.trainer.torch_settings import settings_state
+from fts.trainer.training import Run
+from fts.trainer.weights import evaluated_weights
+
+if TYPE_CHECKING:
+    from fts.trainer.trainer import Trainer
+
+
+class Keeping:
+    """Writes the checkpoints of a run.
+
+    Args:
+        trainer: has the arguments, the model and the callbacks.
+        run: the run that is kept.
+        stepping: knows what callbacks wrote into the optimizer's groups.
+        counting: counts tokens and operations.
+        writer: writes.
+
+    Attributes:
+        owes: whether an evaluation was due at this step, and is left out because the run was asked to stop.
+    """
+
+    def __init__(self, trainer: Trainer, run: Run, stepping: Stepping, counting: Counting, writer: loops.Writer) -> None:
+        self.trainer = trainer
+        self.run = run
+        self.stepping = stepping
+        self.counting = counting
+        self.writer = writer
+        self.timer = None if trainer.args.save_every is None else loops.every_interval(trainer.args.save_every)
+        self.owes = False
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint is due by the clock."""
+        return self.timer is not None and self.timer.due()
+
+    def save(self, state: TrainState, position: Position) -> Path:
+        """Begin to write a checkpoint; those that are outdated are deleted when it is complete."""
+        trainer, run, told = self.trainer, self.run, self.run.told
+        trainer.control.should_save = False
+        if self.timer is not None:
+            self.timer.reset()
+        self.counting.settle(told)
+        told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
+        root = Path(str(trainer.args.output_dir))
+        path = root / f"checkpoint-{told.global_step}"
+        if told.best_global_step == told.global_step:
+            told.best_model_checkpoint = str(path)
+        extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
+        if run.optimizing.steps:
+            extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
+        extra |= {"written": self.stepping.written(), "data": run.source.cursor(position), "owes": self.owes}
+        # a model alone is for evaluation; a run goes on from the weights that are trained
+        alone = trainer.args.save_only_model
+        with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():
+            return saving.save_checkpoint(
+                self.writer,
+                root,
+                state,
+                position,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+                args=trainer.args,
+                trainer_state=told,
+                extra=extra,
+                own_save=trainer.save_model if overridden(trainer, "save_model") else None,
+                then=partial(
+                    loops.rotate_checkpoints, root, trainer.args.save_total_limit, told.best_model_checkpoint, latest=path
+                ),
+            )
+
+    def rescue(self, error: Exception, last: StepEnd | None) -> None:
+        """Write a checkpoint of the last update, after a callback failed, the data or a step; the error says where.
+
+        There is none where the failing step had begun to write the state, and after other errors than a callback's none where
+        nothing was to be saved at all, or the batch size is to be tried again.
+
+        Args:
+            error: gets the note.
+            last: what is known of the last update; None if there was none.
+        """
+        args = self.trainer.args
+        saves = args.save_strategy != SaveStrategy.NO or self.timer is not None
+        tried = args.auto_find_batch_size and is_out_of_memory(error)
+        if last is None or is_donated(last.state) or isinstance(error, CheckpointError):
+            return
+        if not isinstance(error, CallbackError) and (tried or not saves):
+            return
+        counters = last.counters
+        self.run.told.global_step = counters.step
+        path = Path(str(args.output_dir)) / f"checkpoint-{counters.step}"
+        try:
+            self.writer.wait()
+            if not is_whole(path):
+                self.save(last.state, counters.position)
+                self.writer.wait()
+        except Exception as second:  # noqa: BLE001 - the first one is what has to be told
+            error.add_note(f"No checkpoint of step {counters.step} could be written: {type(second).__name__}: {second}")
+            return
+        error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
