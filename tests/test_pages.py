@@ -22,5 +22,6 @@ def test_every_test_that_is_named_exists(page):
         assert not method or method in {getattr(node, "name", None) for node in found.body}, f"{file}::{name}::{method}"
 
 
-def test_the_page_of_promises_names_tests():
-    assert len(TEST.findall((TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8"))) > 40
+@pytest.mark.parametrize(("page", "least"), [("reliability", 40), ("parity", 100)])
+def test_the_pages_of_promises_name_tests(page, least):
+    assert len(TEST.findall((TESTS.parent / "docs" / f"{page}.md").read_text(encoding="utf-8"))) > least
