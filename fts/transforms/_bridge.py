@@ -218,14 +218,6 @@ class Bridge:
             )
 
 
-def states_in(tree: OptState, *kinds: type) -> list[Any]:
-    """The states of these kinds in an optimizer's state, in their order."""
-    if isinstance(tree, kinds):
-        return [tree]
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
-    return [state for child in children for state in states_in(child, *kinds)]
-
-
 def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
     """Let the optimizer step, in place."""
     if closure is None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_transform, in_words
-from fts.transforms._bridge import Bridge, Closure, TorchState, states_in
+from fts.transforms._bridge import Bridge, Closure, TorchState
 from fts.transforms._optimizers import Bound, bind, build, has_modes, is_optimizer, needs_closure
+from fts.transforms._states import states_in
 from fts.typing import OptState, Params, Schedule, Transform
 
 Groups: TypeAlias = Sequence[Mapping[str, Any]] | Callable[[list[str]], Sequence[Mapping[str, Any]]]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
-from fts.transforms._bridge import TorchState, states_in
+from fts.transforms._bridge import TorchState
 from fts.transforms._leaves import Tree, encode, fitted
+from fts.transforms._states import states_in, with_states
 from fts.transforms.adam import AdamState
 from fts.transforms.momentum import SgdState
-from fts.transforms.plateau import FollowState, mapped
+from fts.transforms.plateau import FollowState
 from fts.typing import OptState
 
 
@@ -47,18 +48,7 @@ def with_torch_moments(
     }
     if not states_in(opt_state, *kinds):
         raise ArgumentError("with_torch_moments: the transform has neither adam, adamw, sgd nor from_torch in it.")
-
-    def filled(tree: Any) -> Any:
-        if type(tree) in kinds:
-            return kinds[type(tree)](tree)
-        if isinstance(tree, dict):
-            return {key: filled(child) for key, child in tree.items()}
-        if isinstance(tree, (tuple, list)):
-            children = [filled(child) for child in tree]
-            return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
-        return tree
-
-    return cast(OptState, filled(opt_state))
+    return with_states(opt_state, kinds)
 
 
 def _adam(state: AdamState, moments: Mapping[str, Mapping[str, Any]], step: int) -> AdamState:
@@ -151,4 +141,4 @@ def with_plateau(opt_state: OptState, rate: float, memory: Mapping[str, Any]) ->
         known = {own: torch.full_like(tensor, memory[names[own]]) for own, tensor in state.memory.items()}
         return state._replace(lr=torch.full_like(state.lr, rate), memory=known)
 
-    return mapped(opt_state, told)
+    return with_states(opt_state, {FollowState: told})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fts.errors import ArgumentError
 from fts.transforms._arguments import check_count, check_number, check_transform, in_words
 from fts.transforms._inplace import fast_apply, fast_update, is_fast
 from fts.transforms._scalars import as_scalar, device_of
+from fts.transforms._states import states_in, with_states
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -301,18 +302,14 @@ def observe_metric(opt_state: OptState, metric: float | Tensor, rule: RateRule) 
             metric = float(metric)
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"observe_metric: the metric must be a number, not {metric!r}.") from error
-    found = 0
+    if not follows_metric(opt_state):
+        raise ArgumentError(_NONE_HERE)
 
     def observed(state: FollowState) -> FollowState:
-        nonlocal found
-        found += 1
         rate, memory = rule.after(state.lr, state.memory, as_scalar(metric, state.lr.device))
         return FollowState(state.inner, rate, memory)
 
-    state = mapped(opt_state, observed)
-    if not found:
-        raise ArgumentError(_NONE_HERE)
-    return state
+    return with_states(opt_state, {FollowState: observed})
 
 
 def followed_rate(opt_state: OptState) -> Tensor:
@@ -331,10 +328,11 @@ def followed_rate(opt_state: OptState) -> Tensor:
     >>> tx.followed_rate(tx.follow_metric(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})).item()
     0.1
     """
-    rates = _rates(opt_state)
-    if not rates:
+    states = states_in(opt_state, FollowState)
+    if not states:
         raise ArgumentError(_NONE_HERE)
-    return rates[0]
+    rate: Tensor = states[0].lr
+    return rate
 
 
 def follows_metric(opt_state: OptState) -> bool:
@@ -344,33 +342,10 @@ def follows_metric(opt_state: OptState) -> bool:
     >>> tx.follows_metric(tx.sgd(0.1).init({"w": torch.zeros(1)}))
     False
     """
-    return bool(_rates(opt_state))
-
-
-def _rates(opt_state: OptState) -> list[Tensor]:
-    rates: list[Tensor] = []
-
-    def note(state: FollowState) -> FollowState:
-        rates.append(state.lr)
-        return state
-
-    mapped(opt_state, note)
-    return rates
+    return bool(states_in(opt_state, FollowState))
 
 
 _NONE_HERE = "No rate in this state follows a metric: make the transform with follow_metric(make, lr, rule)."
-
-
-def mapped(state: OptState, change: Callable[[FollowState], FollowState]) -> OptState:
-    """A transform's state with each `FollowState` in it changed."""
-    if isinstance(state, FollowState):
-        return change(state._replace(inner=mapped(state.inner, change)))
-    if isinstance(state, dict):
-        return {key: mapped(child, change) for key, child in state.items()}
-    if isinstance(state, tuple):
-        children = [mapped(child, change) for child in state]
-        return cast("Any", type(state))(*children) if hasattr(state, "_fields") else tuple(children)
-    return [mapped(child, change) for child in state] if isinstance(state, list) else state
 
 
 def _worst(mode: str) -> float:
