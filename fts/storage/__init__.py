@@ -3,6 +3,7 @@
 from fts.storage.documents import read_document, whole_number
 from fts.storage.files import Written, file_in, flush, measure, write_image
 from fts.storage.image import Image
+from fts.storage.records import checked, record
 from fts.storage.tensors import SHARD_SIZE, Contents, TensorFile, files_of, has_tensors, lay_out, read_tensors, write, write_texts
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Image",
     "TensorFile",
     "Written",
+    "checked",
     "file_in",
     "files_of",
     "flush",
@@ -19,6 +21,7 @@ __all__ = [
     "measure",
     "read_document",
     "read_tensors",
+    "record",
     "whole_number",
     "write",
     "write_image",

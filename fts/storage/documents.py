@@ -10,7 +10,7 @@ from fts.errors import CheckpointError
 from fts.storage.files import file_in
 
 LARGEST = 2**63 - 1
-"""What a counter can hold."""
+"""The largest whole number that a counter can hold."""
 
 
 def read_document(directory: Path, name: str, *, version: int | None = None) -> dict[str, Any]:
@@ -43,9 +43,22 @@ def whole_number(path: Path, document: dict[str, Any], key: str, *, least: int =
     """
     value = document.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
-        shown = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > LARGEST else repr(value)
-        raise CheckpointError(f"{path} has {key} = {shown}; a whole number from {least} to 2**63 - 1 is needed.")
+        raise CheckpointError(f"{path} has {key} = {shown(value)}; a whole number from {least} to 2**63 - 1 is needed.")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value in a few words, for an error.
+
+    >>> shown(7), shown(2**64)
+    ('7', 'a number of 65 bits')
+    """
+    if isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # a number within it that is too long for text
+        return f"a {type(value).__name__}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -53,11 +53,11 @@ def replay(trainer: Trainer, checkpoint: str | Path, to_step: int) -> Replayed:
     _check_cut(run, checkpoint)
     trainer.state, trainer.control = run.told, TrainerControl()
     with in_train_mode(trainer.model), noisy_embeddings(trainer.model, args.neftune_noise_alpha):
-        return loops.replay(Following(run, Stepping(trainer, run)), run.state, _numbered(run), checkpoint, to_step)
+        return loops.replay(InRun(run, Stepping(trainer, run)), run.state, _numbered(run), checkpoint, to_step)
 
 
 @attrs.frozen(eq=False)
-class Following:
+class InRun:
     """The step of a run, with what is done around it: settings that a checkpoint keeps, and a torch schedule that steps along."""
 
     run: Run

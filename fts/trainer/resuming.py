@@ -15,9 +15,9 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
 from fts.loops.checkpoints import PROGRESS
 from fts.loops.history import TRAINER_STATE
+from fts.storage import checked, record
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.plan import Plan
-from fts.trainer.records import checked, record
 from fts.trainer.saving import ARGUMENTS_FILE
 from fts.trainer.schedules import make_schedule
 from fts.trainer.state import TrainerState

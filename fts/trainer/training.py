@@ -15,6 +15,7 @@ from fts.loops import Position, Source
 from fts.loops.history import TRAINER_STATE
 from fts.loops.judging import is_whole
 from fts.state import TrainState
+from fts.storage import checked
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
 from fts.trainer.drawing import drawn_by
@@ -22,7 +23,6 @@ from fts.trainer.foreign import is_transformers_checkpoint
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.plan import Plan, make_plan, with_settings
-from fts.trainer.records import checked
 from fts.trainer.resuming import (
     SHAPING,
     Cut,

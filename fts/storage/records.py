@@ -7,10 +7,9 @@ import typing
 from typing import Any, TypeVar, get_args, get_origin
 
 from fts.errors import CheckpointError
+from fts.storage.documents import LARGEST, shown
 
 T = TypeVar("T")
-
-LARGEST = 2**63
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
@@ -32,8 +31,8 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     fts.errors.CheckpointError: progress.json is damaged: {'loss': None} must be dict[str, float]. Use an earlier checkpoint.
     """
     if not fits(value, hint):
-        shown = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-        raise CheckpointError(f"{where} is damaged: {_short(value)} must be {shown}. Use an earlier checkpoint.")
+        wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+        raise CheckpointError(f"{where} is damaged: {shown(value)} must be {wanted}. Use an earlier checkpoint.")
     return value
 
 
@@ -48,9 +47,9 @@ def record(cls: type[T], values: Any, where: str) -> T:
     Raises:
         CheckpointError: an attribute is missing or unknown, or of another type.
 
-    >>> from fts.loops import Position
-    >>> record(Position, {"epoch": 1, "batch": 2}, "progress.json")
-    Position(epoch=1, batch=2)
+    >>> from fts.storage import Written
+    >>> record(Written, {"size": 1, "digest": "0f"}, "manifest.json")
+    Written(size=1, digest='0f')
     """
     hints = typing.get_type_hints(cls)
     for name, value in checked(values, dict[str, Any], where).items():
@@ -73,19 +72,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)
     if hint in (int, float):
-        whole = isinstance(value, int) and not isinstance(value, bool) and -LARGEST <= value < LARGEST
+        whole = isinstance(value, int) and not isinstance(value, bool) and -LARGEST - 1 <= value <= LARGEST
         return whole or (hint is float and isinstance(value, float))
     if origin is list:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
     return isinstance(value, types.NoneType if hint is None else hint)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and not -LARGEST <= value < LARGEST:
-        return f"a number of {value.bit_length()} bits"
-    try:
-        return f"{value!r:.80}"
-    except ValueError:  # a number within it that is too long for text
-        return f"a {type(value).__name__}"
