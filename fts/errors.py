@@ -32,11 +32,11 @@ class ScheduleError(FtsError, ValueError):
 
 
 class NonFiniteError(FtsError, FloatingPointError):
-    """Gradients stayed NaN or infinite for longer than allowed."""
+    """A loss or gradient is NaN or infinite, or was so for longer than allowed."""
 
 
 class SpikeError(FtsError, ArithmeticError):
-    """Losses, or norms of gradients, stayed far above what they had been for longer than allowed."""
+    """Norms of gradients stayed far above what they had been for longer than allowed."""
 
 
 class DonatedStateError(FtsError, RuntimeError):

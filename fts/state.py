@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fts import storage
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
 from fts.typing import OptState, Params, Transform
+from fts.wording import some
 
 FORMAT = 1
 """Version of the files that `TrainState.save` writes."""
@@ -304,15 +305,9 @@ def _check_names(who: str, *, have: Iterable[str], want: Iterable[str]) -> None:
     if have != want:
         missing, extra = sorted(want - have), sorted(have - want)
         raise UnknownParameterError(
-            f"{who} does not fit the state: missing {_some(missing)}, unexpected {_some(extra)}. "
+            f"{who} does not fit the state: missing {some(missing)}, unexpected {some(extra)}. "
             "Use the module (or a copy of the module) that the state was created from."
         )
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _flatten_by_path(tree: Any) -> dict[str, Tensor]:
@@ -346,7 +341,7 @@ def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[s
     missing, extra = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{path} does not fit the state it is loaded into: missing {_some(missing)}, unexpected {_some(extra)}. "
+            f"{path} does not fit the state it is loaded into: missing {some(missing)}, unexpected {some(extra)}. "
             "It was saved from another model or transform."
         )
     for name, target in like.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 from fts.errors import ArgumentError
 from fts.loops.locating import SHOWN
 from fts.loops.replaying import Replayed, replay
+from fts.wording import some
 
 HEADINGS = {
     "batch": "the batch",
@@ -126,7 +127,7 @@ def report(found: Replayed, checkpoint: Path, top: int = 20) -> Iterator[str]:
     """
     yield f"Step {found.step}, from {checkpoint}: epoch {found.position.epoch}, batch {found.position.batch} (from 0)"
     if found.items is not None:
-        yield f"items    {_some(found.items)}"
+        yield f"items    {some(found.items, SHOWN)}"
     yield f"loss     {'not told' if found.loss is None else f'{found.loss:.9g}'}"
     figures = {name: float(value) for name, value in found.metrics.items() if name != "loss" and _is_number(value)}
     width = max(map(len, [*figures, "metric"]))
@@ -160,7 +161,7 @@ def _faults(found: Replayed) -> Iterator[str]:
         yield f"Not finite in {HEADINGS[part]}:"
         yield from (f"  {name}: {counts}" for name, counts in names.items())
     if found.bad_items:
-        yield f"The items with such numbers: {_some(found.bad_items)}"
+        yield f"The items with such numbers: {some(found.bad_items, SHOWN)}"
 
 
 def _comparison(found: Replayed) -> str:
@@ -170,12 +171,7 @@ def _comparison(found: Replayed) -> str:
         return f"The state after the step is compared with nothing: {why}."
     if found.equal:
         return f"The state after the step equals {number}, bit for bit."
-    return f"The state after the step DIFFERS from {number} in {_some(list(found.differing), 10)}."
-
-
-def _some(values: list[Any], shown: int = SHOWN) -> str:
-    more = f" and {len(values) - shown} more" if len(values) > shown else ""
-    return ", ".join(map(str, values[:shown])) + more
+    return f"The state after the step DIFFERS from {number} in {some(found.differing, 10)}."
 
 
 def _is_number(value: Any) -> bool:

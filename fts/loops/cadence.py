@@ -11,7 +11,7 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.position import Position
-from fts.loops.timing import Agree, Clock, Timer, every_interval
+from fts.loops.timing import Agree, Clock, Timer, alone, every_interval
 
 Moment: TypeAlias = Literal["step", "epoch", "end", "stop"]
 """When `due` is asked: after a step, after a whole epoch, at the planned end, or where the run was asked to stop early."""
@@ -124,7 +124,7 @@ def cadence(
     stop: Callable[[Counters], bool] | None = None,
     *,
     clock: Clock = time.monotonic,
-    agree: Agree | None = None,
+    agree: Agree = alone,
 ) -> Cadence:
     """Regular logging, evaluation and saving, each at a pace of its own.
 
@@ -139,7 +139,7 @@ def cadence(
         save: the same for checkpoints.
         stop: asked after each step; True ends the run.
         clock: gives the time in seconds, for intervals of time.
-        agree: combines the answers of all processes for such an interval, as in `Timer`; None for one process.
+        agree: combines the answers of all processes for such an interval, as in `Timer`.
 
     Returns:
         A function `Counters -> Due`: pure, but for the clock.
@@ -163,7 +163,7 @@ def cadence(
     return Cadence(pace("log", log), pace("evaluate", evaluate), pace("save", save), stop)
 
 
-def _pace(name: str, every: Every, clock: Clock, agree: Agree | None) -> Pace:
+def _pace(name: str, every: Every, clock: Clock, agree: Agree) -> Pace:
     if every is None or every == "epoch":
         return every  # type: ignore[return-value]  # mypy does not narrow a str to its literal
     if isinstance(every, int) and not isinstance(every, bool) and every > 0:

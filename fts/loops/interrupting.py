@@ -18,7 +18,7 @@ import attrs
 from fts.errors import ArgumentError, Interrupted, KeyboardInterrupted
 from fts.loops.cadence import NOTHING, Counters, Due
 from fts.loops.durations import seconds_of
-from fts.loops.timing import Agree
+from fts.loops.timing import Agree, alone
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class StopRequest:
 
     Attributes:
         deadline: when to stop, on the clock of `time.monotonic`, in seconds.
-        agree: combines the codes of all processes at each poll, so that all stop at the same step; None for one process.
-            Every process must poll at the same places.
+        agree: combines the codes of all processes at each poll, so that all stop at the same step. Every process
+            must poll at the same places.
         asked: the code of what was asked of this process; 0 for nothing.
         code: the code that a poll found; 0 as long as the run goes on.
 
@@ -50,7 +50,7 @@ class StopRequest:
     """
 
     deadline: float = math.inf
-    agree: Agree | None = None
+    agree: Agree = alone
     asked: int = 0
     code: int = 0
 
@@ -64,7 +64,7 @@ class StopRequest:
             return True
         if not self.asked and time.monotonic() >= self.deadline:
             self.asked = MAX_TIME
-        code = self.asked if self.agree is None else self.agree(self.asked)
+        code = self.agree(self.asked)
         if code:
             self.code = code
             logger.warning("Training is asked to stop (%s): it stops after this step.", self.reason)
@@ -107,7 +107,7 @@ def interruptible(
     *,
     max_time: float | str | timedelta | None = None,
     signals: Collection[str] = SIGNALS,
-    agree: Agree | None = None,
+    agree: Agree = alone,
     patience: float = 1.0,
 ) -> Iterator[StopRequest]:
     """A block in which signals and a time limit ask for a stop instead of ending the process.

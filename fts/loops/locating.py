@@ -11,6 +11,7 @@ from fts.loops.cadence import Counters
 from fts.loops.data import Source
 from fts.loops.events import Event, Saved, StepBegin
 from fts.loops.position import Position
+from fts.wording import some
 
 SHOWN = 64
 """So many items of a batch a note lists."""
@@ -59,7 +60,4 @@ def describe_batch(data: Any, position: Position) -> str:
     """
     text = f"epoch {position.epoch}, batch {position.batch} (from 0)"
     items = data.items(*attrs.astuple(position)) if isinstance(data, Source) else None
-    if not items:
-        return text
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return f"{text}, items {', '.join(map(str, items[:SHOWN]))}{more} of the data"
+    return f"{text}, items {some(items, SHOWN)} of the data" if items else text

@@ -19,6 +19,11 @@ Agree: TypeAlias = Callable[[int], int]
 """From this process's number to the greatest of all processes."""
 
 
+def alone(number: int) -> int:
+    """What one process agrees on: its own number."""
+    return number
+
+
 @attrs.define(eq=False)
 class Timer:
     """Whether so many seconds have gone by since it was made, or last reset; made by `every_interval`.
@@ -26,14 +31,14 @@ class Timer:
     Attributes:
         seconds: the interval.
         clock: gives the time.
-        agree: combines the answers of all processes at each `due`, so that all save at the same step; None for one process.
-            Every process must ask at the same places.
+        agree: combines the answers of all processes at each `due`, so that all save at the same step. Every process
+            must ask at the same places.
         since: when the interval began, by the clock.
     """
 
     seconds: float
     clock: Clock = time.monotonic
-    agree: Agree | None = None
+    agree: Agree = alone
     since: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -41,15 +46,14 @@ class Timer:
 
     def due(self) -> bool:
         """Whether the interval is over; it stays so until `reset`."""
-        over = self.clock() - self.since >= self.seconds
-        return over if self.agree is None else bool(self.agree(int(over)))
+        return bool(self.agree(int(self.clock() - self.since >= self.seconds)))
 
     def reset(self) -> None:
         """Begin the interval now: what it is for was just done."""
         self.since = self.clock()
 
 
-def every_interval(interval: float | str | timedelta, *, clock: Clock = time.monotonic, agree: Agree | None = None) -> Timer:
+def every_interval(interval: float | str | timedelta, *, clock: Clock = time.monotonic, agree: Agree = alone) -> Timer:
     """A timer to ask after each step, and to reset after each save, whatever that was for.
 
     Args:

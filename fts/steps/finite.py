@@ -16,9 +16,7 @@ from fts.steps.engines import Value
 from fts.steps.tracing import in_transform
 from fts.steps.train import Gradients
 from fts.typing import Batch, Info, Metrics, Params
-
-SHOWN = 5
-"""So many parameters an error names."""
+from fts.wording import some
 
 
 class NonFinite(NamedTuple):
@@ -100,9 +98,8 @@ def describe_nonfinite(step: int, loss: float, found: dict[str, NonFinite], para
     >>> print(describe_nonfinite(3, math.inf, {}, 2))
     In step 3 the loss is inf; all gradients are finite. Nothing was updated...
     """
-    names = ", ".join(f"{name} ({counts})" for name, counts in list(found.items())[:SHOWN])
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    which = f"the gradients of {len(found)} of {parameters} parameters are not finite: {names}{more}"
+    names = some([f"{name} ({counts})" for name, counts in found.items()])
+    which = f"the gradients of {len(found)} of {parameters} parameters are not finite: {names}"
     return (
         f"In step {step} the loss is {loss:g}; {which if found else 'all gradients are finite'}. Nothing was updated: the state "
         "is that before the step. Look for log(0), 0/0 or overflow in the loss and for bad numbers in the batch, lower the "
