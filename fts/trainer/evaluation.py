@@ -68,6 +68,10 @@ class EvaluationPlan:
     folder: str | Path | None = None
 
 
+class EvaluationLeft(BaseException):
+    """An evaluation was left in the middle, as the run was asked to stop. It is no error: `except Exception` lets it pass."""
+
+
 def run_evaluation(
     predict: Callable[[Any], tuple[Any, Any, Any]], batches: Iterable[Any], *, how: EvaluationPlan
 ) -> EvalLoopOutput:

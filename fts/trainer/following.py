@@ -19,6 +19,7 @@ from fts.trainer.best import note_best
 from fts.trainer.callbacks import close_bars
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
+from fts.trainer.evaluation import EvaluationLeft
 from fts.trainer.faults import CHOICES, Remembered, rolling_back
 from fts.trainer.flags import Wanted
 from fts.trainer.keeping import Keeping
@@ -72,11 +73,12 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
         noisy_embeddings(model, args.neftune_noise_alpha),
         watched(model, args.debug),
     ):
+        trainer.request = teller.request = request
         try:
             if run.owes:
                 teller.make_up(run.state)
             events = rolling_back(args, model, teller.events, run.state, run.start)
-            teller.tell_all(request, writer.watch(loops.locating(events, run.source)))
+            teller.tell_all(writer.watch(loops.locating(events, run.source)))
         except BaseException as error:
             close_bars(trainer.callback_handler.callbacks)
             if isinstance(error, NonFiniteError):
@@ -84,6 +86,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             if isinstance(error, Exception):
                 teller.keeping.rescue(error, teller.last)
             raise
+        finally:
+            trainer.request = None
     if request.reason == "max_time" and run.told.global_step < run.plan.total_steps:
         raise Interrupted(TIME_IS_UP, "max_time")
     leave_evaluated(model, teller.stepping.state, run.optimizing.transform)
@@ -130,6 +134,7 @@ class Teller:
         self.keeping = Keeping(trainer, run, self.stepping, self.counting, writer)
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
+        self.request = StopRequest()
         self.leaving = False
         self.seed = run.state.seed
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
@@ -160,14 +165,9 @@ class Teller:
             skip_nonfinite=self.trainer.args.logging_nan_inf_filter,
         )
 
-    def tell_all(self, request: StopRequest, events: Iterator[Any]) -> None:
-        """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must.
-
-        Args:
-            request: whether a signal asks the run to save and stop.
-            events: those of the loop.
-        """
-        trainer, told = self.trainer, self.told
+    def tell_all(self, events: Iterator[Any]) -> None:
+        """Follow the loop to its end. The two branches that run at each step come first, and do no more than they must."""
+        trainer, told, request = self.trainer, self.told, self.request
         listeners = trainer.callback_handler.listeners
         batches, accumulate = self.batches, self.accumulate
         stepping = self.stepping
@@ -196,9 +196,7 @@ class Teller:
                 if self.keeping.is_due():
                     trainer.control.should_save = True
                 if request.poll():
-                    self.leaving, self.keeping.owes = True, trainer.control.should_evaluate
-                    trainer.control.should_save = trainer.control.should_training_stop = True
-                    trainer.control.should_evaluate = False  # who asks a run to stop does not want to wait
+                    self._leave(owes=trainer.control.should_evaluate)
             else:
                 self._tell_other(kind, event)
 
@@ -218,14 +216,27 @@ class Teller:
         """Evaluate the model, which has the state's weights, and note whether it is the best so far."""
         trainer, optimizing = self.trainer, self.run.optimizing
         trainer.control.should_evaluate = False
-        with evaluated_weights(trainer.model, state, optimizing.transform):
-            metrics = self.run_evaluation()
+        try:
+            with evaluated_weights(trainer.model, state, optimizing.transform):
+                metrics = self.run_evaluation()
+        except EvaluationLeft:
+            self._leave(owes=True)
+            return {}
         if optimizing.needs_metric:
             optimizing.observe(trainer.args, state, metrics)
         is_best = note_best(trainer.args, self.told, metrics)
         if trainer.args.save_strategy == SaveStrategy.BEST:
             trainer.control.should_save = is_best
+        if self.request.poll():
+            self._leave(owes=False)
         return metrics
+
+    def _leave(self, *, owes: bool) -> None:
+        """Save and stop here, as the run is asked to; with `owes` the evaluation of this step is left to whoever resumes."""
+        control = self.trainer.control
+        self.leaving, self.keeping.owes = True, owes
+        control.should_save = control.should_training_stop = True
+        control.should_evaluate = False  # who asks a run to stop does not want to wait
 
     def make_up(self, state: TrainState) -> None:
         """Do what was due at the last step of an interrupted run, and that run had no time for: evaluate, and save with that."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fts import steps
 from fts.errors import ArgumentError
-from fts.loops import Replayed, Source
+from fts.loops import Replayed, Source, StopRequest
 from fts.loops.history import TRAINER_STATE
 from fts.loops.placement import moved
 from fts.randomness import seed_generators
@@ -159,6 +159,7 @@ class Trainer:
         self.state = TrainerState()
         self.control = TrainerControl()
         self._accelerator: Any = None
+        self.request: StopRequest | None = None
         shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
         mine = [DefaultFlowCallback, *(callbacks or ()), shown]
         self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
@@ -390,7 +391,7 @@ class Trainer:
             weigh=weight_by(self.model, self.loss_rule),
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
-            on_batch=lambda: self.tell("on_prediction_step"),
+            on_batch=self._evaluated_batch,
         )
 
         def predict(inputs: Any) -> tuple[Any, Any, Any]:
@@ -724,6 +725,11 @@ class Trainer:
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return prepared_model(model, self.args)
+
+    def _evaluated_batch(self) -> None:
+        self.tell("on_prediction_step")
+        if self.request is not None and self.request.poll():
+            raise evaluation.EvaluationLeft
 
     def _set_context(self, **changes: Any) -> None:
         own = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
