@@ -92,10 +92,29 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
         checkpoint: to go on from; None to begin.
         batch_size: rows in a micro-batch.
     """
-    args, model = trainer.args, trainer.model
     foreign = checkpoint is not None and is_transformers_checkpoint(checkpoint)
     old = None if checkpoint is None or foreign else cut_of(checkpoint)
-    seed = data_seed(args) if old is None else old.seed
+    run = _begun(trainer, batch_size, data_seed(trainer.args) if old is None else old.seed)
+    if checkpoint is not None:
+        run = (
+            _resumed_hf(trainer, run, checkpoint, batch_size) if foreign else _resumed(trainer, run, checkpoint, old, batch_size)
+        )
+        arguments = trainer.args.restore_callback_states_from_checkpoint
+        restore_callbacks(trainer.callback_handler.callbacks, run.told.stateful_callbacks, arguments=arguments)
+    plan, told = run.plan, run.told
+    told.max_steps, told.num_train_epochs, told.train_batch_size = plan.total_steps, plan.epochs, plan.train_batch_size
+    told.logging_steps, told.eval_steps, told.save_steps = plan.logging_steps, plan.eval_steps, plan.save_steps
+    drawn = run.source
+    if overridden(trainer, "get_batch_samples"):
+        drawn = drawn_by(trainer.get_batch_samples, run.source, trainer.args.device)
+    run = attrs.evolve(run, step=trainer.step_of(plan, run.optimizing), drawn=drawn)
+    announce(run, trainer)
+    return run
+
+
+def _begun(trainer: Trainer, batch_size: int, seed: int) -> Run:
+    """A run at its beginning, as yet without its step."""
+    args = trainer.args
     source = trainer.train_source(seed)
     cut = Cut(
         batch_size=source.batch_size or batch_size,
@@ -109,52 +128,54 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     plan = plan_of(trainer, source, batch_size)
     optimizing = trainer.optimizing(plan)
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
-    state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
-    told, tally, start, written, owes = TrainerState(), Tally(), Position(), dict[str, Any](), False
-    if checkpoint is not None and foreign:
-        offset = offset_of(checkpoint, source.batches_per_epoch, plan.accumulate)
-        if offset:
-            cut = attrs.evolve(cut, offset=offset)
-            plan = plan_of(trainer, source, batch_size, offset)
-            optimizing = trainer.optimizing(plan)
-        sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "accumulate": plan.accumulate}
-        found = read_transformers_checkpoint(checkpoint, state, model, optimizing, **sizes)
-        start, told, tally = found.start, found.told, found.tally
-        found.state.apply_to(model)
-        state = state.replace(opt_state=found.state.opt_state, step=found.state.step)
-        report(checkpoint, found)
-        _warn(args, plan, told, checkpoint, [])
-    elif checkpoint is not None:
-        loaded, start = _load(args, checkpoint, state)
-        if old is not None:
-            start = _moved(start, old, cut)
-            cut = attrs.evolve(cut, offset=offset_after(int(loaded.step), start, old, cut))
-            plan = plan_of(trainer, source, batch_size, cut.offset)
-            optimizing = trainer.optimizing(plan)
-        if args.ignore_data_skip:
-            start = Position(start.epoch, 0)
-        loaded.apply_to(model)
-        state = state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
-        told = TrainerState.load_from_json(checkpoint / TRAINER_STATE)
-        extra = loops.load_extra(checkpoint)
-        tally = tally_of(checkpoint)
-        if optimizing.steps and "torch" in extra:
-            restore_settings(optimizing.optimizer, optimizing.scheduler, checked(extra["torch"], dict, str(checkpoint)))
-        written, owes = written_of(checkpoint), extra.get("owes") is True
-        _warn(args, plan, told, checkpoint, seed_changes(args, state.seed, cut.seed))
-        for line in [] if old is None else process_changes(old, cut):
-            logger.warning("%s: this run wins.", line)
-        if not args.ignore_data_skip and (old is None or old.items == cut.items):
-            source = source.restored(start, checked(extra.get("data"), dict | None, str(checkpoint)))
-    if checkpoint is not None:
-        arguments = args.restore_callback_states_from_checkpoint
-        restore_callbacks(trainer.callback_handler.callbacks, told.stateful_callbacks, arguments=arguments)
-    told.max_steps, told.num_train_epochs, told.train_batch_size = plan.total_steps, plan.epochs, plan.train_batch_size
-    told.logging_steps, told.eval_steps, told.save_steps = plan.logging_steps, plan.eval_steps, plan.save_steps
-    drawn = drawn_by(trainer.get_batch_samples, source, args.device) if overridden(trainer, "get_batch_samples") else source
-    run = Run(plan, optimizing, trainer.step_of(plan, optimizing), state, source, drawn, cut, start, told, tally, written, owes)
-    announce(run, trainer)
-    return run
+    state = TrainState.create(trainer.model, optimizing.transform, seed=args.seed, copy=False)
+    return Run(plan, optimizing, None, state, source, source, cut, Position(), TrainerState(), Tally())
+
+
+def _resumed(trainer: Trainer, run: Run, checkpoint: Path, old: Cut | None, batch_size: int) -> Run:
+    """The run from a checkpoint on, whose rows were cut as `old`."""
+    args = trainer.args
+    loaded, start = _load(args, checkpoint, run.state)
+    if old is not None:
+        start = _moved(start, old, run.cut)
+        run = _with_offset(trainer, run, offset_after(int(loaded.step), start, old, run.cut), batch_size)
+    if args.ignore_data_skip:
+        start = Position(start.epoch, 0)
+    loaded.apply_to(trainer.model)
+    state = run.state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
+    told = TrainerState.load_from_json(checkpoint / TRAINER_STATE)
+    extra, tally, written = loops.load_extra(checkpoint), tally_of(checkpoint), written_of(checkpoint)
+    if run.optimizing.steps and "torch" in extra:
+        restore_settings(run.optimizing.optimizer, run.optimizing.scheduler, checked(extra["torch"], dict, str(checkpoint)))
+    _warn(args, run.plan, told, checkpoint, seed_changes(args, state.seed, run.cut.seed))
+    for line in [] if old is None else process_changes(old, run.cut):
+        logger.warning("%s: this run wins.", line)
+    source, owes = run.source, extra.get("owes") is True
+    if not args.ignore_data_skip and (old is None or old.items == run.cut.items):
+        source = source.restored(start, checked(extra.get("data"), dict | None, str(checkpoint)))
+    return attrs.evolve(run, state=state, source=source, start=start, told=told, tally=tally, written=written, owes=owes)
+
+
+def _resumed_hf(trainer: Trainer, run: Run, checkpoint: Path, batch_size: int) -> Run:
+    """The run from a checkpoint of transformers' Trainer on."""
+    batches, accumulate = run.source.batches_per_epoch, run.plan.accumulate
+    run = _with_offset(trainer, run, offset_of(checkpoint, batches, accumulate), batch_size)
+    found = read_transformers_checkpoint(
+        checkpoint, run.state, trainer.model, run.optimizing, batches=batches, accumulate=accumulate
+    )
+    found.state.apply_to(trainer.model)
+    state = run.state.replace(opt_state=found.state.opt_state, step=found.state.step)
+    report(checkpoint, found)
+    _warn(trainer.args, run.plan, found.told, checkpoint, [])
+    return attrs.evolve(run, state=state, start=found.start, told=found.told, tally=found.tally)
+
+
+def _with_offset(trainer: Trainer, run: Run, offset: int, batch_size: int) -> Run:
+    """The run, which took so many more updates before, so that its length and its schedule count them."""
+    if not offset:
+        return run
+    plan = plan_of(trainer, run.source, batch_size, offset)
+    return attrs.evolve(run, plan=plan, optimizing=trainer.optimizing(plan), cut=attrs.evolve(run.cut, offset=offset))
 
 
 def saved_batch_size(checkpoint: Path | None) -> int | None:
