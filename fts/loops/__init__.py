@@ -28,8 +28,8 @@ from fts.loops.replaying import Replayed, replay
 from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
 from fts.loops.timing import Timer, every_interval
-from fts.loops.whole import write_whole
 from fts.loops.writing import Writer
+from fts.storage.whole import write_whole
 
 __all__ = [
     "Cadence",

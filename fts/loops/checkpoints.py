@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fts.errors import ArgumentError, CheckpointError
-from fts.loops.manifest import FORMAT, read_json, verify_files
 from fts.loops.position import Position
-from fts.loops.whole import undo_interrupted, write_whole
 from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, TrainState
-from fts.storage import SHARD_SIZE, Contents, files_of, has_tensors, whole_number, write as write_contents
+from fts.storage import SHARD_SIZE, Contents, files_of, has_tensors, read_document, whole_number, write as write_contents
+from fts.storage.manifest import verify_files
+from fts.storage.whole import undo_interrupted, write_whole
 
 PROGRESS = "progress.json"
+
+FORMAT = 1
+"""Version of that file."""
 
 State = TypeVar("State")
 
@@ -140,7 +143,7 @@ def load_checkpoint(directory: str | Path, like: State) -> tuple[State, Position
     directory = Path(directory)
     undo_interrupted(directory)
     verify_checkpoint(directory)
-    document = read_json(directory / PROGRESS)
+    document = read_document(directory, PROGRESS, version=FORMAT)
     position = Position(*(whole_number(directory / PROGRESS, document, key) for key in ("epoch", "batch")))
     load: Callable[..., State] = type(like).load  # type: ignore[attr-defined]
     return load(directory, like=like), position
@@ -158,10 +161,9 @@ def load_extra(directory: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    path = Path(directory) / PROGRESS
-    extra = read_json(path).get("extra", {})
+    extra = read_document(Path(directory), PROGRESS, version=FORMAT).get("extra", {})
     if not isinstance(extra, dict):
-        raise CheckpointError(f'{path} holds "extra" of type {type(extra).__name__}; it must be an object.')
+        raise CheckpointError(f'{Path(directory) / PROGRESS} holds "extra" of type {type(extra).__name__}; it must be an object.')
     return extra
 
 

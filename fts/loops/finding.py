@@ -12,7 +12,7 @@ import attrs
 
 from fts.loops.history import best_step, history_in, metrics_at
 from fts.loops.judging import Condition, judge
-from fts.loops.whole import undo_interrupted
+from fts.storage.whole import undo_interrupted
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from fts.errors import CheckpointError
 from fts.loops.checkpoints import PROGRESS, verify_checkpoint
-from fts.loops.manifest import FORMAT, MANIFEST, verify_files
 from fts.state import STATE
+from fts.storage.manifest import FORMAT, MANIFEST, verify_files
 
 Condition: TypeAlias = Literal["whole", "model only", "damaged", "unknown", "cut off"]
 """What a checkpoint is good for.

@@ -15,8 +15,8 @@ from fts.errors import CheckpointError, Interrupted
 from fts.loops.checkpoints import filling
 from fts.loops.events import Event, StepEnd, Stopped
 from fts.loops.position import Position
-from fts.loops.whole import abandoned_on_error, begun, complete
 from fts.storage import SHARD_SIZE, Contents, Image, Written, write as write_contents, write_image, write_texts
+from fts.storage.whole import abandoned_on_error, begun, complete
 
 logger = logging.getLogger(__name__)
 

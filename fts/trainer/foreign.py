@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fts.loops.history import TRAINER_STATE
-from fts.loops.manifest import MANIFEST
 from fts.state import WEIGHTS
 from fts.storage import has_tensors
+from fts.storage.manifest import MANIFEST
 from fts.trainer.weights import ADAPTERS
 
 TORCH_OPTIMIZER = "optimizer.pt"

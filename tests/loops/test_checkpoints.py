@@ -19,7 +19,7 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from fts.loops.checkpoints import load_extra, verify_checkpoint
 from fts.loops.judging import is_whole
-from fts.loops.manifest import seal
+from fts.storage.manifest import seal
 
 OPTIMIZER = tx.adamw(1e-3)
 

@@ -24,7 +24,7 @@ import fts
 from fts import cli, loops, transforms as tx
 from fts.errors import CheckpointError, FtsError
 from fts.loops.finding import survey
-from fts.loops.manifest import seal
+from fts.storage.manifest import seal
 from fts.trainer import EarlyStoppingCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
 from fts.trainer.resuming import cut_of, saved_arguments

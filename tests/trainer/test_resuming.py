@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_extra
-from fts.loops.manifest import seal
+from fts.storage.manifest import seal
 from fts.trainer import TrainerCallback
 from fts.trainer.resuming import UNHEEDED, Cut, argument_changes, convert, seed_changes
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer

@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fts.errors import CheckpointError
-from fts.loops.manifest import seal
-from fts.storage import Written, flush
+from fts.storage.files import Written, flush
+from fts.storage.manifest import seal
 
 
 def write_whole(directory: str | Path, fill: Callable[[Path], Mapping[str, Written] | None]) -> Path:
-    """Write a directory that is, at any instant, either complete or not there, as `save_checkpoint` does.
+    """Write a directory that is, at any instant, either complete or not there.
 
     Args:
         directory: where it shall be; an earlier one of that name is replaced.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import CheckpointError
-from fts.storage import Written, file_in, flush, measure, read_document
+from fts.storage.documents import read_document
+from fts.storage.files import Written, file_in, flush, measure
 
 FORMAT = 1
-"""Version of the files that `save_checkpoint` writes beside those of the state."""
+"""Version of a manifest."""
 
 MANIFEST = "manifest.json"
 
@@ -51,7 +52,7 @@ def verify_files(directory: Path, required: Callable[[], Any] | None = None) -> 
         CheckpointError: it names the file and says what is wrong with it.
     """
     manifest = directory / MANIFEST
-    files = read_json(manifest).get("files")
+    files = read_document(directory, MANIFEST, version=FORMAT).get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{manifest} does not list the checkpoint's files. Use an earlier checkpoint.")
     for name, entry in files.items():
@@ -61,15 +62,6 @@ def verify_files(directory: Path, required: Callable[[], Any] | None = None) -> 
     for name in required() if required is not None else ():
         if name not in files:
             raise CheckpointError(f"{manifest} does not list {name}, so nothing vouches for it. Use an earlier checkpoint.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of this format.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
-    """
-    return read_document(path.parent, path.name, version=FORMAT)
 
 
 def _verify(directory: Path, name: str, entry: dict[str, Any]) -> None:
