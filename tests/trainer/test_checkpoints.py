@@ -6,6 +6,7 @@ import torch
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from fts.trainer.weights import load_weights
 from tests.trainer.helpers import make_trainer
 
 TIMES = ("runtime", "per_second")
@@ -107,6 +108,13 @@ def test_a_deeply_nested_state_file_is_a_checkpoint_error(tmp_path):
     (tmp_path / "trainer_state.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"trainer_state\.json cannot be read"):
         TrainerState.load_from_json(tmp_path / "trainer_state.json")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_damaged_weights_are_a_checkpoint_error(tmp_path, name):
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        load_weights(torch.nn.Linear(1, 1), tmp_path)
 
 
 def test_nothing_to_resume_from(tmp_path):
