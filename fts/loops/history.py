@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fts.errors import CheckpointError
+from fts.storage import read_document
 
 TRAINER_STATE = "trainer_state.json"
 """Where it tells it, in Hugging Face's layout."""
@@ -15,10 +17,9 @@ TRAINER_STATE = "trainer_state.json"
 def history_in(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint tells; empty if it tells nothing, or that cannot be read: no run hangs on it."""
     try:
-        document = json.loads((checkpoint / TRAINER_STATE).read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_document(checkpoint, TRAINER_STATE)
+    except CheckpointError:
         return {}
-    return document if isinstance(document, dict) else {}
 
 
 def metrics_at(history: Mapping[str, Any], step: int) -> dict[str, float]:

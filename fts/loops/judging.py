@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fts.errors import CheckpointError
 from fts.loops.checkpoints import PROGRESS, verify_checkpoint
 from fts.state import STATE
+from fts.storage import read_document
 from fts.storage.manifest import FORMAT, MANIFEST, verify_files
 
 Condition: TypeAlias = Literal["whole", "model only", "damaged", "unknown", "cut off"]
@@ -50,23 +50,20 @@ def looks_whole(directory: Path) -> bool:
     if _unknown(directory):
         return True
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
+        files = read_document(directory, MANIFEST)["files"]
         return all((directory / name).stat().st_size == entry["size"] for name, entry in files.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
 def _unknown(directory: Path) -> str | None:
     """Why a checkpoint cannot be judged, if it cannot."""
     try:
-        document = json.loads((directory / MANIFEST).read_text())
-    except FileNotFoundError:
+        found = read_document(directory, MANIFEST).get("format")
+    except CheckpointError as error:
+        if isinstance(error.__cause__, PermissionError):
+            return f"{directory} may not be read: {error.__cause__}"
         return _foreign(directory)
-    except PermissionError as error:
-        return f"{directory} may not be read: {error}"
-    except (OSError, ValueError, RecursionError):
-        return None
-    found = document.get("format") if isinstance(document, dict) else None
     if isinstance(found, int) and found > FORMAT:
         return f"{directory} has format {found}: a later version of fts wrote it; this one reads format {FORMAT}."
     return None
@@ -78,6 +75,6 @@ def _foreign(directory: Path) -> str | None:
         names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
     except PermissionError as error:
         return f"{directory} may not be read: {error}"
-    if names and not names & {PROGRESS, STATE}:
+    if names and not names & {MANIFEST, PROGRESS, STATE}:
         return f"{directory} has no {MANIFEST} and no file that fts alone writes: another program wrote it."
     return None

@@ -11,11 +11,11 @@ import attrs
 from attrs.validators import ge, optional
 
 from fts import loops
-from fts.errors import ArgumentError, CheckpointError
+from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.loops.checkpoints import PROGRESS
 from fts.loops.history import TRAINER_STATE
-from fts.storage import checked, record
+from fts.storage import checked, read_document, record
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.plan import Plan
 from fts.trainer.saving import ARGUMENTS_FILE
@@ -151,16 +151,7 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = checkpoint / ARGUMENTS_FILE
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds {type(document).__name__}; it must be an object.")
-    return document
+    return read_document(checkpoint, ARGUMENTS_FILE) if (checkpoint / ARGUMENTS_FILE).exists() else {}
 
 
 def argument_changes(args: TrainingArguments, before: dict[str, Any], names: Sequence[str] | None = None) -> list[str]:

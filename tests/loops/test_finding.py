@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,16 @@ def one_of_each(root):
     shutil.copytree(root / "checkpoint-1", root / ".checkpoint-11.deleting")
     (root / "checkpoint-x").mkdir()
     (root / "runs").mkdir()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer_state.json"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path, name):
+    path = save(tmp_path, 1, history=[])
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert [found.condition for found in survey(tmp_path)] == ["damaged"]
+    assert newest_checkpoint(tmp_path) is None
+    assert not looks_whole(path)
 
 
 def test_what_each_is_good_for_and_why_not(tmp_path):
