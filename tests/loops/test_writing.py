@@ -180,11 +180,11 @@ def test_a_failing_hook_leaves_nothing_and_the_writer_usable(tmp_path):
 
 
 def test_a_directory_without_a_state(tmp_path):
-    done = []
+    path, seen = tmp_path / "model", []
     with Writer() as writer:
-        path = writer.write(tmp_path / "model", lambda hidden: (hidden / "a.txt").write_text("a"), then=lambda: done.append(path))
+        writer.write(path, lambda hidden: (hidden / "a.txt").write_text("a"), then=lambda: seen.append(path.is_dir()))
         writer.wait()
-        assert done == [path]
+        assert seen == [True]
         assert json.loads((path / "manifest.json").read_text())["files"]["a.txt"]["size"] == 1
         assert writer.nbytes == 0
 
