@@ -59,6 +59,18 @@ class MissingDependencyError(FtsError, ImportError):
     """An optional package or a piece of hardware is needed and absent."""
 
 
+class HubError(FtsError, RuntimeError):
+    """The Hugging Face Hub could not be reached, or refused what was asked; nothing on the disk is lost.
+
+    Attributes:
+        refused: whether it is so at each try, for example because the token is wrong.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
 class CallbackError(FtsError, RuntimeError):
     """A callback raised; the original exception is the cause."""
 

@@ -13,8 +13,8 @@ PAGE = TESTS.parent / "docs" / "parity.md"
 NAMES = TESTS / "reference_names.txt"
 STATES = re.compile(r"works(: .+)?|needs .+|not yet")
 TEST = re.compile(r"`([\w/]+\.py)::(\w+(?:::\w+)?)`")
-MAY_BE_MISSING = re.compile(  # search, hub, model cards, trackers, several processes
-    r"hyperparameter_search|init_hf_repo|create_model_card|(set_)?push_to_hub|report_to|fsdp(_config)?|deepspeed"
+MAY_BE_MISSING = re.compile(  # search, trackers, several processes
+    r"hyperparameter_search|report_to|fsdp(_config)?|deepspeed"
     r"|propagate_args_to_deepspeed|parallelism_config"
 )
 
@@ -93,23 +93,16 @@ def argument(name, value):
 
 CALLS = {
     "report_to": argument("report_to", "tensorboard"),
-    "push_to_hub": argument("push_to_hub", True),
     "fsdp": argument("fsdp", "full_shard"),
     "fsdp_config": argument("fsdp_config", {"min_num_params": 1}),
     "deepspeed": argument("deepspeed", {"zero_optimization": {"stage": 2}}),
     "parallelism_config": argument("parallelism_config", object()),
-    "set_push_to_hub": lambda trainer: trainer.args.set_push_to_hub("me/it"),
-    "create_model_card": lambda trainer: trainer.create_model_card(),
     "hyperparameter_search": lambda trainer: trainer.hyperparameter_search(),
-    "init_hf_repo": lambda trainer: trainer.init_hf_repo(),
     "propagate_args_to_deepspeed": lambda trainer: trainer.propagate_args_to_deepspeed(),
 }
-METHODS = {"push_to_hub": lambda trainer: trainer.push_to_hub()}
 
 
 @pytest.mark.parametrize("key", NOT_YET, ids=".".join)
 def test_what_is_not_yet_there_says_so(key, tmp_path):
-    section, name = key
-    call = METHODS[name] if section.startswith("Trainer: ") and name in METHODS else CALLS[name]
     with pytest.raises(fts.errors.FtsError, match="not yet"):
-        call(make_trainer(tmp_path))
+        CALLS[key[1]](make_trainer(tmp_path))

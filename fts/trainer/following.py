@@ -14,6 +14,7 @@ from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Rol
 from fts.loops.interrupting import StopRequest
 from fts.randomness import EVALUATION, fold, seed_generators
 from fts.state import TrainState
+from fts.trainer import hub
 from fts.trainer.batch_size import empty_cache
 from fts.trainer.best import note_best
 from fts.trainer.callbacks import close_bars
@@ -102,6 +103,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
         like, transform = teller.stepping.state, run.optimizing.transform
         load_best(model, told.best_model_checkpoint, like, transform, model_only=args.save_only_model)
     trainer.tell("on_train_end")
+    hub.push_last(trainer)
     return TrainOutput(told.global_step, loss, metrics)
 
 

@@ -14,7 +14,7 @@ from fts.errors import CallbackError, CheckpointError
 from fts.loops import Position, StepEnd
 from fts.loops.judging import is_whole
 from fts.state import TrainState, is_donated
-from fts.trainer import saving
+from fts.trainer import hub, saving
 from fts.trainer.batch_size import is_out_of_memory
 from fts.trainer.callbacks import export_callbacks
 from fts.trainer.choices import SaveStrategy
@@ -68,6 +68,8 @@ class Keeping:
         path = root / f"checkpoint-{told.global_step}"
         if told.best_global_step == told.global_step:
             told.best_model_checkpoint = str(path)
+        limit, best = trainer.args.save_total_limit, told.best_model_checkpoint
+        rotate = partial(loops.rotate_checkpoints, root, limit, best, latest=path)
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
         if run.optimizing.steps:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
@@ -85,10 +87,8 @@ class Keeping:
                 args=trainer.args,
                 trainer_state=told,
                 extra=extra,
-                own_save=trainer.save_model if overridden(trainer, "save_model") else None,
-                then=partial(
-                    loops.rotate_checkpoints, root, trainer.args.save_total_limit, told.best_model_checkpoint, latest=path
-                ),
+                own_save=partial(hub.save_without_push, trainer) if overridden(trainer, "save_model") else None,
+                then=hub.after_save(trainer, self.writer, path, rotate),
             )
 
     def rescue(self, error: Exception, last: StepEnd | None) -> None:

@@ -21,7 +21,7 @@ from fts.loops.history import TRAINER_STATE
 from fts.loops.placement import moved
 from fts.randomness import seed_generators
 from fts.steps.precision import autocast, autocast_dtype
-from fts.trainer import evaluation, loading, optimizing, reports, saving
+from fts.trainer import cards, evaluation, hub, loading, optimizing, reports, saving
 from fts.trainer.accelerating import make_accelerator
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.batch_size import halve_until_fits, restorer
@@ -163,6 +163,10 @@ class Trainer:
         shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
         mine = [DefaultFlowCallback, *(callbacks or ()), shown]
         self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
+        self._repository: hub.Repository | None = None
+        self._uploads = hub.Uploads()
+        if self.args.push_to_hub:
+            hub.prepare(self)
         self.tell("on_init_end")
 
     # Training
@@ -223,6 +227,9 @@ class Trainer:
         self.is_in_train = True
         try:
             return follow(self, run, ignore_keys)
+        except BaseException:
+            self._uploads.leave()
+            raise
         finally:
             self.is_in_train = False
 
@@ -531,10 +538,15 @@ class Trainer:
     # Files and reports
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
-        """Write the model, its processing class and the arguments; by default to `output_dir` of the arguments."""
+        """Write the model, its processing class and the arguments; by default to `output_dir` of the arguments.
+
+        With `push_to_hub` they are uploaded, too.
+        """
         if self.is_world_process_zero():
             directory = str(self.args.output_dir) if output_dir is None else output_dir
             saving.save_model(self.model, directory, self.processing_class, self.args)
+        if self.args.push_to_hub and not _internal_call:
+            hub.push_saved(self)
 
     def save_state(self) -> None:
         """Write `trainer_state.json` to `output_dir`."""
@@ -631,17 +643,74 @@ class Trainer:
         """Not there yet: raises ArgumentError."""
         raise not_yet("Trainer.hyperparameter_search", "Loop over Trainer(...).train() yourself, with model_init")
 
-    def init_hf_repo(self, token: str | None = None) -> None:
-        """Not there yet: raises ArgumentError."""
-        raise not_yet("Trainer.init_hf_repo", "Use huggingface_hub.create_repo")
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository that `hub_model_id` names, unless it is there; see `hub_token` and `hub_private_repo`.
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there yet: raises ArgumentError."""
-        raise not_yet("Trainer.push_to_hub", "Use save_model, then huggingface_hub.upload_folder")
+        Raises:
+            HubError: it could not be done.
+        """
+        hub.init_repository(self, token, private)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Not there yet: raises ArgumentError."""
-        raise not_yet("Trainer.create_model_card", "Use huggingface_hub.ModelCard")
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model with its processing class and its card, and upload `output_dir`, without checkpoints, to the Hub.
+
+        Args:
+            commit_message: of the commit.
+            blocking: wait until it is uploaded.
+            token: to upload with, instead of `hub_token`.
+            revision: the branch, instead of `hub_revision`.
+            private: whether a new repository is private, instead of `hub_private_repo`.
+            **kwargs: for `create_model_card`.
+
+        Returns:
+            huggingface_hub's CommitInfo, a text with the address of the commit; its future unless `blocking`.
+
+        Raises:
+            HubError: it could not be uploaded; everything is in `output_dir`.
+        """
+        return hub.push(self, commit_message, blocking, token, revision, private, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write a draft of a model card, `README.md`, to `output_dir`.
+
+        Args:
+            language: of the model.
+            license: by default that of the model on the Hub that training began with.
+            tags: for the metadata; those of a card that is there stay.
+            model_name: the title; the name of `output_dir` if not given.
+            finetuned_from: the model on the Hub that training began with; found in the model's configuration if not given.
+            tasks: identifiers of what the model is for, such as "text-classification".
+            dataset_tags: identifiers of the data sets on the Hub.
+            dataset: the names of the data sets for people.
+            dataset_args: their configurations.
+        """
+        if self.is_world_process_zero():
+            said = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
+            cards.write_card(self, *said)
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """The repository on the Hub, with its owner; None until the Hub has told it."""
+        return None if self._repository is None else self._repository.id
 
     # The functional core
 

@@ -1,6 +1,6 @@
 """Arguments that this version of fts has no code for: turning one on is an error, so that none is silently ignored.
 
-What merely says how such a thing would work (`hub_model_id`, `run_name`, `ddp_bucket_cap_mb` …) is kept as given: without its
+What merely says how such a thing would work (`run_name`, `ddp_bucket_cap_mb` …) is kept as given: without its
 switch it has no effect in Hugging Face's Trainer either.
 """
 
@@ -33,7 +33,6 @@ NOT_YET: dict[str, Missing] = {
         bool,
         "Use report_to='none', and a callback with on_log(args, state, control, logs, **kwargs) to send logs elsewhere.",
     ),
-    "push_to_hub": Missing(bool, "Use Trainer.save_model, then huggingface_hub.upload_folder."),
     "fsdp": Missing(bool, "Leave it out to train in one process."),
     "fsdp_config": Missing(bool, "Leave it out to train in one process."),
     "deepspeed": Missing(bool, "Leave it out to train in one process."),
@@ -53,10 +52,10 @@ def check_is_there(name: str, value: Any, *, given: Any = None) -> None:
         value: as it would be kept.
         given: as it was given, for the message.
 
-    >>> check_is_there("push_to_hub", True)
+    >>> check_is_there("sortish_sampler", True)
     Traceback (most recent call last):
         ...
-    fts.errors.ArgumentError: push_to_hub=True is not yet in this version of fts. Use Trainer.save_model, then ...
+    fts.errors.ArgumentError: sortish_sampler=True is not yet in this version of fts. Use group_by_length=True, which ...
     """
     missing = NOT_YET.get(name)
     if missing is not None and missing.on(value):

@@ -25,7 +25,6 @@ def refuses(name, value, message, error=ArgumentError):
 
 ASKED = {
     "report_to": ["tensorboard", ["wandb", "mlflow"], "all", ["all"]],
-    "push_to_hub": [True],
     "fsdp": ["full_shard auto_wrap", True, ["full_shard"]],
     "fsdp_config": [{"min_num_params": 2000}, '{"min_num_params": 2000}', "fsdp.json"],
     "deepspeed": ["ds.json", {"zero_optimization": {"stage": 2}}],
@@ -178,15 +177,13 @@ def test_what_a_launcher_turns_on_is_not_ignored(variable, monkeypatch):
 
 def test_settings_without_their_switch_are_kept():
     kept = {
-        "hub_model_id": "me/it",
-        "hub_strategy": "end",
         "run_name": "one",
         "ddp_find_unused_parameters": False,
         "project": "p",
     }
     args = TrainingArguments(**kept)
     assert {name: getattr(args, name) for name in kept} == kept
-    assert json.loads(args.to_json_string())["hub_model_id"] == "me/it"
+    assert json.loads(args.to_json_string())["run_name"] == "one"
 
 
 def test_all_errors_are_ours():

@@ -28,9 +28,11 @@ CALLS = [
         "set_dataloader",
         {"train_batch_size": 16, "eval_batch_size": 64, "num_workers": 2, "prefetch_factor": 2, "sampler_seed": 1},
     ),
+    ("set_push_to_hub", {"model_id": "me/awesome-model"}),
+    ("set_push_to_hub", {"model_id": "it", "strategy": "checkpoint", "token": "t", "private_repo": True, "revision": "dev"}),
     ("set_dataloader", {"drop_last": True, "pin_memory": False, "auto_find_batch_size": True, "ignore_data_skip": True}),
 ]
-NAMES = sorted({name for name, _ in CALLS} | {"set_push_to_hub"})
+NAMES = sorted({name for name, _ in CALLS})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +72,5 @@ def test_steps_need_a_number(name):
 
 
 def test_what_is_not_there_is_an_error():
-    with pytest.raises(ArgumentError, match="push_to_hub=True is not yet in this version of fts"):
-        TrainingArguments().set_push_to_hub("me/awesome-model")
     with pytest.raises(ArgumentError, match="report_to='wandb' is not yet in this version of fts"):
         TrainingArguments().set_logging(report_to="wandb")
