@@ -1,4 +1,4 @@
-"""Tensors and small documents in files: how they are laid out, written and read, in directories that are whole or absent."""
+"""Tensors, documents and records as files: how they are written so that one notices damage, and read with suspicion."""
 
 from fts.storage.documents import read_document, whole_number
 from fts.storage.files import Written, file_in, flush, measure, write_image
