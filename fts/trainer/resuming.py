@@ -26,7 +26,7 @@ from fts.trainer.tally import Tally
 UNHEEDED = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
 """Arguments that a comparison leaves out: those that only scripts read, and the seeds, which have lines of their own."""
 
-SHAPING = ("optim", "max_grad_norm", "weight_decay", "nonfinite")
+SHAPING = ("optim", "max_grad_norm", "weight_decay")
 """Arguments that decide which tensors an optimizer's state has."""
 
 

@@ -37,6 +37,7 @@ from fts.trainer.resuming import (
     tally_of,
     written_of,
 )
+from fts.trainer.restoring import load_state
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
 from fts.trainer.state import TrainerState
@@ -215,7 +216,7 @@ def _moved(position: Position, old: Cut, new: Cut) -> Position:
 
 def _load(args: TrainingArguments, checkpoint: Path, like: TrainState) -> tuple[TrainState, Position]:
     try:
-        return loops.load_checkpoint(checkpoint, like=like)
+        return load_state(checkpoint, like)
     except CheckpointError as error:
         if not is_whole(checkpoint):
             raise

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fts import loops, steps, transforms as tx
+from fts import steps, transforms as tx
 from fts.errors import ArgumentError
 from fts.state import WEIGHTS, TrainState
 from fts.storage import has_tensors, read_tensors
+from fts.trainer.restoring import load_state
 from fts.typing import Transform
 
 ADAPTERS = "adapter_model.safetensors"
@@ -43,7 +44,7 @@ def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Tr
     if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
         load_weights(model, checkpoint)
         return
-    state, _ = loops.load_checkpoint(checkpoint, like=like)
+    state, _ = load_state(checkpoint, like)
     leave_evaluated(model, state, transform, anyway=True)
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fts import steps, transforms as tx
-from fts.errors import ArgumentError, NonFiniteError
+from fts import TrainState, loops, steps, transforms as tx
+from fts.errors import ArgumentError, CheckpointError, NonFiniteError
 from fts.trainer import TrainerCallback
 from tests.trainer.helpers import Linear, Regression, losses, make_trainer, rows
 
@@ -186,8 +186,100 @@ def test_a_torch_schedule_cannot_roll_back(tmp_path):
         trainer_on(with_bad(), tmp_path, model, optimizers=(optimizer, schedule), nonfinite="rollback").train()
 
 
-def test_another_policy_on_resume_is_said_where_it_does_not_fit(tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch", "schedule_free_adamw"])
+@pytest.mark.parametrize(("before", "after"), [("raise", "skip"), ("skip", "raise")])
+def test_a_run_resumes_with_another_policy_bit_for_bit(tmp_path, caplog, before, after, optim):
+    caplog.set_level("INFO", "fts.trainer.restoring")
+    options = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    whole = trainer_on(rows(22), tmp_path, nonfinite=before, **options)
+    whole.train()
+    resumed = trainer_on(rows(22), tmp_path, nonfinite=after, **options)
+    resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert_same(whole, resumed)
+    (record,) = [record for record in caplog.records if record.name == "fts.trainer.restoring"]
+    assert ("their count begins at 0" if after == "skip" else "counts 0 skipped updates: this run skips none") in record.message
+
+
+def test_a_run_that_a_nan_ended_goes_on_as_its_error_advises(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 100}
+    with pytest.raises(NonFiniteError):
+        trainer_on(with_bad(), tmp_path, **options).train()
+    resumed = trainer_on(with_bad(), tmp_path, nonfinite="skip", **options)
+    resumed.train(resume_from_checkpoint=True)
+    skipping = trainer_on(with_bad(), tmp_path / "skipping", nonfinite="skip")
+    skipping.train()
+    assert_same(resumed, skipping)
+
+
+def test_the_best_checkpoint_is_loaded_that_was_written_under_another_policy(tmp_path):
+    scores = iter([1.0, 0.0, 0.0, 0.0, 0.0])
+    own = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}
+    options = own | {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    options |= {"compute_metrics": lambda found: {"score": next(scores)}}
+    trainer_on(rows(22), tmp_path, **options, max_steps=4).train()
+    best = trainer_on(rows(22), tmp_path / "best", max_steps=2, **own)
+    best.train()
+    resumed = trainer_on(rows(22), tmp_path, **options, nonfinite="skip", max_steps=6)
+    resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert resumed.state.best_global_step == 2
+    for name, tensor in resumed.model.named_parameters():
+        assert torch.equal(tensor, dict(best.model.named_parameters())[name])
+
+
+def test_another_optimizer_is_no_other_policy(tmp_path):
     trainer_on(rows(22), tmp_path, save_strategy="steps", save_steps=2).train()
-    resumed = trainer_on(rows(22), tmp_path, nonfinite="skip")
-    with pytest.raises(Exception, match=r"nonfinite: skip \(from args\) != raise \(from training_args.json\)"):
+    resumed = trainer_on(rows(22), tmp_path, optim="sgd", nonfinite="skip")
+    with pytest.raises(CheckpointError, match=r"These arguments decide.*optim: sgd \(from args\) != adamw_torch"):
         resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
+def test_after_rolling_back_no_checkpoint_is_of_steps_that_were_taken_back(tmp_path):
+    data = with_bad(64, math.nan, 44)
+    options = {"nonfinite": "rollback", "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    counts = Counts()
+    trainer = trainer_on(data, tmp_path, callbacks=[counts], **options)
+    trainer.train()
+    assert counts.steps == [*range(1, 12), *range(11, 16)]  # step 12 failed; back to the checkpoint of step 10
+    resumed = trainer_on(data, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(trainer, resumed)
+
+
+def test_an_error_right_after_rolling_back_writes_no_mixed_checkpoint(tmp_path):
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            if index == 28:
+                raise OSError("the server is gone")
+            return with_bad(40, math.nan, 24)[index]
+
+    trainer = trainer_on(Data(), tmp_path, nonfinite="rollback", save_strategy="steps", save_steps=4, max_steps=10)
+    with pytest.raises(OSError, match="the server is gone"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    good = trainer_on(
+        with_bad(40, math.nan, 24), tmp_path / "good", max_steps=10, save_strategy="steps", save_steps=4, nonfinite="ignore"
+    )
+    good.train()
+    one, two = (loops.load_checkpoint(root / "checkpoint-4", like=state_of(good))[0] for root in (tmp_path, tmp_path / "good"))
+    assert all(torch.equal(one.params[name], two.params[name]) for name in two.params)
+
+
+def state_of(trainer):
+    return TrainState.create(trainer.model, trainer.build_step().transform)
+
+
+def test_an_evaluation_before_the_copy_stays(tmp_path, monkeypatch):
+    """The copy is of the state after all that was due at its step, so that a rate which an evaluation moved stays moved."""
+    monkeypatch.setattr("fts.trainer.faults.EVERY", 3)
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}}
+    options |= {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss", "logging_steps": 1}
+    trainer = trainer_on(with_bad(42, math.nan, 33), tmp_path, nonfinite="rollback", max_steps=9, **options)
+    trainer.train()
+    rates = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == [3, 6, 9]
+    assert rates[7] == pytest.approx(rates[6] / 10)
