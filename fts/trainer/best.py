@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,7 +48,7 @@ def metric_of(args: TrainingArguments, metrics: dict[str, float]) -> float:
 
 
 def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
-    """Record an evaluation in the state if it is the best so far.
+    """Record an evaluation in the state if it is the best so far; one that is NaN never is.
 
     Args:
         args: say which metric decides.
@@ -66,13 +67,31 @@ def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, fl
     """
     if args.metric_for_best_model is None:
         return False
-    value, best = metric_of(args, metrics), told.best_metric
-    is_best = best is None or (value > best if args.greater_is_better else value < best)
+    value = metric_of(args, metrics)
+    is_best = is_better(args, value, told.best_metric)
     if is_best:
         told.best_metric = value
         if args.save_strategy != SaveStrategy.NO:
             told.best_global_step = told.global_step
     return is_best
+
+
+def is_better(args: TrainingArguments, value: float, best: float | None, threshold: float = 0.0) -> bool:
+    """Whether a figure is better than the best so far.
+
+    Args:
+        args: `greater_is_better`.
+        value: the figure. NaN is never better, and anything else is better than NaN.
+        best: the best so far; None where there is none.
+        threshold: by how much it must be better.
+
+    >>> args = TrainingArguments(metric_for_best_model="loss")
+    >>> is_better(args, 0.4, 0.5), is_better(args, math.nan, None), is_better(args, 0.5, math.nan)
+    (True, False, True)
+    """
+    if math.isnan(value) or best is None or math.isnan(best):
+        return not math.isnan(value)
+    return (value - best if args.greater_is_better else best - value) > threshold
 
 
 def _unknown(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:

@@ -23,6 +23,7 @@ from fts.trainer.foreign import is_transformers_checkpoint
 from fts.trainer.hooks import overridden
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.plan import Plan, make_plan, with_settings
+from fts.trainer.restoring import load_state
 from fts.trainer.resuming import (
     SHAPING,
     Cut,
@@ -37,7 +38,6 @@ from fts.trainer.resuming import (
     tally_of,
     written_of,
 )
-from fts.trainer.restoring import load_state
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
 from fts.trainer.state import TrainerState

@@ -199,8 +199,9 @@ class Greedy:
         place = memory["seen"] % self.window_size
         here = torch.arange(self.window_size, device=metric.device) == place
         dropped = torch.where(here, memory["window"], 0.0).sum()
-        memory["sum"] = memory["sum"] + metric - dropped
         memory["window"] = torch.where(here, metric, memory["window"])
+        total = memory["sum"] + metric - dropped
+        memory["sum"] = torch.where(total.isfinite(), total, memory["window"].sum())  # NaN goes when it leaves the window
         memory["seen"] = memory["seen"] + 1
         return memory["sum"] / memory["seen"].clamp(max=self.window_size)
 

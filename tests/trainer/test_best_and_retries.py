@@ -1,10 +1,13 @@
 """The best weights are those that were evaluated; a retry with a smaller batch begins where the first try did."""
 
+import math
+
 import pytest
 import torch
 
-from fts.trainer import TrainerCallback
-from tests.trainer.helpers import Linear, Regression, losses, make_trainer
+from fts.trainer import TrainerCallback, TrainerState
+from fts.trainer.best import note_best
+from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 BEST = {
     "num_train_epochs": 4,
@@ -21,6 +24,28 @@ def test_the_best_of_a_schedule_free_run_is_what_was_evaluated(tmp_path):
     trainer = make_trainer(tmp_path, Regression(dropout=0.0), optim="schedule_free_adamw", **BEST)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [math.nan, 1.0])
+@pytest.mark.parametrize("greater", [True, False])
+def test_an_evaluation_that_is_nan_is_never_the_best(tmp_path, first, greater):
+    scores = iter([first, 0.5, math.nan, 0.5])
+    judged = {
+        "metric_for_best_model": "score",
+        "greater_is_better": greater,
+        "compute_metrics": lambda _: {"score": next(scores)},
+    }
+    trainer = make_trainer(tmp_path, **(BEST | judged))
+    trainer.train()
+    best = 1 if greater and first == 1.0 else 2
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == ((1.0, 6) if best == 1 else (0.5, 12))
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{6 * best}", "checkpoint-24"}
+
+
+def test_a_resumed_run_forgets_a_best_that_is_nan():
+    told = TrainerState(best_metric=math.nan, best_global_step=3, global_step=6)  # as transformers' Trainer writes it
+    assert note_best(arguments("unused", metric_for_best_model="loss", save_strategy="steps"), told, {"eval_loss": 2.0})
+    assert (told.best_metric, told.best_global_step) == (2.0, 6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])

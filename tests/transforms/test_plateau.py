@@ -88,6 +88,16 @@ def test_greedy_is_that_of_transformers(options, mode, seed):
     assert len(set(ours)) > 1
 
 
+def test_greedy_forgets_a_nan_that_has_left_its_window():
+    rule, lr = tx.Greedy(smooth=True, window_size=3, patience=0), torch.tensor(0.1, dtype=torch.float64)
+    memory = rule.start(lr)
+    metrics = [1.0, math.nan, 2.0, 3.0, 7.0]
+    for number, metric in enumerate(metrics):
+        lr, memory = rule.after(lr, memory, torch.tensor(metric, dtype=torch.float64))
+        known = metrics[max(0, number - 2) : number + 1]
+        assert float(memory["sum"]) == pytest.approx(sum(known), nan_ok=True)
+
+
 MAKERS = {
     "sgd": lambda lr: tx.sgd(lr, momentum=0.9),
     "adamw": lambda lr: tx.adamw(lr, weight_decay=0.1),

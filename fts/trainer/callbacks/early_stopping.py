@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from fts.errors import ArgumentError
+from fts.trainer.best import is_better
 from fts.trainer.callbacks.base import TrainerCallback
 from fts.trainer.choices import IntervalStrategy
 from fts.trainer.figures import best_metric_name
@@ -50,10 +51,8 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         self._stop(control)
 
     def check_metric_value(self, args: Any, state: Any, control: Any, metric_value: float) -> None:
-        """Count one evaluation: from 0 again if it is better than those before, whose best one the state has."""
-        best = state.best_metric
-        gain = None if best is None else (metric_value - best if args.greater_is_better else best - metric_value)
-        better = gain is None or gain > (self.early_stopping_threshold or 0.0)
+        """Count one evaluation: from 0 again if it is better than those before, whose best one the state has; NaN never is."""
+        better = is_better(args, metric_value, state.best_metric, self.early_stopping_threshold or 0.0)
         self.early_stopping_patience_counter = 0 if better else self.early_stopping_patience_counter + 1
 
     def _stop(self, control: Any) -> None:

@@ -1,9 +1,11 @@
 import logging
+import math
 
 import pytest
 
 from fts.errors import ArgumentError
 from fts.trainer import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
+from fts.trainer.best import note_best
 from tests.trainer.helpers import make_trainer
 
 transformers = pytest.importorskip("transformers")
@@ -33,6 +35,18 @@ def test_it_counts_as_transformers_does(greater, threshold):
     values = [1.0, 1.5, 1.25, 0.5, 0.5, 0.25, 2.0, 1.0]
     ours = stops(EarlyStoppingCallback(2, threshold), values, greater_is_better=greater)
     assert ours == stops(transformers.EarlyStoppingCallback(2, threshold), values, greater_is_better=greater)
+
+
+def test_nan_is_no_progress():
+    stopper = EarlyStoppingCallback(2)
+    args, state = TrainingArguments(metric_for_best_model="loss", eval_strategy="epoch"), TrainerState()
+    counts = []
+    for value in (math.nan, 3.0, math.nan, 2.0, math.nan, math.nan):
+        control = TrainerControl()
+        stopper.on_evaluate(args, state, control, metrics={"eval_loss": value})
+        note_best(args, state, {"eval_loss": value})
+        counts.append((stopper.early_stopping_patience_counter, control.should_training_stop))
+    assert counts == [(1, False), (0, False), (1, False), (0, False), (1, False), (2, True)]
 
 
 def test_the_rule_may_be_overridden():
