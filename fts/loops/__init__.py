@@ -28,6 +28,7 @@ from fts.loops.replaying import Replayed, replay
 from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
 from fts.loops.timing import Timer, every_interval
+from fts.loops.window import Window
 from fts.loops.writing import Writer
 from fts.storage.whole import write_whole
 
@@ -52,6 +53,7 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "Timer",
+    "Window",
     "Writer",
     "cadence",
     "evaluate",

@@ -32,6 +32,7 @@ def fit(
     save: Save | None = None,
     donate: bool = True,
     skip_nonfinite: bool = False,
+    window: Window | None = None,
 ) -> Iterator[Event]:
     """Fold a step over data and tell what happens, as a generator of events; nothing runs until it is iterated.
 
@@ -55,6 +56,7 @@ def fit(
         save: `(state, position) -> path`.
         donate: let the step reuse the storage of old states (`fts.steps.donating`).
         skip_nonfinite: leave values that are NaN or infinite out of the logged means, unless all are; the steps are not changed.
+        window: collects the metrics between two logs; by default one that nobody else reads, so that those of an error are lost.
 
     Returns:
         An iterator of events.
@@ -79,7 +81,8 @@ def fit(
         from fts.steps import donating
 
         step = donating(step)
-    window = Window(getattr(step, "check", None), skip_nonfinite)
+    window = Window(skip_nonfinite=skip_nonfinite) if window is None else window
+    window.check = getattr(step, "check", None)
     return _fit(step, state, batches, total_steps, epochs, start, plan, evaluate, save, window)
 
 

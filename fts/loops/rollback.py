@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fts.errors import ArgumentError, NonFiniteError, SpikeError
 from fts.loops.cadence import Counters
-from fts.loops.events import Event, RolledBack, StepBegin, StepEnd
+from fts.loops.events import Event, RolledBack, Saved, StepBegin, StepEnd
 from fts.loops.fit import attribute_of
 from fts.loops.position import Position
 from fts.state import TrainState
@@ -47,7 +47,8 @@ def rolling_back(
             transform such as `tx.skip_nonfinite(..., limit=1)` or `tx.skip_spikes(..., limit=1)` do.
         state: the first state.
         start: where in the data to begin.
-        every: a copy of the state is kept in memory every so many steps.
+        every: a copy of the state is kept in memory every so many steps, and wherever a checkpoint was saved, so that none is of
+            steps that the run takes back.
         limit: so many faults are answered in this way; the next is raised.
         faults: the errors that are.
         restore: gives the state to go on from, such as that of the last checkpoint, instead of a copy in memory.
@@ -92,13 +93,18 @@ def _rolling_back(
 ) -> Iterator[Event]:
     for count in range(limit + 1):
         reached = Counters(epoch=start.epoch, batch=start.batch)
+        due = False
         try:
             for event in run(state, start):
                 if isinstance(event, StepBegin):
+                    if due:  # what is done between two steps may write into the state, as where an evaluation moves the rate
+                        good, due = detached(event.state), False
                     reached = attrs.evolve(event.counters, batch=event.counters.batch + 1)
+                elif isinstance(event, StepEnd):
+                    due = due or (restore is None and event.counters.step % every == 0)
+                elif isinstance(event, Saved):
+                    due = restore is None
                 yield event
-                if isinstance(event, StepEnd) and restore is None and event.counters.step % every == 0:
-                    good = detached(event.state)
             return
         except faults as error:
             if count == limit:

@@ -31,7 +31,7 @@ class Window:
     """
 
     def __init__(self, check: Callable[[Metrics], None] | None = None, skip_nonfinite: bool = False) -> None:
-        self._check = check
+        self.check = check
         self._skip_nonfinite = skip_nonfinite
         self._kept: list[Metrics] = []
         self._sums: dict[str, float] = {}
@@ -66,14 +66,14 @@ class Window:
             self._counts[name] = self._counts.get(name, 0) + len(counted)
         self._steps += len(kept)
         self._last = {name: numbers[-1] for name, numbers in zip(columns, values, strict=True) if name in kept[-1]}
-        if self._check is not None and any(_on_device(column[0]) for column in columns.values()):
+        if self.check is not None and any(_on_device(column[0]) for column in columns.values()):
             self._check_each(kept, dict(zip(columns, map(iter, values), strict=True)))
 
     def _check_each(self, kept: list[Metrics], values: dict[str, Any]) -> None:
-        assert self._check is not None
+        assert self.check is not None
         for metrics in kept:
             read = {name: torch.tensor(next(values[name]), dtype=torch.float64) for name in metrics if name in values}
-            self._check({name: value.to(_dtype(metrics[name])) for name, value in read.items()})
+            self.check({name: value.to(_dtype(metrics[name])) for name, value in read.items()})
 
 
 def _columns(kept: list[Metrics]) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fts import loops, steps
 from fts.errors import ArgumentError
-from fts.loops import Logged, Position, RolledBack
+from fts.loops import Position, RolledBack, Saved, StepBegin, StepEnd
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
@@ -97,23 +97,28 @@ class Remembered:
 
     def __init__(self, told: TrainerState, tally: Tally, callbacks: list[Any]) -> None:
         self.told, self.tally, self.callbacks = told, tally, callbacks
+        self.due = False
         self.keep()
 
     def keep(self) -> None:
         """Remember how things are now."""
         self.kept = copy.deepcopy((self.told, self.tally, export_callbacks(self.callbacks)))
 
-    def is_due(self, step: int) -> bool:
+    def reads_at(self, step: int) -> bool:
         """Whether the loop's figures are to be read after this update, so that what is known is that of the copy."""
         return step % EVERY == 0
 
-    def at(self, event: Logged) -> None:
-        """Remember what is known where a copy of the state is kept, too."""
-        if self.is_due(event.counters.step):
+    def see(self, event: loops.Event) -> None:
+        """Remember what is known where a copy of the state is kept, too: before the step after a save, or after every so many."""
+        if isinstance(event, StepBegin) and self.due:
             self.keep()
+            self.due = False
+        elif isinstance(event, (StepEnd, Saved)):
+            self.due = self.due or isinstance(event, Saved) or self.reads_at(event.counters.step)
 
     def go_back(self, event: RolledBack) -> None:
         """Bring everything back to where it was at the copy."""
+        self.due = False
         told, tally, callbacks = copy.deepcopy(self.kept)
         for name in [item.name for item in fields(told)]:
             setattr(self.told, name, getattr(told, name))

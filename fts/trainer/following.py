@@ -23,7 +23,7 @@ from fts.trainer.counting import Counting
 from fts.trainer.evaluation import EvaluationLeft
 from fts.trainer.faults import CHOICES, Remembered, rolling_back
 from fts.trainer.flags import Wanted
-from fts.trainer.keeping import Keeping
+from fts.trainer.keeping import Keeping, time_left
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.outputs import TrainOutput
 from fts.trainer.reports import speed_metrics
@@ -65,17 +65,17 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     writer = loops.Writer(background=args.async_save)
     teller = Teller(trainer, run, ignore_keys, start, writer)
     trainer.tell("on_train_begin")
-    if args.eval_on_start:
-        teller.run_evaluation()
     with (
         writer,
-        loops.interruptible(max_time=args.max_time) as request,
+        loops.interruptible(max_time=time_left(args.max_time, since=trainer.started)) as request,
         in_train_mode(model),
         noisy_embeddings(model, args.neftune_noise_alpha),
         watched(model, args.debug),
     ):
         trainer.request = teller.request = request
         try:
+            if args.eval_on_start:
+                teller.evaluate_first()
             if run.owes:
                 teller.make_up(run.state)
             events = rolling_back(args, model, teller.events, run.state, run.start)
@@ -85,7 +85,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             if isinstance(error, NonFiniteError):
                 error.add_note(CHOICES)
             if isinstance(error, Exception):
-                teller.keeping.rescue(error, teller.last)
+                teller.rescue(error)
             raise
         finally:
             trainer.request = None
@@ -101,7 +101,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     if args.load_best_model_at_end and told.best_model_checkpoint is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, told.best_model_checkpoint)
         like, transform = teller.stepping.state, run.optimizing.transform
-        load_best(model, told.best_model_checkpoint, like, transform, model_only=args.save_only_model)
+        load_best(model, str(teller.keeping.here / told.best_model_checkpoint), like, transform, model_only=args.save_only_model)
     trainer.tell("on_train_end")
     hub.push_last(trainer)
     return TrainOutput(told.global_step, loss, metrics)
@@ -137,6 +137,7 @@ class Teller:
         self.last: StepEnd | None = None
         self.in_place: bool | None = None
         self.request = StopRequest()
+        self.window = loops.Window()
         self.leaving = False
         self.seed = run.state.seed
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
@@ -153,18 +154,19 @@ class Teller:
 
     def events(self, state: TrainState, start: Position) -> Iterator[loops.Event]:
         """The events of the loop, from a state and a position on."""
-        run = self.run
+        run, by_steps = self.run, self.trainer.args.max_steps > 0
+        self.window = loops.Window(skip_nonfinite=self.trainer.args.logging_nan_inf_filter)
         return loops.fit(
             self.stepping.step,
             state,
             run.drawn,
             total_steps=run.told.global_step if self.trainer.control.should_training_stop else run.plan.total_steps,
-            epochs=None if run.source.batches_per_epoch is None or run.cut.offset else run.plan.epochs,
+            epochs=None if run.source.batches_per_epoch is None or run.cut.offset or by_steps else run.plan.epochs,
             start=start,
             due=self.due,
             evaluate=self.evaluate,
             save=self.keeping.save,
-            skip_nonfinite=self.trainer.args.logging_nan_inf_filter,
+            window=self.window,
         )
 
     def tell_all(self, events: Iterator[Any]) -> None:
@@ -174,8 +176,11 @@ class Teller:
         batches, accumulate = self.batches, self.accumulate
         stepping = self.stepping
         stepping.watch()
+        memory = self.memory
         for event in events:
             kind = type(event)
+            if memory is not None:
+                memory.see(event)
             if kind is StepBegin:
                 control = trainer.control
                 control.should_log = control.should_evaluate = control.should_save = False
@@ -208,7 +213,11 @@ class Teller:
         if control.should_log and self.tally.read_at == counters.step:
             self._log()  # the loop has no new figures, because they were read for a checkpoint
         over = counters.moment in ("end", "stop")
-        read = over or (self.memory is not None and self.memory.is_due(counters.step))
+        if over and self.last is not None:
+            if self.request.poll():
+                self._leave(owes=self.keeping.owes)
+            control.should_save = self.keeping.lacks(counters.step, asked=self.leaving or control.should_save)
+        read = over or (self.memory is not None and self.memory.reads_at(counters.step))
         asked = control.should_log or control.should_evaluate or control.should_save
         if read or asked or control.should_training_stop or control.should_epoch_stop:
             return cast(Due, Wanted(self.trainer, read))
@@ -218,6 +227,7 @@ class Teller:
         """Evaluate the model, which has the state's weights, and note whether it is the best so far."""
         trainer, optimizing = self.trainer, self.run.optimizing
         trainer.control.should_evaluate = False
+        self.keeping.owes = True  # until it is done: also for a checkpoint after an error in it
         try:
             with evaluated_weights(trainer.model, state, optimizing.transform):
                 metrics = self.run_evaluation()
@@ -229,6 +239,7 @@ class Teller:
         is_best = note_best(trainer.args, self.told, metrics)
         if trainer.args.save_strategy == SaveStrategy.BEST:
             trainer.control.should_save = is_best
+        self.keeping.owes = False
         if self.request.poll():
             self._leave(owes=False)
         return metrics
@@ -240,9 +251,28 @@ class Teller:
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False  # who asks a run to stop does not want to wait
 
+    def evaluate_first(self) -> None:
+        """Evaluate before the first update."""
+        try:
+            self.run_evaluation()
+        except EvaluationLeft:
+            self.trainer.control.should_training_stop = True
+
+    def rescue(self, error: Exception) -> None:
+        """Write a checkpoint of the last update after an error, with the figures that the loop has not read."""
+        if self.last is None:
+            return
+        means, last, steps = self.window.read()
+        if steps:
+            event = Logged(self.last.counters, means, last, steps)
+            self.tally.add(event, skip_nonfinite=self.trainer.args.logging_nan_inf_filter)
+        self.keeping.rescue(error, self.last)
+
     def make_up(self, state: TrainState) -> None:
         """Do what was due at the last step of an interrupted run, and that run had no time for: evaluate, and save with that."""
         self.run.optimizing.latest.state = state
+        history, step = self.told.log_history, self.told.global_step  # which may have it, where a callback failed after it
+        history[:] = [entry for entry in history if entry.get("step") != step or not any(map(_of_evaluation, entry))]
         self.evaluate(state)
         self.keeping.save(state, self.run.start)
         self.trainer.tell("on_save")
@@ -260,8 +290,6 @@ class Teller:
             self.tally.add(event, skip_nonfinite=trainer.args.logging_nan_inf_filter)
             if trainer.control.should_log:
                 self._log()
-            if self.memory is not None:
-                self.memory.at(event)
         elif kind is Saved:
             if trainer.callback_handler.listeners["on_save"]:
                 self.writer.wait()  # a callback finds the checkpoint in its place
@@ -269,6 +297,7 @@ class Teller:
         elif kind is RolledBack and self.memory is not None:
             self.memory.go_back(event)
             self.counting.forget()
+            self.last = None  # its state is one that the run took back
         elif kind is EpochBegin:
             trainer.control.should_epoch_stop = False
             trainer.tell("on_epoch_begin")
@@ -295,3 +324,7 @@ class Teller:
             self.trainer.log(logs, self.start)
         else:
             self.trainer.log(logs)
+
+
+def _of_evaluation(name: str) -> bool:
+    return name.startswith("eval_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import attrs
 from fts import loops
 from fts.errors import CallbackError, CheckpointError
 from fts.loops import Position, StepEnd
+from fts.loops.durations import seconds_of
 from fts.loops.judging import is_whole
 from fts.state import TrainState, is_donated
 from fts.trainer import hub, saving
@@ -40,7 +42,8 @@ class Keeping:
         writer: writes.
 
     Attributes:
-        owes: whether an evaluation was due at this step, and is left out because the run was asked to stop.
+        owes: whether an evaluation was due at this step, and is not done: the run was asked to stop, or it failed.
+        here: the directory that relative paths are of, also where the program goes to another one.
     """
 
     def __init__(self, trainer: Trainer, run: Run, stepping: Stepping, counting: Counting, writer: loops.Writer) -> None:
@@ -51,6 +54,8 @@ class Keeping:
         self.writer = writer
         self.timer = None if trainer.args.save_every is None else loops.every_interval(trainer.args.save_every)
         self.owes = False
+        self.here = Path.cwd()
+        self.saved: int | None = None
 
     def is_due(self) -> bool:
         """Whether a checkpoint is due by the clock."""
@@ -64,10 +69,12 @@ class Keeping:
             self.timer.reset()
         self.counting.settle(told)
         told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
-        root = Path(str(trainer.args.output_dir))
+        self.saved = told.global_step
+        given = Path(str(trainer.args.output_dir))
+        root = self.here / given
         path = root / f"checkpoint-{told.global_step}"
         if told.best_global_step == told.global_step:
-            told.best_model_checkpoint = str(path)
+            told.best_model_checkpoint = str(given / path.name)
         limit, best = trainer.args.save_total_limit, told.best_model_checkpoint
         rotate = partial(loops.rotate_checkpoints, root, limit, best, latest=path)
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
@@ -91,6 +98,21 @@ class Keeping:
                 then=hub.after_save(trainer, self.writer, path, rotate),
             )
 
+    @property
+    def saves(self) -> bool:
+        """Whether the run saves at all, and not the best evaluations alone."""
+        by_itself = self.trainer.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH)
+        return by_itself or self.timer is not None
+
+    def lacks(self, step: int, *, asked: bool) -> bool:
+        """Whether the last step of a run is still to be saved: where one is asked for, or the run saves at all.
+
+        Args:
+            step: the last one.
+            asked: whether a checkpoint of it is asked for.
+        """
+        return self.saved != step and (asked or self.saves)
+
     def rescue(self, error: Exception, last: StepEnd | None) -> None:
         """Write a checkpoint of the last update, after a callback failed, the data or a step; the error says where.
 
@@ -102,7 +124,7 @@ class Keeping:
             last: what is known of the last update; None if there was none.
         """
         args = self.trainer.args
-        saves = args.save_strategy != SaveStrategy.NO or self.timer is not None
+        saves = self.saves or args.save_strategy == SaveStrategy.BEST
         tried = args.auto_find_batch_size and is_out_of_memory(error)
         if last is None or is_donated(last.state) or isinstance(error, CheckpointError):
             return
@@ -113,10 +135,23 @@ class Keeping:
         path = Path(str(args.output_dir)) / f"checkpoint-{counters.step}"
         try:
             self.writer.wait()
-            if not is_whole(path):
+            if self.saved != counters.step or self.owes or not is_whole(self.here / path):
                 self.save(last.state, counters.position)
                 self.writer.wait()
         except Exception as second:  # noqa: BLE001 - the first one is what has to be told
             error.add_note(f"No checkpoint of step {counters.step} could be written: {type(second).__name__}: {second}")
             return
         error.add_note(f"A checkpoint of step {counters.step} was written: train(resume_from_checkpoint={str(path)!r}) goes on.")
+
+
+def time_left(limit: float | str | None, *, since: float) -> float | None:
+    """What is left of a limit, in seconds; None for no limit.
+
+    Args:
+        limit: as `loops.durations.seconds_of` reads it.
+        since: when it began, on the clock of `time.monotonic`.
+
+    >>> time_left("1h", since=time.monotonic()) <= 3600.0
+    True
+    """
+    return None if limit is None else max(0.0, seconds_of(limit) - (time.monotonic() - since))

@@ -160,6 +160,7 @@ class Trainer:
         self.control = TrainerControl()
         self._accelerator: Any = None
         self.request: StopRequest | None = None
+        self.started = time.monotonic()
         shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
         mine = [DefaultFlowCallback, *(callbacks or ()), shown]
         self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
@@ -197,6 +198,7 @@ class Trainer:
             DataError: the training set cannot be used.
             CallbackError: a callback raised; a checkpoint of the last update was written.
         """
+        self.started = time.monotonic()
         if self.train_dataset is None and not overridden(self, "get_train_dataloader"):
             raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
         if not overridden(self, "evaluate"):  # another one may have any metric

@@ -1,7 +1,9 @@
 """When and how checkpoints are written: beside training, by the clock, at a limit of time, after an error."""
 
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -9,9 +11,10 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fts import loops
-from fts.errors import ArgumentError, CallbackError, CheckpointError
+from fts.errors import ArgumentError, CallbackError, CheckpointError, Interrupted
 from fts.trainer import TrainerCallback, TrainingArguments
 from fts.trainer.arguments import training
 from tests.trainer.helpers import Regression, make_trainer, rows
@@ -97,7 +100,7 @@ def test_saving_by_the_clock_is_independent_of_steps(tmp_path, monkeypatch):
         make_trainer(root, Regression(), count=40, num_train_epochs=1, callbacks=[Clock()], **options).train()
         return names(root)
 
-    assert saved(save_every="4min") == ["checkpoint-4", "checkpoint-8"]
+    assert saved(save_every="4min") == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]  # the last step, too
     assert saved(save_every="4min", save_strategy="steps", save_steps=7) == ["checkpoint-10", "checkpoint-4", "checkpoint-7"]
     assert saved(save_strategy="steps", save_steps=7) == ["checkpoint-10", "checkpoint-7"]  # and at the end
 
@@ -206,3 +209,123 @@ def test_a_run_keeps_what_it_writes_where_another_left_later_steps(tmp_path):
     assert names(tmp_path) == ["checkpoint-18", "checkpoint-9"]
     make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=2, max_steps=4, save_total_limit=1).train()
     assert "checkpoint-4" in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"save_strategy": "steps", "save_steps": 100}, ["checkpoint-4"]),
+        ({"save_strategy": "epoch"}, ["checkpoint-4"]),
+        ({"save_strategy": "no", "save_every": "1h"}, ["checkpoint-4"]),
+        ({"save_strategy": "no"}, []),
+    ],
+    ids=str,
+)
+def test_the_last_step_is_saved_where_a_callback_stops_the_run(tmp_path, options, expected):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    make_trainer(tmp_path, Regression(), callbacks=[Stop()], **options).train()
+    assert names(tmp_path) == expected
+
+
+def test_a_signal_after_the_last_update_saves_too(tmp_path):
+    class Ask(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 18:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, Regression(), logging_steps=18, callbacks=[Ask()]).train()
+    assert names(tmp_path) == ["checkpoint-18"]
+
+
+def test_a_limit_of_time_counts_from_the_beginning_of_train(tmp_path):
+    def model_init():
+        time.sleep(0.3)
+        return Regression()
+
+    options = {"model_init": model_init, "max_time": 0.2, "num_train_epochs": 100}
+    with pytest.raises(Interrupted, match="max_time stopped the run"):
+        make_trainer(tmp_path, **options).train()
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_an_evaluation_before_training_is_left_as_well(tmp_path):
+    class Ask(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.count = getattr(self, "count", 0) + 1
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    ask = Ask()
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, Regression(), callbacks=[ask], eval_on_start=True, per_device_eval_batch_size=2).train()
+    assert (ask.count, names(tmp_path)) == (1, [])
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    class Move(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.chdir(tmp_path / "elsewhere")
+
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True, "save_total_limit": 1}
+    make_trainer("run", Regression(), callbacks=[Move()], **options).train()
+    assert names(tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def figures(trainer):
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second"))}
+        for entry in trainer.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_log", "on_prediction_step"])
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
+def test_a_run_that_failed_in_a_callback_goes_on_as_if_it_had_not(tmp_path, event, schedule):
+    class Fails(TrainerCallback):
+        pass
+
+    def fail(self, args, state, control, **kwargs):
+        if state.global_step == 7 or (event != "on_step_end" and state.global_step == 8):
+            raise OSError("the tracker is gone")
+
+    setattr(Fails, event, fail)
+
+    def trainer(root, *callbacks):
+        torch.manual_seed(0)
+        options = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "logging_steps": 3}
+        settings = {"lr_scheduler_type": schedule, "metric_for_best_model": "loss", "callbacks": list(callbacks)}
+        if schedule != "linear":
+            settings["lr_scheduler_kwargs"] = {"patience": 0, "factor": 0.5}
+        return make_trainer(root, Regression(), **options, **settings)
+
+    with pytest.raises(CallbackError):
+        trainer(tmp_path / "run", Fails()).train()
+    resumed, whole = trainer(tmp_path / "run"), trainer(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert figures(resumed) == figures(whole)
+    for one, two in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_another_runs_checkpoint_is_not_taken_for_the_rescued_one(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyError("accuracy")
+
+    torch.manual_seed(1)
+    make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=6, max_steps=6).train()
+    torch.manual_seed(2)
+    trainer = make_trainer(tmp_path, Regression(), callbacks=[Fails()], seed=7, learning_rate=0.1)
+    with pytest.raises(CallbackError):
+        trainer.train()
+    found = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in trainer.model.state_dict().items())
