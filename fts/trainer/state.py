@@ -243,6 +243,9 @@ _NEEDED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "num_input_tokens_seen": (int, "a whole number"),
     "total_flos": ((int, float), "a number"),
     "log_history": (list, "a list"),
+    "best_metric": ((int, float, type(None)), "a number"),
+    "best_global_step": ((int, type(None)), "a whole number"),
+    "best_model_checkpoint": ((str, type(None)), "a text"),
     "stateful_callbacks": ((dict, type(None)), "an object"),
 }
 """What a resumed run reads of the file, its type, and how an error says it."""

@@ -12,6 +12,7 @@ import attrs
 from fts import loops
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
+from fts.loops.finding import checkpoints_in
 from fts.loops.history import TRAINER_STATE
 from fts.loops.judging import is_whole
 from fts.state import TrainState
@@ -234,9 +235,22 @@ def _warn(args: TrainingArguments, plan: Plan, told: TrainerState, checkpoint: P
         logger.warning("%s: args win.", line)
     for line in seeds:
         logger.warning("%s: the checkpoint wins, so that the order of the data and dropout are those of one run.", line)
-    if told.best_model_checkpoint is not None and not Path(told.best_model_checkpoint).is_dir():
-        logger.warning("The best checkpoint, %s, does not exist any more.", told.best_model_checkpoint)
-        told.best_model_checkpoint = None
+    told.best_model_checkpoint = _best_now(checkpoint, told.best_model_checkpoint)
+
+
+def _best_now(checkpoint: Path, best: str | None) -> str | None:
+    """Where the best checkpoint is now: beside the one to resume if it was there before, else where it was; None if it is gone."""
+    root, exists = checkpoint.parent, best is not None and Path(best).is_dir()
+    if best is None or (exists and Path(best).resolve().parent == root.resolve()):
+        return best
+    beside = next((path for path in checkpoints_in(root).values() if path.name == Path(best).name), None)
+    was_beside = str(Path(best).parent) == saved_arguments(checkpoint).get("output_dir")
+    if beside is not None and (was_beside or not exists):
+        logger.warning("The run was moved: its best checkpoint, %s, is now %s.", best, beside)
+        return str(beside)
+    if not exists:
+        logger.warning("The best checkpoint, %s, does not exist any more, nor one of that name in %s.", best, root)
+    return best if exists else None
 
 
 def announce(run: Run, trainer: Trainer) -> None:

@@ -1,9 +1,11 @@
 """The best weights are those that were evaluated; a retry with a smaller batch begins where the first try did."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fts.trainer import TrainerCallback, TrainerState
 from fts.trainer.best import note_best
@@ -46,6 +48,46 @@ def test_a_resumed_run_forgets_a_best_that_is_nan():
     told = TrainerState(best_metric=math.nan, best_global_step=3, global_step=6)  # as transformers' Trainer writes it
     assert note_best(arguments("unused", metric_for_best_model="loss", save_strategy="steps"), told, {"eval_loss": 2.0})
     assert (told.best_metric, told.best_global_step) == (2.0, 6)
+
+
+def best_first(tmp_path, **changes):
+    scores = iter([1.0, 0.4, 0.5, 0.6])
+    judged = {"metric_for_best_model": "score", "greater_is_better": True, "compute_metrics": lambda _: {"score": next(scores)}}
+    return make_trainer(tmp_path, **(BEST | judged | changes))
+
+
+@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+def test_a_run_that_was_moved_keeps_its_best_checkpoint_and_loads_it(move, tmp_path, caplog):
+    begun = best_first(tmp_path / "one", num_train_epochs=2)
+    begun.train()
+    move(tmp_path / "one", tmp_path / "two")
+    best = load_file(tmp_path / "two" / "checkpoint-6" / "model.safetensors")
+    resumed = best_first(tmp_path / "two", num_train_epochs=4, compute_metrics=lambda _: {"score": 0.5})
+    resumed.train(resume_from_checkpoint=True)
+    assert f"its best checkpoint, {tmp_path / 'one' / 'checkpoint-6'}, is now {tmp_path / 'two' / 'checkpoint-6'}" in caplog.text
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "two" / "checkpoint-6")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"checkpoint-6", "checkpoint-24"}
+    assert all(torch.equal(tensor, best[name]) for name, tensor in resumed.model.state_dict().items())
+
+
+def test_another_runs_checkpoint_of_the_same_name_is_not_the_best(tmp_path):
+    best_first(tmp_path / "one", num_train_epochs=2).train()
+    go_on = {"compute_metrics": lambda _: {"score": 0.5}, "save_total_limit": None}
+    elsewhere = best_first(tmp_path / "two", num_train_epochs=3, **go_on)
+    elsewhere.train(resume_from_checkpoint=tmp_path / "one" / "checkpoint-12")
+    make_trainer(tmp_path / "two", save_strategy="steps", save_steps=6, max_steps=6).train()  # not the best one
+    resumed = best_first(tmp_path / "two", num_train_epochs=4, **go_on)
+    resumed.train(resume_from_checkpoint=tmp_path / "two" / "checkpoint-18")
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "one" / "checkpoint-6")
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(tmp_path, caplog):
+    best_first(tmp_path, num_train_epochs=2).train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed = best_first(tmp_path, num_train_epochs=3, compute_metrics=lambda _: {"score": 0.5})
+    resumed.train(resume_from_checkpoint=True)
+    assert f"The best checkpoint, {tmp_path / 'checkpoint-6'}, does not exist any more" in caplog.text
+    assert resumed.state.best_model_checkpoint is None
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
