@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
@@ -11,6 +13,8 @@ from fts.trainer.arguments import TrainingArguments
 from fts.trainer.choices import IntervalStrategy, SaveStrategy
 from fts.trainer.figures import GIVEN, best_metric_name
 from fts.trainer.state import TrainerState
+
+logger = logging.getLogger(__name__)
 
 
 def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:
@@ -92,6 +96,35 @@ def is_better(args: TrainingArguments, value: float, best: float | None, thresho
     if math.isnan(value) or best is None or math.isnan(best):
         return not math.isnan(value)
     return (value - best if args.greater_is_better else best - value) > threshold
+
+
+def checkpoint_of_best(args: TrainingArguments, told: TrainerState) -> str | None:
+    """The checkpoint whose weights a run ends with; a warning says where it is not that of the best evaluation.
+
+    Args:
+        args: `load_best_model_at_end`, and which metric decides.
+        told: the state at the end of training.
+
+    Returns:
+        Its path; None where the last weights stay.
+
+    >>> checkpoint_of_best(TrainingArguments(load_best_model_at_end=True, eval_strategy="no", save_strategy="no"), TrainerState())
+    """
+    if not args.load_best_model_at_end:
+        return None
+    step, path = told.best_global_step, told.best_model_checkpoint
+    if args.metric_for_best_model is not None and told.best_metric is None:
+        if args.eval_strategy != IntervalStrategy.NO:
+            logger.warning("No evaluation had a finite %s: the last weights stay.", best_metric_name(args))
+    elif step is not None and (path is None or Path(path).name != f"checkpoint-{step}"):
+        logger.warning(
+            "The best evaluation (%s=%s) was at step %s, of which there is no checkpoint: %s. Set save_steps to eval_steps "
+            "(save_steps=%s, eval_steps=%s now), or save_strategy='best'.",
+            *(best_metric_name(args), told.best_metric, step),
+            *("the last weights stay" if path is None else f"those of {path}, the best that was saved, are loaded",),
+            *(args.save_steps, args.eval_steps),
+        )
+    return path
 
 
 def _unknown(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:

@@ -16,7 +16,7 @@ from fts.randomness import EVALUATION, fold, seed_generators
 from fts.state import TrainState
 from fts.trainer import hub
 from fts.trainer.batch_size import empty_cache
-from fts.trainer.best import note_best
+from fts.trainer.best import checkpoint_of_best, note_best
 from fts.trainer.callbacks import close_bars
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
@@ -98,10 +98,10 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     teller.counting.settle(told)
     metrics |= {"total_flos": told.total_flos, "train_loss": loss} | trainer.memory_figures()
     trainer.log(metrics)
-    if args.load_best_model_at_end and told.best_model_checkpoint is not None:
-        logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, told.best_model_checkpoint)
-        like, transform = teller.stepping.state, run.optimizing.transform
-        load_best(model, str(teller.keeping.here / told.best_model_checkpoint), like, transform, model_only=args.save_only_model)
+    best = checkpoint_of_best(args, told)
+    if best is not None:
+        logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, best)
+        load_best(model, str(teller.keeping.here / best), teller.stepping.state, run.optimizing.transform)
     trainer.tell("on_train_end")
     hub.push_last(trainer)
     return TrainOutput(told.global_step, loss, metrics)

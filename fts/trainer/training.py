@@ -14,7 +14,7 @@ from fts.errors import CheckpointError
 from fts.loops import Position, Source
 from fts.loops.finding import checkpoints_in
 from fts.loops.history import TRAINER_STATE
-from fts.loops.judging import is_whole
+from fts.loops.judging import is_whole, looks_whole
 from fts.state import TrainState
 from fts.storage import checked
 from fts.trainer.arguments import TrainingArguments
@@ -44,6 +44,7 @@ from fts.trainer.sampling import data_seed
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.torch_settings import restore_settings
+from fts.wording import some
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -97,7 +98,9 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
     foreign = checkpoint is not None and is_transformers_checkpoint(checkpoint)
     old = None if checkpoint is None or foreign else cut_of(checkpoint)
     run = _begun(trainer, batch_size, data_seed(trainer.args) if old is None else old.seed)
-    if checkpoint is not None:
+    if checkpoint is None:
+        _warn_of_others(trainer.args)
+    else:
         run = (
             _resumed_hf(trainer, run, checkpoint, batch_size) if foreign else _resumed(trainer, run, checkpoint, old, batch_size)
         )
@@ -238,8 +241,21 @@ def _warn(args: TrainingArguments, plan: Plan, told: TrainerState, checkpoint: P
     told.best_model_checkpoint = _best_now(checkpoint, told.best_model_checkpoint)
 
 
+def _warn_of_others(args: TrainingArguments) -> None:
+    """Say at the beginning of a run which checkpoints of another one lie where it saves its own."""
+    others = [path for path in checkpoints_in(str(args.output_dir)).values() if looks_whole(path)]
+    if others:
+        logger.warning(
+            "This run begins anew, but output_dir=%r has checkpoints of another one: %s. Until this run has saved a step beyond "
+            "%s, resume_from_checkpoint=True takes %s, which is not of this run. Choose another output_dir, or delete or move "
+            "them (`fts checkpoints %s` lists them).",
+            *(str(args.output_dir), some([path.name for path in others]), others[-1].name.removeprefix("checkpoint-")),
+            *(others[-1].name, args.output_dir),
+        )
+
+
 def _best_now(checkpoint: Path, best: str | None) -> str | None:
-    """Where the best checkpoint is now: beside the one to resume if it was there before, else where it was; None if it is gone."""
+    """Where the best checkpoint is now: beside the one to resume if it was there before, else where it was; None if gone."""
     root, exists = checkpoint.parent, best is not None and Path(best).is_dir()
     if best is None or (exists and Path(best).resolve().parent == root.resolve()):
         return best

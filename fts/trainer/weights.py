@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fts import steps, transforms as tx
 from fts.errors import ArgumentError
-from fts.state import WEIGHTS, TrainState
+from fts.state import OPTIMIZER, WEIGHTS, TrainState
 from fts.storage import has_tensors, read_tensors
 from fts.trainer.restoring import load_state
 from fts.typing import Transform
@@ -31,7 +31,7 @@ def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform)
         yield
 
 
-def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Transform, *, model_only: bool) -> None:
+def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Transform) -> None:
     """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others.
 
     Args:
@@ -39,8 +39,8 @@ def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Tr
         checkpoint: its path.
         like: a state of the same run.
         transform: the optimizer.
-        model_only: whether the checkpoint has no optimizer's state, but already the weights that were evaluated.
     """
+    model_only = not has_tensors(Path(checkpoint), OPTIMIZER)  # then its weights are already those that were evaluated
     if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
         load_weights(model, checkpoint)
         return

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fts import transforms as tx
+from fts.state import TrainState
 from fts.trainer import TrainerCallback, TrainerState
 from fts.trainer.best import note_best
+from fts.trainer.optimizers import make_transform
+from fts.trainer.weights import load_best
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 BEST = {
@@ -88,6 +92,54 @@ def test_a_best_checkpoint_that_is_gone_is_told(tmp_path, caplog):
     resumed.train(resume_from_checkpoint=True)
     assert f"The best checkpoint, {tmp_path / 'checkpoint-6'}, does not exist any more" in caplog.text
     assert resumed.state.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "loaded", "text"),
+    [
+        ([0.5, 0.6, 0.7, 0.8], None, "(eval_score=0.5) was at step 2, of which there is no checkpoint: the last weights stay"),
+        ([0.5, 0.4, 0.1, 0.2], 4, "(eval_score=0.1) was at step 6, of which there is no checkpoint: those of "),
+        ([math.nan] * 4, None, "No evaluation had a finite eval_score: the last weights stay."),
+        ([0.5, 0.1, 0.2, 0.3], 4, None),
+    ],
+)
+def test_a_best_evaluation_without_a_checkpoint_is_told(scores, loaded, text, tmp_path, caplog):
+    values = iter(scores)
+    options = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    options |= {
+        "greater_is_better": False,
+        "metric_for_best_model": "score",
+        "compute_metrics": lambda _: {"score": next(values)},
+    }
+    trainer = make_trainer(tmp_path, **(BEST | options))
+    trainer.train()
+    path = None if loaded is None else str(tmp_path / f"checkpoint-{loaded}")
+    assert trainer.state.best_model_checkpoint == path
+    warned = [record.message for record in caplog.records if record.name == "fts.trainer.best"]
+    assert len(warned) == (text is not None)
+    assert text is None or text in warned[0]
+    if loaded is not None:
+        saved = load_file(tmp_path / f"checkpoint-{loaded}" / "model.safetensors")
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_best_checkpoint_may_have_more_or_less_than_this_run_saves(alone, tmp_path):
+    pytest.importorskip("schedulefree")
+    options = {"optim": "schedule_free_adamw", "metric_for_best_model": "score", "greater_is_better": True}
+    scores = iter([1.0, 0.5, 0.4])
+    options |= {"compute_metrics": lambda _: {"score": next(scores)}, "save_total_limit": None}
+    begun = make_trainer(tmp_path, Regression(dropout=0.0), **(BEST | options | {"num_train_epochs": 2}))
+    begun.args.save_only_model = alone
+    begun.train()
+    best = {name: tensor.clone() for name, tensor in begun.model.state_dict().items()}
+    told = begun.state
+    resumed = make_trainer(tmp_path, Regression(dropout=0.0), **(BEST | options | {"save_only_model": not alone}))
+    state = TrainState.create(
+        resumed.model, (transform := make_transform(resumed.args, tx.constant_schedule(0.1), resumed.model, total_steps=9))
+    )
+    load_best(resumed.model, told.best_model_checkpoint, state, transform)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in resumed.model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt"])

@@ -333,3 +333,17 @@ def test_what_callbacks_wrote_comes_back(settings, when, tmp_path):
     resumed = trainer("parts")  # without the callback, whose work is done
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole) != losses(plain)
+
+
+def test_a_run_that_begins_where_another_saved_says_whose_checkpoint_would_be_taken(tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, max_steps=6, **options).train()
+    assert "another one" not in caplog.text
+    (tmp_path / "checkpoint-9").mkdir()  # of no use to anybody
+    make_trainer(tmp_path, max_steps=2, **options).train()
+    (warned,) = [record.message for record in caplog.records if "begins anew" in record.message]
+    assert f"output_dir={str(tmp_path)!r} has checkpoints of another one: checkpoint-2, checkpoint-4, checkpoint-6." in warned
+    assert "Until this run has saved a step beyond 6, resume_from_checkpoint=True takes checkpoint-6" in warned
+    caplog.clear()
+    make_trainer(tmp_path, max_steps=6, **options).train(resume_from_checkpoint=True)
+    assert "begins anew" not in caplog.text

@@ -44,6 +44,9 @@ def test_unknown_keys_are_left_out(tmp_path):
         ({"global_step": True}, "global_step is True"),
         ({"epoch": None}, "epoch is None; it must be a number"),
         ({"log_history": {}}, "log_history is {}; it must be a list"),
+        ({"best_metric": "good"}, "best_metric is 'good'; it must be a number"),
+        ({"best_global_step": 1.5}, "best_global_step is 1.5; it must be a whole number"),
+        ({"best_model_checkpoint": 5}, "best_model_checkpoint is 5; it must be a text"),
         ({"stateful_callbacks": []}, "stateful_callbacks is"),
     ],
 )
