@@ -31,7 +31,7 @@ def judge(directory: Path) -> tuple[Condition, str | None]:
     if unknown := _unknown(directory):
         return "unknown", unknown
     try:
-        if (directory / MANIFEST).is_file() and not any((directory / name).exists() for name in (PROGRESS, STATE)):
+        if has_model_alone(directory):
             verify_files(directory)
             return "model only", f"{directory} has a model, but no state of a run (save_only_model): no run can go on from it."
         verify_checkpoint(directory)
@@ -43,6 +43,11 @@ def judge(directory: Path) -> tuple[Condition, str | None]:
 def is_whole(directory: str | Path) -> bool:
     """Whether a run can go on from a checkpoint."""
     return judge(Path(directory))[0] == "whole"
+
+
+def has_model_alone(directory: Path) -> bool:
+    """Whether fts wrote a checkpoint without the state of a run (`save_only_model`), so that no run can go on from it."""
+    return (directory / MANIFEST).is_file() and not any((directory / name).exists() for name in (PROGRESS, STATE))
 
 
 def looks_whole(directory: Path) -> bool:

@@ -13,7 +13,7 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.finding import checkpoints_in, leftovers_in
-from fts.loops.judging import looks_whole
+from fts.loops.judging import has_model_alone, looks_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,13 @@ class Rated:
         step: when it was saved.
         metric: the figure of its evaluation; None or NaN where there is none.
         whole: whether it can be used. One that is damaged stays in nobody's place.
+        resumable: whether a run can go on from it; not from a model alone.
     """
 
     step: int
     metric: float | None = None
     whole: bool = True
+    resumable: bool = True
 
 
 def kept(
@@ -39,7 +41,8 @@ def kept(
     """Which checkpoints stay: the newest, the best, and as many of the next newest as the limit leaves room for.
 
     It is the meaning that `save_total_limit` has in transformers: the best one takes one of the places, and with a limit of 1
-    there may be two, the best and the newest. So there are never more than `max(limit, 2)`.
+    there may be two, the best and the newest. So there are never more than `max(limit, 2)`; but where later ones have the model
+    alone, the newest that a run can go on from stays with them, so that there may be one more.
 
     Args:
         checkpoints: those that are there, in any order.
@@ -68,7 +71,8 @@ def kept(
         return set(steps)
     if greater_is_better is not None:
         best = _best_of(whole, greater_is_better)
-    pinned = {step for step in (best, steps[-1]) if step in steps}
+    resumable = max((one.step for one in whole if one.resumable), default=None)
+    pinned = {step for step in (best, resumable, steps[-1]) if step in steps}
     loose = [step for step in steps if step not in pinned]
     return pinned | set(loose[len(loose) - max(0, min(limit - len(pinned), len(loose))) :])
 
@@ -89,7 +93,7 @@ def rotate_checkpoints(
 
     Args:
         root: a directory with `checkpoint-<step>` directories.
-        limit: how many may stay; None for all.
+        limit: how many may stay; None for all. The newest that a run can go on from stays in any case.
         best: the path or the step of the one that must stay, if there is one.
         latest: the one that was just written, which stays also where another run has left later steps.
 
@@ -108,7 +112,7 @@ def rotate_checkpoints(
         _delete(path)
     there = checkpoints_in(root)
     best_step, latest_step = _step_of(there, best), _step_of(there, latest)
-    rated = [Rated(step, whole=looks_whole(path)) for step, path in there.items()]
+    rated = [Rated(step, whole=looks_whole(path), resumable=not has_model_alone(path)) for step, path in there.items()]
     stay = kept(rated, limit, best=best_step)
     oldest = min(stay - {best_step}, default=math.inf)
     for one in rated:

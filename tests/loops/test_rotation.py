@@ -9,13 +9,14 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given, strategies as st
 
 from fts.errors import ArgumentError
 from fts.loops import newest_checkpoint, rotate_checkpoints, write_whole
 from fts.loops.rotation import Rated, delete, kept
-from tests.loops.saved import names_in, save, truncate
+from tests.loops.saved import names_in, save, save_model, truncate
 
 LIMITS = st.none() | st.integers(1, 8)
 CHECKPOINTS = st.lists(
@@ -257,3 +258,27 @@ def test_sealed_models_are_rotated_as_well(tmp_path):
         write_whole(tmp_path / f"checkpoint-{step}", lambda hidden: (hidden / "model.safetensors").write_bytes(b"w") and None)
     rotate_checkpoints(tmp_path, 2)
     assert names_in(tmp_path) == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_the_newest_that_a_run_can_go_on_from_stays_among_models_alone(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    for step in (3, 4):
+        save_model(tmp_path, step)
+        rotate_checkpoints(tmp_path, 1)
+        assert names_in(tmp_path) == {"checkpoint-2", f"checkpoint-{step}"}
+    save_model(tmp_path, 5)
+    rotate_checkpoints(tmp_path, 3)
+    assert names_in(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    save(tmp_path, 6)
+    rotate_checkpoints(tmp_path, 1)
+    assert names_in(tmp_path) == {"checkpoint-6"}
+
+
+@given(CHECKPOINTS, st.integers(1, 8), st.sets(st.integers(1, 60)))
+def test_a_run_can_always_go_on_from_what_stays(checkpoints, limit, alone):
+    rated = [attrs.evolve(one, resumable=one.step not in alone) for one in checkpoints]
+    usable = [one.step for one in rated if one.whole and one.resumable]
+    stay = kept(rated, limit)
+    assert not usable or max(usable) in stay
+    assert len(stay) <= max(limit, 2)

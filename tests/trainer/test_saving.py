@@ -329,3 +329,12 @@ def test_another_runs_checkpoint_is_not_taken_for_the_rescued_one(tmp_path):
         trainer.train()
     found = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_run_that_saves_models_alone_keeps_what_it_can_go_on_from(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    make_trainer(tmp_path, max_steps=6, **options).train()
+    make_trainer(tmp_path, max_steps=12, save_only_model=True, **options).train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-12"}
+    assert make_trainer(tmp_path, max_steps=15, **options).train(resume_from_checkpoint=True).global_step == 15
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-15"}
