@@ -25,6 +25,7 @@ from fts.errors import DataError, WorkerError
 from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, loaded, marks_of, state_before, written
 from fts.loops.order import Indices, announce_epoch
 from fts.loops.reading import Collate, Reading
+from fts.loops.sheltering import sheltered
 from fts.randomness import DATA, fold, seed_generators
 from fts.typing import Batch
 
@@ -262,7 +263,7 @@ class Workers:
             )
             self.loader = loader
         loader.generator.manual_seed(seed)
-        return self._until_error(iter(loader))
+        return self._until_error(sheltered(loader))
 
     def _until_error(self, batches: Any) -> Iterator[Any]:
         """The batches; an error ends the workers at once: its traceback keeps the loader until it is too late for that."""
