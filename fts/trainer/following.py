@@ -14,10 +14,10 @@ from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Rol
 from fts.loops.interrupting import StopRequest
 from fts.randomness import EVALUATION, fold, seed_generators
 from fts.state import TrainState
-from fts.trainer import hub
+from fts.trainer import hub, saving
 from fts.trainer.batch_size import empty_cache
 from fts.trainer.best import checkpoint_of_best, note_best
-from fts.trainer.callbacks import close_bars
+from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
 from fts.trainer.evaluation import EvaluationLeft
@@ -74,6 +74,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     ):
         trainer.request = teller.request = request
         try:
+            if saving.saves(args):
+                export_callbacks(trainer.callback_handler.callbacks)  # an error now rather than at the first checkpoint
             if args.eval_on_start:
                 teller.evaluate_first()
             if run.owes:

@@ -18,7 +18,7 @@ from fts.loops.judging import is_whole
 from fts.state import TrainState, is_donated
 from fts.trainer import hub, saving
 from fts.trainer.batch_size import is_out_of_memory
-from fts.trainer.callbacks import export_callbacks
+from fts.trainer.callbacks import states_to_save
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
 from fts.trainer.hooks import overridden
@@ -68,7 +68,7 @@ class Keeping:
         if self.timer is not None:
             self.timer.reset()
         self.counting.settle(told)
-        told.stateful_callbacks = export_callbacks([*trainer.callback_handler.callbacks, trainer.control])
+        told.stateful_callbacks = states_to_save([*trainer.callback_handler.callbacks, trainer.control])
         self.saved = told.global_step
         given = Path(str(trainer.args.output_dir))
         root = self.here / given

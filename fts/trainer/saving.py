@@ -94,13 +94,22 @@ def save_checkpoint(
     return writer.save(path, state, position, extra=extra, write=write, then=then, frozen=not _has_adapters(model))
 
 
+def saves(args: TrainingArguments) -> bool:
+    """Whether a run writes checkpoints.
+
+    >>> saves(TrainingArguments(save_strategy="no"))
+    False
+    """
+    return args.save_strategy != SaveStrategy.NO or args.save_every is not None
+
+
 def check_output_dir(args: TrainingArguments) -> None:
     """Make the directory of a run that saves, and find out now rather than at the first save whether it can be written to.
 
     Raises:
         ArgumentError: it is a file, or cannot be written to.
     """
-    if args.save_strategy == SaveStrategy.NO and args.save_every is None:
+    if not saves(args):
         return
     directory = str(args.output_dir)
     try:

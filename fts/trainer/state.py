@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fts.errors import ArgumentError, CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class ExportableState:
@@ -99,16 +102,24 @@ class TrainerState:
             self.stateful_callbacks = states_of(self.stateful_callbacks or ())
 
     def save_to_json(self, json_path: str | Path) -> None:
-        """Write the state to a JSON file.
+        """Write the state to a JSON file; what JSON cannot hold of the logs becomes its text, with a warning.
 
         Raises:
-            CheckpointError: it holds something that JSON cannot.
+            CheckpointError: it holds something else that JSON cannot.
         """
         try:
-            text = json.dumps(asdict(self), indent=2, sort_keys=True, default=plain)
-        except TypeError as error:
-            raise CheckpointError(f"{json_path} cannot be written: {error}. Log numbers and texts only.") from error
+            text = self._as_json()
+        except (TypeError, ValueError):
+            self.log_history[:] = [_as_text(entry) for entry in self.log_history]
+            try:
+                text = self._as_json()
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"{json_path} cannot be written: {error}. Give it numbers and texts only.") from error
         Path(json_path).write_text(text + "\n", encoding="utf-8")
+
+    def _as_json(self) -> str:
+        document = {item.name: getattr(self, item.name) for item in fields(self)}
+        return json.dumps(document, indent=2, sort_keys=True, default=plain)
 
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> TrainerState:
@@ -208,6 +219,27 @@ def plain(value: Any) -> Any:
     if callable(getattr(value, "tolist", None)):
         return value.tolist()
     raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def _fits(value: Any) -> bool:
+    try:
+        json.dumps(value, sort_keys=True, default=plain)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _as_text(entry: Any) -> Any:
+    """A log as JSON can hold it: a run must not end because of what somebody wrote down."""
+    if _fits(entry):
+        return entry
+    if not isinstance(entry, dict):
+        logger.warning("The log history has %s, which JSON cannot hold: its text is kept.", type(entry).__name__)
+        return {"text": str(entry)}
+    for name, value in entry.items():
+        if not _fits({name: value}):
+            logger.warning("The log history has %r: %.80r, which JSON cannot hold: its text is kept.", name, value)
+    return {str(name): value if _fits(value) else str(value) for name, value in entry.items()}
 
 
 def states_of(callbacks: Iterable[Any]) -> dict[str, Any]:

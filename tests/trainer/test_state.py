@@ -1,3 +1,4 @@
+import datetime
 import json
 from dataclasses import asdict, fields
 from types import SimpleNamespace
@@ -69,8 +70,24 @@ def test_figures_of_other_libraries_are_written_as_numbers(tmp_path):
     history = [{"a": np.float32(0.5), "b": torch.tensor(2), "c": np.arange(2)}]
     TrainerState(log_history=history).save_to_json(tmp_path / "state.json")
     assert TrainerState.load_from_json(tmp_path / "state.json").log_history == [{"a": 0.5, "b": 2, "c": [0, 1]}]
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*set.* Log numbers and texts only"):
-        TrainerState(log_history=[{"a": {1}}]).save_to_json(tmp_path / "state.json")
+
+
+def test_logs_that_json_cannot_hold_are_kept_as_texts_and_told_once(tmp_path, caplog):
+    when, circle = datetime.datetime(2026, 11, 26), []
+    circle.append(circle)
+    entries = [{"when": when, "step": 7}, {("a", 1): 2, "b": {("c",): 1}}, "x", {3, 4}, {"loss": 0.5, "me": circle}]
+    state = TrainerState(log_history=list(entries))
+    state.save_to_json(tmp_path / "state.json")
+    texts = [{"when": str(when), "step": 7}, {"('a', 1)": 2, "b": "{('c',): 1}"}, "x", {"text": "{3, 4}"}]
+    texts.append({"loss": 0.5, "me": "[[...]]"})
+    assert TrainerState.load_from_json(tmp_path / "state.json").log_history == state.log_history == texts
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 5
+    assert warned[0].startswith("The log history has 'when': datetime.datetime(2026, 11, 26, 0, 0), which JSON cannot hold")
+    state.save_to_json(tmp_path / "state.json")
+    assert len(caplog.records) == 5
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*set.* Give it numbers and texts only"):
+        TrainerState(trial_params={"a": {1}}).save_to_json(tmp_path / "state.json")
 
 
 @pytest.mark.parametrize(("steps", "most"), [((3, 4, 5), 10), ((0.1, 0.25, 0.5), 10), ((0.1, None, 0.34), 7)])

@@ -2,7 +2,7 @@
 
 from fts.trainer.callbacks.base import EVENTS, TrainerCallback, overrides
 from fts.trainer.callbacks.early_stopping import EarlyStoppingCallback
-from fts.trainer.callbacks.exporting import export_callbacks, restore_callbacks
+from fts.trainer.callbacks.exporting import export_callbacks, restore_callbacks, states_to_save
 from fts.trainer.callbacks.failing import callback_error
 from fts.trainer.callbacks.flow import DefaultFlowCallback
 from fts.trainer.callbacks.handler import CallbackHandler
@@ -23,4 +23,5 @@ __all__ = [
     "overrides",
     "readable",
     "restore_callbacks",
+    "states_to_save",
 ]

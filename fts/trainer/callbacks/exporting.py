@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fts.errors import CheckpointError
+from fts.errors import ArgumentError, CheckpointError
 from fts.trainer.state import is_exportable, states_of
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,29 @@ def export_callbacks(callbacks: Iterable[Any]) -> dict[str, Any]:
     ['EarlyStoppingCallback']
     """
     return states_of(callback for callback in callbacks if is_exportable(callback))
+
+
+def states_to_save(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """As `export_callbacks`, but {} stands for a state that JSON cannot hold, with a warning.
+
+    A checkpoint without it is better than none, and others of its class keep their places.
+
+    Args:
+        callbacks: those of the run, and its control object.
+    """
+    states: dict[str, list[Any]] = {}
+    for callback in callbacks:
+        if is_exportable(callback):
+            states.setdefault(type(callback).__name__, []).append(_state_or_nothing(callback))
+    return {name: found[0] if len(found) == 1 else found for name, found in states.items()}
+
+
+def _state_or_nothing(callback: Any) -> dict[str, Any]:
+    try:
+        return dict(states_of([callback])[type(callback).__name__])
+    except ArgumentError as error:
+        logger.warning("The checkpoint is written without the state of a callback, which begins anew on resume. %s", error)
+        return {}
 
 
 def restore_callbacks(callbacks: list[Any], states: Mapping[str, Any], *, arguments: bool = False) -> None:
@@ -59,7 +82,7 @@ def restore_callbacks(callbacks: list[Any], states: Mapping[str, Any], *, argume
 
 def _restored(callback: Any, state: Any, arguments: bool) -> Any:
     try:
-        restored = type(callback)(**state.get("args", {})) if arguments else callback
+        restored = type(callback)(**state.get("args", {})) if arguments and state else callback
         for name, value in state.get("attributes", {}).items():
             setattr(restored, name, value)
     except (TypeError, AttributeError, ValueError) as error:

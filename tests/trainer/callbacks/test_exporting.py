@@ -7,6 +7,7 @@ import pytest
 from fts.errors import ArgumentError, CheckpointError
 from fts.trainer import EarlyStoppingCallback, ExportableState, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
+from tests.trainer.helpers import make_trainer
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,6 +92,43 @@ def test_states_that_cannot_be_kept():
 
     with pytest.raises(ArgumentError, match=r"Odd\.state\(\) returned \[1\]; it must return"):
         export_callbacks([Odd()])
+
+
+class Sees(TrainerCallback, ExportableState):
+    """Has a state that becomes one which JSON cannot hold."""
+
+    def __init__(self, at=0):
+        self.at, self.seen = at, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen = {1} if self.at and state.global_step >= self.at else state.global_step
+
+    def state(self):
+        return {"args": {"at": self.at}, "attributes": {"seen": self.seen}}
+
+
+def test_a_state_that_cannot_be_kept_ends_a_run_before_it_begins(tmp_path):
+    callback = Sees()
+    callback.seen = {1}
+    options = {"callbacks": [callback], "max_steps": 3}
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=3, **options)
+    with pytest.raises(ArgumentError, match=r"Sees\.state\(\) returned what JSON cannot hold \(\{1\} is a set"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert make_trainer(tmp_path, **options).train().global_step == 3  # which writes no checkpoint
+
+
+@pytest.mark.parametrize("arguments", [False, True])
+def test_a_state_that_becomes_one_that_cannot_be_kept_costs_no_checkpoint(arguments, tmp_path, caplog):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": arguments}
+    callbacks = [Sees(), Sees(3), Sees()]
+    make_trainer(tmp_path, callbacks=callbacks, **options).train()
+    assert "without the state of a callback, which begins anew on resume. Sees.state() returned what" in caplog.text
+    callbacks = [Sees(), Sees(), Sees()]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, **options)
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+    found = [callback for callback in trainer.callback_handler.callbacks if type(callback) is Sees]
+    assert [callback.seen for callback in found] == [6, 0, 6]
 
 
 def test_states_without_a_callback_are_named(caplog):
