@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from zipfile import is_zipfile
 
+from fts.errors import CheckpointError
 from fts.loops.history import TRAINER_STATE
 from fts.state import WEIGHTS
-from fts.storage import has_tensors
+from fts.storage import has_tensors, read_tensors
 from fts.storage.manifest import MANIFEST
+from fts.trainer.state import TrainerState
 from fts.trainer.weights import ADAPTERS
+
+logger = logging.getLogger(__name__)
 
 TORCH_OPTIMIZER = "optimizer.pt"
 TORCH_SCHEDULER = "scheduler.pt"
@@ -30,6 +36,28 @@ def is_transformers_checkpoint(directory: str | Path) -> bool:
 
 
 def can_be_resumed(directory: Path) -> bool:
-    """Whether transformers' Trainer wrote a checkpoint, with all that a run needs to go on. Its files have no checksums."""
-    has_weights = has_tensors(directory, WEIGHTS) or has_tensors(directory, ADAPTERS)
-    return is_transformers_checkpoint(directory) and (directory / TORCH_OPTIMIZER).is_file() and has_weights
+    """Whether transformers' Trainer wrote a checkpoint, with all that a run needs to go on, and none of it cut off.
+
+    Its files have no checksums, so that other damage is not found; a warning says what is.
+    """
+    if not is_transformers_checkpoint(directory) or not (directory / TORCH_OPTIMIZER).is_file():
+        return False
+    name = next((name for name in (WEIGHTS, ADAPTERS) if has_tensors(directory, name)), None)
+    if name is None:
+        return False
+    try:
+        read_tensors(directory, name)  # which maps them: their headers and the files' sizes are compared
+        TrainerState.load_from_json(directory / TRAINER_STATE)
+        _check_archives(directory)
+    except CheckpointError as error:
+        logger.warning("A run cannot go on from %s: %s", directory, error)
+        return False
+    return True
+
+
+def _check_archives(directory: Path) -> None:
+    """What torch saves is a zip archive, whose end has its table of contents."""
+    for name in (TORCH_OPTIMIZER, TORCH_SCHEDULER):
+        path = directory / name
+        if path.is_file() and not is_zipfile(path):
+            raise CheckpointError(f"{path} is cut off, or torch.save did not write it.")

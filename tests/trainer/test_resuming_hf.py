@@ -256,6 +256,28 @@ def test_a_truncated_file_is_an_error(tmp_path):
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors", "trainer_state.json"])
+def test_a_newest_checkpoint_that_is_cut_off_is_passed_over(tmp_path, caplog, name):
+    began(tmp_path)
+    path = tmp_path / f"checkpoint-{STEPS}" / name
+    path.write_bytes(path.read_bytes()[:-30])
+    resumed = goes_on(tmp_path, resume=True, max_steps=SAVED + 1)
+    assert resumed.state.global_step == SAVED + 1
+    assert f"checkpoint-{STEPS} is passed over" in account(caplog)
+    assert f"A run cannot go on from {path.parent}: {path} " in account(caplog)
+
+
+def test_a_newest_checkpoint_without_one_of_its_shards_is_passed_over(tmp_path, caplog):
+    began(tmp_path)
+    newest = tmp_path / f"checkpoint-{STEPS}"
+    model = bert()
+    (newest / "model.safetensors").unlink()
+    model.save_pretrained(newest, max_shard_size="5KB")
+    min(newest.glob("model-*.safetensors")).unlink()
+    assert goes_on(tmp_path, resume=True, max_steps=SAVED + 1).state.global_step == SAVED + 1
+    assert "is missing" in account(caplog)
+
+
 def test_a_model_alone_cannot_be_resumed(tmp_path):
     began(tmp_path, save_only_model=True)
     with pytest.raises(CheckpointError, match=r"has no optimizer\.pt: .*save_only_model=True.*from_pretrained"):
