@@ -13,8 +13,8 @@ PAGE = TESTS.parent / "docs" / "parity.md"
 NAMES = TESTS / "reference_names.txt"
 STATES = re.compile(r"works(: .+)?|needs .+|not yet")
 TEST = re.compile(r"`([\w/]+\.py)::(\w+(?:::\w+)?)`")
-MAY_BE_MISSING = re.compile(  # search, trackers, several processes
-    r"hyperparameter_search|report_to|fsdp(_config)?|deepspeed"
+MAY_BE_MISSING = re.compile(  # search, several processes
+    r"hyperparameter_search|fsdp(_config)?|deepspeed"
     r"|propagate_args_to_deepspeed|parallelism_config"
 )
 
@@ -92,7 +92,6 @@ def argument(name, value):
 
 
 CALLS = {
-    "report_to": argument("report_to", "tensorboard"),
     "fsdp": argument("fsdp", "full_shard"),
     "fsdp_config": argument("fsdp_config", {"min_num_params": 1}),
     "deepspeed": argument("deepspeed", {"zero_optimization": {"stage": 2}}),

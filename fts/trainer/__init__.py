@@ -15,6 +15,7 @@ from fts.trainer.outputs import BestRun, EvalLoopOutput, EvalPrediction, Predict
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.seq2seq import Seq2SeqTrainer
 from fts.trainer.state import ExportableState, TrainerControl, TrainerState
+from fts.trainer.trackers import TrackerCallback
 from fts.trainer.trainer import Trainer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SchedulerType",
     "Seq2SeqTrainer",
     "Seq2SeqTrainingArguments",
+    "TrackerCallback",
     "TrainOutput",
     "Trainer",
     "TrainerCallback",

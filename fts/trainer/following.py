@@ -293,7 +293,7 @@ class Teller:
             if trainer.control.should_log:
                 self._log()
         elif kind is Saved:
-            if trainer.callback_handler.listeners["on_save"]:
+            if any(getattr(listener, "reads_checkpoints", True) for listener in trainer.callback_handler.listeners["on_save"]):
                 self.writer.wait()  # a callback finds the checkpoint in its place
             trainer.tell("on_save")
         elif kind is RolledBack and self.memory is not None:

@@ -49,6 +49,7 @@ from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import TrainerControl, TrainerState
+from fts.trainer.trackers import close_trackers, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
 from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
 from fts.trainer.verbosity import apply_log_level
@@ -162,7 +163,7 @@ class Trainer:
         self.request: StopRequest | None = None
         self.started = time.monotonic()
         shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
-        mine = [DefaultFlowCallback, *(callbacks or ()), shown]
+        mine = [DefaultFlowCallback, *tracker_callbacks(self.args.report_to or ()), *(callbacks or ()), shown]
         self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
         self._repository: hub.Repository | None = None
         self._uploads = hub.Uploads()
@@ -231,6 +232,7 @@ class Trainer:
             return follow(self, run, ignore_keys)
         except BaseException:
             self._uploads.leave()
+            close_trackers(self.callback_handler.callbacks)
             raise
         finally:
             self.is_in_train = False

@@ -29,10 +29,6 @@ class Missing:
 
 
 NOT_YET: dict[str, Missing] = {
-    "report_to": Missing(
-        bool,
-        "Use report_to='none', and a callback with on_log(args, state, control, logs, **kwargs) to send logs elsewhere.",
-    ),
     "fsdp": Missing(bool, "Leave it out to train in one process."),
     "fsdp_config": Missing(bool, "Leave it out to train in one process."),
     "deepspeed": Missing(bool, "Leave it out to train in one process."),

@@ -13,6 +13,7 @@ import torch
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.trainer.arguments import processes
 from fts.trainer.arguments.multiplying import has_tf32
+from fts.trainer.arguments.trackers import KUBEFLOW, PACKAGES, in_kubeflow
 
 if TYPE_CHECKING:
     from fts.trainer.arguments.training import TrainingArguments
@@ -82,6 +83,22 @@ def _configured(args: TrainingArguments, value: Any) -> bool:
     return bool(PartialState._shared_state)
 
 
+def _tracker(name: str) -> Requirement:
+    package = PACKAGES[name]
+    install = f"pip install {package.install}, or leave '{name}' out."
+
+    def met(args: TrainingArguments, value: Any) -> bool:
+        return name not in value or package.is_there()
+
+    return Requirement(f"the package {package.modules[0].partition('.')[0]}", met, install, MissingDependencyError)
+
+
+def _kubeflow(args: TrainingArguments, value: Any) -> bool:
+    return "kubeflow" not in value or in_kubeflow()
+
+
+_KUBEFLOW = Requirement(f"a TrainJob of Kubeflow around it, which sets {KUBEFLOW}", _kubeflow, "Leave 'kubeflow' out.")
+
 _BF16 = Requirement(
     "a GPU that computes in bfloat16 (Ampere or newer)", _bf16, "Use fp16=True, or use_cpu=True to train on the CPU."
 )
@@ -105,6 +122,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     "ddp_backend": (
         Requirement("a torch that was built with it", _backend, "Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, or leave it out."),
     ),
+    "report_to": (*map(_tracker, PACKAGES), _KUBEFLOW),
     "debug": (
         Requirement("the package transformers", _package("transformers"), "pip install 'fts[trainer]'", MissingDependencyError),
     ),

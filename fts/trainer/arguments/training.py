@@ -110,7 +110,7 @@ class TrainingArguments:
     log_level: str = arg("passive", "The level of fts' loggers: debug, info, warning, error, critical; passive changes nothing.")
     log_level_replica: str = arg("warning", "That of processes that do not log.")
     disable_tqdm: bool | None = arg(None, "Print logs instead of showing a progress bar.")
-    report_to: None | str | list[str] = arg("none", "Trackers; only 'none' for now.")
+    report_to: None | str | list[str] = arg("none", "Trackers: names, 'all' that are installed, or 'none'.")
     run_name: str | None = arg(None, "What trackers call the run.")
     project: str = arg("huggingface", "The project that trackers put the run in.")
     trackio_space_id: str | None = arg("trackio", "The Space that trackio logs to; None for a local directory.")

@@ -12,6 +12,7 @@ from fts.errors import ArgumentError
 from fts.loops.durations import seconds_of
 from fts.trainer.arguments.accelerator import accelerator_config
 from fts.trainer.arguments.texts import dict_from_text, pairs_from_text, text_of_pairs
+from fts.trainer.arguments.trackers import TRACKERS
 from fts.trainer.checks import check_choice, check_flag, check_interval, check_one_of, check_real, check_text, check_whole
 from fts.trainer.choices import DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 from fts.trainer.verbosity import LEVELS
@@ -23,10 +24,6 @@ SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
 BACKENDS = ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")
 NONFINITE = ("raise", "skip", "rollback", "ignore")
 STARTS = ("fork", "spawn", "forkserver")
-TRACKERS = (
-    *("all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow"),
-    *("neptune", "swanlab", "tensorboard", "trackio", "wandb"),
-)
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -34,6 +34,7 @@ class TrainerCallback:
     Each event is called as `on_...(args, state, control, **kwargs)`, where kwargs has `model`, `processing_class`, `optimizer`,
     `lr_scheduler`, `train_dataloader` and `eval_dataloader`, and:
 
+    - in `on_train_begin` `plan`: what the arguments come to for the training set (`fts.trainer.plan.Plan`).
     - in `on_step_end` `metrics`: those of the update by name, as 0-d tensors on the device (`loss`, `grad_norm`, and what the
       loss function returned beside its loss). Reading one, as `float(metrics["loss"])` does, waits for the device; a metric that
       is kept is better read later.
@@ -47,6 +48,8 @@ class TrainerCallback:
     last, before both. What is not overridden costs nothing.
     What an event raises ends the run as a `CallbackError` that names the callback, the event and the step. A callback that also
     derives from `ExportableState` has its state kept in checkpoints. Callbacks written for transformers work as they are.
+    Checkpoints are written beside training; `on_save` waits until the new one is complete, unless the callback says with
+    `reads_checkpoints = False` that it does not look at it.
 
     >>> class Stop(TrainerCallback):
     ...     def on_step_end(self, args, state, control, **kwargs):

@@ -1,21 +1,29 @@
-"""Progress bars."""
+"""How far a run is, for people."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fts.errors import MissingDependencyError
 from fts.trainer.callbacks.base import TrainerCallback
+from fts.trainer.callbacks.displays import open_display
 from fts.trainer.callbacks.printer import readable
+from fts.trainer.callbacks.shown import BESIDE, Shown
+from fts.trainer.figures import best_metric_name
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar for training, with the time left and the latest loss and rate, and one for each evaluation or prediction.
+    """Shows how far training is, its latest figures and the time left, and how far each evaluation or prediction is.
+
+    In a terminal that is a bar below the logs, in a notebook a table, and elsewhere lines: with each log, and one a minute where
+    there are none. Only the main process shows anything. A resumed run counts on from its step; its speed is that of this run.
 
     Args:
         max_str_len: the most characters of a text that is logged.
     """
+
+    reads_checkpoints = False
+    """The run need not wait for a checkpoint to be complete before it tells of it: the display shows its step alone."""
 
     def __init__(self, max_str_len: int = 100) -> None:
         self.max_str_len = max_str_len
@@ -24,11 +32,12 @@ class ProgressCallback(TrainerCallback):
         self.current_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Open the bar of training, where a resumed run begins."""
+        """Open the display of training, where a resumed run begins."""
         close_bars([self])
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = _bar(total=state.max_steps, initial=state.global_step, desc="train")
+            step = state.global_step
+            self.training_bar = open_display(Shown("train", state.max_steps, step, _rows(args, state), step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Move it."""
@@ -37,33 +46,48 @@ class ProgressCallback(TrainerCallback):
             self.current_step = state.global_step
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> Any:
-        """Open or move the bar of an evaluation."""
+        """Open or move the display of an evaluation."""
         if self.prediction_bar is None and state.is_world_process_zero:
-            self.prediction_bar = _bar(total=_length(eval_dataloader), leave=self.training_bar is None, desc="evaluate")
+            shown = Shown("evaluate", _length(eval_dataloader), rows=getattr(eval_dataloader, "batch_size", None))
+            self.prediction_bar = open_display(shown, self.training_bar)
         if self.prediction_bar is not None:
             self.prediction_bar.update(1)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Close the bar of the evaluation."""
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """Close the display of the evaluation, and note what came out."""
         _close(self, "prediction_bar")
+        if self.training_bar is not None and metrics:
+            best = best_metric_name(args) if getattr(args, "metric_for_best_model", None) else "eval_loss"
+            name = next((name for name in (best, "eval_loss") if name in metrics), None)
+            if name is not None:
+                self._note(name, f"{readable(metrics)[name]} at {state.global_step}")
 
     def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Close the bar of the prediction."""
+        """Close the display of the prediction."""
         _close(self, "prediction_bar")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Note the checkpoint."""
+        if self.training_bar is not None:
+            self._note("saved", f"at {state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Show loss and rate beside the bar, and write the whole log above it."""
+        """Show loss, rate and norm, and the whole log above them."""
         if self.training_bar is None or not logs:
             return
-        if "loss" in logs:
-            beside = {"loss": logs["loss"]} | ({"lr": logs["learning_rate"]} if "learning_rate" in logs else {})
-            self.training_bar.set_postfix(readable(beside), refresh=False)
         _close(self, "prediction_bar")
-        self.training_bar.write(str(readable(logs, self.max_str_len)))
+        latest = readable({short: logs[name] for name, short in BESIDE.items() if name in logs})
+        self.training_bar.shown.figures.update({name: str(value) for name, value in latest.items()})
+        self.training_bar.log(readable(logs, self.max_str_len))
+        self.training_bar.show()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Close the bar of training."""
+        """Close the display of training."""
         close_bars([self])
+
+    def _note(self, name: str, text: str) -> None:
+        self.training_bar.shown.figures[name] = text
+        self.training_bar.show()
 
 
 def close_bars(callbacks: Iterable[Any]) -> None:
@@ -91,11 +115,8 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def _bar(**options: Any) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise MissingDependencyError(
-            "A progress bar needs tqdm: pip install fts[trainer]. Or print the logs instead: disable_tqdm=True."
-        ) from error
-    return tqdm(dynamic_ncols=True, **options)
+def _rows(args: Any, state: Any) -> int | None:
+    """Rows in an update, over all processes."""
+    if args is None or not state.train_batch_size:
+        return None
+    return int(state.train_batch_size * args.gradient_accumulation_steps * args.world_size)

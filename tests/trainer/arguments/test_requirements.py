@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError, FtsError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments, not_yet, requirements
+from fts.trainer.arguments import TrainingArguments, not_yet, requirements, trackers
 from fts.trainer.arguments.not_yet import NOT_YET
 from fts.trainer.arguments.requirements import REQUIREMENTS
 
@@ -24,7 +24,6 @@ def refuses(name, value, message, error=ArgumentError):
 
 
 ASKED = {
-    "report_to": ["tensorboard", ["wandb", "mlflow"], "all", ["all"]],
     "fsdp": ["full_shard auto_wrap", True, ["full_shard"]],
     "fsdp_config": [{"min_num_params": 2000}, '{"min_num_params": 2000}', "fsdp.json"],
     "deepspeed": ["ds.json", {"zero_optimization": {"stage": 2}}],
@@ -43,8 +42,13 @@ def test_what_is_not_there_yet_says_so(name, value):
     refuses(name, value, f"^{name}=.* is not yet in this version of fts. [A-Z].*")
 
 
-def test_trackers_name_the_alternative():
-    refuses("report_to", "all", r"report_to='all' is not yet .* a callback with on_log")
+@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("azure_ml", "azureml-core"), ("flyte", "flytekit")])
+def test_trackers_need_their_packages(name, package, monkeypatch):
+    monkeypatch.setattr(trackers, "_found", lambda module: False)
+    message = rf"report_to=\[.*'{name}'\] needs the package \w+, which is not there. pip install {package}, or leave '{name}' out"
+    refuses("report_to", name, message, MissingDependencyError)
+    refuses("report_to", ["none", name], message, MissingDependencyError)
+    assert TrainingArguments(report_to="all").report_to == ["all"]  # what is installed: nothing
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
-from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments
+from fts.errors import ArgumentError, MissingDependencyError
+from fts.trainer.arguments import TrainingArguments, trackers
 
 CALLS = [
     ("set_training", {}),
@@ -71,6 +71,8 @@ def test_steps_need_a_number(name):
         getattr(TrainingArguments(), name)(strategy="steps", steps=0)
 
 
-def test_what_is_not_there_is_an_error():
-    with pytest.raises(ArgumentError, match="report_to='wandb' is not yet in this version of fts"):
+def test_set_logging_checks_trackers(monkeypatch):
+    monkeypatch.setattr(trackers, "_found", lambda module: module == "mlflow")
+    assert TrainingArguments().set_logging(report_to=["mlflow"]).report_to == ["mlflow"]
+    with pytest.raises(MissingDependencyError, match="needs the package wandb"):
         TrainingArguments().set_logging(report_to="wandb")

@@ -1,0 +1,166 @@
+"""Trains with one tracker, is interrupted after a checkpoint, goes on, evaluates; prints what the tracker's own reader finds.
+
+Called as `python tracked_run.py TRACKER DIRECTORY`, in a process of its own, since trackers keep global state.
+"""
+
+import contextlib
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+
+name, root = sys.argv[1], Path(sys.argv[2])
+os.environ |= {
+    "WANDB_MODE": "offline",
+    "WANDB_DIR": str(root),
+    "WANDB_SILENT": "true",
+    "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db",
+    "TRACKIO_DIR": str(root / "trackio"),
+    "COMET_START_ONLINE": "false",
+    "COMET_OFFLINE_DIRECTORY": str(root / "comet"),
+    "SWANLAB_MODE": "local",
+    "SWANLAB_LOG_DIR": str(root / "swanlog"),
+    "NEPTUNE_MODE": "offline",
+    "AIM_REPO": str(root),
+    "CLEARML_OFFLINE_MODE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+os.chdir(root)
+
+from fts.trainer import TrainerCallback  # noqa: E402 - the environment comes first
+from tests.trainer.helpers import make_trainer  # noqa: E402
+
+
+class Breaks(TrainerCallback):
+    """A crash at step 5, after the checkpoint of step 2 and the log of step 4."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise ConnectionResetError("power cut")
+
+
+def trainer(**own):
+    settings = {"report_to": name, "run_name": "mine", "project": "tests", "trackio_space_id": None}
+    settings |= {"max_steps": 6, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 6}
+    settings |= {"hub_token": "sesame", "save_strategy": "steps", "save_steps": 2}
+    return make_trainer(root / "out", **settings, **own)
+
+
+def tensorboard():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (root / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    figures = {tag: [[one.step, one.value] for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    import yaml
+
+    facts = [yaml.safe_load(path.read_text()) for path in folder.glob("*/hparams.yml")]
+    return {"runs": 1, "figures": figures, "facts": facts}
+
+
+def mlflow():
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    run = runs[0]
+    history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    figures = {key: [[one.step, one.value] for one in values] for key, values in history.items()}
+    return {
+        "runs": len(runs),
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "figures": figures,
+        "facts": [run.data.params],
+    }
+
+
+def trackio():
+    import trackio as package
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = list(package.Api().runs("tests"))
+    figures = {}
+    for row in SQLiteStorage.get_logs("tests", runs[0].name):
+        for key, value in row.items():
+            figures.setdefault(key, []).append([row["train/global_step"], value])
+    return {"runs": len(runs), "name": runs[0].name, "figures": figures, "facts": [dict(runs[0].config)]}
+
+
+def wandb():
+    from wandb.proto import wandb_internal_pb2
+
+    figures, facts, runs, names, exits = {}, [], set(), set(), []
+    for file in sorted(root.glob("wandb/offline-run-*/*.wandb")):
+        for data in records(file.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            if record.HasField("run"):
+                runs.add(record.run.run_id)
+                names.add(record.run.display_name)
+            if record.HasField("exit"):
+                exits.append(record.exit.exit_code)
+            if record.HasField("config"):
+                items = {item.key: json.loads(item.value_json) for item in record.config.update if item.key != "_wandb"}
+                facts += [items] if items else []
+            if record.HasField("history"):
+                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                for key, value in row.items():
+                    figures.setdefault(key, []).append([row["train/global_step"], value])
+    (name,) = names
+    return {"runs": len(runs), "name": name, "exits": exits, "figures": figures, "facts": facts}
+
+
+def records(data):
+    """The records of a file in the log format of LevelDB, as its documentation has it, after W&B's header of 7 bytes."""
+    assert data[:4] == b":W&B"
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # a full one, or the last part
+            yield whole
+            whole = b""
+
+
+def dvclive():
+    import csv
+
+    figures = {}
+    for path in (root / "dvclive" / "plots" / "metrics").rglob("*.tsv"):
+        with path.open() as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        (key,) = (key for key in rows[0] if key not in ("step", "timestamp"))
+        figures[f"{path.parent.name}/{key}"] = [[int(row["step"]), float(row[key])] for row in rows]
+    import yaml
+
+    return {"runs": 1, "figures": figures, "facts": [yaml.safe_load((root / "dvclive" / "params.yaml").read_text())]}
+
+
+def aim():
+    from aim import Run
+
+    hashes = [path.name for path in (root / ".aim" / "meta" / "chunks").iterdir()]  # before Aim's server has listed them
+    run = Run(hashes[0], repo=str(root), system_tracking_interval=None, capture_terminal_logs=False)
+    tables = {metric.name: metric.dataframe() for metric in run.metrics()}
+    figures = {name: [[int(row.step), row.value] for row in table.itertuples()] for name, table in tables.items()}
+    return {"runs": len(hashes), "name": run.name, "figures": figures, "facts": [dict(run["hparams"])]}
+
+
+if __name__ == "__main__":
+    broken = trainer(callbacks=[Breaks])
+    with contextlib.suppress(ConnectionResetError):
+        broken.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(root / "out" / "checkpoint-2"))
+    again.evaluate()
+    again.predict(again.eval_dataset)
+    found = {"crashed": broken.state.log_history, "history": again.state.log_history}
+    reader = globals().get(name)
+    print("FOUND " + json.dumps(found | (reader() if reader else {})))
