@@ -14,13 +14,26 @@ ROOT = Path(__file__).parents[3]
 SPEED = ("runtime", "_per_second")
 
 
+def local(directory):
+    """Settings by which trackers stay on this machine, and in this directory."""
+    return {
+        "AIM_REPO": str(directory),
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
+        "TRACKIO_DIR": str(directory / "trackio"),
+        "WANDB_DIR": str(directory),
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     @cache
     def run(name):
         pytest.importorskip(name)
         directory = tmp_path_factory.mktemp(name)
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | local(directory)
         done = subprocess.run(
             [sys.executable, str(PROGRAM), name, str(directory)], env=environment, capture_output=True, text=True, check=False
         )

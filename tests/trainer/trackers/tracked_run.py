@@ -4,32 +4,15 @@ Called as `python tracked_run.py TRACKER DIRECTORY`, in a process of its own, si
 """
 
 import contextlib
+import csv
 import json
 import os
 import struct
 import sys
 from pathlib import Path
 
-name, root = sys.argv[1], Path(sys.argv[2])
-os.environ |= {
-    "WANDB_MODE": "offline",
-    "WANDB_DIR": str(root),
-    "WANDB_SILENT": "true",
-    "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db",
-    "TRACKIO_DIR": str(root / "trackio"),
-    "COMET_START_ONLINE": "false",
-    "COMET_OFFLINE_DIRECTORY": str(root / "comet"),
-    "SWANLAB_MODE": "local",
-    "SWANLAB_LOG_DIR": str(root / "swanlog"),
-    "NEPTUNE_MODE": "offline",
-    "AIM_REPO": str(root),
-    "CLEARML_OFFLINE_MODE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-os.chdir(root)
-
-from fts.trainer import TrainerCallback  # noqa: E402 - the environment comes first
-from tests.trainer.helpers import make_trainer  # noqa: E402
+from fts.trainer import TrainerCallback
+from tests.trainer.helpers import make_trainer
 
 
 class Breaks(TrainerCallback):
@@ -40,14 +23,14 @@ class Breaks(TrainerCallback):
             raise ConnectionResetError("power cut")
 
 
-def trainer(**own):
+def trainer(name, root, **own):
     settings = {"report_to": name, "run_name": "mine", "project": "tests", "trackio_space_id": None}
     settings |= {"max_steps": 6, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 6}
     settings |= {"hub_token": "sesame", "save_strategy": "steps", "save_steps": 2}
     return make_trainer(root / "out", **settings, **own)
 
 
-def tensorboard():
+def tensorboard(root):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = (root / "out" / "runs").iterdir()
@@ -60,7 +43,7 @@ def tensorboard():
     return {"runs": 1, "figures": figures, "facts": facts}
 
 
-def mlflow():
+def mlflow(root):
     import mlflow
 
     client = mlflow.MlflowClient()
@@ -77,7 +60,7 @@ def mlflow():
     }
 
 
-def trackio():
+def trackio(root):
     import trackio as package
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -89,7 +72,7 @@ def trackio():
     return {"runs": len(runs), "name": runs[0].name, "figures": figures, "facts": [dict(runs[0].config)]}
 
 
-def wandb():
+def wandb(root):
     from wandb.proto import wandb_internal_pb2
 
     figures, facts, runs, names, exits = {}, [], set(), set(), []
@@ -129,9 +112,7 @@ def records(data):
             whole = b""
 
 
-def dvclive():
-    import csv
-
+def dvclive(root):
     figures = {}
     for path in (root / "dvclive" / "plots" / "metrics").rglob("*.tsv"):
         with path.open() as file:
@@ -143,7 +124,7 @@ def dvclive():
     return {"runs": 1, "figures": figures, "facts": [yaml.safe_load((root / "dvclive" / "params.yaml").read_text())]}
 
 
-def aim():
+def aim(root):
     from aim import Run
 
     hashes = [path.name for path in (root / ".aim" / "meta" / "chunks").iterdir()]  # before Aim's server has listed them
@@ -153,14 +134,19 @@ def aim():
     return {"runs": len(hashes), "name": run.name, "figures": figures, "facts": [dict(run["hparams"])]}
 
 
-if __name__ == "__main__":
-    broken = trainer(callbacks=[Breaks])
+def main(name, root):
+    os.chdir(root)
     with contextlib.suppress(ConnectionResetError):
+        broken = trainer(name, root, callbacks=[Breaks])
         broken.train()
-    again = trainer()
+    again = trainer(name, root)
     again.train(resume_from_checkpoint=str(root / "out" / "checkpoint-2"))
     again.evaluate()
     again.predict(again.eval_dataset)
     found = {"crashed": broken.state.log_history, "history": again.state.log_history}
     reader = globals().get(name)
-    print("FOUND " + json.dumps(found | (reader() if reader else {})))
+    print("FOUND " + json.dumps(found | (reader(root) if reader else {})))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
