@@ -49,7 +49,7 @@ from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import TrainerControl, TrainerState
-from fts.trainer.trackers import close_trackers, tracker_callbacks
+from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
 from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
 from fts.trainer.verbosity import apply_log_level
@@ -227,6 +227,7 @@ class Trainer:
         self.state, self.control = run.told, TrainerControl()
         self._tokens_before = run.told.num_input_tokens_seen
         self._set_context()
+        tell_plan(self.callback_handler.callbacks, run.plan)
         self.is_in_train = True
         try:
             return follow(self, run, ignore_keys)

@@ -34,7 +34,6 @@ class TrainerCallback:
     Each event is called as `on_...(args, state, control, **kwargs)`, where kwargs has `model`, `processing_class`, `optimizer`,
     `lr_scheduler`, `train_dataloader` and `eval_dataloader`, and:
 
-    - in `on_train_begin` `plan`: what the arguments come to for the training set (`fts.trainer.plan.Plan`).
     - in `on_step_end` `metrics`: those of the update by name, as 0-d tensors on the device (`loss`, `grad_norm`, and what the
       loss function returned beside its loss). Reading one, as `float(metrics["loss"])` does, waits for the device; a metric that
       is kept is better read later.

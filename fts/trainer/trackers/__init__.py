@@ -1,7 +1,7 @@
 """Trackers: where the figures of a run are sent."""
 
-from fts.trainer.trackers.callback import TrackerCallback, close_trackers
+from fts.trainer.trackers.callback import TrackerCallback, close_trackers, tell_plan
 from fts.trainer.trackers.flyte import FlyteCallback
 from fts.trainer.trackers.reporting import tracker_callbacks
 
-__all__ = ["FlyteCallback", "TrackerCallback", "close_trackers", "tracker_callbacks"]
+__all__ = ["FlyteCallback", "TrackerCallback", "close_trackers", "tell_plan", "tracker_callbacks"]

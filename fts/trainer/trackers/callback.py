@@ -65,16 +65,17 @@ class TrackerCallback(TrainerCallback, ExportableState):
         self.failures: dict[str, int] = {}
         self.warned: set[str] = set()
         self.facts: dict[str, Any] = {}
+        self.plan: Any = None
         self.training = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, plan: Any = None, model: Any = None, **kwargs: Any) -> Any:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> Any:
         """Open the run of each tracker, and tell it the facts; with a checkpoint's run, go on."""
         self.close()
         if state.global_step == 0:
             self.runs.clear()
         self.failures.clear()
         self.training = True
-        self.facts = facts_of(args, plan, model)
+        self.facts = facts_of(args, self.plan, model)
         self._start(args, state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -101,11 +102,10 @@ class TrackerCallback(TrainerCallback, ExportableState):
             self.open.pop(name, None)
 
     def state(self) -> dict[str, Any]:
-        """What checkpoints keep: the names of the runs."""
-        return {
-            "args": {"trackers": [item for item in self.trackers if isinstance(item, str)]},
-            "attributes": {"runs": self.runs},
-        }
+        """What checkpoints keep: the names of the runs, and the arguments, unless there are trackers of the user's own."""
+        named = all(isinstance(item, str) for item in self.trackers)
+        arguments = {"trackers": self.trackers, "optional": self.optional} if named else {}
+        return {"args": arguments, "attributes": {"runs": self.runs}}
 
     def _send(self, args: Any, state: Any, logs: Mapping[str, Any], model: Any) -> None:
         outside = not self.training
@@ -172,6 +172,18 @@ class TrackerCallback(TrainerCallback, ExportableState):
         if name not in self.warned:
             self.warned.add(name)
             logger.warning("%s", text)
+
+
+def tell_plan(callbacks: Iterable[Any], plan: Any) -> None:
+    """Tell trackers the plan of the run that is about to begin; no event has it.
+
+    Args:
+        callbacks: any.
+        plan: a `fts.trainer.plan.Plan`.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TrackerCallback):
+            callback.plan = plan
 
 
 def close_trackers(callbacks: Iterable[Any], failed: bool = True) -> None:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from fts.errors import ArgumentError, CallbackError, Interrupted
+from fts.errors import ArgumentError, CallbackError, CheckpointError, Interrupted
 from fts.trainer import TrainerCallback, TrainerState
 from fts.trainer.trackers import TrackerCallback, callback as room, tracker_callbacks
 from fts.trainer.trackers.tracking import Tracking
@@ -235,3 +235,28 @@ def test_a_run_that_the_script_began_stays_open(tmp_path, monkeypatch):
             assert [one.step for one in mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")] == [1, 2]
     finally:
         mlflow.set_tracking_uri(None)
+
+
+def test_arguments_come_from_the_checkpoint_if_asked(tmp_path, named):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tmp_path, **settings, report_to="tensorboard").train()
+    asked = settings | {"restore_callback_states_from_checkpoint": True}
+    again = make_trainer(tmp_path, **asked, callbacks=[TrackerCallback(["wandb"], optional=["wandb"])])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    restored = again.callback_handler.callbacks[1]
+    assert (restored.trackers, restored.optional, restored.runs) == (["tensorboard"], [], {"tensorboard": "run-1"})
+
+
+def test_a_tracker_of_ones_own_is_not_replaced_by_the_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tmp_path, **settings, callbacks=[TrackerCallback([Memory()])]).train()
+    tracker = Memory()
+    again = make_trainer(tmp_path, **settings, callbacks=[TrackerCallback([tracker])])
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "log" in tracker.named()
+    asked = settings | {"restore_callback_states_from_checkpoint": True}
+    third = make_trainer(tmp_path, **asked, callbacks=[TrackerCallback([Memory()])])
+    with pytest.raises(
+        CheckpointError, match=r"TrackerCallback cannot be restored.*restore_callback_states_from_checkpoint=False"
+    ):
+        third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
