@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def wandb(opening: Opening) -> Tracking:
     tracker = WandBTracker(project, name=opening.name, **again)
     begun = wandb.run is None
     if begun:
+        if opening.run_id:
+            # its directory is named by the second and the run: within one second, the second opening would replace the first
+            time.sleep(1.0 - time.time() % 1.0)
         tracker.start()
     else:
         tracker.run = wandb.run

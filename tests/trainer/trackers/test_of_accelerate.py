@@ -5,6 +5,7 @@
 
 import shutil
 import sys
+import time
 import types
 
 import accelerate.tracking  # noqa: F401 - looks for packages when it is imported: before the fakes are there
@@ -206,3 +207,15 @@ def test_a_trial_of_a_search_has_its_own_name(tmp_path, monkeypatch):
     state = TrainerState(trial_name="trial 3")
     trainer.callback_handler.callbacks[1].on_train_begin(trainer.args, state, None, model=trainer.model)
     assert package.of("init")[0][1] == {"project": "group", "name": "trial 3"}
+
+
+def test_wandb_is_not_opened_twice_in_a_second(tmp_path, monkeypatch):
+    run = Recorder()
+    run.id = "run"
+    seconds = []
+    module(monkeypatch, "wandb", run=None, init=lambda **given: (seconds.append(int(time.time())), run)[1], config=Recorder())
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[TrackerCallback(["wandb"])])
+    trainer.train()
+    trainer.evaluate()
+    trainer.predict(trainer.eval_dataset)
+    assert len(seconds) == len(set(seconds)) == 3
