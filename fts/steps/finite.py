@@ -102,8 +102,8 @@ def describe_nonfinite(step: int, loss: float, found: dict[str, NonFinite], para
     which = f"the gradients of {len(found)} of {parameters} parameters are not finite: {names}"
     return (
         f"In step {step} the loss is {loss:g}; {which if found else 'all gradients are finite'}. Nothing was updated: the state "
-        "is that before the step. Look for log(0), 0/0 or overflow in the loss and for bad numbers in the batch, lower the "
-        "learning rate, or skip such updates with tx.skip_nonfinite."
+        "is that before the step. Look for log(0), 0/0 (a mean over labels of which none counts) or overflow in the loss and for "
+        "bad numbers in the batch, lower the learning rate, or skip such updates with tx.skip_nonfinite."
     )
 
 

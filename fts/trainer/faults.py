@@ -29,6 +29,10 @@ CHOICES = (
 """What else can be done, for whoever reads the error."""
 
 
+LABELS = "All labels of a batch of this step are -100, so that its loss is 0/0: leave such rows out of the data."
+"""What is said of a batch without labels that count, such as rows whose answer was truncated away."""
+
+
 def raising(args: TrainingArguments, step: Any) -> Any:
     """The step, which raises where its loss or gradients are not finite if `nonfinite` is "raise" or "rollback".
 

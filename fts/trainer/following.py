@@ -21,9 +21,10 @@ from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
 from fts.trainer.evaluation import EvaluationLeft
-from fts.trainer.faults import CHOICES, Remembered, rolling_back
+from fts.trainer.faults import CHOICES, LABELS, Remembered, rolling_back
 from fts.trainer.flags import Wanted
 from fts.trainer.keeping import Keeping, time_left
+from fts.trainer.losses import lacks_labels
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.outputs import TrainOutput
 from fts.trainer.reports import speed_metrics
@@ -86,6 +87,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             close_bars(trainer.callback_handler.callbacks)
             if isinstance(error, NonFiniteError):
                 error.add_note(CHOICES)
+                if lacks_labels(model, teller.stepping.batch, trainer.label_names):
+                    error.add_note(LABELS)
             if isinstance(error, Exception):
                 teller.rescue(error)
             raise

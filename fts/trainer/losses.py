@@ -246,6 +246,22 @@ def item_count(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence
     return counted
 
 
+def lacks_labels(model: nn.Module, batch: Any, label_names: Sequence[str]) -> bool:
+    """Whether a batch, or one of the micro-batches of an update, has labels of which none counts, so that their mean is 0/0.
+
+    >>> lacks_labels(nn.Linear(2, 1), {"x": torch.zeros(4, 2), "labels": torch.full((4, 3), -100)}, ["labels"])
+    True
+    """
+    parts = batch if isinstance(batch, steps.MicroBatches) else (batch,)
+    found = [part.get(label_names[0]) for part in parts if label_names and isinstance(part, Mapping)]
+    return any(isinstance(labels, Tensor) and _counts_none(model, labels) for labels in found)
+
+
+def _counts_none(model: nn.Module, labels: Tensor) -> bool:
+    counted = labels[..., 1:] if labels.ndim > 1 and shifts_labels(model) else labels
+    return not labels.is_floating_point() and bool((counted == -100).all())
+
+
 def weight_by(model: nn.Module, rule: LossRule) -> Callable[[Any], Number]:
     """From a batch to the weight of its loss among those of other batches: what the loss was divided by."""
 

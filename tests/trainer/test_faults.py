@@ -8,6 +8,7 @@ import torch
 from fts import TrainState, loops, steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, NonFiniteError
 from fts.trainer import TrainerCallback
+from fts.trainer.losses import lacks_labels
 from tests.trainer.helpers import Linear, Regression, losses, make_trainer, rows
 
 BAD = 13
@@ -283,3 +284,43 @@ def test_an_evaluation_before_the_copy_stays(tmp_path, monkeypatch):
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert evaluated == [3, 6, 9]
     assert rates[7] == pytest.approx(rates[6] / 10)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_without_labels_that_count_is_named(tmp_path, accumulate):
+    pytest.importorskip("transformers")
+    from tests.trainer.parity.models import bert, sentences
+
+    for empty in (True, False):
+        data = [dict(row, labels=-100 if empty and 8 <= index < 12 else row["labels"]) for index, row in enumerate(sentences())]
+        model = bert()
+        if not empty:
+            model.classifier.weight.data[0] = math.nan
+        options = {"gradient_accumulation_steps": accumulate}
+        with pytest.raises(NonFiniteError, match=r"0/0 \(a mean over labels of which none counts\)") as caught:
+            trainer_on(data, tmp_path, model, **options).train()
+        assert ("All labels of a batch of this step are -100" in "".join(caught.value.__notes__)) == empty
+
+
+def test_labels_that_count():
+    def lacks(labels, model=None, names=("labels",)):
+        return lacks_labels(model or Linear(), {"labels": labels}, names)
+
+    assert lacks(torch.tensor([-100, -100]))
+    assert lacks(torch.tensor([[-100], [-100]]))
+    assert not lacks(torch.tensor([-100, 1]))
+    assert not lacks(torch.tensor([-100.0]))
+    assert not lacks([-100])
+    assert not lacks(torch.tensor([-100]), names=())
+    assert not lacks_labels(Linear(), torch.tensor([-100]), ["labels"])
+    full, empty = {"labels": torch.tensor([1])}, {"labels": torch.tensor([-100])}
+    assert lacks_labels(Linear(), steps.MicroBatches([full, empty]), ["labels"])
+
+
+def test_the_first_token_of_a_causal_model_is_no_label_that_counts():
+    pytest.importorskip("transformers")
+    from tests.trainer.parity.models import llama
+
+    labels = {"labels": torch.tensor([[5, -100, -100]])}
+    assert lacks_labels(llama(), labels, ["labels"])
+    assert not lacks_labels(Linear(), labels, ["labels"])
