@@ -11,7 +11,8 @@ from typing import Any
 
 from fts.errors import ArgumentError
 from fts.loops.finding import Found, best_of, newest_of, survey
-from fts.loops.rotation import Rated, delete, kept
+from fts.loops.rotation import Rated, kept
+from fts.storage.whole import delete
 
 QUIET = 2.0
 """Verifying says nothing of its progress for so many seconds."""

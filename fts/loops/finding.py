@@ -47,22 +47,26 @@ class Found:
     best: int | None = None
 
 
+STEP = r"(0|[1-9][0-9]*)"
+"""A step in the name of a checkpoint, as it is written: a copy under `checkpoint-009` is none."""
+
+
 def checkpoints_in(root: str | Path) -> dict[int, Path]:
     """The checkpoints of a directory by step, in order; whole or not."""
-    return _named(root, r"checkpoint-(\d+)")
+    return dict(_named(root, rf"checkpoint-{STEP}"))
 
 
-def leftovers_in(root: str | Path, doing: Doing) -> dict[int, Path]:
-    """What runs left that died while they wrote or deleted a checkpoint, by step."""
-    return _named(root, rf"\.checkpoint-(\d+)\.{doing}")
+def leftovers_in(root: str | Path, doing: Doing) -> list[tuple[int, Path]]:
+    """What runs left that died while they wrote or deleted a checkpoint, with its step, in order."""
+    return _named(root, rf"\.checkpoint-{STEP}(?:\.[0-9a-f]+)?\.{doing}")
 
 
-def _named(root: str | Path, pattern: str) -> dict[int, Path]:
+def _named(root: str | Path, pattern: str) -> list[tuple[int, Path]]:
     root = Path(root)
     if not root.is_dir():
-        return {}
+        return []
     names = ((re.fullmatch(pattern, path.name), path) for path in root.iterdir())
-    return dict(sorted((int(name[1]), path) for name, path in names if name and path.is_dir()))
+    return sorted((int(name[1]), path) for name, path in names if name and path.is_dir())
 
 
 def survey(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[Found]:
@@ -90,7 +94,7 @@ def survey(root: str | Path, progress: Callable[[int, int], None] | None = None)
             progress(number, len(there))
         found.append(_examined(path, step))
     for doing, what in INTERRUPTED.items():
-        for step, path in leftovers_in(root, doing).items():
+        for step, path in leftovers_in(root, doing):
             problem = f"{path} is what is left of a {what} that was cut off."
             found.append(Found(step, path, "cut off", problem, _size(path), _time(path)))
     return sorted(found, key=lambda one: one.step)
@@ -113,7 +117,7 @@ def newest_checkpoint(root: str | Path, *, also: Callable[[Path], bool] | None =
         Its path; None if there is none. Damaged and incomplete ones are passed over.
     """
     _undo_interrupted_in(Path(root))
-    for path in leftovers_in(root, "writing").values():
+    for _, path in leftovers_in(root, "writing"):
         logger.warning("%s is what is left of a save that was cut off; `fts checkpoints prune` deletes it.", path)
     for path in reversed(checkpoints_in(root).values()):
         condition, problem = judge(path)
@@ -136,7 +140,7 @@ def best_of(found: list[Found]) -> int | None:
 
 def _undo_interrupted_in(root: Path) -> None:
     for entry in list(root.iterdir()) if root.is_dir() else []:
-        aside = re.fullmatch(r"\.(checkpoint-\d+)\.replaced", entry.name)
+        aside = re.fullmatch(rf"\.(checkpoint-{STEP})\.replaced", entry.name)
         if aside:
             try:
                 undo_interrupted(root / aside[1])

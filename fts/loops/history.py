@@ -50,6 +50,6 @@ def best_step(history: Mapping[str, Any]) -> int | None:
     10
     """
     step, path = history.get("best_global_step"), history.get("best_model_checkpoint")
-    if isinstance(path, str) and (name := re.fullmatch(r"checkpoint-(\d{1,18})", Path(path).name)):
+    if isinstance(path, str) and (name := re.fullmatch(r"checkpoint-([0-9]{1,18})", Path(path).name)):
         return int(name[1])
     return step if isinstance(step, int) and not isinstance(step, bool) and step > 0 else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import attrs
 from fts.errors import ArgumentError
 from fts.loops.finding import checkpoints_in, leftovers_in
 from fts.loops.judging import has_model_alone, looks_whole
+from fts.storage.whole import delete
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ def rotate_checkpoints(
     """
     if limit is None:
         return
-    for path in leftovers_in(root, "deleting").values():
+    for _, path in leftovers_in(root, "deleting"):
         _delete(path)
     there = checkpoints_in(root)
     best_step, latest_step = _step_of(there, best), _step_of(there, latest)
@@ -138,24 +137,3 @@ def _delete(path: Path) -> None:
         delete(path)
     except OSError as error:
         logger.warning("%s is outdated, but could not be deleted: %s. Training goes on; delete it by hand.", path, error)
-
-
-def delete(path: Path) -> None:
-    """Delete a checkpoint so that nothing that looks like one is left if that is interrupted: it is renamed first.
-
-    Args:
-        path: a checkpoint, or what is left of one.
-
-    Raises:
-        OSError: it could not be renamed, or not be deleted whole; what is left of it has a hidden name.
-    """
-    if not path.name.startswith("."):
-        hidden = path.with_name(f".{path.name}.deleting")
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        os.rename(path, hidden)
-        path = hidden
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)

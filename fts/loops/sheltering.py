@@ -22,7 +22,7 @@ def sheltered(loader: DataLoader[Any]) -> Iterator[Any]:
     >>> list(sheltered(DataLoader(range(4), batch_size=2)))
     [tensor([0, 1]), tensor([2, 3])]
     """
-    numbers = [number for number in signal.valid_signals() if isinstance(signal.getsignal(number), Handler)]
+    numbers = [int(number) for number in signal.valid_signals() if isinstance(signal.getsignal(number), Handler)]
     if not numbers or not loader.num_workers:
         return iter(loader)
     given = loader.worker_init_fn

@@ -174,7 +174,16 @@ class Writer:
             return lambda: write_contents(hidden, contents)
         write_texts(hidden, contents)
         before = self.nbytes
-        images = self._image.hold(contents.files)
+        try:
+            images = self._image.hold(contents.files)
+        except MemoryError as error:
+            self._image, self.background = Image(), False
+            logger.warning(
+                "There is no memory for a copy of the state (%s): from here on, checkpoints are written before training goes on, "
+                "as with Writer(background=False), which is async_save=False of the Trainer.",
+                error,
+            )
+            return lambda: write_contents(hidden, contents)
         if self.nbytes != before:
             size = self.nbytes / 2**20
             logger.info("Checkpoints are written beside training from a copy of the state: %.0f MiB.", size)

@@ -44,6 +44,9 @@ class Image:
 
         Returns:
             For each file its bytes, with those that fill the last page.
+
+        Raises:
+            MemoryError: there is not so much.
         """
         sources = [tensor for file in files for tensor in file.tensors]
         layout = tuple((file.name, file.header) for file in files)
@@ -79,7 +82,10 @@ class Image:
 
 
 def _memory(size: int, *, pinned: bool) -> Tensor:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    # shared with child processes: in private memory a fork during a write past the cache could tear what is written (open(2))
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    try:
+        if pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        # shared with child processes: in private memory a fork during a write past the cache could tear what is written (open(2))
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise MemoryError(f"{size / 2**20:.0f} MiB could not be had: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ CHECKSUM = "xxh3_128"
 
 
 def seal(directory: Path, written: Mapping[str, Written] | None = None) -> None:
-    """Flush every file, list them in the manifest, and flush that too.
+    """Flush every file, list them in the manifest, and flush that too. Links that lead outside become copies.
 
     Args:
         directory: what is to be sealed.
@@ -29,6 +30,7 @@ def seal(directory: Path, written: Mapping[str, Written] | None = None) -> None:
     """
     written = written or {}
     entries = {}
+    _replace_links(directory)
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     for path in paths:
         name = path.relative_to(directory).as_posix()
@@ -39,6 +41,17 @@ def seal(directory: Path, written: Mapping[str, Written] | None = None) -> None:
         flush(path)
     for path in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
         flush(path)
+
+
+def _replace_links(directory: Path) -> None:
+    """Put copies in the place of links to files that lead outside, or that name a path of this directory, which will move."""
+    inside = directory.resolve()
+    for path in directory.rglob("*"):
+        if path.is_symlink() and path.is_file():
+            target = path.resolve()
+            if path.readlink().is_absolute() or not target.is_relative_to(inside):
+                path.unlink()
+                shutil.copyfile(target, path)
 
 
 def verify_files(directory: Path, required: Callable[[], Any] | None = None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,8 +52,8 @@ def begun(directory: Path) -> Iterator[Path]:
     with explained(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         undo_interrupted(directory)
-        hidden = directory.with_name(f".{directory.name}.writing")
-        shutil.rmtree(hidden, ignore_errors=True)  # left by a run that died here
+        _end_others(directory)
+        hidden = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.writing")
         hidden.mkdir()
     with abandoned_on_error(directory, hidden):
         yield hidden
@@ -63,7 +65,12 @@ def abandoned_on_error(directory: Path, hidden: Path) -> Iterator[None]:
     try:
         with explained(directory):
             yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error.__cause__, FileNotFoundError) and not hidden.exists():
+            raise CheckpointError(
+                f"{directory} could not be written: another run began to write the same checkpoint. Give each run a directory of "
+                "its own."
+            ) from error
         shutil.rmtree(hidden, ignore_errors=True)
         with suppress(OSError):  # where nothing can be written, the next load does it
             undo_interrupted(directory)
@@ -99,32 +106,71 @@ def complete(directory: Path, hidden: Path, written: Mapping[str, Written] | Non
 def _replace(directory: Path, sealed: Path) -> None:
     aside = _aside(directory)
     for attempt in range(3):
-        if directory.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(directory, aside)
+        if os.path.lexists(directory):
+            _discard(aside)
+            with suppress(FileNotFoundError):  # another writer was faster
+                os.rename(directory, aside)
         try:
             os.rename(sealed, directory)
             break
         except OSError as error:
-            # a reader took the gap for an interrupted replacement and moved the old one back
+            # a reader took the gap for an interrupted replacement and moved the old one back, or another writer was faster
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 2:
                 raise
     flush(directory.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
 
 
 def undo_interrupted(directory: Path) -> None:
     """Finish what a run that died inside `_replace` left: move an old checkpoint back, or delete it if it was replaced."""
     aside = _aside(directory)
-    if not aside.exists():
+    if not os.path.lexists(aside):
         return
-    if directory.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(directory):
+        _discard(aside)
         return
     try:
         os.rename(aside, directory)
     except FileNotFoundError:  # another process was faster
         return
+
+
+def _end_others(directory: Path) -> None:
+    """Delete what runs that died here left. One that lives finds at its next file that its directory is gone."""
+    left = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]+)?\.writing")
+    for path in directory.parent.iterdir():
+        if left.fullmatch(path.name):
+            with suppress(OSError):
+                delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint so that nothing that looks like one is left if that is interrupted: it is renamed first.
+
+    Args:
+        path: a checkpoint, or what is left of one.
+
+    Raises:
+        OSError: it could not be renamed, or not be deleted whole; what is left of it has a hidden name.
+    """
+    if not path.name.endswith(".deleting"):
+        hidden = path.with_name(f".{path.name.removeprefix('.').removesuffix('.writing')}.deleting")
+        if os.path.lexists(hidden):
+            delete(hidden)
+        os.rename(path, hidden)
+        path = hidden
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _discard(path: Path) -> None:
+    """Delete what may be there: a directory, a file, or a link, but not what that leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _aside(directory: Path) -> Path:

@@ -8,6 +8,7 @@ from fts import loops
 from fts.errors import ArgumentError
 from fts.state import OPTIMIZER, TRAINED, WEIGHTS
 from fts.storage import has_tensors
+from fts.storage.whole import undo_interrupted
 from fts.trainer.foreign import can_be_resumed, is_transformers_checkpoint
 
 
@@ -33,6 +34,7 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
             )
         return newest
     path = Path(resume)
+    undo_interrupted(path)
     if is_transformers_checkpoint(path):
         return path
     if not has_tensors(path, WEIGHTS) and not has_tensors(path, TRAINED):

@@ -459,3 +459,46 @@ def test_planted_pickles_are_never_loaded(tmp_path):
 def test_only_a_state_that_can_be_saved_is_accepted(tmp_path):
     with pytest.raises(ArgumentError, match=r"dict.*save"):
         save_checkpoint(tmp_path / "checkpoint-1", {"w": torch.zeros(1)})
+
+
+def test_what_dead_runs_left_of_a_save_goes_when_it_is_made_again(tmp_path):
+    for name in (".checkpoint-5.writing", ".checkpoint-5.0123abcd.writing", ".checkpoint-51.0123abcd.writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    saved(tmp_path, 5)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", ".checkpoint-51.0123abcd.writing"}
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "link"])
+def test_what_is_no_checkpoint_of_ours_is_replaced_and_links_are_not_followed(tmp_path, kind):
+    root, other = tmp_path / "run", tmp_path / "other"
+    root.mkdir(), other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    if kind == "file":
+        (root / "checkpoint-5").write_text("mine")
+    else:
+        (root / "checkpoint-5").symlink_to(tmp_path / "nowhere" if kind == "dangling" else other)
+    assert step_of(saved(root, 5)) == 5
+    assert not (root / "checkpoint-5").is_symlink() and [path.name for path in root.iterdir()] == ["checkpoint-5"]
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def test_links_that_lead_outside_become_copies(tmp_path):
+    root, base = tmp_path / "run", tmp_path / "base.bin"
+    base.write_bytes(b"base")
+
+    def write(hidden):
+        (hidden / "sub").mkdir()
+        (hidden / "sub" / "up.bin").symlink_to(os.path.relpath(base, hidden / "sub"))
+        (hidden / "base.bin").symlink_to(base)
+        (hidden / "own.json").write_text("{}")
+        (hidden / "moves.json").symlink_to(hidden / "own.json")
+        (hidden / "stays.json").symlink_to("own.json")
+        (hidden / "dangling").symlink_to("nowhere")
+
+    path = saved(root, 5, write=write)
+    base.unlink()
+    assert is_whole(path) and step_of(path) == 5
+    assert (path / "base.bin").read_bytes() == (path / "sub" / "up.bin").read_bytes() == b"base"
+    assert (path / "moves.json").read_text() == "{}" and not (path / "moves.json").is_symlink()
+    assert (path / "stays.json").is_symlink()

@@ -222,3 +222,24 @@ def test_no_manifest_and_no_figures_are_too_strange_to_be_judged(manifest, told)
         assert looks_whole(directory) in (True, False)
         assert newest_checkpoint(root) is None
         assert best_of([found]) in (None, 5)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-009", "checkpoint-0000009", "checkpoint-\u0669"])
+def test_a_copy_under_a_name_that_is_not_written_so_does_not_stand_for_the_checkpoint(tmp_path, name):
+    path = save(tmp_path, 9)
+    shutil.copytree(path, tmp_path / name)
+    truncate(tmp_path / name)
+    assert newest_checkpoint(tmp_path) == path
+    assert [one.path for one in survey(tmp_path)] == [path]
+
+
+def test_all_that_is_left_of_saves_and_deletions_of_a_step_is_seen(tmp_path):
+    names = {
+        ".checkpoint-4.writing",
+        ".checkpoint-4.0a1b2c3d.writing",
+        ".checkpoint-4.44445555.writing",
+        ".checkpoint-4.0a.deleting",
+    }
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert {one.path.name for one in survey(tmp_path) if one.condition == "cut off"} == names

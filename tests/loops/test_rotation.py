@@ -15,7 +15,8 @@ from hypothesis import given, strategies as st
 
 from fts.errors import ArgumentError
 from fts.loops import newest_checkpoint, rotate_checkpoints, write_whole
-from fts.loops.rotation import Rated, delete, kept
+from fts.loops.rotation import Rated, kept
+from fts.storage.whole import delete
 from tests.loops.saved import names_in, save, save_model, truncate
 
 LIMITS = st.none() | st.integers(1, 8)

@@ -227,7 +227,7 @@ def test_one_save_is_under_way_and_the_next_waits(tmp_path):
     second = threading.Thread(target=writer.save, args=(tmp_path / "checkpoint-2", state_at(2)))
     second.start()
     time.sleep(0.2)
-    assert second.is_alive() and not (tmp_path / ".checkpoint-2.writing").exists()
+    assert second.is_alive() and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     gate.set()
     second.join()
     writer.close()
@@ -427,3 +427,68 @@ def test_directories_are_any_path(tmp_path, monkeypatch):
     with Writer() as writer:
         assert writer.save("deep/checkpoint-1", state_at(1)) == Path("deep/checkpoint-1")
     assert step_of(tmp_path / "deep" / "checkpoint-1") == 1
+
+
+NO_MEMORY = """
+import resource, sys
+from pathlib import Path
+from fts.loops import Writer
+from tests.loops.test_writing import SIZE, state_at
+
+state, root = state_at(1, SIZE), Path(sys.argv[1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+with Writer() as writer:
+    for step in (1, 2):
+        writer.save(root / f"checkpoint-{step}", state)
+        assert (root / f"checkpoint-{step}").is_dir()
+"""
+SIZE = 10**7
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit the memory")
+def test_without_memory_for_the_copy_it_is_written_at_once(tmp_path):
+    command = [sys.executable, "-c", NO_MEMORY, str(tmp_path)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("async_save=False") == 1
+    assert [step_of(tmp_path / f"checkpoint-{step}", SIZE) for step in (1, 2)] == [1, 1]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_of_two_writers_of_the_same_checkpoint_the_one_that_began_first_is_told(tmp_path, background):
+    first, second = Writer(background), Writer(background)
+
+    def write(hidden):
+        second.save(tmp_path / "checkpoint-1", state_at(2))
+        second.wait()
+
+    with pytest.raises(CheckpointError, match="another run began to write the same checkpoint"):
+        first.save(tmp_path / "checkpoint-1", state_at(1), write=write)
+        first.wait()
+    assert step_of(tmp_path / "checkpoint-1") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_two_writers_at_once_leave_a_whole_checkpoint(tmp_path):
+    size, path = 300_000, tmp_path / "checkpoint-1"
+    barrier, errors = threading.Barrier(2), []
+
+    def write(step):
+        writer = Writer()
+        barrier.wait()
+        try:
+            writer.save(path, state_at(step, size))
+            writer.wait()
+        except CheckpointError as error:
+            errors.append(str(error))
+
+    for _ in range(20):
+        errors.clear()
+        threads = [threading.Thread(target=write, args=(step,)) for step in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert step_of(path, size) in (1, 2) and len(errors) < 2, errors
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
