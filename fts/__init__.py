@@ -48,7 +48,10 @@ if TYPE_CHECKING:
         TrainerState as TrainerState,
         TrainingArguments as TrainingArguments,
         TrainOutput as TrainOutput,
+        default_compute_objective as default_compute_objective,
         default_data_collator as default_data_collator,
+        default_hp_space_optuna as default_hp_space_optuna,
+        default_hp_space_ray as default_hp_space_ray,
         enable_full_determinism as enable_full_determinism,
         set_seed as set_seed,
     )
@@ -86,7 +89,10 @@ _LAZY_NAMES = (
     "TrainerControl",
     "TrainerState",
     "TrainingArguments",
+    "default_compute_objective",
     "default_data_collator",
+    "default_hp_space_optuna",
+    "default_hp_space_ray",
     "enable_full_determinism",
     "set_seed",
 )

@@ -13,8 +13,8 @@ PAGE = TESTS.parent / "docs" / "parity.md"
 NAMES = TESTS / "reference_names.txt"
 STATES = re.compile(r"works(: .+)?|needs .+|not yet")
 TEST = re.compile(r"`([\w/]+\.py)::(\w+(?:::\w+)?)`")
-MAY_BE_MISSING = re.compile(  # search, several processes
-    r"hyperparameter_search|fsdp(_config)?|deepspeed"
+MAY_BE_MISSING = re.compile(  # several processes
+    r"fsdp(_config)?|deepspeed"
     r"|propagate_args_to_deepspeed|parallelism_config"
 )
 
@@ -96,7 +96,6 @@ CALLS = {
     "fsdp_config": argument("fsdp_config", {"min_num_params": 1}),
     "deepspeed": argument("deepspeed", {"zero_optimization": {"stage": 2}}),
     "parallelism_config": argument("parallelism_config", object()),
-    "hyperparameter_search": lambda trainer: trainer.hyperparameter_search(),
     "propagate_args_to_deepspeed": lambda trainer: trainer.propagate_args_to_deepspeed(),
 }
 

@@ -12,6 +12,7 @@ from fts.trainer.callbacks import (
 from fts.trainer.choices import HPSearchBackend, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 from fts.trainer.collate import default_data_collator
 from fts.trainer.outputs import BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
+from fts.trainer.search import default_compute_objective, default_hp_space_optuna, default_hp_space_ray
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.seq2seq import Seq2SeqTrainer
 from fts.trainer.state import ExportableState, TrainerControl, TrainerState
@@ -45,7 +46,10 @@ __all__ = [
     "TrainerControl",
     "TrainerState",
     "TrainingArguments",
+    "default_compute_objective",
     "default_data_collator",
+    "default_hp_space_optuna",
+    "default_hp_space_ray",
     "enable_full_determinism",
     "set_seed",
 ]

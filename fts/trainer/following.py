@@ -284,10 +284,12 @@ class Teller:
 
     def run_evaluation(self) -> dict[str, float]:
         """What the trainer's `evaluate` gives, which a subclass may have replaced; what it draws depends on the step alone."""
-        seed_generators(fold(self.seed, EVALUATION, self.told.global_step), self.trainer.args.device)
-        if self.ignore_keys is None:
-            return self.trainer.evaluate()
-        return self.trainer.evaluate(ignore_keys=self.ignore_keys)
+        trainer, step = self.trainer, self.told.global_step
+        seed_generators(fold(self.seed, EVALUATION, step), trainer.args.device)
+        metrics = trainer.evaluate() if self.ignore_keys is None else trainer.evaluate(ignore_keys=self.ignore_keys)
+        if trainer._on_evaluated is not None and trainer._on_evaluated(metrics, step):
+            trainer.control.should_training_stop = True
+        return metrics
 
     def _tell_other(self, kind: type[Any], event: Any) -> None:
         trainer = self.trainer

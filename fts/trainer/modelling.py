@@ -170,11 +170,23 @@ def made_by(model_init: Callable[..., nn.Module] | None, trial: Any = None) -> n
     """
     if model_init is None:
         raise ArgumentError("There is no model_init to make a model: Trainer(model_init=...).")
+    model = model_init(trial) if takes_trial(model_init) else model_init()
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model_init must return a torch.nn.Module, not {type(model).__name__}.")
+    return model
+
+
+def takes_trial(model_init: Callable[..., nn.Module]) -> bool:
+    """Whether `model_init` takes the trial of a search.
+
+    Raises:
+        ArgumentError: it takes more than one argument.
+
+    >>> takes_trial(lambda trial: nn.Linear(1, 1)), takes_trial(lambda: nn.Linear(1, 1))
+    (True, False)
+    """
     parameters = [p for p in inspect.signature(model_init).parameters.values() if p.kind not in _REST]
     required = [p for p in parameters if p.default is p.empty]
     if len(required) > 1:
         raise ArgumentError(f"model_init must take no argument, or the trial of a search; it takes {len(required)}.")
-    model = model_init(trial) if len(parameters) == 1 or required else model_init()
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model_init must return a torch.nn.Module, not {type(model).__name__}.")
-    return model
+    return len(parameters) == 1 or bool(required)

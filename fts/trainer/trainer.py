@@ -27,6 +27,7 @@ from fts.trainer.arguments import TrainingArguments
 from fts.trainer.batch_size import halve_until_fits, restorer
 from fts.trainer.best import check_metric
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback, close_bars
+from fts.trainer.choices import HPSearchBackend
 from fts.trainer.collate import collator_for
 from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
 from fts.trainer.composing import compose_step, items_by, replaced_by, with_count
@@ -41,12 +42,13 @@ from fts.trainer.memory import MemoryMeter
 from fts.trainer.modelling import checkpoint_activations, made_by, prepared_model
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
-from fts.trainer.outputs import EvalLoopOutput, PredictionOutput, TrainOutput
+from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
 from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
+from fts.trainer.search import note_trial, search
 from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
@@ -162,6 +164,8 @@ class Trainer:
         self._accelerator: Any = None
         self.request: StopRequest | None = None
         self.started = time.monotonic()
+        self.hp_name: Callable[[Any], str] | None = None  # this and the next are set in the trials of a search
+        self._on_evaluated: Callable[[Mapping[str, float], int], bool] | None = None
         shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
         mine = [DefaultFlowCallback, *tracker_callbacks(self.args.report_to or ()), *(callbacks or ()), shown]
         self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
@@ -214,7 +218,7 @@ class Trainer:
 
         def run(batch_size: int) -> TrainOutput:
             self._train_batch_size = batch_size
-            return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval)
+            return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval, trial)
 
         with self.memory.measuring("train") as self.memory_figures:
             if not self.args.auto_find_batch_size:
@@ -223,8 +227,9 @@ class Trainer:
             restore = restorer(self.model, self.callback_handler.callbacks, self._given_optimizers)
             return halve_until_fits(run, first, restore)
 
-    def _train(self, run: Run, ignore_keys: list[str] | None) -> TrainOutput:
+    def _train(self, run: Run, ignore_keys: list[str] | None, trial: Any = None) -> TrainOutput:
         self.state, self.control = run.told, TrainerControl()
+        note_trial(run.told, self, trial)
         self._tokens_before = run.told.num_input_tokens_seen
         self._set_context()
         tell_plan(self.callback_handler.callbacks, run.plan)
@@ -644,9 +649,40 @@ class Trainer:
 
     # Search, hub and cards
 
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there yet: raises ArgumentError."""
-        raise not_yet("Trainer.hyperparameter_search", "Loop over Trainer(...).train() yourself, with model_init")
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | Sequence[str] = "minimize",
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """Train with several hyper-parameters, and tell the best.
+
+        Each trial starts from the trainer as it is now, with a new model, its own copies of the arguments and callbacks, and a
+        folder `run-<id>` below `output_dir`. The trainer itself is not changed.
+
+        Args:
+            hp_space: with optuna `fn(trial) -> {argument: value}`, with Ray a function that gives Tune's distributions by name.
+                By default the learning rate, epochs, seed and batch size.
+            compute_objective: `fn(metrics) -> number`, or several; by default the loss, or the sum of all other metrics.
+            n_trials: how many. A search whose process died goes on to that number, from its storage.
+            direction: "minimize" or "maximize"; a list of them for several objectives (optuna).
+            backend: "optuna" or "ray"; by default the first that is installed.
+            hp_name: `fn(trial) -> name` of the trial and its folder.
+            kwargs: with optuna those of `create_study` and `Study.optimize` (`storage`, `study_name`, `load_if_exists`,
+                `sampler`, `pruner`, `timeout` …), with Ray those of `tune.run` (`resources_per_trial`, `scheduler` …).
+
+        Returns:
+            The best run; for several directions all that no other run beats in every one.
+
+        Raises:
+            ArgumentError: there is no `model_init` or nothing to evaluate, or a name or value is wrong.
+            MissingDependencyError: the backend is not installed.
+        """
+        return search(self, hp_space, compute_objective, n_trials, direction, backend, hp_name, kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository that `hub_model_id` names, unless it is there; see `hub_token` and `hub_private_repo`.

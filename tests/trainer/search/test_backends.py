@@ -1,0 +1,51 @@
+import importlib.util
+
+import pytest
+
+from fts.errors import ArgumentError, MissingDependencyError
+from fts.trainer import HPSearchBackend
+from fts.trainer.search.backends import backend_of
+from tests.trainer.search.runs import make
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Say which packages are installed."""
+    found = importlib.util.find_spec
+
+    def only(*names):
+        wanted = {"optuna", "ray", "pandas"} - {*names}
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in wanted else found(name, *rest))
+
+    return only
+
+
+def test_optuna_is_preferred(installed):
+    installed("optuna", "ray", "pandas")
+    assert backend_of(None) is HPSearchBackend.OPTUNA
+    assert backend_of("ray") is backend_of(HPSearchBackend.RAY) is HPSearchBackend.RAY
+    installed("ray", "pandas")
+    assert backend_of(None) is HPSearchBackend.RAY
+
+
+def test_a_member_of_transformers_enum_will_do(installed):
+    theirs = pytest.importorskip("transformers.trainer_utils").HPSearchBackend
+    installed("optuna", "ray", "pandas")
+    assert backend_of(theirs.RAY) is HPSearchBackend.RAY
+
+
+def test_what_is_missing_is_named(installed):
+    installed("optuna", "ray")  # without what Tune needs
+    with pytest.raises(MissingDependencyError, match=r"pip install 'ray\[tune\]'.* backend='optuna', which is installed"):
+        backend_of("ray")
+    installed()
+    with pytest.raises(MissingDependencyError, match=r"neither is installed: pip install optuna or pip install 'ray\[tune\]'"):
+        backend_of(None)
+    with pytest.raises(MissingDependencyError, match="pip install optuna"):
+        backend_of("optuna")
+
+
+@pytest.mark.parametrize(("name", "text"), [("wandb", "sweeps"), ("sigopt", "closed"), ("hyperopt", "no such backend")])
+def test_other_backends(tmp_path, name, text):
+    with pytest.raises(ArgumentError, match=f"backend='{name}' cannot be used.*{text}.*'optuna' or 'ray'"):
+        make(tmp_path).hyperparameter_search(backend=name)

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from fts.errors import ArgumentError
+from fts.trainer import TrainingArguments, default_hp_space_optuna, default_hp_space_ray
+from fts.trainer.search.space import arguments_with
+
+
+class Asked:
+    """A trial that notes what it is asked for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs)) or len(self.calls)
+
+
+def test_optunas_space_is_that_of_transformers():
+    theirs = pytest.importorskip("transformers.trainer_utils").default_hp_space_optuna
+    one, other = Asked(), Asked()
+    assert theirs(one) == default_hp_space_optuna(other)
+    assert one.calls == other.calls and len(one.calls) == 4
+
+
+def test_rays_space_is_that_of_transformers():
+    pytest.importorskip("ray.tune")
+    theirs = pytest.importorskip("transformers.trainer_utils").default_hp_space_ray(None)
+    ours = default_hp_space_ray()
+    shown = [
+        {name: (type(value), value.domain_str, str(value.sampler)) for name, value in part.items()} for part in (theirs, ours)
+    ]
+    assert shown[0] == shown[1] and len(ours) == 4
+    arguments = arguments_with(TrainingArguments(), {name: value.sample() for name, value in ours.items()}, for_model=False)
+    assert 1 <= arguments.seed <= 40 and isinstance(arguments.seed, int)
+
+
+def test_values_are_made_of_the_kind_of_the_argument():
+    values = {"seed": 3.9, "per_device_train_batch_size": np.int64(4), "learning_rate": np.float64(0.1), "data_seed": 2.5}
+    args = arguments_with(TrainingArguments(), values, for_model=False)
+    found = [getattr(args, name) for name in values]
+    assert found == [3, 4, 0.1, 2] and [type(value) for value in found] == [int, int, float, int]
+
+
+def test_arguments_stay_and_what_follows_from_them_follows():
+    args = TrainingArguments(eval_strategy="steps", logging_steps=10)
+    changed = arguments_with(args, {"logging_steps": 20, "optim": "sgd"}, for_model=False)
+    assert (args.logging_steps, args.eval_steps, str(args.optim)) == (10, 10, "adamw_torch")
+    assert (changed.logging_steps, changed.eval_steps, str(changed.optim)) == (20, 20, "sgd")
+
+
+@pytest.mark.parametrize(
+    ("values", "for_model", "text"),
+    [
+        ({"learning_rat": 1.0}, True, "Did you mean 'learning_rate'"),
+        ({"lr": 1.0}, True, "Did you mean 'learning_rate'"),
+        ({"layers": 2}, False, "no argument 'layers'.* let model_init take the trial"),
+        ({"tf32": True}, True, "cannot choose 'tf32'. It holds for the whole process"),
+        ({"output_dir": "x"}, True, "cannot choose 'output_dir'"),
+        ({"learning_rate": -1.0}, False, "learning_rate=-1.0"),
+        ({"optim": "adamx"}, False, "optim='adamx'"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, False, "load_best_model_at_end"),
+        ({"train_batch_size": 2}, True, "per_device_train_batch_size"),
+    ],
+)
+def test_wrong_values(values, for_model, text):
+    with pytest.raises(ArgumentError, match=text):
+        arguments_with(TrainingArguments(), values, for_model=for_model)
+
+
+def test_what_model_init_reads_has_a_name_of_its_own():
+    assert arguments_with(TrainingArguments(), {"layers": 2, "seed": 5}, for_model=True).seed == 5

@@ -1,0 +1,229 @@
+import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import ClassVar
+
+import optuna
+import pytest
+import torch
+
+from fts.errors import ArgumentError
+from fts.trainer import Trainer, TrainerCallback
+from fts.trainer.search.space import arguments_with
+from fts.trainer.search.trials import fresh, parked
+from tests.trainer.search.runs import Noting, make, rates, result, start, whole
+
+VALUES = {
+    "learning_rate": 0.03,
+    "seed": 7,
+    "per_device_train_batch_size": 6,
+    "label_smoothing_factor": 0.0,
+    "num_train_epochs": 2,
+}
+
+
+class Keeping(Trainer):
+    """Keeps what came of its runs where the test finds it, and a list of its own."""
+
+    runs: ClassVar[list] = []
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mine = []
+
+    def train(self, *args, **kwargs):
+        self.mine.append(1)
+        output = super().train(*args, **kwargs)
+        self.runs.append((len(self.mine), whole(self), self.state, dict(vars(self.args))))
+        return output
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    monkeypatch.setattr(Keeping, "runs", [])
+    monkeypatch.setattr("tests.trainer.search.runs.Trainer", Keeping)
+    return Keeping
+
+
+def test_each_trial_equals_a_run_of_a_fresh_process(tmp_path, keeping):
+    several = [VALUES, {"learning_rate": 0.05, "seed": 3, "lr_scheduler_type": "cosine", "warmup_steps": 3}, VALUES]
+    trainer = make(tmp_path / "search")
+    trainer.hyperparameter_search(lambda trial: several[trial.number], n_trials=3, backend="optuna")
+    assert [count for count, *_ in keeping.runs] == [1, 1, 1]
+    for number in (1, 2):  # the first has nothing before it
+        assert keeping.runs[number][1] == result(start("alone", tmp_path / f"alone-{number}", **several[number]))
+    assert keeping.runs[0][1] == keeping.runs[2][1] != keeping.runs[1][1]
+
+
+def test_the_trainer_stays_as_it_is(tmp_path, keeping):
+    trainer = make(tmp_path)
+    before, noting = dict(vars(trainer.args)), trainer.callback_handler.callbacks[1]
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.hyperparameter_search(rates, n_trials=2, backend="optuna")
+    assert vars(trainer.args) == before
+    assert isinstance(noting, Noting) and (noting.count, noting.steps) == (0, [])
+    assert trainer.state.log_history == [] and trainer.mine == [] and trainer.hp_name is None
+    assert all(value.equal(weights[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_fresh_trainer_is_as_one_that_is_made_with_the_arguments(tmp_path):
+    changes = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}
+    changes |= {"per_device_train_batch_size": 3, "logging_steps": 5, "skip_memory_metrics": False}
+    trainer = make(tmp_path)
+    args = arguments_with(trainer.args, changes, for_model=False)
+    found, expected = vars(fresh(trainer, args)), vars(make(tmp_path, **changes))
+    assert found.keys() == expected.keys()
+    plain = [name for name, value in expected.items() if isinstance(value, (int, float, str, bool, type(None), list))]
+    assert len(plain) > 10
+    assert [
+        name for name in plain if name not in ("train_dataset", "eval_dataset", "started") and found[name] != expected[name]
+    ] == []
+    assert found["label_smoothing"].__class__ is expected["label_smoothing"].__class__
+    assert found["memory"].rss is not None
+    assert vars(args).items() >= {name: vars(expected["args"])[name] for name in (*changes, "eval_steps")}.items()
+
+
+def test_callbacks_that_know_the_trainer_know_the_trials_own(tmp_path):
+    found = []
+
+    class Knows(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            found.append((self.trainer is not trainer, self.trainer.model is model, self.trainer.args is args))
+
+    knows = Knows()
+    trainer = make(tmp_path, knows)
+    knows.trainer = trainer
+    trainer.hyperparameter_search(rates, n_trials=1, backend="optuna")
+    assert found == [(True, True, True)]
+
+
+def test_data_and_uploads_that_run_are_not_copied(tmp_path):
+    trainer = make(tmp_path)
+    trainer._uploads._last = Future()
+    copied = fresh(trainer, trainer.args)
+    assert copied.train_dataset is trainer.train_dataset and copied.eval_dataset is trainer.eval_dataset
+    assert copied.callback_handler is not trainer.callback_handler and not copied._uploads.busy
+
+
+def test_what_cannot_be_copied_is_named(tmp_path):
+    class Locked(TrainerCallback):
+        def __init__(self):
+            self.lock = threading.Lock()
+
+    with pytest.raises(ArgumentError, match=r"the callback Locked, which cannot be copied: TypeError.*lock"):
+        make(tmp_path, Locked()).hyperparameter_search(rates, n_trials=1, backend="optuna")
+    trainer = make(tmp_path)
+    trainer.file = open(tmp_path / "x", "w")  # noqa: SIM115
+    with trainer.file, pytest.raises(ArgumentError, match=r"Trainer\.file, which cannot be copied"):
+        trainer.hyperparameter_search(rates, n_trials=1, backend="optuna")
+
+
+def test_a_callback_may_be_shared(tmp_path):
+    class Shared(TrainerCallback):
+        def __deepcopy__(self, memo):
+            return self
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.last = state.global_step
+
+    shared = Shared()
+    make(tmp_path, shared).hyperparameter_search(rates, n_trials=1, backend="optuna")
+    assert shared.last > 0
+
+
+def test_the_state_says_which_trial_it_is(tmp_path, keeping):
+    trainer = make(tmp_path)
+    trainer.hyperparameter_search(rates, n_trials=2, backend="optuna", hp_name=lambda trial: f"try-{trial.number}")
+    states = [state for *_, state, _ in keeping.runs]
+    assert [state.trial_name for state in states] == ["try-0", "try-1"]
+    assert all(state.is_hyper_param_search and state.trial_params.keys() == {"learning_rate"} for state in states)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["try-0", "try-1"]
+    saved = type(states[0]).load_from_json(next((tmp_path / "try-1").glob("checkpoint-*")) / "trainer_state.json")
+    assert (saved.trial_name, saved.trial_params, saved.is_hyper_param_search) == ("try-1", states[1].trial_params, True)
+
+
+def test_without_a_search_a_trial_may_be_a_dictionary(tmp_path):
+    made = []
+    trainer = make(tmp_path)
+    inner = trainer.model_init
+    trainer.model_init = lambda trial: made.append(trial) or inner()
+    trainer.train(trial={"layers": 2})
+    assert made == [{"layers": 2}] and trainer.state.trial_params == {"layers": 2} and trainer.state.trial_name is None
+    trainer.train()
+    assert trainer.state.trial_params is None and not trainer.state.is_hyper_param_search
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", 3])
+def test_a_name_that_cannot_be_a_folder(tmp_path, name):
+    with pytest.raises(ArgumentError, match="hp_name returned"):
+        make(tmp_path).hyperparameter_search(rates, n_trials=1, backend="optuna", hp_name=lambda trial: name)
+
+
+def test_checkpoints_of_another_search_are_warned_of(tmp_path, caplog):
+    make(tmp_path).hyperparameter_search(rates, n_trials=1, backend="optuna")
+    assert "has checkpoints of another" not in caplog.text
+    make(tmp_path).hyperparameter_search(rates, n_trials=1, backend="optuna")
+    assert "has checkpoints of another one: checkpoint-6" in caplog.text
+
+
+def test_model_init_gets_the_trial(tmp_path):
+    seen = []
+    trainer = make(tmp_path)
+    inner = trainer.model_init
+
+    def model_init(trial):
+        seen.append(trial.suggest_categorical("dropout", [0.0, 0.5]))
+        return inner(dropout=seen[-1])
+
+    trainer.model_init = model_init
+    best = trainer.hyperparameter_search(rates, n_trials=2, backend="optuna")
+    assert best.hyperparameters.keys() == {"learning_rate", "dropout"} and len(seen) == 2
+
+
+def test_the_trainers_own_model_leaves_an_accelerator_while_trials_run():
+    class Moves(torch.nn.Module):
+        def to(self, device):
+            moves.append(str(device))
+
+    for placed, expected in ((None, ["cpu", "within", "cuda:0"]), (False, ["within"])):
+        moves = []
+        args = SimpleNamespace(device=torch.device("cuda", 0), place_model_on_device=placed)
+        with parked(SimpleNamespace(args=args, model=Moves())):
+            moves.append("within")
+        assert moves == expected
+
+
+def test_memory_stays_over_20_trials(tmp_path):
+    found = result(start("memory", tmp_path, n_trials=20))
+    resident, trainers, modules = zip(*found, strict=True)
+    assert len(found) == 20
+    assert resident[-1] - resident[0] < 12, resident  # the weights of one trial alone
+    assert set(trainers) == {trainers[0]} and set(modules) == {modules[0]}
+
+
+def test_random_numbers_do_not_pass_from_trial_to_trial(tmp_path):
+    drawn = []
+
+    def noisy(metrics):
+        drawn.append(torch.rand(()).item())
+        return metrics["eval_loss"]
+
+    make(tmp_path).hyperparameter_search(lambda trial: {"num_train_epochs": 1}, noisy, n_trials=3, backend="optuna")
+    assert len(set(drawn)) == 1
+
+
+def test_study_of_one_trial_after_the_other_is_what_optuna_saw(tmp_path, keeping):
+    study = optuna.create_study
+    made = []
+
+    def noted(**options):
+        made.append(study(**options))
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna, "create_study", noted)
+        make(tmp_path).hyperparameter_search(rates, n_trials=2, backend="optuna")
+    objectives = [trial.value for trial in made[0].trials]
+    assert objectives == [
+        [log["eval_loss"] for log in state.log_history if "eval_loss" in log][-1] for *_, state, _ in keeping.runs
+    ]
