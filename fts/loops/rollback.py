@@ -114,7 +114,11 @@ def _rolling_back(
         state = detached(good) if restore is None else restore()
         start = reached.position
         step = int(attribute_of(state, "step"))
-        logger.warning("The run goes back to the state of step %s and on with %s: %s", step, start, fault)
+        lost = reached.step - step
+        logger.warning(
+            "Step %s failed. The run goes back to the state of step %s (%s lost) and on with epoch %s, batch %s. The error: %s",
+            *(reached.step + 1, step, f"{lost} update{'s' * (lost != 1)}", start.epoch, start.batch, fault),
+        )
         yield RolledBack(reached, step, fault)
 
 

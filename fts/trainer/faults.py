@@ -19,7 +19,7 @@ from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.weights import shares_storage, tensors_of
 
-EVERY = 100
+EVERY = 25
 """A run that may roll back keeps a copy of its state every so many updates."""
 
 CHOICES = (

@@ -94,6 +94,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             raise
         finally:
             trainer.request = None
+    if request.code:
+        teller.tell_of_stop()
     if request.reason == "max_time" and run.told.global_step < run.plan.total_steps:
         raise Interrupted(TIME_IS_UP, "max_time")
     leave_evaluated(model, teller.stepping.state, run.optimizing.transform)
@@ -262,6 +264,13 @@ class Teller:
             self.run_evaluation()
         except EvaluationLeft:
             self.trainer.control.should_training_stop = True
+
+    def tell_of_stop(self) -> None:
+        """Say what a run that was asked to stop leaves."""
+        close_bars(self.trainer.callback_handler.callbacks)
+        saved = self.keeping.path_of(self.told.global_step) if self.keeping.saved == self.told.global_step else None
+        left = "nothing was saved" if saved is None else f"{saved} is written: train(resume_from_checkpoint=True) goes on"
+        logger.warning("Stopped by %s after step %s; %s.", self.request.reason, self.told.global_step, left)
 
     def rescue(self, error: Exception) -> None:
         """Write a checkpoint of the last update after an error, with the figures that the loop has not read."""

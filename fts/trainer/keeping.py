@@ -98,6 +98,10 @@ class Keeping:
                 then=hub.after_save(trainer, self.writer, path, rotate),
             )
 
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, as the arguments have it."""
+        return Path(str(self.trainer.args.output_dir)) / f"checkpoint-{step}"
+
     @property
     def saves(self) -> bool:
         """Whether the run saves at all, and not the best evaluations alone."""
@@ -132,7 +136,7 @@ class Keeping:
             return
         counters = last.counters
         self.run.told.global_step = counters.step
-        path = Path(str(args.output_dir)) / f"checkpoint-{counters.step}"
+        path = self.path_of(counters.step)
         try:
             self.writer.wait()
             if self.saved != counters.step or self.owes or not is_whole(self.here / path):

@@ -9,6 +9,9 @@ import attrs
 
 from fts.loops import Logged
 
+COUNTED = {"skipped_total": ("skipped", "skipped_in_a_row"), "spikes_total": ("spike", "spikes_in_a_row")}
+"""Counts of the updates that transforms leave out: a log has the total, as it stands, and not the others."""
+
 
 @attrs.define
 class Tally:
@@ -56,6 +59,11 @@ class Tally:
         counts = {name: self.steps - self.left_out.get(name, 0) for name in self.sums}
         means = {name: total / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         logs = {"loss": means.pop("loss")} if "loss" in means else {}
+        for total, others in COUNTED.items():
+            if total in means and total in self.last:
+                means[total] = self.last[total]
+                for name in others:
+                    means.pop(name, None)
         for source, name in (("grad_norm", "grad_norm"), ("lr", "learning_rate")):
             means.pop(source, None)
             if source in self.last:

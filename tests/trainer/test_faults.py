@@ -324,3 +324,11 @@ def test_the_first_token_of_a_causal_model_is_no_label_that_counts():
     labels = {"labels": torch.tensor([[5, -100, -100]])}
     assert lacks_labels(llama(), labels, ["labels"])
     assert not lacks_labels(Linear(), labels, ["labels"])
+
+
+def test_a_log_has_the_total_of_skipped_updates_as_it_stands(tmp_path):
+    trainer = trainer_on(with_bad(), tmp_path, Linear(), nonfinite="skip", logging_steps=5)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["skipped_total"] == 1
+    assert not entry.keys() & {"skipped", "skipped_in_a_row"}

@@ -230,7 +230,7 @@ def test_the_last_step_is_saved_where_a_callback_stops_the_run(tmp_path, options
     assert names(tmp_path) == expected
 
 
-def test_a_signal_after_the_last_update_saves_too(tmp_path):
+def test_a_signal_after_the_last_update_saves_too(tmp_path, caplog):
     class Ask(TrainerCallback):
         def on_log(self, args, state, control, **kwargs):
             if state.global_step == 18:
@@ -239,6 +239,7 @@ def test_a_signal_after_the_last_update_saves_too(tmp_path):
     with pytest.raises(Interrupted):
         make_trainer(tmp_path, Regression(), logging_steps=18, callbacks=[Ask()]).train()
     assert names(tmp_path) == ["checkpoint-18"]
+    assert f"Stopped by SIGUSR1 after step 18; {tmp_path / 'checkpoint-18'} is written: train(resume" in caplog.text
 
 
 def test_a_limit_of_time_counts_from_the_beginning_of_train(tmp_path):
