@@ -7,14 +7,16 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fts import steps
 from fts.errors import BatchError, DataError, LossError
+from fts.loops.sheltering import sheltered
 from fts.steps.binding import Binding
 from fts.trainer.arrays import Space
 from fts.trainer.figures import SPEED, own_figures
@@ -102,7 +104,8 @@ def run_evaluation(
     held, mean = Held(gathered.add, how.hold_batches), MeanLoss()
     seen, count = False, 0
     waiting: EvalPrediction | None = None
-    for inputs in batches:
+    plain = isinstance(batches, DataLoader) and type(batches).__iter__ is DataLoader.__iter__
+    for inputs in sheltered(cast(DataLoader[Any], batches)) if plain else batches:
         if waiting is not None and how.compute_metrics is not None:
             how.compute_metrics(waiting, compute_result=False)
         rows, waiting = _one_batch(predict, inputs, how, held, mean)

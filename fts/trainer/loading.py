@@ -14,6 +14,7 @@ from fts import loops
 from fts.errors import ArgumentError, DataError
 from fts.loops import Source
 from fts.loops.placement import moved
+from fts.loops.sheltering import sheltered
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.collate import Collator
 from fts.trainer.columns import without_unused
@@ -62,7 +63,7 @@ class PlacedLoader(DataLoader[Any]):
         self.device = device
 
     def __iter__(self) -> Any:
-        return (moved(batch, self.device) for batch in super().__iter__())
+        return (moved(batch, self.device) for batch in sheltered(self))
 
 
 class Iterated(IterableDataset[Any]):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import attrs
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from fts import loops
 from tests.loops import preempted
 from tests.loops.test_interrupting import started, wait_for
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(preempted.__file__).partition("/tests/")[0], "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
 
 
@@ -53,25 +55,49 @@ def test_a_worker_passes_it_over_and_what_it_starts_does_not(start):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
+@attrs.define
 class Stuck:
+    """Its second item takes for ever, in Python or, as it were, in a library that hears no signal."""
+
+    deaf: bool
+
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
+        if self.deaf:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         while index:
             time.sleep(1)
         return index
 
 
-def test_a_worker_that_does_not_end_is_killed():
+@pytest.mark.parametrize(("deaf", "code"), [(False, 0), (True, -signal.SIGKILL)])
+def test_a_worker_that_does_not_end_by_itself_is_ended(deaf, code):
     with loops.interruptible():
-        batches = iter(loops.source(Stuck(), batch_size=1, workers=1).epoch(0))
+        batches = iter(loops.source(Stuck(deaf), batch_size=1, workers=1).epoch(0))
         assert next(batches).tolist() == [0]
         (worker,) = multiprocessing.active_children()
         batches.close()
         del batches
         worker.join(20)
-    assert worker.exitcode == -signal.SIGKILL
+    assert worker.exitcode == code
+
+
+LASTING = """
+from torch.utils.data import DataLoader
+from fts import loops
+from fts.loops.sheltering import sheltered
+
+loader = DataLoader(range(4), num_workers=2, persistent_workers=True)
+with loops.interruptible():
+    print(len(list(sheltered(loader))))
+"""
+
+
+def test_a_program_ends_quietly_with_workers_that_live_on():
+    run = subprocess.run([sys.executable, "-c", LASTING], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "4\n", "")
 
 
 class Marked:
