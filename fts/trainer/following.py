@@ -83,6 +83,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
                 teller.make_up(run.state)
             events = rolling_back(args, model, teller.events, run.state, run.start)
             teller.tell_all(writer.watch(loops.locating(events, run.source)))
+            if request.code:
+                teller.tell_of_stop()
         except BaseException as error:
             close_bars(trainer.callback_handler.callbacks)
             if isinstance(error, NonFiniteError):
@@ -94,8 +96,6 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             raise
         finally:
             trainer.request = None
-    if request.code:
-        teller.tell_of_stop()
     if request.reason == "max_time" and run.told.global_step < run.plan.total_steps:
         raise Interrupted(TIME_IS_UP, "max_time")
     leave_evaluated(model, teller.stepping.state, run.optimizing.transform)
