@@ -108,7 +108,7 @@ def checkpoint_of_best(args: TrainingArguments, told: TrainerState) -> str | Non
     Returns:
         Its path; None where the last weights stay.
 
-    >>> checkpoint_of_best(TrainingArguments(load_best_model_at_end=True, eval_strategy="no", save_strategy="no"), TrainerState())
+    >>> checkpoint_of_best(TrainingArguments(), TrainerState(best_model_checkpoint="run/checkpoint-5"))
     """
     if not args.load_best_model_at_end:
         return None

@@ -51,7 +51,7 @@ def test_sentiment_says_when_it_has_not_learnt_enough(tmp_path, sentiment):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 1, done.stderr
     assert "at least 0.83 was expected" in done.stderr
-    assert "train: 100%" in done.stderr
+    assert "train 2/2 (100%)" in done.stderr
     assert "Pearson r" in done.stdout
     assert "lovely" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} >= {

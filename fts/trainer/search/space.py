@@ -71,7 +71,7 @@ def arguments_with(args: TrainingArguments, values: Mapping[str, Any], *, for_mo
     fts.errors.ArgumentError: TrainingArguments has no argument 'learning_rat'. Did you mean 'learning_rate'?
     """
     changed = copy.copy(args)
-    kinds = {name: str(field.type) for name, field in type(args).__dataclass_fields__.items()}
+    kinds = {name: _kind(field.type) for name, field in type(args).__dataclass_fields__.items()}
     for name, value in values.items():
         if (name in kinds or hasattr(args, name)) and name not in _FIXED:
             setattr(changed, name, _fitted(value, kinds.get(name, "")))
@@ -89,6 +89,11 @@ def _unknown(owner: str, name: str, kinds: Mapping[str, str], *, for_model: bool
         f"{owner} has no argument {name!r}, and none with a name like it. For a value of the model, let model_init take the "
         "trial."
     )
+
+
+def _kind(annotation: Any) -> str:
+    """An annotation in words: transformers' HfArgumentParser puts classes in the place of texts."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _fitted(value: Any, kind: str) -> Any:

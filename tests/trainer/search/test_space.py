@@ -70,3 +70,9 @@ def test_wrong_values(values, for_model, text):
 
 def test_what_model_init_reads_has_a_name_of_its_own():
     assert arguments_with(TrainingArguments(), {"layers": 2, "seed": 5}, for_model=True).seed == 5
+
+
+def test_a_whole_number_stays_one_where_a_command_line_was_parsed():
+    transformers = pytest.importorskip("transformers")
+    transformers.HfArgumentParser(TrainingArguments)  # exchanges the types of the fields
+    assert arguments_with(TrainingArguments(), {"seed": 3.7, "max_steps": 9.2}, for_model=False).max_steps == 9
