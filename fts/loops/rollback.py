@@ -35,6 +35,7 @@ def rolling_back(
     limit: int = 3,
     faults: tuple[type[Exception], ...] = FAULTS,
     restore: Callable[[], Any] | None = None,
+    copied: Callable[[], object] | None = None,
 ) -> Iterator[Event]:
     """Run, and where a step fails, go on from the last good state with the batch behind the one that failed.
 
@@ -52,6 +53,7 @@ def rolling_back(
         limit: so many faults are answered in this way; the next is raised.
         faults: the errors that are.
         restore: gives the state to go on from, such as that of the last checkpoint, instead of a copy in memory.
+        copied: called whenever a copy was made, to remember what else belongs to it.
 
     Returns:
         An iterator of events, with `RolledBack` where the run went back. The metrics since the last log are dropped there.
@@ -78,7 +80,7 @@ def rolling_back(
             "lambda state, start: loops.fit(step, state, data, start=start)."
         )
     good = None if restore is not None else detached(state)
-    return _rolling_back(run, state, start, every, limit, faults, restore, good)
+    return _rolling_back(run, state, start, every, limit, faults, restore, good, copied)
 
 
 def _rolling_back(
@@ -90,6 +92,7 @@ def _rolling_back(
     faults: tuple[type[Exception], ...],
     restore: Callable[[], Any] | None,
     good: Any,
+    copied: Callable[[], object] | None,
 ) -> Iterator[Event]:
     for count in range(limit + 1):
         reached = Counters(epoch=start.epoch, batch=start.batch)
@@ -99,6 +102,8 @@ def _rolling_back(
                 if isinstance(event, StepBegin):
                     if due:  # what is done between two steps may write into the state, as where an evaluation moves the rate
                         good, due = detached(event.state), False
+                        if copied is not None:
+                            copied()
                     reached = attrs.evolve(event.counters, batch=event.counters.batch + 1)
                 elif isinstance(event, StepEnd):
                     due = due or (restore is None and event.counters.step % every == 0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fts import loops, steps
 from fts.errors import ArgumentError
-from fts.loops import Position, RolledBack, Saved, StepBegin, StepEnd
+from fts.loops import Position, RolledBack
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
@@ -49,22 +49,27 @@ def raising(args: TrainingArguments, step: Any) -> Any:
 
 
 def rolling_back(
-    args: TrainingArguments, model: nn.Module, run: loops.rollback.Run, state: TrainState, start: Position
+    args: TrainingArguments,
+    model: nn.Module,
+    run: loops.rollback.Run,
+    state: TrainState,
+    start: Position,
+    memory: Remembered | None,
 ) -> Iterator[loops.Event]:
     """The events of a run, which goes back to an earlier state after a fault where `nonfinite="rollback"` asks for it.
 
     Args:
-        args: `nonfinite` and `nonfinite_limit`.
+        args: `nonfinite_limit`.
         model: has the state's tensors; those of an earlier state are written into it.
         run: `(state, start)` -> the events from there.
         state: the first state.
         start: where in the data to begin.
+        memory: is told of each copy of the state; None where the run cannot go back.
     """
-    if args.nonfinite != "rollback":
+    if memory is None:
         return run(state, start)
-    return loops.rolling_back(
-        lambda state, start: run(in_model(state, model), start), state, start=start, every=EVERY, limit=args.nonfinite_limit
-    )
+    there = lambda state, start: run(in_model(state, model), start)  # noqa: E731
+    return loops.rolling_back(there, state, start=start, every=EVERY, limit=args.nonfinite_limit, copied=memory.keep)
 
 
 def in_model(state: TrainState, model: nn.Module) -> TrainState:
@@ -101,7 +106,6 @@ class Remembered:
 
     def __init__(self, told: TrainerState, tally: Tally, callbacks: list[Any]) -> None:
         self.told, self.tally, self.callbacks = told, tally, callbacks
-        self.due = False
         self.keep()
 
     def keep(self) -> None:
@@ -112,17 +116,8 @@ class Remembered:
         """Whether the loop's figures are to be read after this update, so that what is known is that of the copy."""
         return step % EVERY == 0
 
-    def see(self, event: loops.Event) -> None:
-        """Remember what is known where a copy of the state is kept, too: before the step after a save, or after every so many."""
-        if isinstance(event, StepBegin) and self.due:
-            self.keep()
-            self.due = False
-        elif isinstance(event, (StepEnd, Saved)):
-            self.due = self.due or isinstance(event, Saved) or self.reads_at(event.counters.step)
-
     def go_back(self, event: RolledBack) -> None:
         """Bring everything back to where it was at the copy."""
-        self.due = False
         told, tally, callbacks = copy.deepcopy(self.kept)
         for name in [item.name for item in fields(told)]:
             setattr(self.told, name, getattr(told, name))

@@ -81,7 +81,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
                 teller.evaluate_first()
             if run.owes:
                 teller.make_up(run.state)
-            events = rolling_back(args, model, teller.events, run.state, run.start)
+            events = rolling_back(args, model, teller.events, run.state, run.start, teller.memory)
             teller.tell_all(writer.watch(loops.locating(events, run.source)))
             if request.code:
                 teller.tell_of_stop()
@@ -183,11 +183,8 @@ class Teller:
         batches, accumulate = self.batches, self.accumulate
         stepping = self.stepping
         stepping.watch()
-        memory = self.memory
         for event in events:
             kind = type(event)
-            if memory is not None:
-                memory.see(event)
             if kind is StepBegin:
                 control = trainer.control
                 control.should_log = control.should_evaluate = control.should_save = False

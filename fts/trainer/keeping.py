@@ -70,11 +70,11 @@ class Keeping:
         self.counting.settle(told)
         told.stateful_callbacks = states_to_save([*trainer.callback_handler.callbacks, trainer.control])
         self.saved = told.global_step
-        given = Path(str(trainer.args.output_dir))
-        root = self.here / given
-        path = root / f"checkpoint-{told.global_step}"
+        given = self.path_of(told.global_step)
+        path = self.here / given
+        root = path.parent
         if told.best_global_step == told.global_step:
-            told.best_model_checkpoint = str(given / path.name)
+            told.best_model_checkpoint = str(given)
         limit, best = trainer.args.save_total_limit, told.best_model_checkpoint
         rotate = partial(loops.rotate_checkpoints, root, limit, best, latest=path)
         extra: dict[str, Any] = {"tally": run.tally.to_dict(), "cut": attrs.asdict(run.cut)}
@@ -128,11 +128,10 @@ class Keeping:
             last: what is known of the last update; None if there was none.
         """
         args = self.trainer.args
-        saves = self.saves or args.save_strategy == SaveStrategy.BEST
         tried = args.auto_find_batch_size and is_out_of_memory(error)
         if last is None or is_donated(last.state) or isinstance(error, CheckpointError):
             return
-        if not isinstance(error, CallbackError) and (tried or not saves):
+        if not isinstance(error, CallbackError) and (tried or not saving.saves(args)):
             return
         counters = last.counters
         self.run.told.global_step = counters.step
