@@ -178,6 +178,7 @@ def lived(way: Callable[..., Any], root: Path, kill: Kill | None, ending: Path) 
     """Fork a life, kill it when it is time, and say what was heard of it."""
     reading, writing = os.pipe()
     errors = root.with_suffix(".err")
+    errors.write_bytes(b"")  # also where a life is killed before it has opened the file
     child = os.fork()
     if child == 0:
         status = 1
