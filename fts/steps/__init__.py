@@ -10,7 +10,7 @@ from fts.steps.exchanging import Exchangeable
 from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfinite_in, notice_nonfinite
 from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
-from fts.steps.microbatches import MicroBatches, rows, split
+from fts.steps.microbatches import MicroBatches, Weightless, rows, split
 from fts.steps.passing import Passing, passing
 from fts.steps.reaching import gradients_at, raise_nonfinite
 from fts.steps.train import Gradients, TrainStep, gradient_step, seeing_gradients, train_step
@@ -30,6 +30,7 @@ __all__ = [
     "TrainStep",
     "Value",
     "ValueAndGrad",
+    "Weightless",
     "apply_gradients",
     "compile",
     "describe",

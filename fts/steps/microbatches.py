@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 from torch import Tensor
 
 from fts.errors import BatchError
@@ -24,6 +25,23 @@ class MicroBatches(tuple[Batch, ...]):
 
     def __repr__(self) -> str:
         return f"MicroBatches({', '.join(map(repr, self))})"
+
+
+@attrs.frozen
+class Weightless:
+    """A micro-batch that only keeps processes in step: it is computed as the others are, and counts with weight 0.
+
+    Where a step has fewer micro-batches than there are places on all processes, the others get one of these, since collective
+    operations within forward and backward wait for all processes.
+
+    Args:
+        batch: what is computed, usually a micro-batch that counted elsewhere.
+
+    >>> Weightless([1, 2])
+    Weightless(batch=[1, 2])
+    """
+
+    batch: Batch
 
 
 def rows(batch: Batch) -> int | None:
