@@ -61,9 +61,9 @@ bench: $(VENV)/.dev ## Measure steps, prediction, checkpoints and the import aga
 	$(PY) benchmarks/predict.py
 	$(PY) benchmarks/checkpoint.py
 
-fuzz: $(VENV)/.dev ## Kill training processes 200 times, and run the laws with many more generated examples
+fuzz: $(VENV)/.dev ## Kill training processes 200 times, run the laws with many more generated examples, and the long tests
 	$(PY) -m tests.reliability.kills --kills $(KILLS)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws tests/reliability)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws tests/reliability tests/distributed)
 
 clean: ## Remove .venv, caches and built pages (runs/, with trained models, stays)
 	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
