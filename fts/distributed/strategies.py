@@ -1,0 +1,181 @@
+"""How a training is spread over processes, as frozen data: no tensor, no process group, nothing of `torch.distributed`.
+
+>>> FSDP(units=("BertLayer",), param_dtype=torch.bfloat16).name
+'FSDP2'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+import torch
+
+from fts.errors import ArgumentError
+
+
+@attrs.frozen
+class Single:
+    """One process with at most one device: the step as it is."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "one process"
+
+
+@attrs.frozen
+class DDP:
+    """Each process has all parameters and a part of the batch; gradients are averaged (torch's DistributedDataParallel).
+
+    Attributes:
+        find_unused_parameters: whether a loss may leave parameters out; costs a walk through each graph.
+        bucket_cap_mb: how many MiB of gradients are exchanged at a time; None for torch's own 25.
+        broadcast_buffers: whether all processes take the first one's buffers before each forward pass.
+        static_graph: whether each step uses the same parameters, which finds unused ones once for all.
+        gradient_as_bucket_view: whether gradients lie in the memory that is exchanged, which saves their size.
+
+    Raises:
+        ArgumentError: the bucket is not above 0.
+
+    >>> DDP(bucket_cap_mb=0)
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: DDP: bucket_cap_mb=0 must be above 0. Leave it out for torch's 25 MiB.
+    """
+
+    find_unused_parameters: bool = False
+    bucket_cap_mb: float | None = None
+    broadcast_buffers: bool = True
+    static_graph: bool = False
+    gradient_as_bucket_view: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.bucket_cap_mb is not None and self.bucket_cap_mb <= 0:
+            raise ArgumentError(f"DDP: bucket_cap_mb={self.bucket_cap_mb!r} must be above 0. Leave it out for torch's 25 MiB.")
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "DDP"
+
+
+@attrs.frozen
+class FSDP:
+    """Each process keeps a part of each parameter, gradient and moment (torch's `fully_shard`, FSDP2).
+
+    Attributes:
+        units: which submodules are gathered and freed as one: names of classes; a number, for the smallest submodules with at
+            least so many parameters; "auto", for the blocks that a transformers model itself names; None, for the model as a
+            whole. What lies outside of all units is one more.
+        reshard_after_forward: whether parameters are freed after the forward pass and gathered again for the backward pass.
+        param_dtype: of gathered parameters and the computation; None for that of the parameters.
+        reduce_dtype: in which gradients are summed over processes; None for `param_dtype`.
+        output_dtype: of what the model's floating-point outputs are cast to; None leaves them.
+        cast_forward_inputs: whether floating-point inputs are cast to `param_dtype`.
+        cpu_offload: whether parts lie, and are updated, in the CPU's memory.
+        pin_memory: whether that memory is pinned, from which a GPU copies faster.
+        activation_checkpointing: whether each unit recomputes its activations in the backward pass.
+        state_dict: whether checkpoints hold whole tensors ("full"), gathered to one process, or each process's parts ("sharded").
+        cpu_ram_efficient_loading: whether the first process alone holds weights before they are shared out.
+        replicate: how many groups of processes each hold the whole model among them (hybrid sharding); 1 shards over all.
+        ignored: regular expressions, one of which fits the full names of modules whose frozen parameters stay whole.
+
+    Raises:
+        ArgumentError: a value cannot work.
+
+    >>> FSDP(state_dict="local")
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: FSDP: state_dict='local' must be 'full' or 'sharded'.
+    """
+
+    units: tuple[str, ...] | int | Literal["auto"] | None = "auto"
+    reshard_after_forward: bool = True
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    cast_forward_inputs: bool = True
+    cpu_offload: bool = False
+    pin_memory: bool = True
+    activation_checkpointing: bool = False
+    state_dict: Literal["full", "sharded"] = "full"
+    cpu_ram_efficient_loading: bool = False
+    replicate: int = 1
+    ignored: tuple[str, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if self.state_dict not in ("full", "sharded"):
+            raise ArgumentError(f"FSDP: state_dict={self.state_dict!r} must be 'full' or 'sharded'.")
+        if not _are_units(self.units):
+            raise ArgumentError(
+                f"FSDP: units={self.units!r} must be a tuple of names of classes, a number of parameters of at least 1, "
+                "'auto' or None."
+            )
+        for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ArgumentError(f"FSDP: {name}={dtype!r} must be a floating-point dtype, such as torch.bfloat16.")
+        if not isinstance(self.replicate, int) or self.replicate < 1:
+            raise ArgumentError(f"FSDP: replicate={self.replicate!r} must be a whole number of at least 1.")
+        for pattern in self.ignored:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ArgumentError(f"FSDP: ignored: {pattern!r} is no regular expression ({error}).") from error
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "FSDP2" if self.replicate == 1 else f"FSDP2 in {self.replicate} replicas"
+
+
+@attrs.frozen
+class DeepSpeed:
+    """DeepSpeed's engine takes the place of gradients and transform.
+
+    Attributes:
+        config: DeepSpeed's configuration, with its values of "auto" filled in.
+
+    >>> DeepSpeed({"zero_optimization": {"stage": 3}}).stage
+    3
+    """
+
+    config: Mapping[str, Any] = attrs.field(converter=dict)
+
+    @property
+    def stage(self) -> int:
+        """What ZeRO shards: 0 nothing, 1 the moments, 2 the gradients, too, 3 the parameters, too."""
+        return int(self.config.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"DeepSpeed (ZeRO stage {self.stage})"
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.config, sort_keys=True, default=str))
+
+
+@attrs.frozen
+class DataParallel:
+    """Several GPUs of one process, each with a copy of the model and a part of the batch (torch's DataParallel)."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "DataParallel"
+
+
+Strategy = Single | DDP | FSDP | DeepSpeed | DataParallel
+
+
+def _are_units(units: Any) -> bool:
+    if units is None or units == "auto":
+        return True
+    if isinstance(units, tuple):
+        return bool(units) and all(isinstance(name, str) and name for name in units)
+    return isinstance(units, int) and not isinstance(units, bool) and units >= 1
