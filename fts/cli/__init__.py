@@ -1,4 +1,4 @@
-"""The command line: `fts checkpoints DIR`, `fts checkpoints prune DIR`, `fts replay CHECKPOINT`."""
+"""The command line: `fts checkpoints DIR`, `fts checkpoints prune DIR`, `fts replay CHECKPOINT`, `fts plan`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fts.cli import checkpoints, replaying
+from fts.cli import checkpoints, planning, replaying
 from fts.errors import FtsError
 
 
@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["checkpoints", "prune"]:
         words[:2] = ["checkpoints prune"]
-    parser = argparse.ArgumentParser(prog="fts", description="What can be done with the checkpoints of a run.")
+    parser = argparse.ArgumentParser(prog="fts", description="What can be done with the checkpoints of a run, and what a run would need.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     checkpoints.add_to(commands)
     replaying.add_to(commands)
+    planning.add_to(commands)
     try:
         options = parser.parse_args(words)
     except SystemExit as stop:  # of --help, or of words that argparse does not understand
