@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["checkpoints", "prune"]:
         words[:2] = ["checkpoints prune"]
-    parser = argparse.ArgumentParser(prog="fts", description="What can be done with the checkpoints of a run, and what a run would need.")
+    parser = argparse.ArgumentParser(prog="fts", description="Checkpoints of a run, and what a run would need.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     checkpoints.add_to(commands)
     replaying.add_to(commands)

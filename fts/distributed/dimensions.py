@@ -93,20 +93,28 @@ def parts(shapes: Iterable[Shape], processes: int) -> tuple[Shape, ...]:
 
 
 def split(model: Model, processes: int) -> Model:
-    """What one process of a tensor-parallel group has: a part of each matrix, and each vector whole.
+    """What one process of a tensor-parallel group has.
+
+    As under the plans of transformers, it is a part of each matrix of the layers, and of an output matrix that is as large as the
+    embedding; the embedding and all vectors are whole.
 
     Args:
         model: all of it.
         processes: of the group.
 
-    >>> split(Model((Unit(((4, 2), (4,))),)), 2).shapes
-    ((2, 2), (4,))
+    >>> [unit.trained for unit in split(Model((Unit(((6, 2), (6, 2), (2,))), Unit(((4, 2), (4,))))), 2).units]
+    [((6, 2), (3, 2), (2,)), ((2, 2), (4,))]
     """
 
     def cut(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
         return tuple(part(shape, processes) if len(shape) > 1 else shape for shape in shapes)
 
-    return attrs.evolve(model, units=tuple(Unit(cut(unit.trained), cut(unit.frozen)) for unit in model.units))
+    def cut_output(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        return tuple(cut((shape,))[0] if shape in shapes[:index] else shape for index, shape in enumerate(shapes))
+
+    first, *layers = model.units
+    outside = Unit(cut_output(first.trained), cut_output(first.frozen))
+    return attrs.evolve(model, units=(outside, *(Unit(cut(layer.trained), cut(layer.frozen)) for layer in layers)))
 
 
 def counted(params: int, *, layers: int = 0, hidden: int = 0, heads: int = 0, vocabulary: int = 0) -> Model:

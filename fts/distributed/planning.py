@@ -20,6 +20,10 @@ from fts.errors import ArgumentError
 DEEPSPEED_BUCKET = 500_000_000
 """How many gradients DeepSpeed sends at a time (its `reduce_bucket_size`)."""
 
+FORWARD_SUMS, BACKWARD_SUMS = 2, 5
+"""How often a tensor-parallel layer sums: activations behind attention and MLP, and the gradient of the input of each matrix that is
+cut by columns (query, key, value, gate, up). Megatron, which joins them into two matrices, has 2 and 2."""
+
 
 @attrs.frozen
 class Precision:
@@ -313,7 +317,8 @@ def activations(model: Model, setup: Setup) -> int:
 
     A layer keeps `s b h (4 c + 2 + 12 c / t)` bytes, and `a s^2 b (2 c + 1) / t` more for weights of attention, with `s` tokens,
     `b` rows, width `h`, `a` heads, `c` bytes a number and `t` processes that share matrices. With c = 2 and t = 1 it is the
-    paper's `s b h (34 + 5 a s / h)`. Checkpointed, it keeps its input, and one layer at a time is there as a whole. The logits are float32.
+    paper's `s b h (34 + 5 a s / h)`. Checkpointed, it keeps its input, and one layer at a time is there as a whole. Logits are
+    float32, and whole.
 
     Args:
         model: its dimensions.
@@ -329,7 +334,7 @@ def activations(model: Model, setup: Setup) -> int:
     if setup.attention == "eager":
         layer += model.heads * setup.sequence * tokens * (2 * c + 1) // t
     kept = model.layers * c * tokens * model.hidden + layer if setup.checkpointing else model.layers * layer
-    return (kept if model.layers else 0) + 4 * tokens * model.vocabulary // t
+    return (kept if model.layers else 0) + 4 * tokens * model.vocabulary
 
 
 def traffic(model: Model, setup: Setup) -> tuple[Collective, ...]:
@@ -369,8 +374,10 @@ def traffic(model: Model, setup: Setup) -> tuple[Collective, ...]:
             Collective("all-gather", "parameters", 2 * micro, size.compute * parameters, data),
             Collective("reduce-scatter", "gradients", micro, size.gradients * gradients, data),
         ]
-    # Two sums in the forward pass of each layer and two in the backward pass; a layer that is computed again has two more.
-    sums = micro * model.layers * (6 if setup.checkpointing else 4)
-    tokens = size.compute * setup.batch * setup.sequence * model.hidden
-    found.append(Collective("all-reduce", "activations", sums, tokens, setup.tensor))
+    sums = model.layers * (FORWARD_SUMS * (1 + setup.checkpointing) + BACKWARD_SUMS)
+    tokens = size.compute * setup.batch * setup.sequence
+    if own.units[0] != model.units[0]:  # the output matrix is cut by columns
+        sums += 1
+        found.append(Collective("all-gather", "logits", micro, tokens * model.vocabulary, setup.tensor))
+    found.append(Collective("all-reduce", "activations", micro * sums, tokens * model.hidden, setup.tensor))
     return tuple(one for one in found if one.processes > 1 and one.times * one.nbytes)
