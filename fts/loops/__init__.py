@@ -27,6 +27,7 @@ from fts.loops.position import Position
 from fts.loops.replaying import Replayed, replay
 from fts.loops.rollback import rolling_back
 from fts.loops.rotation import rotate_checkpoints
+from fts.loops.sharing import share
 from fts.loops.timing import Timer, every_interval
 from fts.loops.window import Window
 from fts.loops.writing import Writer
@@ -71,6 +72,7 @@ __all__ = [
     "rolling_back",
     "rotate_checkpoints",
     "save_checkpoint",
+    "share",
     "source",
     "stopping",
     "verify_checkpoint",

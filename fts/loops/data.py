@@ -14,8 +14,9 @@ from fts.errors import ArgumentError, DataError
 from fts.loops.cursors import Bookmark, Cursor, marks_of
 from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, too_short
 from fts.loops.order import EpochSampler, Order, cut_order, regular_order, sampled_order
+from fts.loops.parts import WHOLE, Part
 from fts.loops.position import Position
-from fts.loops.reading import Collate, Reading, loading_options, reading_of, torch_loader
+from fts.loops.reading import Collate, Reading, divided_by, loading_options, reading_of, torch_loader
 from fts.randomness import DATA, fold
 from fts.steps.microbatches import MicroBatches
 from fts.typing import Batch
@@ -26,8 +27,8 @@ class Source:
     """Data as epochs of batches; made by `source`.
 
     Attributes:
-        batches: `(epoch, start)` -> the loader's batches of that epoch from number `start` on; where there is a bookmark, it is
-            called with a cursor, too.
+        batches: `(epoch, start)` -> the loader's batches of that epoch from number `start` on; it may be given a `cursor`, too,
+            where there is a bookmark, and by `share` a `part`.
         batches_per_epoch: how many of those an epoch has; None where the data does not tell.
         num_items: how many items an epoch visits; None where the data does not tell.
         batch_size: items in one of those batches; None where they come ready.
@@ -37,6 +38,8 @@ class Source:
         order: `(epoch, start)` -> the indices of each loader's batch from number `start` on; None where items have none.
         bookmark: where a stream's iteration is; None where the data keeps no state.
         begin: the place of a cursor, and the cursor, if it was restored.
+        part: what this process takes of the data's batches. Then all of the above but `num_items` and `shares` are of this part.
+        divided: by what the data are divided among processes already; empty if by nothing that is known.
     """
 
     batches: Callable[..., Iterator[Batch]] = attrs.field(repr=False)
@@ -49,6 +52,8 @@ class Source:
     order: Order | None = attrs.field(default=None, repr=False)
     bookmark: Bookmark | None = attrs.field(default=None, repr=False)
     begin: tuple[Position, Cursor] | None = attrs.field(default=None, repr=False)
+    part: Part = WHOLE
+    divided: str = ""
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -75,7 +80,7 @@ class Source:
         if steps is not None and start > steps:
             raise too_short(start, steps)
         cursor = self.begin[1] if self.begin is not None and self.begin[0] == Position(epoch, start) else None
-        found = self.batches(epoch, start * self.micro_batches, *([] if cursor is None else [cursor]))
+        found = self.batches(epoch, start * self.micro_batches, **({} if cursor is None else {"cursor": cursor}))
         return found if self.micro_batches == 1 else _grouped(found, self.micro_batches)
 
     def cursor(self, position: Position) -> Cursor | None:
@@ -94,7 +99,7 @@ class Source:
         """
         if self.bookmark is None:
             return None
-        return self.bookmark.cursor(position.epoch, position.batch, self.micro_batches)
+        return self.bookmark.cursor(position.epoch, position.batch, self.micro_batches * self.part.stride)
 
     def restored(self, position: Position, cursor: Cursor | None) -> Source:
         """The same source, whose iteration from a position on begins at a cursor.
@@ -284,17 +289,19 @@ def _indexed(reading: Reading) -> Source:
     draws = can_draw(data, collate)
     workers = Workers(reading.loading)
 
-    def requests(epoch: int, start: int) -> Iterator[Request]:
-        for number, indices in enumerate(order(epoch, start), start):
-            yield epoch, fold(seed, DATA, epoch, number) if draws else None, indices
+    def requests(epoch: int, start: int, part: Part) -> Iterator[Request]:
+        for number, indices, weightless in part.places(order, epoch, start):
+            yield epoch, fold(seed, DATA, epoch, number) if draws else None, indices, weightless
 
-    def batches(epoch: int, start: int) -> Iterator[Batch]:
+    def batches(epoch: int, start: int, part: Part = WHOLE) -> Iterator[Batch]:
+        if part.splits and not reading.batched:
+            return part.of(batches(epoch, start))
         if reading.loading:
-            return workers.fetch(fetcher, requests(epoch, start), fold(seed, DATA, epoch))
-        return map(fetcher.__getitem__, requests(epoch, start))
+            return workers.fetch(fetcher, requests(epoch, start, part), fold(seed, DATA, epoch))
+        return map(fetcher.__getitem__, requests(epoch, start, part))
 
-    def rows(epoch: int, start: int) -> Iterator[Batch]:
-        return row_batches(data.tensors, order(epoch, start))
+    def rows(epoch: int, start: int, part: Part = WHOLE) -> Iterator[Batch]:
+        return row_batches(data.tensors, part.places(order, epoch, start))
 
     # one indexing operation is faster than any worker
     ours = reading.sampler is None or isinstance(reading.sampler, EpochSampler)
@@ -319,10 +326,11 @@ def _streamed(reading: Reading) -> Source:
             "Use one worker, or a torch IterableDataset that divides its items by torch.utils.data.get_worker_info()."
         )
 
-    def batches(epoch: int, start: int, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(epoch: int, start: int, cursor: Cursor | None = None, part: Part = WHOLE) -> Iterator[Batch]:
+        start, per_step = start * part.stride, reading.micro_batches * part.stride
         if reading.loading:
-            return workers.stream(stream, epoch, start, cursor, fold(seed, DATA, epoch))
-        return stream.batches(epoch, start, cursor)
+            return part.of(workers.stream(stream, epoch, start, cursor, fold(seed, DATA, epoch), per_step))
+        return part.of(stream.batches(epoch, start, cursor, per_step))
 
     # with several workers the length depends on how they divide the items
     items = _length(data) if count <= 1 else None
@@ -336,6 +344,7 @@ def _streamed(reading: Reading) -> Source:
         kind=f"a {type(data).__name__}",
         shares=max(1, count),
         bookmark=stream.bookmark if stream.stateful or stream.bookmark.reason else None,
+        divided=divided_by(data),
     )
 
 
@@ -352,7 +361,7 @@ def _once(reading: Reading) -> Source:
     stream = Stream(reading)
     used = False
 
-    def batches(epoch: int, start: int) -> Iterator[Batch]:
+    def batches(epoch: int, start: int, part: Part = WHOLE) -> Iterator[Batch]:
         nonlocal used
         if used or epoch or start:
             raise DataError(
@@ -361,7 +370,7 @@ def _once(reading: Reading) -> Source:
                 "iterated again: a list, a dataset, a DataLoader, or an object with __iter__."
             )
         used = True
-        return stream.batches(epoch)
+        return part.of(stream.batches(epoch))
 
     kind = f"an iterator ({type(reading.data).__name__})"
     return Source(batches, None, None, reading.batch_size, reading.micro_batches, kind)

@@ -24,15 +24,17 @@ from torch.utils.data import (
 from fts.errors import DataError, WorkerError
 from fts.loops.cursors import Bookmark, Cursor, Mark, incomplete, isolated, keeps_state, loaded, marks_of, state_before, written
 from fts.loops.order import Indices, announce_epoch
+from fts.loops.parts import Place
 from fts.loops.reading import Collate, Reading
 from fts.loops.sheltering import sheltered
 from fts.randomness import DATA, fold, seed_generators
+from fts.steps.microbatches import Weightless
 from fts.typing import Batch
 
 logger = logging.getLogger(__name__)
 
-Request: TypeAlias = tuple[int, int | None, Indices]
-"""(epoch, seed of the fetch or None where nothing can draw, indices)."""
+Request: TypeAlias = tuple[int, int | None, Indices, bool]
+"""(epoch, seed of the fetch or None where nothing can draw, indices, whether the batch is `Weightless`)."""
 
 
 class Fetcher(Dataset[Batch]):
@@ -51,14 +53,15 @@ class Fetcher(Dataset[Batch]):
         self.epoch = -1
 
     def __getitem__(self, request: Request) -> Batch:
-        epoch, seed, indices = request
+        epoch, seed, indices, weightless = request
         if epoch != self.epoch:  # also in a worker, whose copy of the dataset nobody else can reach
             announce_epoch(self.dataset, epoch)
             self.epoch = epoch
         if seed is not None:
             seed_generators(seed)
         items = self._items(indices)
-        return items if self.collate is None else self.collate(items)
+        batch = items if self.collate is None else self.collate(items)
+        return Weightless(batch) if weightless else batch
 
     def _items(self, indices: Indices) -> Any:
         if not self.batched:
@@ -107,10 +110,13 @@ class Stream(IterableDataset[Batch]):
         pause = [(None, mark._replace(empty=True))] if mark is not None and reader < self.turn else []
         return chain(pause, made)
 
-    def batches(self, epoch: int, start: int = 0, cursor: Cursor | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on, read in this process; without a cursor, the others are consumed."""
+    def batches(self, epoch: int, start: int = 0, cursor: Cursor | None = None, per_step: int = 1) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, read in this process; without a cursor, the others are consumed.
+
+        Of those, the last `per_step - 1` may be missing.
+        """
         mark = next(iter(self.begin(epoch, start, cursor)), None)
-        for batch, found in self._undone(self._made(epoch, 0, 1, start, mark)):
+        for batch, found in self._undone(self._made(epoch, 0, 1, start, mark, per_step)):
             if not self.stateful or self.bookmark.note(found):
                 yield batch
 
@@ -133,7 +139,9 @@ class Stream(IterableDataset[Batch]):
             if before is not None:
                 self.reading.data.load_state_dict(before)
 
-    def _made(self, epoch: int, reader: int, readers: int, start: int, mark: Mark | None) -> Iterator[tuple[Batch, Mark]]:
+    def _made(
+        self, epoch: int, reader: int, readers: int, start: int, mark: Mark | None, per_step: int = 1
+    ) -> Iterator[tuple[Batch, Mark]]:
         """A reader's batches from its number `start` on, each with its mark."""
         size, seed, collate = self.reading.batch_size, self.reading.seed, self.reading.collate
         announce_epoch(self.reading.data, epoch)
@@ -152,11 +160,11 @@ class Stream(IterableDataset[Batch]):
                     raise
                 # `datasets` cannot load some states in a worker; the copy that failed is dropped
                 logger.warning("Skipped items are read again, because %s does not load its state: %r", self.bookmark.kind, error)
-                yield from self._made(epoch, reader, readers, start, None)
+                yield from self._made(epoch, reader, readers, start, None, per_step)
                 return
             short = len(found) < (size or 1)
             if not found or (short and self.reading.drop_last):
-                if mark is None and number <= start - self.reading.micro_batches:
+                if mark is None and number <= start - per_step:
                     raise too_short(start, number)
                 if self.stateful:
                     yield None, written(data, reader, number, ended=True, empty=True)
@@ -172,11 +180,11 @@ class Stream(IterableDataset[Batch]):
 _NO_MARK = Mark(0)
 
 
-def skip(batches: Iterator[Batch], start: int, micro_batches: int) -> Iterator[Batch]:
-    """Consume `start` batches of which the last `micro_batches - 1` may be missing, and give the rest."""
+def skip(batches: Iterator[Batch], start: int, per_step: int) -> Iterator[Batch]:
+    """Consume `start` batches of which the last `per_step - 1` may be missing, and give the rest."""
     for number in range(start):
         if next(batches, _END) is _END:
-            if number <= start - micro_batches:
+            if number <= start - per_step:
                 raise too_short(start, number)
             return
     yield from batches
@@ -193,10 +201,11 @@ def too_short(start: int, found: int) -> DataError:
     )
 
 
-def row_batches(tensors: tuple[Tensor, ...], order: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def row_batches(tensors: tuple[Tensor, ...], places: Iterable[Place]) -> Iterator[Batch]:
     """What the default collate function makes of a TensorDataset's items, with one indexing operation a tensor."""
-    for indices in order:
-        yield [tensor.index_select(0, indices if tensor.is_cpu else indices.to(tensor.device)) for tensor in tensors]
+    for _, indices, weightless in places:
+        batch = [tensor.index_select(0, indices if tensor.is_cpu else indices.to(tensor.device)) for tensor in tensors]
+        yield Weightless(batch) if weightless else batch
 
 
 def has_rows(dataset: Any, collate: Collate | None) -> bool:
@@ -242,8 +251,10 @@ class Workers:
         self.plan.requests = requests
         return self._start(fetcher, seed, sampler=self.plan)
 
-    def stream(self, stream: Stream, epoch: int, start: int, cursor: Cursor | None, seed: int) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on, taken from the workers in turn."""
+    def stream(
+        self, stream: Stream, epoch: int, start: int, cursor: Cursor | None, seed: int, per_step: int = 1
+    ) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, taken from the workers in turn; `per_step` as in `Stream.batches`."""
         stream.place.share_memory_()  # type: ignore[no-untyped-call]
         stream.begin(epoch, start, cursor)
         if cursor is not None:
@@ -252,7 +263,7 @@ class Workers:
         found = self._start(stream, seed)
         if stream.stateful:
             found = (batch for batch, mark in found if stream.bookmark.note(mark))
-        return skip(found, start, stream.reading.micro_batches) if cursor is None else found
+        return skip(found, start, per_step) if cursor is None else found
 
     def _start(self, dataset: Any, seed: int, **sampler: Any) -> Iterator[Batch]:
         loader = self.loader

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fts.loops.data import Source
-from fts.steps import MicroBatches
+from fts.steps import MicroBatches, Weightless
 from fts.typing import Batch
 
 
@@ -32,8 +32,8 @@ def on_device(source: Source, device: torch.device | str) -> Source:
     if place.type == "cpu":
         return source
 
-    def batches(epoch: int, start: int, *cursor: Any) -> Iterator[Batch]:
-        return (moved(batch, place) for batch in source.batches(epoch, start, *cursor))
+    def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
+        return (moved(batch, place) for batch in source.batches(epoch, start, **how))
 
     return attrs.evolve(source, batches=batches)
 
@@ -44,6 +44,8 @@ def moved(tree: Any, device: torch.device) -> Any:
         return tree.to(device, non_blocking=True)
     if isinstance(tree, Mapping):
         return {key: moved(value, device) for key, value in tree.items()}
+    if isinstance(tree, Weightless):
+        return Weightless(moved(tree.batch, device))
     if isinstance(tree, MicroBatches):
         return MicroBatches(moved(value, device) for value in tree)
     if isinstance(tree, (list, tuple)):

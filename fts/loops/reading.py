@@ -102,6 +102,16 @@ def reading_of(loader: DataLoader[Any], seed: int) -> Reading:
     return Reading(sampler=loader.batch_sampler, batched_sampler=True, **common)
 
 
+def divided_by(data: Any) -> str:
+    """What has divided data among processes; empty if nothing that is known.
+
+    >>> divided_by([1, 2])
+    ''
+    """
+    inner = getattr(data, "data", data)  # of one that only makes a torch dataset of it
+    return "split_dataset_by_node of datasets" if getattr(inner, "_distributed", None) is not None else ""
+
+
 def _sampling_of(sampler: Any, dataset: Any) -> dict[str, Any]:
     """The two usual samplers in words; any other as it is."""
     if type(sampler) is SequentialSampler and len(sampler) == len(dataset):

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from fts.errors import DataError, FtsError
 from fts.loops import Source
 from fts.loops.order import Apart, EpochSampler
+from fts.loops.parts import unwrapped
 from fts.loops.reading import torch_loader
 from fts.steps.losses import shifts_labels
 from fts.trainer.collate import Collator, default_data_collator
@@ -158,8 +159,8 @@ def checked(source: Source, check: Callable[[Batch], None]) -> Source:
     """
     pending = [check]
 
-    def batches(epoch: int, start: int, *cursor: Any) -> Iterator[Batch]:
-        found = source.batches(epoch, start, *cursor)
+    def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
+        found = source.batches(epoch, start, **how)
         return _first_checked(found, pending.pop()) if pending else found
 
     return attrs.evolve(source, batches=batches)
@@ -167,7 +168,7 @@ def checked(source: Source, check: Callable[[Batch], None]) -> Source:
 
 def _first_checked(batches: Iterator[Batch], check: Callable[[Batch], None]) -> Iterator[Batch]:
     for batch in batches:
-        check(batch)
+        check(unwrapped(batch))
         yield batch
         break
     yield from batches
