@@ -55,6 +55,10 @@ class CheckpointError(FtsError, RuntimeError):
     """A checkpoint is missing, damaged, or does not fit the state it is loaded into."""
 
 
+class DistributedError(FtsError, RuntimeError):
+    """Processes that train together do not fit together, or one of them is gone."""
+
+
 class MissingDependencyError(FtsError, ImportError):
     """An optional package or a piece of hardware is needed and absent."""
 

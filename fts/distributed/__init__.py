@@ -1,1 +1,19 @@
-"""How one step becomes many processes."""
+"""How one step becomes that of many processes: groups, replicas, shards."""
+
+from fts.distributed.distributing import distribute, synchronize
+from fts.distributed.group import Group, start, stop
+from fts.distributed.strategies import DDP, FSDP, DataParallel, DeepSpeed, Single, Strategy
+
+__all__ = [
+    "DDP",
+    "FSDP",
+    "DataParallel",
+    "DeepSpeed",
+    "Group",
+    "Single",
+    "Strategy",
+    "distribute",
+    "start",
+    "stop",
+    "synchronize",
+]

@@ -1,5 +1,6 @@
 """From `(state, batch)` to `(state, metrics)`: losses, gradient engines, training and evaluation steps."""
 
+from fts.steps.among import Among
 from fts.steps.backward import OwnBackward, own_backward
 from fts.steps.compiled import CompiledStep, compile
 from fts.steps.describing import describe
@@ -13,10 +14,12 @@ from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shif
 from fts.steps.microbatches import MicroBatches, Weightless, rows, split
 from fts.steps.passing import Passing, passing
 from fts.steps.reaching import gradients_at, raise_nonfinite
+from fts.steps.spreading import gradients_of, spread
 from fts.steps.train import Gradients, TrainStep, gradient_step, seeing_gradients, train_step
 from fts.steps.updates import apply_gradients
 
 __all__ = [
+    "Among",
     "CompiledStep",
     "EvalStep",
     "Exchangeable",
@@ -39,6 +42,7 @@ __all__ = [
     "finite_gradients",
     "gradient_step",
     "gradients_at",
+    "gradients_of",
     "label_count",
     "loss_in",
     "module_at",
@@ -52,6 +56,7 @@ __all__ = [
     "seeing_gradients",
     "shifts_labels",
     "split",
+    "spread",
     "train_step",
     "value_and_grad",
 ]

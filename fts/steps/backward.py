@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fts.errors import ArgumentError, LossError
 from fts.randomness import STEP, fold, seed_generators
 from fts.state import TrainState
+from fts.steps.among import Among
 from fts.steps.binding import Binding
 from fts.steps.engines import Value
 from fts.steps.losses import check_callable, name_of
-from fts.steps.microbatches import MicroBatches
+from fts.steps.microbatches import MicroBatches, Weightless
 from fts.steps.tracing import device_of, in_transform
 from fts.typing import Batch, Params
 
@@ -28,6 +29,7 @@ class OwnBackward:
     module: nn.Module
     fn: Callable[..., Any]
     binding: Binding
+    among: Among | None = None
 
     @property
     def label(self) -> str:
@@ -39,6 +41,9 @@ class OwnBackward:
         micro: Sequence[Batch] = batch if isinstance(batch, MicroBatches) else (batch,)
         binding, device = self.binding, device_of(state.params)
         binding.check(state)
+        among = self.among
+        if among is not None:
+            among.check(state.params)
         buffers = {name: tensor.clone() for name, tensor in state.buffers.items()}
         with (
             nullcontext() if self.module.training else binding.mode(training=True),
@@ -47,13 +52,20 @@ class OwnBackward:
         ):
             losses = []
             for index, part in enumerate(micro):
-                seed_generators(fold(state.seed, STEP, int(state.step), index), device)
-                losses.append(self._loss(part, args))
+                number = index if among is None else index * among.size + among.rank
+                seed_generators(fold(state.seed, STEP, int(state.step), number), device)
+                with nullcontext() if among is None else among.exchanging(index == len(micro) - 1):
+                    loss = self._loss(part.batch if isinstance(part, Weightless) else part, args)
+                losses.append(torch.zeros_like(loss) if isinstance(part, Weightless) else loss)
             leaves = {name: binding.parameters[name] for name in state.params}
             grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
             buffers = binding.get_buffers()
         binding.check_structure()
-        return Value(torch.stack(losses).sum(), len(losses), {}, buffers), grads
+        loss = torch.stack(losses).sum()
+        if among is not None:
+            grads = grads if among.reduces else among.mean(grads)
+            loss, buffers = among.sum(loss) / among.size, among.same(buffers)
+        return Value(loss, len(losses), {}, buffers), grads
 
     def _loss(self, batch: Batch, args: Sequence[Any]) -> Tensor:
         loss = self.fn(self.module, batch, *args)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fts.errors import UnknownParameterError
+from fts.shards import is_sharded, local, memory, point_to
 from fts.state import TrainState
 from fts.typing import Params
 
@@ -30,6 +31,8 @@ class Binding:
         self.parameter_places = _places([child._parameters for child in self.modules], names)
         self.buffer_places = _places([child._buffers for child in self.modules], names)
         # recurrent layers keep a second list of their weights, which must follow
+        # `fully_shard` keeps its own view of each shard, so these Parameters must stay where they are
+        self.sharded = any(hasattr(child, "set_requires_gradient_sync") for child in self.modules)
         self.recurrent = [child for child in self.modules if isinstance(child, nn.RNNBase)]
         self.empty = [(child._buffers, key) for child in self.modules for key, tensor in child._buffers.items() if tensor is None]
         self._fitting: tuple[Any, Any, Any] = (None, None, None)
@@ -95,6 +98,8 @@ class Binding:
         The Parameter objects stay the same, so hooks on them, tied weights, and layers that hold them elsewhere work.
         Inside the block `.grad` of the trained ones starts empty. What is in the buffers' places at the end of the block
         is lost unless read by `get_buffers`.
+
+        The parameters of a module under `fully_shard` are written instead where the state has others, and keep its values.
         """
         kept = []
         own_buffers = []
@@ -102,8 +107,9 @@ class Binding:
             for trained, tensors in ((True, params), (False, frozen)):
                 for name, tensor in tensors.items():
                     parameter = self.parameters[name]
-                    kept.append((parameter, parameter.data, parameter.grad, parameter.requires_grad))
-                    parameter.data = tensor
+                    stays = self.sharded and is_sharded(parameter)
+                    kept.append((parameter, None if stays else parameter.detach(), parameter.grad, parameter.requires_grad))
+                    _hold(parameter, tensor, stays)
                     parameter.grad = None
                     if parameter.requires_grad is not trained:
                         parameter.requires_grad_(trained)
@@ -117,7 +123,8 @@ class Binding:
                 place[key] = tensor
             for parameter, data, grad, requires_grad in kept:
                 parameter.grad = None
-                parameter.data = data
+                if data is not None:
+                    point_to(parameter, data)
                 if parameter.requires_grad is not requires_grad:
                     parameter.requires_grad_(requires_grad)
                 if grad is not None:
@@ -145,6 +152,14 @@ class Binding:
         finally:
             for attributes in changed:
                 attributes["training"] = not training
+
+
+def _hold(parameter: Tensor, tensor: Tensor, stays: bool) -> None:
+    """Let a parameter have the values of a tensor: in that one's memory, or, where it stays in its own, copied if need be."""
+    if not stays:
+        point_to(parameter, tensor)
+    elif memory(parameter) != memory(tensor):
+        local(parameter.detach()).copy_(local(tensor))
 
 
 def _places(owners: list[dict[str, Any]], names: Mapping[int, str]) -> dict[str, list[tuple[dict[str, Any], str]]]:

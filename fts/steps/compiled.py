@@ -114,7 +114,10 @@ class CompiledStep:
         if isinstance(self.step, TrainStep) and not graphs.by_shape:
             # finds what is wrong with the loss or the batch, and settles what models decide in their first forward pass
             self.step.gradients(state, batch, *args)
-        graph = graphs.by_shape[key] = graph_of(self.traced, donate=self.donate, backend=self.backend, options=self.options)
+        among = getattr(getattr(self.step, "gradients", None), "among", None)
+        rank = 0 if among is None else among.rank
+        graph = graph_of(self.traced, donate=self.donate, backend=self.backend, options=self.options, rank=rank)
+        graphs.by_shape[key] = graph
         return graph
 
     @property

@@ -6,7 +6,7 @@ func     `torch.func.grad_and_value`; for graphs, vmap, and derivatives through 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
 from fts.state import TrainState
+from fts.steps.among import Among
 from fts.steps.binding import Binding
 from fts.steps.losses import ModuleLoss, call_loss, name_of
+from fts.steps.microbatches import Weightless
 from fts.steps.precision import autocast
 from fts.steps.tracing import device_of, in_transform
-from fts.steps.weighing import Total, checked, times, total_of, weight_of
+from fts.steps.weighing import Total, checked, times, total_among, total_of, weight_of
 from fts.typing import Batch, LossFn, LossOutput, Metrics, Number, Params
 
 
@@ -62,12 +64,14 @@ class Work(NamedTuple):  # which a graph can build
         micro: the micro-batches.
         args: what the loss gets behind each of them.
         weigh_rows: whether a micro-batch without a weight of its own weighs its rows, else 1.
+        among: the other processes that take the same step; None for a process that is alone.
     """
 
     state: TrainState
     micro: Sequence[Batch]
     args: Sequence[Any]
     weigh_rows: bool
+    among: Among | None = None
 
     @property
     def single(self) -> bool:
@@ -77,7 +81,25 @@ class Work(NamedTuple):  # which a graph can build
     def seed(self, index: int, device: torch.device) -> None:
         """Seed the generators for a micro-batch; a graph or a vmapped step is seeded outside."""
         if not in_transform():
-            seed_generators(fold(self.state.seed, STEP, int(self.state.step), index), device)
+            seed_generators(fold(self.state.seed, STEP, int(self.state.step), self.number(index)), device)
+
+    def number(self, index: int) -> int:
+        """The number of a micro-batch among those of all processes."""
+        return index if self.among is None else index * self.among.size + self.among.rank
+
+    def run(self, forward: Callable[..., LossOutput], params: Any, index: int, device: torch.device) -> LossOutput:
+        """The loss of a micro-batch, with its weight."""
+        batch = self.micro[index]
+        if isinstance(batch, Weightless):
+            return forward(params, batch.batch, self.args, device)._replace(weight=0)
+        output = forward(params, batch, self.args, device)
+        return output._replace(weight=weight_of(output, batch, self.weigh_rows))
+
+    def total(self, outputs: Sequence[LossOutput]) -> Total:
+        """Means over the micro-batches of all processes."""
+        if self.among is None:
+            return total_of(outputs, single=self.single)
+        return total_among(outputs, self.among, device_of(self.state.params))
 
 
 def module_engine(forward: Forward, work: Work, *, own_buffers: bool) -> tuple[Value, Params]:
@@ -86,40 +108,63 @@ def module_engine(forward: Forward, work: Work, *, own_buffers: bool) -> tuple[V
     if binding is None:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in state.params.items()}
         total = _backward(forward, work, leaves)
-        return Value(total.loss, total.weight, total.metrics, state.buffers), _drain(leaves, total)
+        return Value(total.loss, total.weight, total.metrics, state.buffers), _drain(leaves, total, work.among)
     # where the forward pass may write the state, it still writes only what no checkpoint holds: caches and masks, which can
     # be large; running statistics are exchanged when the step has succeeded
     transient = state.layout.transient if own_buffers else ()
     buffers = {name: tensor if name in transient else tensor.clone() for name, tensor in state.buffers.items()}
+    before = {name: (tensor.data_ptr(), tensor._version) for name, tensor in buffers.items()} if work.among else {}
     leaves = {name: binding.parameters[name] for name in state.params}
     with binding.lend(state.params, state.frozen, buffers):
         total = _backward(forward, work, leaves)
-        grads = _drain(leaves, total)
+        grads = _drain(leaves, total, work.among)
         if buffers:
             buffers = binding.get_buffers()
     binding.check_structure()
+    if work.among is not None:
+        written = {name: buffer for name, buffer in buffers.items() if before[name] != (buffer.data_ptr(), buffer._version)}
+        buffers |= work.among.same(written)
     return Value(total.loss, total.weight, total.metrics, buffers), grads
 
 
 def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
-    device = device_of(work.state.params)
-    outputs: list[tuple[LossOutput, Number]] = []
-    for index, batch in enumerate(work.micro):
+    device, among, last = device_of(work.state.params), work.among, len(work.micro) - 1
+    run = forward if among is None else among.forward(forward)
+    outputs: list[LossOutput] = []
+    total = None
+    for index in range(len(work.micro)):
         work.seed(index, device)
-        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
-            output = forward(leaves, batch, work.args, device)
-            weight = weight_of(output, batch, work.weigh_rows)
+        with (
+            nullcontext() if torch.is_grad_enabled() else torch.enable_grad(),
+            nullcontext() if among is None else among.exchanging(index == last),
+        ):
+            output = work.run(run, leaves, index, device)
             if not output.loss.requires_grad:
                 raise LossError(
                     f"The loss of {name_of(forward.loss)} does not depend on any trained parameter: it has no gradient. "
                     "Look for .detach(), torch.no_grad() or .item() in the loss, or for parameters that are all frozen."
                 )
-            if work.single:
+            outputs.append(output._replace(loss=output.loss.detach()))
+            if index == last:
+                total = work.total(outputs)
+            factor = _factor(work, output.weight, total)
+            if factor is None:
                 output.loss.backward()  # type: ignore[no-untyped-call]
-            elif not _is_zero(weight):
-                _weighted_backward(output.loss, weight, leaves)
-        outputs.append((output._replace(loss=output.loss.detach()), weight))
-    return total_of(outputs, single=work.single)
+            elif among is not None or not _is_zero(factor):  # where several exchange gradients, nobody may stay away
+                _weighted_backward(output.loss, factor, leaves)
+    assert total is not None
+    return total
+
+
+def _factor(work: Work, weight: Number | None, total: Total | None) -> Number | None:
+    """What a micro-batch's loss is multiplied by before its backward pass; None for nothing."""
+    assert weight is not None
+    if not work.single:
+        return weight
+    if work.among is None:
+        return None
+    assert total is not None
+    return weight * work.among.size / total.weight  # since what is exchanged is the mean over the processes
 
 
 def _is_zero(weight: Number) -> bool:
@@ -142,12 +187,14 @@ def _weighted_backward(loss: Tensor, weight: Number, leaves: Params) -> None:
             hook.remove()
 
 
-def _drain(leaves: Params, total: Total) -> Params:
+def _drain(leaves: Params, total: Total, among: Among | None) -> Params:
     grads = {}
     for name, leaf in leaves.items():
         # torch.func gives zeros where a parameter was not used
         grads[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         leaf.grad = None
+    if among is not None and not among.reduces:
+        grads = among.mean(grads)
     if total.divisor is not None:
         torch._foreach_div_(list(grads.values()), total.divisor)
     return grads
@@ -155,21 +202,25 @@ def _drain(leaves: Params, total: Total) -> Params:
 
 def func_engine(forward: Forward, work: Work) -> tuple[Value, Params]:
     """Gradients by `torch.func.grad_and_value`; pure, so it can be traced, vmapped and differentiated."""
-    device = device_of(work.state.params)
-    outputs: list[tuple[LossOutput, Number]] = []
+    device, among = device_of(work.state.params), work.among
+    outputs: list[LossOutput] = []
     grads: Params = {}
     buffers = work.state.buffers
-    for index, batch in enumerate(work.micro):
+    for index in range(len(work.micro)):
         work.seed(index, device)
-        part, output, buffers = _grad_and_value(forward, work, buffers, batch, device)
-        weight = output.weight
-        assert weight is not None
-        outputs.append((output, weight))
-        if not work.single:
+        part, output, buffers = _grad_and_value(forward, work, buffers, index, device)
+        outputs.append(output)
+        if not work.single or among is not None:
+            assert output.weight is not None
+            weight = output.weight
             part = {name: times(grad, weight) for name, grad in part.items()}
         grads = {name: grads[name] + grad for name, grad in part.items()} if grads else part
-    total = total_of(outputs, single=work.single)
-    if total.divisor is not None:
+    total = work.total(outputs)
+    if among is not None:
+        divisor = total.weight / among.size
+        grads = {name: grad / divisor for name, grad in among.mean(grads).items()}
+        buffers = among.same(buffers)
+    elif total.divisor is not None:
         grads = {name: grad / total.divisor for name, grad in grads.items()}
     weight = total.weight
     if not in_transform():
@@ -180,7 +231,7 @@ def func_engine(forward: Forward, work: Work) -> tuple[Value, Params]:
 
 
 def _grad_and_value(
-    forward: Forward, work: Work, buffers: Params, batch: Batch, device: torch.device
+    forward: Forward, work: Work, buffers: Params, index: int, device: torch.device
 ) -> tuple[Params, LossOutput, Params]:
     binding, frozen = forward.binding, work.state.frozen
     numbers: dict[str, Any] = {}
@@ -188,14 +239,14 @@ def _grad_and_value(
     def of_params(params: Params) -> tuple[Tensor, tuple[Params, Params]]:
         after = {name: tensor.clone() for name, tensor in buffers.items()}
         if binding is None:
-            output = forward(params, batch, work.args, device)
+            output = work.run(forward, params, index, device)
         else:
             with binding.exchange({**params, **frozen, **after}):
-                output = forward(params, batch, work.args, device)
+                output = work.run(forward, params, index, device)
                 after = binding.get_buffers()
         # torch.func passes tensors out, and nothing else
         aux = {"loss": output.loss}
-        _part("weight", weight_of(output, batch, work.weigh_rows), aux, numbers)
+        _part("weight", output.weight, aux, numbers)
         for name, value in output.metrics.items():
             mean, own = value if isinstance(value, tuple) else (value, None)
             _part(f"mean of {name}", mean, aux, numbers)

@@ -11,10 +11,11 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
+from fts.steps.among import Among
 from fts.steps.binding import Binding
 from fts.steps.engines import Forward, Value, Work, func_engine, module_engine
 from fts.steps.losses import ModuleLoss, check_callable
-from fts.steps.microbatches import MicroBatches, split
+from fts.steps.microbatches import MicroBatches, Weightless, split
 from fts.steps.precision import autocast_dtype
 from fts.steps.tracing import differentiated, in_graph, in_transform
 from fts.typing import Batch, LossFn, Params
@@ -33,6 +34,7 @@ class ValueAndGrad:
     engine: Engine
     accumulate: int
     precision: str | None
+    among: Among | None = None
 
     @property
     def binding(self) -> Binding | None:
@@ -52,9 +54,11 @@ class ValueAndGrad:
             The value, and the gradients by parameter name. The next backward pass may reuse their storage.
         """
         micro, cut_here = self._cut(batch)
-        work = Work(state, micro, args, weigh_rows=cut_here)
+        work = Work(state, micro, args, weigh_rows=cut_here, among=self.among)
         if in_graph():
             return func_engine(self.forward, work)
+        if self.among is not None:
+            self.among.check(state.params)
         outside = in_transform() or differentiated(state.params)
         func = self.engine == "func" or outside  # only torch.func can be differentiated or vmapped from outside
         binding = self.binding
@@ -79,7 +83,17 @@ class ValueAndGrad:
             if not batch:
                 raise ArgumentError("MicroBatches is empty; a step needs at least one micro-batch.")
             return batch, False
-        return (split(batch, self.accumulate) if self.accumulate > 1 else (batch,)), True
+        if self.accumulate == 1:
+            return (batch,), True
+        if isinstance(batch, Weightless):
+            return [Weightless(part) for part in self._parts(batch.batch)], True
+        return self._parts(batch), True
+
+    def _parts(self, batch: Batch) -> Sequence[Batch]:
+        parts = split(batch, self.accumulate)
+        if self.among is None or len(parts) == self.accumulate:
+            return parts
+        return [*parts, *[Weightless(parts[-1])] * (self.accumulate - len(parts))]  # each process takes as many forward passes
 
 
 def value_and_grad(

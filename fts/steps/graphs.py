@@ -42,11 +42,13 @@ class Graph:
         run: `run(parts, batch, *args) -> (parts, metrics)`; or, where the parts were written in place, the few numbers that
             could not be, instead of parts.
         code: the code object under which dynamo keeps what it compiled.
+        rank: the number of this process among those that take the same step, for which it is seeded.
         draws: whether it draws random numbers, so that it must be seeded; None until the first call has shown it.
     """
 
     run: Callable[..., tuple[GraphState | list[Tensor], Metrics]]
     code: Any
+    rank: int = 0
     draws: bool | None = None
 
     def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
@@ -55,7 +57,7 @@ class Graph:
             after, metrics = self.run(parts, batch, *args)
         else:
             device = device_of(state.params)
-            seed_generators(fold(state.seed, STEP, int(state.step), 0), device)
+            seed_generators(fold(state.seed, STEP, int(state.step), self.rank), device)
             before = generator_states(device) if self.draws is None else None
             with nullcontext() if before is None else _without_logging():
                 after, metrics = self.run(parts, batch, *args)
@@ -75,7 +77,7 @@ class Graph:
         return len(_debug_get_cache_entry_list(self.code))
 
 
-def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: dict[str, Any]) -> Graph:
+def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: dict[str, Any], rank: int = 0) -> Graph:
     """Compile a step; the work is done when the graph is first called.
 
     Args:
@@ -83,6 +85,7 @@ def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: d
         donate: write the new state over the old one, at the end of the graph, so that the graph needs no new storage.
         backend: of `torch.compile`.
         options: further arguments of `torch.compile`.
+        rank: see `Graph`.
     """
 
     def run(parts: GraphState, batch: Batch, *args: Any) -> tuple[Any, Metrics]:
@@ -103,7 +106,7 @@ def graph_of(step: Callable[..., Any], *, donate: bool, backend: str, options: d
         return fresh, metrics
 
     own = with_own_code(cast(FunctionType, run))
-    return Graph(torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options), own.__code__)
+    return Graph(torch.compile(own, fullgraph=True, dynamic=False, backend=backend, **options), own.__code__, rank)
 
 
 def is_compile_error(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import LossError
+from fts.steps.among import Among
 from fts.steps.microbatches import rows
 from fts.typing import Batch, LossOutput, Metrics, Number
 
@@ -57,26 +58,65 @@ def times(value: Any, weight: Number) -> Any:
     return value * weight
 
 
-def total_of(outputs: Sequence[tuple[LossOutput, Number]], *, single: bool) -> Total:
+def total_of(outputs: Sequence[LossOutput], *, single: bool) -> Total:
     """Weighted means of losses and metrics over micro-batches; the weight of a single one cancels.
 
     Raises:
         LossError: no micro-batch has any weight.
     """
-    weight: Number = sum(weight for _, weight in outputs)
+    weight: Number = sum(map(_weight, outputs))
     if not isinstance(weight, Tensor) and weight == 0 and not single:
         raise LossError("Every micro-batch has weight 0, so their mean loss is not defined. Does the batch have any labels?")
     if single:
-        ((loss, _, metrics), weight) = outputs[0]
+        loss, _, metrics = outputs[0]
         return Total(loss, weight, {name: _mean(value, loss) for name, value in metrics.items()}, None)
-    loss = sum(times(output.loss, weight) for output, weight in outputs) / weight
+    loss = sum(times(output.loss, _weight(output)) for output in outputs) / weight
+    metrics = {name: torch.as_tensor(total / items) for name, (total, items) in _sums(outputs).items()}
+    return Total(loss, weight, metrics, weight)
+
+
+def total_among(outputs: Sequence[LossOutput], among: Among, device: torch.device) -> Total:
+    """Weighted means over the micro-batches of all processes, by one sum of a few numbers over these.
+
+    Args:
+        outputs: of this process, with their weights; each process has metrics of the same names.
+        among: the processes.
+        device: where the sum is taken.
+
+    Returns:
+        The means. `divisor` is what the mean over processes of `sum(w * g)` is to be divided by; None where a single
+        micro-batch's loss was multiplied by it before.
+
+    Raises:
+        LossError: no micro-batch of any process has any weight.
+    """
+    sums = _sums(outputs)
+    loss = sum(times(output.loss, _weight(output)) for output in outputs)
+    parts = [sum(map(_weight, outputs)), loss, *[part for pair in sums.values() for part in pair]]
+    wide = torch.float64 if device.type != "mps" else torch.float32
+    totals = among.sum(torch.stack([torch.as_tensor(part, dtype=wide, device=device) for part in parts]))
+    if totals.is_cpu and not torch.compiler.is_compiling() and float(totals[0]) == 0:
+        raise LossError(f"Every micro-batch of all {among.size} processes has weight 0, so their mean loss is not defined.")
+    weight, total, *rest = totals.unbind()
+    dtype = outputs[0].loss.dtype
+    metrics = {name: (rest[2 * i] / rest[2 * i + 1]).to(dtype) for i, name in enumerate(sums)}
+    return Total((total / weight).to(dtype), weight, metrics, None if len(outputs) == 1 else weight / among.size)
+
+
+def _sums(outputs: Sequence[LossOutput]) -> dict[str, tuple[Any, Any]]:
+    """For each metric its sum over items, and how many these are."""
     sums: dict[str, Any] = {}
-    for output, own in outputs:
+    for output in outputs:
         for name, value in output.metrics.items():
-            mean, item_weight = value if isinstance(value, tuple) else (value, own)
-            total, items = sums.get(name, (0, 0))
-            sums[name] = (total + times(_detached(mean), item_weight), items + item_weight)
-    return Total(loss, weight, {name: torch.as_tensor(total / items) for name, (total, items) in sums.items()}, weight)
+            mean, items = value if isinstance(value, tuple) else (value, _weight(output))
+            total, count = sums.get(name, (0, 0))
+            sums[name] = (total + times(_detached(mean), items), count + items)
+    return sums
+
+
+def _weight(output: LossOutput) -> Number:
+    assert output.weight is not None
+    return output.weight
 
 
 def _mean(value: Any, like: Tensor) -> Tensor:

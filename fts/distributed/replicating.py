@@ -1,0 +1,157 @@
+"""Gradients of replicated parameters: each process has them all, and its own micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from fts.distributed.group import Group
+from fts.errors import DistributedError
+from fts.typing import LossOutput, Params
+
+
+@attrs.define(eq=False)
+class Averaging:
+    """Gradients that are averaged after the backward pass, all at once: for any engine, loss and graph.
+
+    Args:
+        group: the processes.
+        same_buffers: whether what a forward pass writes to buffers is taken from the first process.
+    """
+
+    group: Group
+    same_buffers: bool = True
+    _checked: bool = attrs.field(default=False, init=False)
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.group.size
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the backward pass has averaged already."""
+        return False
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Group.sum`."""
+        return self.group.sum(tensor)
+
+    def mean(self, grads: Params) -> Params:
+        """The mean over the processes, by one sum for each dtype."""
+        by_dtype: dict[torch.dtype, list[str]] = {}
+        for name, grad in grads.items():
+            by_dtype.setdefault(grad.dtype, []).append(name)
+        means: Params = {}
+        for names in by_dtype.values():
+            flat = torch.cat([grads[name].reshape(-1) for name in names])
+            parts = torch.split(self.group.sum(flat) / self.size, [grads[name].numel() for name in names])
+            means |= {name: part.view(grads[name].shape) for name, part in zip(names, parts, strict=True)}
+        return {name: means[name] for name in grads}
+
+    def same(self, buffers: Params) -> Params:
+        """Those of the first process."""
+        if self.same_buffers and buffers and not torch.compiler.is_compiling():
+            self.group.copy_first(list(buffers.values()))
+        return buffers
+
+    def check(self, params: Params) -> None:
+        """Raise DistributedError where this process begins with other parameters than the first."""
+        if not self._checked:
+            self._checked = True
+            check_same(self.group, params)
+
+    def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+        """The loss as it is."""
+        return run
+
+    def exchanging(self, now: bool) -> AbstractContextManager[Any]:
+        """Nothing is exchanged in a backward pass."""
+        return nullcontext()
+
+
+def check_same(group: Group, params: Params) -> None:
+    """Raise DistributedError where the processes have different parameters.
+
+    Args:
+        group: the processes.
+        params: of this process, by name.
+    """
+    names = "\n".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in params.items())
+    norms = [float(norm) for norm in torch._foreach_norm([tensor.detach() for tensor in params.values()])]
+    found = group.gather((names, norms))
+    for rank, (other_names, other_norms) in enumerate(found):
+        if other_names != found[0][0]:
+            raise DistributedError(
+                f"Process {rank} trains other parameters than process 0. Build the same model, with the same parameters frozen, "
+                "in every process."
+            )
+        if other_norms != found[0][1]:
+            differing = next(name for name, a, b in zip(params, other_norms, found[0][1], strict=True) if a != b)
+            raise DistributedError(
+                f"Process {rank} begins with another {differing!r} than process 0. Make the state equal first, by "
+                "fts.distributed.synchronize(state, group), or seed every process alike before the model is made."
+            )
+
+
+class _Loss(nn.Module):
+    """A loss as the forward pass of a module, so that DDP sees whatever it does with its model as one pass.
+
+    Args:
+        module: the model.
+        run: the loss, as engines call it.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., LossOutput]) -> None:
+        super().__init__()
+        self.module = module
+        self.run = run
+
+    def forward(self, *args: Any) -> LossOutput:
+        return self.run(*args)
+
+
+@attrs.define(eq=False)
+class Replicating(Averaging):
+    """Gradients that torch's DistributedDataParallel averages while the backward pass runs.
+
+    Args:
+        group: the processes.
+        same_buffers: see `Averaging`.
+        module: the model.
+        options: of DistributedDataParallel.
+    """
+
+    module: nn.Module = attrs.field(kw_only=True)
+    options: Mapping[str, Any] = attrs.field(kw_only=True, factory=dict)
+    loss: Any = attrs.field(default=None, init=False)
+
+    @property
+    def reduces(self) -> bool:
+        """The backward pass has averaged already."""
+        return True
+
+    def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+        """The loss as the forward pass of DDP."""
+        if self.loss is None or self.loss.module.run is not run:
+            # the values are equal already (see `check`), and buffers are made so after the pass
+            self.loss = nn.parallel.DistributedDataParallel(
+                _Loss(self.module, run), broadcast_buffers=False, init_sync=False, process_group=self.group.handle, **self.options
+            )
+        return self.loss  # type: ignore[no-any-return]
+
+    @contextmanager
+    def exchanging(self, now: bool) -> Iterator[None]:
+        """DDP's `no_sync` where gradients are only gathered."""
+        with nullcontext() if now else self.loss.no_sync():
+            yield
