@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fts.shards import indices, wrapped
+
 STEP, DATA, EVALUATION = 1, 2, 3
 """The first position of a fold: what the random numbers are for, so that two uses never share a stream."""
 
@@ -86,7 +88,8 @@ def normal_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
         counters: integers or 0-d integer tensors, such as the number of updates.
 
     Returns:
-        A tensor of independent N(0, 1) values like `tensor`. Works inside a graph and under vmap.
+        A tensor of independent N(0, 1) values like `tensor`; the same where it is spread over processes. Works inside a graph and
+        under vmap.
 
     >>> like = torch.zeros(2)
     >>> torch.equal(normal_like(like, 0, 3), normal_like(like, 0, 3))
@@ -94,17 +97,34 @@ def normal_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
 
     Source: SplitMix64 as a counter-based generator; the Box-Muller transform (1958).
     """
-    index = torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device)
-    key: Tensor = torch.full((), _signed(fold(seed)), dtype=torch.int64, device=tensor.device)
-    for counter in counters:
-        counter = counter if isinstance(counter, Tensor) else torch.full_like(key, counter)
-        key = _mix(key + (counter + 1) * _signed(0x9E3779B97F4A7C15))
-    bits = _mix(key + (index + 1) * _signed(0x9E3779B97F4A7C15))
+    bits = bits_like(tensor, seed, *counters)
     # 31 bits for the radius (never 0, so that the logarithm is finite), 31 bits for the angle
     high = ((bits >> 33) & 0x7FFFFFFF).to(torch.float64)
     low = (bits & 0x7FFFFFFF).to(torch.float64)
     radius = torch.sqrt(-2.0 * torch.log((high + 1.0) / 2147483648.0))
-    return (radius * torch.cos(low * (2.0 * torch.pi / 2147483648.0))).to(tensor.dtype).reshape(tensor.shape)
+    return wrapped((radius * torch.cos(low * (2.0 * torch.pi / 2147483648.0))).to(tensor.dtype), tensor)
+
+
+def bits_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
+    """64 random bits for each number of a tensor, as a pure function of a seed and counters, as in `normal_like`.
+
+    Args:
+        tensor: gives the shape and device.
+        seed: an integer known when the program is built.
+        counters: integers or 0-d integer tensors.
+
+    Returns:
+        int64; of a tensor that is spread over processes the bits of what lies here.
+
+    >>> bits_like(torch.zeros(2), 0, 3).dtype
+    torch.int64
+    """
+    index = indices(tensor)
+    key: Tensor = torch.full((), _signed(fold(seed)), dtype=torch.int64, device=index.device)
+    for counter in counters:
+        counter = counter if isinstance(counter, Tensor) else torch.full_like(key, counter)
+        key = _mix(key + (counter + 1) * _signed(0x9E3779B97F4A7C15))
+    return _mix(key + (index + 1) * _signed(0x9E3779B97F4A7C15))
 
 
 def _mix(z: Tensor) -> Tensor:

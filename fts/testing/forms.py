@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from fts.state import TrainState
@@ -37,6 +38,8 @@ def state_is_tensors(transform: Transform, params: Params, gradients: Sequence[P
 def structure_is_stable(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
     """Updates have the gradients' names, shapes and dtypes; a state and an info keep their structure, shapes and dtypes.
 
+    Updates of parameters in 16 bits may be in float32: what is added is then rounded once.
+
     Args:
         transform: is checked.
         params: the parameters.
@@ -52,7 +55,7 @@ def structure_is_stable(transform: Transform, params: Params, gradients: Sequenc
         reported: dict[str, Any] | None = None
         for grads in gradients:
             updates, state, info = transform.update(grads, state, params)
-            _require_same_forms("updates", _forms("updates", updates), _forms("updates", grads))
+            _require_same_forms("updates", _forms("updates", _narrowed(updates, grads)), _forms("updates", grads))
             if optree.tree_structure(state) != structure:
                 fail(f"the state's structure became {optree.tree_structure(state)} from {structure}")
             _require_same_forms("state", _forms("state", state), start)
@@ -107,6 +110,15 @@ def state_round_trips(transform: Transform, params: Params, gradients: Sequence[
         require_equal("loaded", loaded, state)
         if list(loaded.params) != list(state.params):
             fail(f"the loaded parameters are in the order {list(loaded.params)}, not {list(state.params)}")
+
+
+def _narrowed(updates: Params, grads: Params) -> Params:
+    """The updates; those in float32 of gradients in 16 bits in the dtype of these."""
+    narrow = {name for name, grad in grads.items() if grad.dtype in (torch.bfloat16, torch.float16)}
+    return {
+        name: update.to(grads[name].dtype) if name in narrow and update.dtype == torch.float32 else update
+        for name, update in updates.items()
+    }
 
 
 def _require_tensors(what: str, tree: OptState) -> None:

@@ -17,6 +17,8 @@ from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_gl
 from fts.transforms.combining import apply_updates, chain, identity
 from fts.transforms.exporting import torch_moments
 from fts.transforms.grouping import masked, partition
+from fts.transforms.loss_scaling import LossScaleState, dynamic_loss_scale, has_loss_scale, loss_scale
+from fts.transforms.low_precision import MasterState, RoundingState, master_weights, stochastic_rounding
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
 from fts.transforms.plateau import (
@@ -57,9 +59,12 @@ __all__ = [
     "EmaState",
     "FollowState",
     "Greedy",
+    "LossScaleState",
+    "MasterState",
     "MultiStepsState",
     "Plateau",
     "RateRule",
+    "RoundingState",
     "ScheduleState",
     "SgdState",
     "SkipState",
@@ -81,6 +86,7 @@ __all__ = [
     "constant_schedule",
     "cosine_restarts_schedule",
     "cosine_schedule",
+    "dynamic_loss_scale",
     "ema_params",
     "eval_params",
     "follow_metric",
@@ -88,11 +94,14 @@ __all__ = [
     "follows_metric",
     "from_torch",
     "global_norm",
+    "has_loss_scale",
     "identity",
     "inverse_sqrt_schedule",
     "join_schedules",
     "linear_schedule",
+    "loss_scale",
     "masked",
+    "master_weights",
     "multi_steps",
     "observe_metric",
     "partition",
@@ -106,6 +115,7 @@ __all__ = [
     "shift_schedule",
     "skip_nonfinite",
     "skip_spikes",
+    "stochastic_rounding",
     "torch_moments",
     "trace",
     "warmup",

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import here
 from fts.transforms._arguments import check_number, check_transform, need_params
 from fts.transforms._inplace import fast_apply, is_fast, scale_in_place
 from fts.transforms._scalars import new_count, readable, real
+from fts.transforms.combining import apply_updates
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -63,7 +65,8 @@ def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transfor
         updates, inner_state, info = inner.update(grads, state.inner, weights)
         count = state.step + 1
         share = share_of_new(count)
-        average = {name: _lerp(old, weights[name] + updates[name], share) for name, old in state.average.items()}
+        latest = apply_updates(weights, updates)
+        average = {name: _lerp(old, latest[name], share) for name, old in state.average.items()}
         return updates, EmaState(inner_state, count, average), info
 
     def share_of_new(count: Any) -> Any:
@@ -76,7 +79,7 @@ def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transfor
         params, inner_state, info = inner_apply(grads, state.inner, params)
         count = state.step.add_(1)
         share = share_of_new(readable(count))
-        average, latest = [state.average[name] for name in params], list(params.values())
+        average, latest = here(state.average[name] for name in params), here(params.values())
         if isinstance(share, Tensor):
             moves = list(torch._foreach_sub(latest, average))
             scale_in_place(moves, share)

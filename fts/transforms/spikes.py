@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from fts.transforms._arguments import check_count, check_number, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import fast_apply, is_fast, pure_apply
 from fts.transforms._scalars import device_of, new_count, widest
+from fts.transforms._withholding import counted, counted_now, where, withheld_now_unless, withheld_unless
 from fts.transforms.clipping import global_norm
-from fts.transforms.wrapping import where
 from fts.typing import Info, OptState, Params, Transform
 
 LEAST_SPREAD = 0.05
@@ -109,12 +109,10 @@ def skip_spikes(
 
     def update(grads: Params, state: SpikeState, params: Params | None) -> tuple[Params, OptState, Info]:
         good, norms = judged(grads, state.norms)
-        updates, inner_state, info = inner.update(grads, state.inner, params)
-        updates = {name: torch.where(good.to(u.device), u, 0.0) for name, u in updates.items()}
-        inner_state, norms = where(good, (inner_state, norms), (state.inner, state.norms))
-        spike = (~good).to(torch.int64)
-        total, in_a_row = state.total + spike, (state.in_a_row + 1) * spike
-        return updates, SpikeState(inner_state, norms, total, in_a_row), merged([info, _report(spike, total, in_a_row)])
+        updates, inner_state, info = withheld_unless(good, inner, grads, state.inner, params)
+        spike, total, in_a_row = counted(good, state.total, state.in_a_row)
+        state = SpikeState(inner_state, where(good, norms, state.norms), total, in_a_row)
+        return updates, state, merged([info, _report(spike, total, in_a_row)])
 
     def check(info: Info) -> None:
         if inner.check is not None and not any(float(value) for _, value in values_of(info, "spike")):
@@ -137,19 +135,13 @@ def skip_spikes(
         if not state.total.is_cpu:
             return slow_apply(grads, state, params)
         good, norms = judged(grads, state.norms)
-        if bool(good):
-            params, inner_state, info = inner_apply(grads, state.inner, params)
-            state = SpikeState(inner_state, norms, state.total, state.in_a_row.zero_())
-        else:
-            _, _, info = inner.update(grads, state.inner, params)  # for what it reports; writes nothing
-            state.total.add_(1)
-            state.in_a_row.add_(1)
-        spike = torch.full((), int(not bool(good)))
-        # copies, because the state's may be overwritten in a later step
-        return params, state, merged([info, _report(spike, state.total.clone(), state.in_a_row.clone())])
+        params, inner_state, info = withheld_now_unless(bool(good), inner, inner_apply, grads, state.inner, params)
+        report = _report(*counted_now(bool(good), state.total, state.in_a_row))
+        norms = norms if bool(good) else state.norms
+        return params, SpikeState(inner_state, norms, state.total, state.in_a_row), merged([info, report])
 
     return this._replace(apply=apply if is_fast(inner) else None)
 
 
-def _report(spike: Tensor, total: Tensor, in_a_row: Tensor) -> dict[str, Any]:
+def _report(spike: Tensor, total: Tensor, in_a_row: Tensor) -> Info:
     return {"spike": spike, "spikes_total": total, "spikes_in_a_row": in_a_row}

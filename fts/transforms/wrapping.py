@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fts.errors import NonFiniteError
+from fts.shards import here
 from fts.transforms._arguments import check_count, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import fast_apply, is_fast, pure_apply
 from fts.transforms._scalars import new_count
+from fts.transforms._withholding import (
+    all_finite,
+    all_finite_now,
+    counted,
+    counted_now,
+    where,
+    withheld_now_unless,
+    withheld_unless,
+)
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -78,16 +86,10 @@ def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
         return SkipState(inner.init(params), new_count(params), new_count(params))
 
     def update(grads: Params, state: SkipState, params: Params | None) -> tuple[Params, OptState, Info]:
-        finite = _all_finite(grads, state.total.device)
-        updates, inner_state, info = inner.update(grads, state.inner, params)
-        updates = {name: torch.where(finite, u, 0.0) for name, u in updates.items()}
-        skipped = (~finite).to(torch.int64)
-        total, in_a_row = state.total + skipped, (state.in_a_row + 1) * skipped
-        return (
-            updates,
-            SkipState(where(finite, inner_state, state.inner), total, in_a_row),
-            merged([info, {"skipped": skipped, "skipped_total": total, "skipped_in_a_row": in_a_row}]),
-        )
+        finite = all_finite(grads, state.total.device)
+        updates, inner_state, info = withheld_unless(finite, inner, grads, state.inner, params)
+        skipped, total, in_a_row = counted(finite, state.total, state.in_a_row)
+        return updates, SkipState(inner_state, total, in_a_row), merged([info, skip_report(skipped, total, in_a_row)])
 
     def check(info: Info) -> None:
         if inner.check is not None and not any(float(value) for _, value in values_of(info, "skipped")):
@@ -108,20 +110,10 @@ def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
     def apply(grads: Params, state: SkipState, params: Params) -> tuple[Params, OptState, Info]:
         if not state.total.is_cpu:
             return slow_apply(grads, state, params)
-        if _finite_now(grads):
-            params, inner_state, info = inner_apply(grads, state.inner, params)
-            state, skipped = SkipState(inner_state, state.total, state.in_a_row.zero_()), 0
-        else:
-            _, _, info = inner.update(grads, state.inner, params)  # for what it reports; writes nothing
-            state.total.add_(1)
-            state.in_a_row.add_(1)
-            skipped = 1
-        counts = {
-            "skipped": torch.full((), skipped),
-            "skipped_total": state.total.clone(),  # copies, because the state's may be overwritten in a later step
-            "skipped_in_a_row": state.in_a_row.clone(),
-        }
-        return params, state, merged([info, counts])
+        finite = all_finite_now(grads)
+        params, inner_state, info = withheld_now_unless(finite, inner, inner_apply, grads, state.inner, params)
+        report = skip_report(*counted_now(finite, state.total, state.in_a_row))
+        return params, SkipState(inner_state, state.total, state.in_a_row), merged([info, report])
 
     return this._replace(apply=apply if is_fast(inner) else None)
 
@@ -179,8 +171,8 @@ def multi_steps(inner: Transform, every: int) -> Transform:
     def apply(grads: Params, state: MultiStepsState, params: Params) -> tuple[Params, OptState, Info]:
         if not state.gathered.is_cpu:
             return slow_apply(grads, state, params)
-        sums = [state.sums[name] for name in grads]
-        torch._foreach_add_(sums, list(grads.values()))
+        sums = here([state.sums[name] for name in grads])
+        torch._foreach_add_(sums, here(grads.values()))
         if int(state.gathered.add_(1)) == every:
             torch._foreach_div_(sums, every)
             params, inner_state, info = inner_apply(state.sums, state.inner, params)
@@ -194,17 +186,6 @@ def multi_steps(inner: Transform, every: int) -> Transform:
     return this._replace(apply=apply if is_fast(inner) else None)
 
 
-def where(condition: Tensor, yes: Any, no: Any) -> Any:
-    """`yes` where the condition holds, else `no`, leaf by leaf."""
-    return pytree.tree_map(lambda a, b: torch.where(condition.to(a.device), a, b), yes, no)
-
-
-def _all_finite(grads: Params, device: torch.device) -> Tensor:
-    flags = [g.isfinite().all().to(device) for g in grads.values()]
-    return torch.stack(flags).all()
-
-
-def _finite_now(grads: Params) -> bool:
-    """On the CPU: a finite norm proves finite gradients with one kernel; else look again, as squares may overflow."""
-    norms = torch._foreach_norm(list(grads.values()))
-    return math.isfinite(sum(map(float, norms))) or all(bool(g.isfinite().all()) for g in grads.values())
+def skip_report(skipped: Tensor, total: Tensor, in_a_row: Tensor) -> Info:
+    """What transforms that skip updates report of it."""
+    return {"skipped": skipped, "skipped_total": total, "skipped_in_a_row": in_a_row}

@@ -68,6 +68,11 @@ REGISTRY = [
     tx.skip_nonfinite(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), limit=1),
     tx.skip_spikes(tx.adamw(0.1), warmup_steps=1),
     tx.skip_spikes(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), 0.5, warmup_steps=1),
+    tx.dynamic_loss_scale(tx.adamw(0.1), 4.0, growth_interval=2),
+    tx.dynamic_loss_scale(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(COSINE, momentum=0.9)), 3.0),
+    tx.master_weights(tx.adamw(COSINE, weight_decay=0.1)),
+    tx.master_weights(tx.dynamic_loss_scale(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.1, momentum=0.9)), 4.0)),
+    tx.stochastic_rounding(tx.adamw(0.1), seed=1),
     tx.multi_steps(tx.adamw(COSINE), every=2),
     tx.follow_metric(tx.adamw, 0.1, tx.Plateau()),
     tx.multi_steps(tx.chain(tx.clip_by_global_norm(1.0), tx.trace(0.9)), every=3),
@@ -125,7 +130,7 @@ EAGER_REGISTRY = [
 ]
 
 NOT_TRANSFORMS = {
-    "apply_updates", "averaged_params", "eval_params", "global_norm",
+    "apply_updates", "averaged_params", "eval_params", "global_norm", "has_loss_scale", "loss_scale",
     "followed_rate", "follows_metric", "observe_metric", "torch_moments",
     "constant_schedule", "cosine_restarts_schedule", "cosine_schedule", "inverse_sqrt_schedule", "join_schedules",
     "linear_schedule", "polynomial_schedule", "shift_schedule", "warmup", "warmup_stable_decay_schedule",
@@ -166,6 +171,11 @@ def test_any_three_in_a_chain(three, example) -> None:
 WRAPPERS = {
     "skip_nonfinite": tx.skip_nonfinite,
     "skip_spikes": lambda inner: tx.skip_spikes(inner, 0.5, warmup_steps=1),
+    "dynamic_loss_scale": lambda inner: (
+        inner if in_words(inner).count("dynamic_loss_scale") else tx.dynamic_loss_scale(inner, 4.0)
+    ),
+    "master_weights": tx.master_weights,
+    "stochastic_rounding": tx.stochastic_rounding,
     "multi_steps": lambda inner: tx.multi_steps(inner, every=2),
     "ema_params": lambda inner: tx.ema_params(inner, 0.9),
     "masked": lambda inner: tx.masked(inner, is_matrix),
