@@ -12,6 +12,7 @@ import attrs
 
 from fts.distributed.dimensions import Model, counted, elements, of_module
 from fts.distributed.planning import OPTIMIZERS, PRECISIONS, STRATEGIES, Memory, Plan, Setup, plan
+from fts.distributed.sharding import blocks_of
 from fts.errors import ArgumentError, MissingDependencyError
 
 REDUCE = {"fp32": 4, "bf16": 2}
@@ -50,7 +51,10 @@ def add_to(commands: Any) -> None:
         help="fsdp and hsdp: free parameters after the forward pass, and gather them again (the default)",
     )
     spread.add_argument(
-        "--no-sync", action="store_true", help="fsdp and hsdp: exchange gradients once a step, and keep them whole till then"
+        "--no-sync",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fsdp and hsdp: exchange gradients once a step, and keep them whole till then (the default)",
     )
     spread.add_argument(
         "--reduce", choices=list(REDUCE), help="fsdp and hsdp: in which gradients are summed (default: as is computed)"
@@ -129,9 +133,9 @@ def detailed(found: Plan) -> Iterator[str]:
       gathered      84.000
       total         85.750
     sent by a process in a step, in GB
-      all-gather parameters       2 x 28.000 over 64   55.125
-      reduce-scatter gradients    1 x 28.000 over 64   27.562
-      total                                            82.688
+      all-gather other parameters        2 x 28.000 over 64   55.125
+      reduce-scatter gradients           1 x 28.000 over 64   27.562
+      total                                                   82.688
     """
     yield "memory of a process, in GB"
     for name, count in (attrs.asdict(found.memory) | {"total": found.memory.total}).items():
@@ -140,8 +144,8 @@ def detailed(found: Plan) -> Iterator[str]:
     yield "sent by a process in a step, in GB"
     for one in found.traffic:
         amount = f"{one.times} x {one.nbytes / 1e9:.3f} over {one.processes}"
-        yield f"  {f'{one.kind} {one.what}':<26}{amount:>19}{one.sent / 1e9:>9.3f}"
-    yield f"  {'total':<45}{found.sent / 1e9:>9.3f}"
+        yield f"  {f'{one.kind} {one.what}':<31}{amount:>22}{one.sent / 1e9:>9.3f}"
+    yield f"  {'total':<53}{found.sent / 1e9:>9.3f}"
 
 
 def compared(plans: dict[str, Plan]) -> Iterator[str]:
@@ -222,4 +226,4 @@ def _of_transformers(options: argparse.Namespace) -> Model:
     text = config.get_text_config()
     found = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "vocabulary": "vocab_size"}
     sizes = {own: getattr(options, own) or getattr(text, foreign, None) or 0 for own, foreign in found.items()}
-    return of_module(module, set(module._no_split_modules or ()), **sizes)
+    return of_module(module, blocks_of(module), **sizes)

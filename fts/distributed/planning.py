@@ -21,8 +21,8 @@ DEEPSPEED_BUCKET = 500_000_000
 """How many gradients DeepSpeed sends at a time (its `reduce_bucket_size`)."""
 
 FORWARD_SUMS, BACKWARD_SUMS = 2, 5
-"""How often a tensor-parallel layer sums: activations behind attention and MLP, and the gradient of the input of each matrix that is
-cut by columns (query, key, value, gate, up). Megatron, which joins them into two matrices, has 2 and 2."""
+"""How often a tensor-parallel layer sums: activations behind attention and MLP, and the gradient of the input of each matrix that
+is cut by columns (query, key, value, gate, up). Megatron, which joins them into two matrices, has 2 and 2."""
 
 
 @attrs.frozen
@@ -88,8 +88,9 @@ class Setup:
         batch: rows of a micro-batch of one process.
         sequence: tokens of a row; 0 leaves activations out.
         accumulate: micro-batches of a step.
-        no_sync: whether gradients are exchanged once a step, also where that keeps them whole until then (FSDP, HSDP).
-        reshard: whether FSDP frees parameters after the forward pass, and gathers them again (`reshard_after_forward`).
+        no_sync: whether FSDP exchanges gradients once a step, which keeps them whole until then, and not in each micro-batch.
+        reshard: whether FSDP frees the parameters of layers after the forward pass, and gathers them again
+            (`reshard_after_forward`). What lies outside of the layers is needed first in the backward pass, and stays.
         reduce: bytes of each number in which FSDP sums gradients; None for those of the computation.
         bucket_view: whether DDP's gradients lie in its buckets (`gradient_as_bucket_view`).
         checkpointing: whether each layer keeps its input only and is computed again in the backward pass.
@@ -113,7 +114,7 @@ class Setup:
     batch: int = 1
     sequence: int = 0
     accumulate: int = 1
-    no_sync: bool = False
+    no_sync: bool = True
     reshard: bool = True
     reduce: int | None = None
     bucket_view: bool = False
@@ -299,17 +300,21 @@ def _bucket(trained: int, setup: Setup) -> int:
 
 
 def _gathered(own: Model, setup: Setup) -> int:
-    """The largest unit: its parameters and those of one that is fetched ahead, its gradients and those that are being sent."""
+    """What is whole at a time: parameters of a layer, the next, and outside of layers; gradients that are new, and being sent."""
     if setup.strategy not in ("fsdp", "hsdp", "deepspeed-3") or setup.sharded == 1:
         return 0
-    size, padded = setup.bytes, setup.sharded
-    ahead = min(2, len(own.units))
-    whole = [padded * elements(parts(unit.shapes, padded)) for unit in own.units]
-    parameters = size.compute * (ahead * max(whole) if setup.reshard or setup.strategy == "deepspeed-3" else sum(whole))
-    trained = [padded * elements(parts(unit.trained, padded)) for unit in own.units]
-    if setup.no_sync and setup.accumulate > 1 and setup.strategy != "deepspeed-3":
-        return parameters + size.compute * sum(trained) + setup.reduced * max(trained)
-    return parameters + (size.compute + setup.reduced) * max(trained)
+    compute, n = setup.bytes.compute, setup.sharded
+    whole = [n * elements(parts(unit.shapes, n)) for unit in own.units]
+    trained = [n * elements(parts(unit.trained, n)) for unit in own.units]
+    if setup.strategy == "deepspeed-3":
+        parameters = compute * min(2, len(whole)) * max(whole)
+    elif setup.reshard:
+        outside, *layers = whole
+        parameters = compute * (outside + min(2, len(layers)) * max(layers, default=0))
+    else:
+        parameters = compute * sum(whole)
+    waiting = sum(trained) if setup.strategy != "deepspeed-3" and setup.no_sync and setup.accumulate > 1 else 0
+    return parameters + compute * max(trained) + setup.reduced * (max(trained) + waiting)
 
 
 def activations(model: Model, setup: Setup) -> int:
@@ -346,7 +351,7 @@ def traffic(model: Model, setup: Setup) -> tuple[Collective, ...]:
 
     >>> from fts.distributed.dimensions import counted
     >>> [(one.kind, one.times, one.sent) for one in traffic(counted(1000), Setup("fsdp", world=4, accumulate=2))]
-    [('all-gather', 4, 12000), ('reduce-scatter', 2, 6000)]
+    [('all-gather', 4, 12000), ('reduce-scatter', 1, 3000)]
     """
     own, size, data = split(model, setup.tensor), setup.bytes, setup.data
     gradients, parameters, micro = elements(own.trained), elements(own.shapes), setup.accumulate
@@ -356,10 +361,11 @@ def traffic(model: Model, setup: Setup) -> tuple[Collective, ...]:
         found = [Collective("all-reduce", "gradients", 1, size.gradients * gradients, data)]
     elif setup.strategy in ("fsdp", "hsdp"):
         n = setup.sharded
-        whole = size.compute * n * elements(parts(own.shapes, n))
+        outside, *layers = (size.compute * n * elements(parts(unit.shapes, n)) for unit in own.units)
         reduced = setup.reduced * n * elements(parts(own.trained, n))
         found = [
-            Collective("all-gather", "parameters", micro * (1 + setup.reshard), whole, n),
+            Collective("all-gather", "parameters of layers", micro * (1 + setup.reshard), sum(layers), n),
+            Collective("all-gather", "other parameters", micro * (1 + (setup.reshard and not layers)), outside, n),
             Collective("reduce-scatter", "gradients", each, reduced, n),
             Collective("all-reduce", "parts of gradients", each, reduced // n, data // n),
         ]

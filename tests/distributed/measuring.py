@@ -6,7 +6,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fts import transforms as tx
+from fts.distributed.sharding import shard
+from fts.distributed.strategies import FSDP
 
 ROWS, TOKENS = 2, 12
 KINDS = {
@@ -74,12 +75,10 @@ def replicated(**options):
     return model, DistributedDataParallel(model, **options), lambda last: None
 
 
-def sharded(dtype=None, no_sync=False, parameters=None, mesh=None, **options):
+def sharded(*, no_sync=False, parameters=None, mesh=None, **options):
     model = bert().to(parameters)
-    policy = MixedPrecisionPolicy(param_dtype=dtype)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mp_policy=policy, mesh=mesh, **options)
-    fully_shard(model, mp_policy=policy, mesh=mesh, **options)
+    mesh = mesh or dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    shard(model, mesh, FSDP(units=("BertLayer",), **options))
     return model, model, model.set_requires_gradient_sync if no_sync else (lambda last: None)
 
 
@@ -140,16 +139,16 @@ def main(file):
     cases = {
         "ddp": (replicated(), 2, classes),
         "ddp, bucket view": (replicated(gradient_as_bucket_view=True), 1, classes),
-        "fsdp": (sharded(reshard_after_forward=True), 2, classes),
+        "fsdp": (sharded(), 2, classes),
         "fsdp, not resharded": (sharded(reshard_after_forward=False), 2, classes),
-        "fsdp, no sync": (sharded(reshard_after_forward=True, no_sync=True), 2, classes),
-        "fsdp, bf16": (sharded(torch.bfloat16, reshard_after_forward=True), 1, classes),
-        "fsdp, bf16-pure": (sharded(parameters=torch.bfloat16, reshard_after_forward=True), 1, classes),
+        "fsdp, no sync": (sharded(no_sync=True), 2, classes),
+        "fsdp, bf16": (sharded(param_dtype=torch.bfloat16), 1, classes),
+        "fsdp, bf16-pure": (sharded(parameters=torch.bfloat16), 1, classes),
         "tp": (tensor_parallel(), 2, lambda ids: ids),
     }
     if dist.get_world_size() == 4:
         mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        cases["hsdp"] = (sharded(mesh=mesh, reshard_after_forward=True), 2, classes)
+        cases["hsdp"] = (sharded(mesh=mesh, replicate=2), 2, classes)
     found = {name: measure(*made, accumulate, labels) for name, (made, accumulate, labels) in cases.items()}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)

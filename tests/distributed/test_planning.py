@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from fts.cli import main
-from fts.distributed.dimensions import counted, of_module
+from fts.distributed.dimensions import counted, elements, of_module, parts
 from fts.distributed.planning import PRECISIONS, STRATEGIES, Setup, activations, memory, plan, traffic
 from fts.errors import ArgumentError
 
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 SETUPS = {
     "ddp": Setup("ddp", accumulate=2, world=2),
     "ddp, bucket view": Setup("ddp", bucket_view=True, world=2),
-    "fsdp": Setup("fsdp", accumulate=2, world=2),
-    "fsdp, not resharded": Setup("fsdp", accumulate=2, reshard=False, world=2),
-    "fsdp, no sync": Setup("fsdp", accumulate=2, no_sync=True, world=2),
+    "fsdp": Setup("fsdp", accumulate=2, no_sync=False, world=2),
+    "fsdp, not resharded": Setup("fsdp", accumulate=2, no_sync=False, reshard=False, world=2),
+    "fsdp, no sync": Setup("fsdp", accumulate=2, world=2),
     "fsdp, bf16": Setup("fsdp", precision="bf16", world=2),
     "fsdp, bf16-pure": Setup("fsdp", precision="bf16-pure", world=2),
     "tp": Setup("tp", accumulate=2, world=2, tensor=2, batch=2, sequence=12),
-    "hsdp": Setup("hsdp", accumulate=2, world=4, shard=2),
+    "hsdp": Setup("hsdp", accumulate=2, no_sync=False, world=4, shard=2),
 }
 
 
@@ -55,8 +55,6 @@ def compare(everyone, setups):
     for name, setup in setups.items():
         found = plan(llama if name == "tp" else bert, setup)
         most = {key: max(one[name][key] for one in everyone) for key in ("parameters", "gradients", "moments", "buckets")}
-        if setup.no_sync:  # at the end they are exchanged
-            most["gradients"] = found.memory.gradients
         assert found.memory.parameters == pytest.approx(most["parameters"], rel=0.01), name
         assert found.memory.gradients == pytest.approx(most["gradients"], rel=0.01), name
         assert found.memory.moments == pytest.approx(most["moments"], rel=0.01), name
@@ -80,9 +78,17 @@ def test_bytes_of_two_processes(two):
 
 def test_the_largest_unit_is_gathered(two):
     bert, _ = models()
-    setup = SETUPS["fsdp"]
-    # one unit, one that is fetched ahead, its gradients, and those that are being sent
-    assert memory(bert, setup).gathered == 4 * two[0]["fsdp"]["largest gathered"]
+    largest = max(4 * 2 * elements(parts(unit.shapes, 2)) for unit in bert.units)
+    assert two[0]["fsdp"]["largest gathered"] == largest
+
+
+def test_what_fsdp_holds_at_a_time():
+    model = counted(1_020, layers=3, hidden=10, vocabulary=6)
+    assert [unit.count for unit in model.units] == [120, 300, 300, 300]
+    setup = Setup("fsdp", world=2, accumulate=2, precision="bf16", reduce=4, no_sync=False)
+    assert memory(model, setup).gathered == 2 * (120 + 2 * 300) + (2 + 4) * 300
+    assert memory(model, attrs.evolve(setup, no_sync=True)).gathered == 2 * (120 + 2 * 300) + (2 + 4) * 300 + 4 * 1020
+    assert memory(model, attrs.evolve(setup, reshard=False)).gathered == 2 * 1020 + (2 + 4) * 300
 
 
 @pytest.mark.fuzz
@@ -147,7 +153,7 @@ def test_frozen_parameters_have_no_gradients():
     net[0].requires_grad_(False)
     found = plan(of_module(net, ["Linear"]), Setup("fsdp", world=2))
     assert (found.memory.gradients, found.memory.parameters) == (4 * (10 + 1), 4 * (5 * 10 + 5 + 10 + 1))
-    assert [one.nbytes for one in found.traffic] == [4 * (110 + 2 * 11), 4 * 2 * 11]
+    assert [one.nbytes for one in found.traffic] == [4 * (100 + 10 + 20 + 2), 4 * (20 + 2)]  # one row is filled up to two
 
 
 @pytest.mark.parametrize(
