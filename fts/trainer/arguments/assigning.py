@@ -11,7 +11,8 @@ from fts.trainer.arguments.deriving import TWINS, derive, note_choice
 from fts.trainer.arguments.multiplying import apply_tf32
 from fts.trainer.arguments.names import check_attribute
 from fts.trainer.arguments.not_yet import check_is_there
-from fts.trainer.arguments.requirements import check_launch, check_requirement, check_requirements
+from fts.trainer.arguments.requirements import check_requirement, check_requirements
+from fts.trainer.arguments.strategies import check_strategy
 from fts.trainer.arguments.values import VALUES, dictionary
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def settle(args: TrainingArguments) -> None:
     derive(args)
     check_contradictions(args)
     check_requirements(args)
-    check_launch()
+    check_strategy(args)
     apply_tf32(args)
     object.__setattr__(args, "_settled", True)
 

@@ -29,10 +29,6 @@ class Missing:
 
 
 NOT_YET: dict[str, Missing] = {
-    "fsdp": Missing(bool, "Leave it out to train in one process."),
-    "fsdp_config": Missing(bool, "Leave it out to train in one process."),
-    "deepspeed": Missing(bool, "Leave it out to train in one process."),
-    "parallelism_config": Missing(lambda value: value is not None, "Leave it out to train in one process."),
     "debug": Missing(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
     "train_sampling_strategy": Missing(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
     "sortish_sampler": Missing(bool, "Use group_by_length=True, which also puts rows of like length together."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ import attrs
 import torch
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.arguments import processes
 from fts.trainer.arguments.multiplying import has_tf32
 from fts.trainer.arguments.trackers import KUBEFLOW, PACKAGES, in_kubeflow
 
@@ -136,9 +134,6 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
 }
 """Argument -> what it needs when it is on. float16 needs nothing: CPUs and GPUs compute in it."""
 
-LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-"""What `accelerate launch` turns on by a variable of the environment."""
-
 
 def check_requirement(args: TrainingArguments, name: str, value: Any) -> None:
     """Raise if an argument that is on needs what this machine does not have.
@@ -155,19 +150,6 @@ def check_requirement(args: TrainingArguments, name: str, value: Any) -> None:
 
 
 def check_requirements(args: TrainingArguments, names: Collection[str] = tuple(REQUIREMENTS)) -> None:
-    """Raise if an argument needs what this machine does not have, or the processes are more than fts can use yet."""
+    """Raise if an argument needs what this machine does not have."""
     for name in names:
         check_requirement(args, name, getattr(args, name))
-
-
-def check_launch() -> None:
-    """Raise ArgumentError if the script was launched in a way that this version of fts would ignore."""
-    world = processes.world_size()
-    if world > 1:
-        raise ArgumentError(
-            f"The script runs in {world} processes (WORLD_SIZE), but training in several is not yet in this version of fts: each "
-            "would train a model of its own. Start it with python, not with torchrun or accelerate launch."
-        )
-    for variable, what in LAUNCHERS.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on", "y", "t"):
-            raise ArgumentError(f"{variable} is set, but {what} is not yet in this version of fts. Unset it.")

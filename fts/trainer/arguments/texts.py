@@ -7,6 +7,9 @@ from typing import Any
 
 from fts.errors import ArgumentError
 
+ON = ("1", "true", "yes", "on", "y", "t")
+"""What switches something on in a variable of the environment, in lower case."""
+
 
 def dict_from_text(name: str, text: str) -> dict[str, Any]:
     """The dictionary that a JSON text holds; numbers and booleans in quotes become what they look like.

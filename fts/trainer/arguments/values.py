@@ -11,6 +11,10 @@ from typing import Any
 from fts.errors import ArgumentError
 from fts.loops.durations import seconds_of
 from fts.trainer.arguments.accelerator import accelerator_config
+from fts.trainer.arguments.deepspeed import deepspeed_config
+from fts.trainer.arguments.fsdp import fsdp_options
+from fts.trainer.arguments.fsdp_settings import fsdp_settings
+from fts.trainer.arguments.parallelism import parallelism_config
 from fts.trainer.arguments.texts import dict_from_text, pairs_from_text, text_of_pairs
 from fts.trainer.arguments.trackers import TRACKERS
 from fts.trainer.checks import check_choice, check_flag, check_interval, check_one_of, check_real, check_text, check_whole
@@ -102,10 +106,6 @@ def dictionary(name: str, value: Any) -> Any:
     if value is None or isinstance(value, dict):
         return value
     raise ArgumentError(f"{name}={value!r} must be a dict, or JSON text such as '{{\"key\": 1}}'.")
-
-
-def _dictionary_or_path(name: str, value: Any) -> Any:
-    return value if isinstance(value, str) and not value.lstrip().startswith("{") else dictionary(name, value)
 
 
 def _names(name: str, value: Any) -> list[str]:
@@ -264,8 +264,10 @@ VALUES: dict[str, Check] = {
     "ddp_bucket_cap_mb": _or_none(_whole(1)),
     "ddp_backend": _or_none(_one_of(BACKENDS)),
     "ddp_timeout": _whole(1, "It is in seconds."),
-    "fsdp_config": _dictionary_or_path,
-    "deepspeed": _dictionary_or_path,
+    "fsdp": fsdp_options,
+    "fsdp_config": fsdp_settings,
+    "deepspeed": deepspeed_config,
+    "parallelism_config": parallelism_config,
     "debug": _debug,
     "resume_from_checkpoint": _or_none(lambda name, value: value if isinstance(value, bool) else _output_dir(name, value)),
     "local_rank": _whole(-1),
@@ -273,4 +275,4 @@ VALUES: dict[str, Check] = {
     "generation_num_beams": _or_none(_whole(1)),
     "generation_config": _or_none(_generation_config),
 }
-"""The check of each argument that has one; the others (`fsdp`, `parallelism_config`) are not there yet at all."""
+"""The check of each argument that has one."""

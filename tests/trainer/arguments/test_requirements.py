@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError, FtsError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments, not_yet, requirements, trackers
+from fts.trainer.arguments import TrainingArguments, not_yet, trackers
 from fts.trainer.arguments.not_yet import NOT_YET
 from fts.trainer.arguments.requirements import REQUIREMENTS
 
@@ -24,10 +24,6 @@ def refuses(name, value, message, error=ArgumentError):
 
 
 ASKED = {
-    "fsdp": ["full_shard auto_wrap", True, ["full_shard"]],
-    "fsdp_config": [{"min_num_params": 2000}, '{"min_num_params": 2000}', "fsdp.json"],
-    "deepspeed": ["ds.json", {"zero_optimization": {"stage": 2}}],
-    "parallelism_config": [object()],
     "debug": ["tpu_metrics_debug", ["underflow_overflow", "tpu_metrics_debug"]],
     "train_sampling_strategy": ["batch_rebalance"],
 }
@@ -161,22 +157,6 @@ def test_a_configured_state_has_to_be_there(monkeypatch):
         TrainingArguments(accelerator_config={"use_configured_state": True})
     monkeypatch.setattr(PartialState, "_shared_state", {"there": True})
     assert TrainingArguments(accelerator_config={"use_configured_state": True}).accelerator_config.use_configured_state
-
-
-def test_several_processes_are_not_there_yet(monkeypatch):
-    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ArgumentError, match=r"runs in 2 processes .* not yet in this version of fts"):
-        TrainingArguments()
-
-
-@pytest.mark.parametrize("variable", list(requirements.LAUNCHERS))
-def test_what_a_launcher_turns_on_is_not_ignored(variable, monkeypatch):
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ArgumentError, match=f"{variable} is set, but .* is not yet in this version of fts"):
-        TrainingArguments()
-    monkeypatch.setenv(variable, "false")
-    TrainingArguments()
 
 
 def test_settings_without_their_switch_are_kept():
