@@ -146,7 +146,11 @@ class Replicating(Averaging):
         if self.loss is None or self.loss.module.run is not run:
             # the values are equal already (see `check`), and buffers are made so after the pass
             self.loss = nn.parallel.DistributedDataParallel(
-                _Loss(self.module, run), broadcast_buffers=False, init_sync=False, process_group=self.group.handle, **self.options
+                _Loss(self.module, run),
+                forward_sync_buffers=False,
+                init_sync=False,
+                process_group=self.group.handle,
+                **self.options,
             )
         return self.loss  # type: ignore[no-any-return]
 

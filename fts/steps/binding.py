@@ -32,7 +32,7 @@ class Binding:
         self.buffer_places = _places([child._buffers for child in self.modules], names)
         # recurrent layers keep a second list of their weights, which must follow
         # `fully_shard` keeps its own view of each shard, so these Parameters must stay where they are
-        self.sharded = any(hasattr(child, "set_requires_gradient_sync") for child in self.modules)
+        self.sharded = is_cut(module)
         self.recurrent = [child for child in self.modules if isinstance(child, nn.RNNBase)]
         self.empty = [(child._buffers, key) for child in self.modules for key, tensor in child._buffers.items() if tensor is None]
         self._fitting: tuple[Any, Any, Any] = (None, None, None)
@@ -152,6 +152,15 @@ class Binding:
         finally:
             for attributes in changed:
                 attributes["training"] = not training
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether `fully_shard` has cut the parameters of a module, or of a part of it.
+
+    >>> is_cut(nn.Linear(1, 1))
+    False
+    """
+    return any(hasattr(child, "set_requires_gradient_sync") for child in module.modules())
 
 
 def _hold(parameter: Tensor, tensor: Tensor, stays: bool) -> None:

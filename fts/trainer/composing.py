@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from fts import steps
+from fts.distributed import Group
 from fts.errors import ArgumentError
-from fts.steps import MicroBatches
+from fts.steps import MicroBatches, Weightless
 from fts.trainer.drawing import Drawn
 from fts.trainer.hooks import overridden
 from fts.trainer.losses import Items, LossRule, count_labels, counts_shifted, own_loss, step_loss
@@ -37,6 +39,22 @@ class Replaced:
     prepare_inputs: Callable[[Any], Any] | None = None
 
 
+@attrs.frozen(eq=False)
+class Across:
+    """The processes that take a step together.
+
+    Attributes:
+        group: the processes.
+        averages_tokens: whether losses are divided by the labels of all processes, or by those of each one alone.
+    """
+
+    group: Group
+    averages_tokens: bool = True
+
+
+ALONE = Across(Group())
+
+
 def replaced_by(trainer: Any) -> Replaced:
     """What a trainer's class, or the instance, has in the place of the Trainer's own methods."""
 
@@ -51,7 +69,14 @@ def replaced_by(trainer: Any) -> Replaced:
     )
 
 
-def compose_step(model: nn.Module, rule: LossRule, plan: Plan, transform: Transform, replaced: Replaced = Replaced()) -> Any:
+def compose_step(
+    model: nn.Module,
+    rule: LossRule,
+    plan: Plan,
+    transform: Transform,
+    replaced: Replaced = Replaced(),
+    across: Across = ALONE,
+) -> Any:
     """Compose the step of training.
 
     Only what is asked for is in it: one micro-batch of a model's own loss needs neither a count of labels nor a scale.
@@ -62,9 +87,10 @@ def compose_step(model: nn.Module, rule: LossRule, plan: Plan, transform: Transf
         plan: precision, accumulation and compilation.
         transform: the optimizer.
         replaced: the user's own parts.
+        across: the processes that take the step together, each with micro-batches of its own.
 
     Returns:
-        `(state, batch) -> (state, metrics)`.
+        `(state, batch) -> (state, metrics)`, which `fts.distributed.distribute` makes that of all processes.
 
     Raises:
         ArgumentError: the step is to be compiled, and the user's `training_step` cannot be.
@@ -75,37 +101,58 @@ def compose_step(model: nn.Module, rule: LossRule, plan: Plan, transform: Transf
                 "torch_compile=True compiles the whole step, but an overridden training_step calls backward itself, which a "
                 "graph cannot follow. Override compute_loss instead, or set torch_compile=False."
             )
-        step: Any = steps.gradient_step(steps.own_backward(model, _own_step(replaced.training_step)), transform)
-        return steps.passing(step, items_by(rule, model))
+        step: Any = steps.gradient_step(
+            steps.own_backward(model, _own_step(replaced.training_step, across.group.size)), transform
+        )
+        return steps.passing(step, items_by(rule, model, across))
     simple = replaced.compute_loss is None and replaced.context is None and replaced.prepare_inputs is None
     own = not rule.counts and not rule.smoothing and rule.scaled is None
-    if simple and own and plan.accumulate == 1:
+    if simple and own and plan.accumulate == 1 and across.group.size == 1:
         return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
     loss = step_loss(_replaced_loss(rule, replaced), rule)
     precision = None if replaced.context is not None else plan.precision
     step = steps.train_step(steps.module_loss(model, loss), transform, precision=precision)
-    return steps.passing(_compiled(step, plan), items_by(rule, model))
+    return steps.passing(_compiled(step, plan), items_by(rule, model, across))
 
 
-def items_by(rule: LossRule, model: nn.Module) -> Callable[[Batch], Sequence[Items]]:
+def items_by(rule: LossRule, model: nn.Module, across: Across = ALONE) -> Callable[[Batch], Sequence[Items]]:
     """From the batch of a step to what its losses are told of it."""
     shift = counts_shifted(model)
 
     def count_items(batch: Batch) -> Sequence[Items]:
-        micro = batch if isinstance(batch, MicroBatches) else (batch,)
+        micro = [part for part in (batch if isinstance(batch, MicroBatches) else (batch,)) if not isinstance(part, Weightless)]
         if isinstance(batch, Drawn):
-            return (Items(batch.items_in_batch, len(micro)),)
-        return (Items(count_labels(micro, shift) if rule.counts else None, len(micro)),)
+            labels = batch.items_in_batch
+        else:
+            labels = count_labels(micro, shift) if rule.counts else None
+        if across.group.size == 1:
+            return (Items(labels, len(micro)),)
+        return (_summed(Items(labels, len(micro)), across, counts=rule.counts),)
 
     return count_items
 
 
-def _own_step(training_step: Callable[..., Any]) -> Callable[[nn.Module, Any, Items], Any]:
+def _summed(items: Items, across: Across, *, counts: bool) -> Items:
+    """What the losses of all processes are told of the step, of which each knows its own part."""
+    own = 0 if items.labels is None else items.labels
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=across.group.device) for value in (own, items.parts)])
+    labels, parts = across.group.sum(sums).unbind()
+    known = counts and (items.labels is not None or not items.parts)  # a process without a micro-batch takes the others' word
+    if across.averages_tokens:
+        return Items(labels if known else None, parts)
+    return Items(items.labels if items.labels is not None or not known else labels.new_ones(()), parts / across.group.size)
+
+
+def _own_step(training_step: Callable[..., Any], processes: int) -> Callable[[nn.Module, Any, Items], Any]:
     def step(model: nn.Module, batch: Any, items: Items) -> Any:
         owner: Any = getattr(training_step, "__self__", None)
+        # the mean over processes is taken of these gradients, so each is told its share of what all have together
+        labels, parts = items
+        if processes > 1:
+            labels, parts = None if labels is None else labels / processes, float(parts) / processes
         if owner is not None:
-            owner.current_gradient_accumulation_steps = items.parts
-        return training_step(model, batch, items.labels)
+            owner.current_gradient_accumulation_steps = parts
+        return training_step(model, batch, labels)
 
     return step
 

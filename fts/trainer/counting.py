@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fts.steps import MicroBatches
+from fts.distributed import Group
+from fts.steps import MicroBatches, Weightless
 from fts.trainer.hooks import overridden
 from fts.trainer.reports import count_input_tokens
 from fts.trainer.state import TrainerState
@@ -25,10 +27,12 @@ class Counting:
 
     Args:
         measure: from a micro-batch to what it adds; None counts nothing.
+        group: the processes, whose counts are added up.
     """
 
-    def __init__(self, measure: Callable[[Mapping[str, Any]], Spent] | None) -> None:
+    def __init__(self, measure: Callable[[Mapping[str, Any]], Spent] | None, group: Group | None = None) -> None:
         self.measure = measure
+        self.group = Group() if group is None else group
         self.tokens: int | Tensor = 0
         self.operations = 0.0
 
@@ -46,7 +50,7 @@ class Counting:
         def measure(batch: Mapping[str, Any]) -> Spent:
             return Spent(count_input_tokens(batch, mode, name, padding), 0.0 if operations is None else operations(batch))
 
-        return cls(measure)
+        return cls(measure, trainer.group)
 
     def __bool__(self) -> bool:
         return self.measure is not None
@@ -55,14 +59,20 @@ class Counting:
         """Count the batch of one update."""
         assert self.measure is not None
         for micro in batch if isinstance(batch, MicroBatches) else (batch,):
+            if isinstance(micro, Weightless):
+                continue
             spent = self.measure(micro)
             self.tokens = self.tokens + spent.tokens
             self.operations += spent.operations
 
     def settle(self, told: TrainerState) -> None:
-        """Move what was counted to the state that callbacks see."""
-        told.num_input_tokens_seen += int(self.tokens)
-        told.total_flos += self.operations
+        """Move what all processes counted to the state that callbacks see; each must call it."""
+        if self.measure is None:
+            return
+        counted = torch.tensor([float(self.tokens), self.operations], dtype=torch.float64)
+        tokens, operations = self.group.sum(counted.to(self.group.device)).tolist()
+        told.num_input_tokens_seen += int(tokens)
+        told.total_flos += operations
         self.tokens, self.operations = 0, 0.0
 
     def forget(self) -> None:

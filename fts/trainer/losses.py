@@ -25,11 +25,11 @@ class Items(NamedTuple):
 
     Attributes:
         labels: how many labels count in all micro-batches together, a 0-d tensor; None where nobody wants to know.
-        parts: how many micro-batches there are.
+        parts: how many micro-batches there are, those of other processes included: a 0-d tensor if there are any.
     """
 
     labels: Tensor | None
-    parts: int
+    parts: Number
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterC
 from fts.trainer.choices import HPSearchBackend
 from fts.trainer.collate import collator_for
 from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
-from fts.trainer.composing import compose_step, items_by, replaced_by, with_count
+from fts.trainer.composing import Across, compose_step, items_by, replaced_by, with_count
 from fts.trainer.constructing import check_parts, not_yet
 from fts.trainer.describing import describe_run
+from fts.trainer.exchanging import Exchange
 from fts.trainer.figures import check_batch_metrics
 from fts.trainer.finding import find_checkpoint
 from fts.trainer.following import follow
@@ -43,13 +45,15 @@ from fts.trainer.modelling import checkpoint_activations, made_by, prepared_mode
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, with_settings
+from fts.trainer.places import data_group, shared
+from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
 from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.search import note_trial, search
 from fts.trainer.seeding import enable_full_determinism, set_seed
+from fts.trainer.spreading import spread_step, strategy_for
 from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
@@ -127,6 +131,7 @@ class Trainer:
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         check_parts(self.args, model, model_init, eval_dataset, optimizers, optimizer_cls_and_kwargs, step)
         apply_log_level(self.args)
+        self.group = self.world = data_group(self.args)
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.memory = MemoryMeter(not self.args.skip_memory_metrics)
         with self.memory.measuring("init"):
@@ -394,7 +399,10 @@ class Trainer:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Run `prediction_step` on every batch: outputs and labels by row, figures, and the number of rows."""
+        """Run `prediction_step` on every batch: outputs and labels by row, figures, and the number of rows.
+
+        Several processes share the batches; each returns the same as one process would.
+        """
         args = self.args
         loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         self._set_context(eval_dataloader=dataloader)
@@ -409,13 +417,15 @@ class Trainer:
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             on_batch=self._evaluated_batch,
+            exchange=Exchange(self.group, args.eval_use_gather_object),
+            total=evaluation.rows_in(dataloader),
         )
 
         def predict(inputs: Any) -> tuple[Any, Any, Any]:
             return self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
 
         with evaluation.evaluating(self.model, evaluation_dtype(args)):
-            return evaluation.run_evaluation(predict, dataloader, how=how)
+            return evaluation.run_evaluation(predict, loading.eval_batches(dataloader, args, data_seed(args)), how=how)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -442,6 +452,8 @@ class Trainer:
             count = -(-output.num_samples // self.args.eval_batch_size)
             speed = reports.speed_metrics(prefix, start, output.num_samples, count)
             output.metrics.update(speed | figures())
+        # what follows from them, such as when to stop, must be the same in each process
+        output.metrics.update(self.group.broadcast(output.metrics))
         return output
 
     @contextlib.contextmanager
@@ -459,7 +471,7 @@ class Trainer:
     # Data
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The training set as a torch DataLoader, which visits the rows in the order of the run."""
+        """The training set as a torch DataLoader, which visits the rows in the order of the run: those of all processes."""
         args = self._train_args
         columns = self._accepted_columns()
         return loading.train_dataloader(self.train_dataset, args, self.data_collator, columns, self._get_train_sampler)
@@ -498,7 +510,7 @@ class Trainer:
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows in an update, over all processes."""
-        return self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows_per_update(args, self._train_batch_size)
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: Any, total_train_batch_size: int | None = None
@@ -506,14 +518,14 @@ class Trainer:
         """What a run over a loader comes to.
 
         Returns:
-            Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches in an
-            epoch (None if unknown), and updates in all.
+            Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches of each
+            process in an epoch (None if unknown), and updates in all.
         """
         rows = self.get_total_train_batch_size(args) if total_train_batch_size is None else total_train_batch_size
         return initial_values(args, dataloader, rows, self.num_examples)
 
     def train_source(self, seed: int) -> Source:
-        """The numbered epochs of numbered batches of training, checked on their first rows.
+        """The numbered epochs of numbered batches of training, checked on their first rows: this process's part of them.
 
         Args:
             seed: of their order, and of everything random in the data.
@@ -523,7 +535,8 @@ class Trainer:
         rule = None if overridden(self, "compute_loss", "training_step") else self.loss_rule
         check_loader(loader, self.model, rule, "training")
         micro = self.args.gradient_accumulation_steps
-        source = loading.source_of(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro)
+        share = partial(shared, args=self.args)
+        source = loading.source_of(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro, share=share)
         return checked(source, lambda batch: check_batch(batch, self.model, rule, "training"))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -823,8 +836,11 @@ class Trainer:
     def step_of(self, plan: Plan, chosen: Optimizing) -> Any:
         """The step of training: `(state, batch) -> (state, metrics)`."""
         if self.step is not None and not isinstance(self.step, Transform):
-            return self.step
-        return compose_step(self.model, self.loss_rule, plan, chosen.transform, replaced_by(self))
+            step = self.step
+        else:
+            across = Across(self.group, self.args.average_tokens_across_devices)
+            step = compose_step(self.model, self.loss_rule, plan, chosen.transform, replaced_by(self), across)
+        return spread_step(step, self.group, strategy_for(self))
 
     # Model
 

@@ -41,6 +41,7 @@ from fts.trainer.resuming import (
 )
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
+from fts.trainer.spreading import cut_model, settle_state
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.torch_settings import restore_settings
@@ -120,20 +121,24 @@ def prepare(trainer: Trainer, checkpoint: Path | None, batch_size: int) -> Run:
 def _begun(trainer: Trainer, batch_size: int, seed: int) -> Run:
     """A run at its beginning, as yet without its step."""
     args = trainer.args
+    cut_model(trainer)
     source = trainer.train_source(seed)
+    part = source.part
     cut = Cut(
-        batch_size=source.batch_size or batch_size,
+        # rows of what `part.stride` processes have each, or of what all have together
+        batch_size=batch_size if source.batch_size is None else source.batch_size * (part.size // part.stride),
         micro_batches=args.gradient_accumulation_steps,
         items=source.num_items,
         drop_last=args.dataloader_drop_last,
         shares=source.shares,
         seed=seed,
-        processes=args.world_size,
+        processes=part.stride,
     )
     plan = plan_of(trainer, source, batch_size)
     optimizing = trainer.optimizing(plan)
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(trainer.model, optimizing.transform, seed=args.seed, copy=False)
+    state = settle_state(state, trainer.group)
     return Run(plan, optimizing, None, state, source, source, cut, Position(), TrainerState(), Tally())
 
 

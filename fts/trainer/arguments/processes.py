@@ -56,7 +56,10 @@ def device_of(args: TrainingArguments) -> torch.device:
     found = None if args.use_cpu or wanted else torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
-    return found if found.type == "mps" else torch.device(found.type, torch.accelerator.current_device_index())
+    if found.type == "mps":
+        return found
+    alone = "LOCAL_RANK" not in os.environ
+    return torch.device(found.type, torch.accelerator.current_device_index() if alone else local_process_index())
 
 
 def devices_of(args: TrainingArguments) -> int:

@@ -1,0 +1,64 @@
+"""Which part of the data this process has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fts import loops
+from fts.loops import Source
+from fts.trainer.arguments import AcceleratorConfig, TrainingArguments
+from fts.trainer.arguments.accelerator import accelerator_config
+
+if TYPE_CHECKING:
+    from fts.distributed.group import Group
+
+
+def data_place(args: TrainingArguments) -> tuple[int, int]:
+    """The number of this process among those that have data of their own, and how many these are.
+
+    >>> data_place(TrainingArguments(use_cpu=True))
+    (0, 1)
+    """
+    return args.process_index, args.world_size
+
+
+def data_group(args: TrainingArguments) -> Group:
+    """The processes that have data of their own; joined here if they were not yet.
+
+    >>> data_group(TrainingArguments(use_cpu=True)).size
+    1
+    """
+    from fts.distributed.group import start
+
+    return start(timeout=args.ddp_timeout_delta, device=args.device)
+
+
+def _config(args: TrainingArguments) -> AcceleratorConfig:
+    return accelerator_config("accelerator_config", args.accelerator_config)
+
+
+def sharers(args: TrainingArguments) -> int:
+    """How many processes have a batch of `per_device_train_batch_size` rows each; 1 where `split_batches` cuts one for all.
+
+    >>> sharers(TrainingArguments(use_cpu=True))
+    1
+    """
+    return 1 if _config(args).split_batches else data_place(args)[1]
+
+
+def shared(source: Source, args: TrainingArguments) -> Source:
+    """This process's part of a source, as `accelerator_config` shares it.
+
+    `even_batches` makes no difference: a process without a batch runs one that weighs nothing in either case.
+
+    Args:
+        source: the whole data, the same in each process.
+        args: the arguments; without `dispatch_batches` the first process reads data that can only be iterated.
+    """
+    rank, size = data_place(args)
+    if size == 1:
+        return source
+    config = _config(args)
+    dispatch = source.order is None if config.dispatch_batches is None else config.dispatch_batches
+    group = data_group(args) if dispatch else None
+    return loops.share(source, rank, size, split_batches=config.split_batches, dispatch=dispatch, group=group)
