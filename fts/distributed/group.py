@@ -81,6 +81,21 @@ class Group:
         distributed.all_gather_object(values, value, group=self.handle)
         return values
 
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of each process, in the order of their ranks.
+
+        Args:
+            tensor: contiguous, and of the same shape and dtype in each process.
+
+        >>> Group().gather_tensor(torch.ones(1))
+        [tensor([1.])]
+        """
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(found, tensor, group=self.handle)
+        return found
+
     def broadcast(self, value: Any) -> Any:
         """What the first process has.
 

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fts.errors import BatchError, DataError
+from fts.errors import ArgumentError, BatchError, DataError
 from fts.loops.cadence import Counters
 from fts.loops.data import Source, source
 from fts.loops.events import EvalBatch, Evaluated, Event
+from fts.steps.microbatches import Weightless
+
+if TYPE_CHECKING:
+    from fts.distributed.group import Group
+
+
+Totals: TypeAlias = dict[str, tuple[Tensor | float, Tensor | float]]
+"""Sum of mean times weight, and of weights, by name."""
 
 
 def evaluate(
-    step: Callable[[Any, Any], Mapping[str, Any]], state: Any, data: Any, *, counters: Counters | None = None
+    step: Callable[[Any, Any], Mapping[str, Any]],
+    state: Any,
+    data: Any,
+    *,
+    counters: Counters | None = None,
+    group: Group | None = None,
 ) -> Iterator[Event]:
     """Run an evaluation step over data and tell what happens; the last event is `Evaluated`.
 
@@ -27,11 +40,14 @@ def evaluate(
         state: is not changed.
         data: a `source`, or what `source` accepts without further arguments.
         counters: what the events carry; by default the state's step.
+        group: the processes among which the source is shared (`share`). Each of them runs its batches, and all get the figures of
+            one process, bit for bit: what each batch gave is added up in the order of the data, and `Weightless` ones are not.
 
     Returns:
         An iterator of `EvalBatch` events with `Evaluated` as the last.
 
     Raises:
+        ArgumentError: the source is not shared among the processes of the group.
         BatchError: the step returned something that is not (mean, weight).
         DataError: there is no batch.
 
@@ -42,23 +58,59 @@ def evaluate(
     """
     batches = data if isinstance(data, Source) else source(data)
     at = Counters(int(getattr(state, "step", 0))) if counters is None else counters
-    return _evaluate(step, state, batches, at)
+    if group is not None and group.size != batches.part.size:
+        raise ArgumentError(
+            f"evaluate was given a group of {group.size} processes, and data that {batches.part.size} share. Give "
+            "loops.share(source, group.rank, group.size)."
+        )
+    return _evaluate(step, state, batches, at, group)
 
 
-def _evaluate(step: Callable[[Any, Any], Mapping[str, Any]], state: Any, data: Source, counters: Counters) -> Iterator[Event]:
-    totals: dict[str, tuple[Tensor, Tensor | float]] = {}
+def _evaluate(
+    step: Callable[[Any, Any], Mapping[str, Any]], state: Any, data: Source, counters: Counters, group: Group | None
+) -> Iterator[Event]:
+    totals: Totals = {}
+    kept: list[Totals] = []
     index = -1
     for index, batch in enumerate(data.epoch(0)):
-        metrics = step(state, batch)
-        for name, value in metrics.items():
-            _add(totals, name, value)
-        yield EvalBatch(counters, index, data.steps_per_epoch, metrics)
+        weightless = isinstance(batch, Weightless)
+        metrics = step(state, batch.batch if weightless else batch)
+        amounts = {name: _amount(name, value) for name, value in metrics.items()}
+        if group is not None:
+            kept.append({} if weightless else amounts)
+        elif not weightless:
+            _add(totals, amounts)
+        if not weightless:
+            yield EvalBatch(counters, index, data.steps_per_epoch, metrics)
     if index < 0:
         raise DataError(data.describe_empty(0))
-    yield Evaluated(counters, _means(totals))
+    yield Evaluated(counters, _means(totals) if group is None else _means_of_all(kept, group))
 
 
-def _add(totals: dict[str, tuple[Tensor, Tensor | float]], name: str, value: Any) -> None:
+def _add(totals: Totals, amounts: Totals) -> None:
+    for name, (amount, weight) in amounts.items():
+        total, count = totals.get(name, (0.0, 0.0))
+        totals[name] = (amount + total, weight + count)
+
+
+def _means_of_all(kept: list[Totals], group: Group) -> dict[str, float]:
+    """The means over the batches of all processes, which take turns."""
+    totals: Totals = {}
+    for batches in zip(*group.gather(_read(kept)), strict=True):
+        for amounts in batches:
+            _add(totals, amounts)
+    return _means({name: (torch.tensor(total, dtype=torch.float64), weight) for name, (total, weight) in totals.items()})
+
+
+def _read(kept: list[Totals]) -> list[Totals]:
+    """The same as Python numbers, read from the device at once."""
+    flat = [torch.as_tensor(number, dtype=torch.float64) for batch in kept for pair in batch.values() for number in pair]
+    numbers = iter(torch.stack([number.to(flat[0].device) for number in flat]).tolist() if flat else ())
+    return [{name: (next(numbers), next(numbers)) for name in batch} for batch in kept]
+
+
+def _amount(name: str, value: Any) -> tuple[Tensor, Tensor | float]:
+    """Mean times weight, and the weight."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise BatchError(
             f"The evaluation step returned {type(value).__name__} for {name!r}; it must be a pair (mean, weight), "
@@ -72,8 +124,7 @@ def _add(totals: dict[str, tuple[Tensor, Tensor | float]], name: str, value: Any
         amount = torch.where(weight == 0, 0.0, mean * weight)  # the mean of no items is NaN, but adds nothing
     else:
         amount = mean * weight if weight else torch.zeros_like(mean)
-    total, count = totals.get(name, (0.0, 0.0))
-    totals[name] = (amount + total, weight + count)
+    return amount, weight
 
 
 def _wide(value: Any) -> Tensor:
@@ -81,10 +132,11 @@ def _wide(value: Any) -> Tensor:
     return tensor if tensor.device.type == "mps" else tensor.double()  # MPS has no float64
 
 
-def _means(totals: dict[str, tuple[Tensor, Tensor | float]]) -> dict[str, float]:
+def _means(totals: Totals) -> dict[str, float]:
     # an item count of 0 gives NaN, which no reader can mistake for a figure
     by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for name, (total, weight) in totals.items():
+    for name, (amount, weight) in totals.items():
+        total = torch.as_tensor(amount)
         by_device.setdefault(total.device, {})[name] = total / weight
     read: dict[str, float] = {}
     for means in by_device.values():

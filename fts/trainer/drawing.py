@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from fts.loops import Source
-from fts.steps import MicroBatches
+from fts.steps import MicroBatches, Weightless
 from fts.typing import Batch
 
 
@@ -29,20 +29,46 @@ class Drawn(MicroBatches):
         return drawn
 
 
+class Counted(Iterator[Batch]):
+    """Micro-batches without the `Weightless` ones, which are kept apart.
+
+    >>> counted = Counted(iter([1, Weightless(2)]))
+    >>> list(counted), counted.taken_out()
+    ([1], [Weightless(batch=2)])
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.apart: list[Weightless] = []
+
+    def __next__(self) -> Batch:
+        batch = next(self.batches)
+        while isinstance(batch, Weightless):
+            self.apart.append(batch)
+            batch = next(self.batches)
+        return batch
+
+    def taken_out(self) -> list[Weightless]:
+        """Those that were come upon since this was asked last."""
+        found, self.apart = self.apart, []
+        return found
+
+
 def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]], source: Source, device: torch.device) -> Source:
     """A source whose updates have what `draw` takes from the iterator of an epoch.
 
     Args:
         draw: `(epoch_iterator, num_batches, device) -> (micro-batches, number of items)`; no micro-batch ends the epoch. Where
             the data tells its length, it is asked only for what is left.
-        source: gives the micro-batches.
+        source: gives the micro-batches. One that weighs nothing is not shown to `draw`, and is added to what it gives.
         device: is passed on.
     """
 
-    def batches(epoch: int, start: int, *cursor: Any) -> Iterator[Batch]:
-        iterator = source.batches(epoch, start * source.micro_batches, *cursor)
+    def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
+        counted = Counted(source.batches(epoch, start * source.micro_batches, **how))
         for wanted in _sizes(source, start):
-            samples, items = draw(iterator, wanted, device)
+            samples, items = draw(counted, wanted, device)
+            samples = [*samples, *counted.taken_out()]
             if not samples:
                 return
             yield Drawn(samples, items)

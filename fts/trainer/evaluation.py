@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader
 
 from fts import steps
 from fts.errors import BatchError, DataError, LossError
+from fts.loops.parts import unwrapped
 from fts.loops.sheltering import sheltered
+from fts.steps import Weightless
 from fts.steps.binding import Binding
 from fts.trainer.arrays import Space
+from fts.trainer.exchanging import alone
 from fts.trainer.figures import SPEED, own_figures
 from fts.trainer.gathering import Gathered, Held, Listed
 from fts.trainer.losses import item_count
@@ -46,7 +49,7 @@ class EvaluationPlan:
         skip_nonfinite: leave losses that are NaN or infinite out of the mean, unless all are.
         hold_batches: how many batches stay on an accelerator before they are copied to the CPU; None: a bounded amount.
         on_batch: called after each batch.
-        gather: brings a dictionary of what each row gave (tensors, or trees of them) together from all processes.
+        exchange: brings together what a batch gave in each process: `(this process's or None) -> those of all, in order`.
         total: how many rows there will be; None: as the data says, if it does.
         memory_limit: bytes of arrays in memory, beyond which they lie in temporary files; None: half of what is free.
         folder: where these files are; None: the system's folder for temporary files.
@@ -64,7 +67,7 @@ class EvaluationPlan:
     skip_nonfinite: bool = False
     hold_batches: int | None = None
     on_batch: Callable[[], Any] = lambda: None
-    gather: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    exchange: Callable[[Any], list[Any]] = alone
     total: int | None = None
     memory_limit: int | None = None
     folder: str | Path | None = None
@@ -83,7 +86,7 @@ def run_evaluation(
 
     Args:
         predict: `(batch) -> (loss, logits, labels)`, each of them None where there is none, such as a Trainer's prediction_step.
-        batches: a DataLoader, or anything that gives batches.
+        batches: a DataLoader, or anything that gives batches. Several processes give each its own of a shared source.
         how: what is kept and computed.
 
     Returns:
@@ -106,10 +109,14 @@ def run_evaluation(
     waiting: EvalPrediction | None = None
     plain = isinstance(batches, DataLoader) and type(batches).__iter__ is DataLoader.__iter__
     for inputs in sheltered(cast(DataLoader[Any], batches)) if plain else batches:
-        if waiting is not None and how.compute_metrics is not None:
-            how.compute_metrics(waiting, compute_result=False)
-        rows, waiting = _one_batch(predict, inputs, how, held, mean)
-        seen, count = True, count + rows
+        # one that weighs nothing is computed all the same, since a sharded model needs every process
+        found = _predicted(predict, unwrapped(inputs), how)
+        for batch in how.exchange(None if isinstance(inputs, Weightless) else found):
+            if waiting is not None and how.compute_metrics is not None:
+                how.compute_metrics(waiting, compute_result=False)
+            mean.add(batch.loss, batch.weight)
+            seen, count = True, count + batch.rows
+            waiting = _kept(batch, how, held)
     if not seen:
         raise DataError("There is no batch to evaluate. Give data that is not empty, without dropping its last batch.")
     held.flush()
@@ -130,10 +137,24 @@ def _metrics(how: EvaluationPlan, last: EvalPrediction | None, arrays: dict[str,
     return own_figures(how.compute_metrics(_prediction(arrays)), how.prefix, taken)
 
 
-def _one_batch(
-    predict: Callable[[Any], tuple[Any, Any, Any]], inputs: Any, how: EvaluationPlan, held: Held, mean: MeanLoss
-) -> tuple[int, EvalPrediction | None]:
-    """Predict and keep one batch: its rows, and what compute_metrics is to be given of it."""
+@attrs.frozen
+class Predicted:
+    """What a batch gave.
+
+    Attributes:
+        rows: how many it has; 0 where that cannot be told.
+        loss: its loss, and over how many items that is a mean.
+        weight: see `loss`.
+        record: "predictions", "labels", "inputs" and "losses", as far as there are any.
+    """
+
+    rows: int
+    loss: Tensor | None
+    weight: Number
+    record: dict[str, Any]
+
+
+def _predicted(predict: Callable[[Any], tuple[Any, Any, Any]], inputs: Any, how: EvaluationPlan) -> Predicted:
     rows = steps.rows(inputs)
     weight = rows or 1 if how.weigh is None else how.weigh(inputs)
     main = None if how.input_name is None else copy.copy(inputs) if how.metrics_by_batch else _input(inputs, how.input_name)
@@ -141,21 +162,20 @@ def _one_batch(
     if logits is not None and how.preprocess_logits is not None:
         logits = how.preprocess_logits(logits, labels)
     loss = _checked(loss)
-    losses = _by_row(loss, rows or 1) if how.with_losses or how.gather is not None else None
+    losses = _by_row(loss, rows or 1) if how.with_losses else None
     found = {"predictions": logits, "labels": labels, "inputs": main, "losses": losses}
-    record = {name: value for name, value in found.items() if value is not None}
-    if how.gather is None:
-        mean.add(loss, weight)
-    else:
-        record, rows = _gathered(how.gather, record, mean, weight, rows or 1)
-    if not how.with_losses:
-        record.pop("losses", None)
+    return Predicted(rows or 0, loss, weight, {name: value for name, value in found.items() if value is not None})
+
+
+def _kept(batch: Predicted, how: EvaluationPlan, held: Held) -> EvalPrediction | None:
+    """Keep what a batch gave for the result; what compute_metrics is to be given of it."""
+    record = batch.record
     if how.keep:
         only = ("predictions", "labels") if how.metrics_by_batch else tuple(record)
-        held.add({name: value for name, value in record.items() if name in only}, rows)
+        held.add({name: value for name, value in record.items() if name in only}, batch.rows)
     how.on_batch()
     by_batch = how.metrics_by_batch and how.compute_metrics is not None and {"predictions", "labels"} <= record.keys()
-    return rows or 0, _prediction(record) if by_batch else None
+    return _prediction(record) if by_batch else None
 
 
 def _prediction(parts: Mapping[str, Any]) -> EvalPrediction:
@@ -183,18 +203,6 @@ def _by_row(loss: Tensor | None, rows: int) -> Tensor | None:
     return loss if loss is None or loss.shape == (rows,) else loss.mean().expand(rows)
 
 
-def _gathered(
-    gather: Callable[[dict[str, Any]], dict[str, Any]], record: dict[str, Any], mean: MeanLoss, weight: Number, rows: int
-) -> tuple[dict[str, Any], int]:
-    """What all processes' rows gave, each with its share of the weight, so that rows that are there twice can be dropped."""
-    losses = record.get("losses")
-    shares = (torch.as_tensor(weight, dtype=torch.float32) / rows).expand(rows)
-    record = gather(record | {"weights": shares if losses is None else shares.to(losses.device)})
-    weights = record.pop("weights")
-    mean.add(record.get("losses"), weights)
-    return record, len(weights)
-
-
 def plan_evaluation(
     args: Any,
     model: nn.Module,
@@ -206,7 +214,8 @@ def plan_evaluation(
     compute_metrics: Callable[..., Any] | None = None,
     preprocess_logits: Callable[[Any, Any], Any] | None = None,
     on_batch: Callable[[], Any] = lambda: None,
-    gather: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    exchange: Callable[[Any], list[Any]] = alone,
+    total: int | None = None,
 ) -> EvaluationPlan:
     """The plan that training arguments ask for.
 
@@ -220,7 +229,8 @@ def plan_evaluation(
         compute_metrics: see `EvaluationPlan`.
         preprocess_logits: see `EvaluationPlan`.
         on_batch: called after each batch.
-        gather: see `across_processes`.
+        exchange: see `EvaluationPlan`.
+        total: see `EvaluationPlan`.
     """
     included = args.include_for_metrics
 
@@ -240,7 +250,8 @@ def plan_evaluation(
         skip_nonfinite=args.logging_nan_inf_filter,
         hold_batches=args.eval_accumulation_steps,
         on_batch=on_batch,
-        gather=gather,
+        exchange=exchange,
+        total=total,
     )
 
 

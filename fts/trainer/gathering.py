@@ -218,30 +218,6 @@ class Held:
             self.write(tree, rows)
 
 
-def across_processes(accelerator: Any) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-    """What brings the rows of a batch together from all processes, in the order of the data and each once.
-
-    Args:
-        accelerator: an accelerate `Accelerator`; it knows which rows of the last batch are there twice, if it made the loader.
-
-    Returns:
-        A function of trees of tensors with a row per example; rows of different width are padded with -100. None for one process.
-
-    >>> from types import SimpleNamespace
-    >>> across_processes(SimpleNamespace(num_processes=1)) is None
-    True
-    """
-    if accelerator.num_processes == 1:
-        return None
-
-    def gather(record: dict[str, Any]) -> dict[str, Any]:
-        record = map_leaves(lambda leaf: torch.as_tensor(leaf, device=accelerator.device), record)
-        found: dict[str, Any] = accelerator.gather_for_metrics(accelerator.pad_across_processes(record, dim=1, pad_index=PADDING))
-        return found
-
-    return gather
-
-
 def _cloned(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf.copy()
 

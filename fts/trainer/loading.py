@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import attrs
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from fts import loops
 from fts.errors import ArgumentError, DataError
@@ -18,6 +19,7 @@ from fts.loops.sheltering import sheltered
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.collate import Collator
 from fts.trainer.columns import without_unused
+from fts.trainer.places import data_place, shared
 from fts.trainer.sampling import eval_sampler, is_indexable
 
 logger = logging.getLogger(__name__)
@@ -231,7 +233,15 @@ def _check_not_empty(dataset: Any, what: str) -> None:
         raise DataError(f"The {what} set ({type(dataset).__name__}) is empty. Give it at least one row.")
 
 
-def source_of(loader: Any, *, seed: int, device: torch.device, what: str, micro_batches: int = 1) -> Source:
+def source_of(
+    loader: Any,
+    *,
+    seed: int,
+    device: torch.device,
+    what: str,
+    micro_batches: int = 1,
+    share: Callable[[Source], Source] = lambda source: source,
+) -> Source:
     """The numbered epochs of numbered batches of a loader, on a device.
 
     Args:
@@ -240,6 +250,7 @@ def source_of(loader: Any, *, seed: int, device: torch.device, what: str, micro_
         device: where the batches go.
         what: "training" or "evaluation", for messages.
         micro_batches: how many batches make one step.
+        share: gives the part of the source that this process takes.
 
     Returns:
         The source; where items can be indexed, what is skipped is not read.
@@ -249,7 +260,7 @@ def source_of(loader: Any, *, seed: int, device: torch.device, what: str, micro_
     """
     if hasattr(loader, "dataset"):
         _check_not_empty(loader.dataset, what)
-    source = loops.source(loader, seed=seed, micro_batches=micro_batches)
+    source = loops.source(undivided(loader), seed=seed, micro_batches=micro_batches)
     if source.batches_per_epoch == 0:
         if source.num_items:
             raise DataError(
@@ -257,7 +268,61 @@ def source_of(loader: Any, *, seed: int, device: torch.device, what: str, micro_
                 "dataloader_drop_last=True leaves them out. Use a smaller batch, or keep the last one."
             )
         raise DataError(f"The {what} loader ({type(loader).__name__}) has no batch. Give it at least one.")
-    return loops.on_device(source, device)
+    return loops.on_device(share(source), device)
+
+
+def eval_batches(loader: Any, args: TrainingArguments, seed: int) -> Any:
+    """The batches of an evaluation that this process predicts: those of the loader, or its part of them.
+
+    Args:
+        loader: all the data, the same in each process.
+        args: the arguments.
+        seed: of what is random in the data, where several processes share them.
+    """
+    if data_place(args)[1] == 1:
+        return loader
+    return source_of(loader, seed=seed, device=args.device, what="evaluation", share=partial(shared, args=args)).epoch(0)
+
+
+def undivided(loader: Any) -> Any:
+    """A loader of all the data, also where accelerate has given it this process's part of them alone.
+
+    Raises:
+        ArgumentError: its sampler divides the data among processes.
+    """
+    if type(loader).__module__ == "accelerate.data_loader" and hasattr(loader, "base_dataloader"):
+        loader = _without_shards(loader.base_dataloader)
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        raise ArgumentError(
+            f"The loader's DistributedSampler gives this process one of {sampler.num_replicas} parts of the data, which the "
+            "Trainer would divide once more. Leave the sampler out: each process takes its part by itself."
+        )
+    return loader
+
+
+def _without_shards(loader: DataLoader[Any]) -> DataLoader[Any]:
+    data, sampler = loader.dataset, loader.batch_sampler
+    options = {name: getattr(loader, name) for name in _LOADING}
+    if type(data).__name__ == "IterableDatasetShard":
+        shard: Any = data
+        return DataLoader(shard.dataset, batch_size=shard.batch_size, drop_last=shard.drop_last, **options)
+    if type(sampler).__name__ == "BatchSamplerShard":
+        return DataLoader(data, batch_sampler=sampler.batch_sampler, **options)  # type: ignore[union-attr]  # it has one
+    return loader
+
+
+_LOADING = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+    "in_order",
+)
 
 
 def num_examples(loader: Any, batch_size: int) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments, check_contradictions
+from fts.trainer.places import sharers
 from fts.trainer.schedules import make_schedule
 from fts.typing import Schedule
 
@@ -62,7 +63,7 @@ def make_plan(
 
     Args:
         args: the arguments.
-        batches: micro-batches in an epoch; None where the data does not tell.
+        batches: micro-batches of each process in an epoch; None where the data does not tell.
         items: rows in an epoch; None where the data does not tell.
         batch_size: rows in a micro-batch, where they are not those of the arguments.
         offset: updates to add where `num_train_epochs` decides, because some epochs were cut into others.
@@ -80,7 +81,7 @@ def make_plan(
     check_contradictions(args)
     size = args.train_batch_size if batch_size is None else batch_size
     per_epoch = None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
-    rows_per_step = size * args.gradient_accumulation_steps
+    rows_per_step = rows_per_update(args, size)
     if args.max_steps > 0:
         total = args.max_steps
         epochs = 1 if per_epoch is None else -(-total // per_epoch)
@@ -109,6 +110,15 @@ def make_plan(
         compile_mode=args.torch_compile_mode,
         schedule=make_schedule(args, total, warmup),
     )
+
+
+def rows_per_update(args: TrainingArguments, batch_size: int) -> int:
+    """Rows in an update, over all processes, where each micro-batch has so many.
+
+    >>> rows_per_update(TrainingArguments(gradient_accumulation_steps=2), 8)
+    16
+    """
+    return batch_size * args.gradient_accumulation_steps * sharers(args)
 
 
 def steps_of(value: float, total: int) -> int:
@@ -164,10 +174,10 @@ def initial_values(
         count_rows: how many rows a loader has.
 
     Returns:
-        Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches in an epoch (None
-        if unknown), and updates in all.
+        Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches of each process in
+        an epoch (None if unknown), and updates in all.
     """
-    batches = len(loader) if hasattr(loader, "__len__") else None
+    batches = -(-len(loader) // sharers(args)) if hasattr(loader, "__len__") else None
     plan = make_plan(args, batches=batches, items=None if batches is None else count_rows(loader))
     rows = plan.total_steps * rows_per_step if batches is None else count_rows(loader)
     per_epoch = plan.steps_per_epoch or plan.total_steps

@@ -14,6 +14,7 @@ from fts.errors import DataError, MissingDependencyError
 from fts.loops.order import Apart, EpochSampler, length_grouped, permutation
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.arguments.contradictions import sampling_of
+from fts.trainer.places import sharers
 
 LONG = 10_000
 """From how many rows on, reading their lengths shows a bar."""
@@ -57,7 +58,8 @@ def train_sampler(dataset: Any, args: TrainingArguments, processing_class: Any =
         return EpochSampler(partial(permutation, len(dataset)), len(dataset), data_seed(args))
     name = (getattr(processing_class, "model_input_names", None) or ["input_ids"])[0]
     lengths = item_lengths(dataset, args.length_column_name, name, show=not args.disable_tqdm)
-    rows = args.train_batch_size * args.gradient_accumulation_steps
+    # neighbours are those of an update, over all processes, so that the order is that of one process with as large an update
+    rows = args.train_batch_size * args.gradient_accumulation_steps * sharers(args)
     return EpochSampler(partial(length_grouped, lengths, rows), len(dataset), data_seed(args))
 
 

@@ -1,7 +1,3 @@
-import os
-import socket
-import subprocess
-import sys
 from collections import OrderedDict, namedtuple
 
 import numpy as np
@@ -201,67 +197,3 @@ def test_held_batches_are_copies():
     buffer.zero_()
     held.flush()
     assert written[0].tolist() == [1.0, 1.0]
-
-
-TWO = """
-import sys
-import numpy as np, torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
-from fts.trainer.evaluation import EvaluationPlan, run_evaluation
-from fts.trainer.gathering import across_processes
-
-def pad(rows):
-    width = max(rows)
-    x = torch.tensor([[row] * row + [-100] * (width - row) for row in rows])
-    return {"x": x, "labels": torch.tensor(rows)}
-
-def predict(batch):
-    return batch["labels"].float().mean(), (batch["x"], {"row": batch["labels"] * 2}), batch["labels"]
-
-given = []
-def metrics(prediction):
-    given.append(prediction)
-    return {"sum": int(prediction.label_ids.sum())}
-
-accelerator = Accelerator(cpu=True)
-loader = accelerator.prepare(DataLoader(list(range(1, 12)), batch_size=2, collate_fn=pad))
-gather = across_processes(accelerator)
-assert gather is not None
-plan = dict(compute_metrics=metrics, with_losses=True, input_name="x", gather=gather)
-output = run_evaluation(predict, loader, how=EvaluationPlan(**plan))
-assert output.num_samples == 11, output.num_samples
-assert output.label_ids.tolist() == list(range(1, 12)), output.label_ids
-assert output.predictions[1]["row"].tolist() == [2 * row for row in range(1, 12)]
-x = output.predictions[0]
-assert x.shape == (11, 11) and all((x[row - 1, :row] == row).all() and (x[row - 1, row:] == -100).all() for row in range(1, 12))
-assert given[0].inputs.shape == (11, 11) and given[0].losses.shape == (11,)
-assert output.metrics["eval_sum"] == 66
-alone = run_evaluation(lambda batch: (None, batch["labels"], None), loader, how=EvaluationPlan(gather=gather))
-assert alone.predictions.tolist() == list(range(1, 12)) and alone.metrics == {}
-print("loss", output.metrics["eval_loss"], flush=True)
-accelerator.wait_for_everyone()
-torch.distributed.destroy_process_group()  # a thread of gloo that outlives the interpreter would end it with an error
-"""
-
-
-def test_rows_of_two_processes_come_together_once_and_in_order():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    found = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], "\n".join(errors for _, errors in found)
-    # 1 to 11 and, in the last batch, one row of the other process that was there twice
-    losses = [float(out.split()[-1]) for out, _ in found]
-    assert losses[0] == losses[1] == pytest.approx(6.0, abs=0.5)
