@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import attrs
 import torch
@@ -16,15 +16,18 @@ from torch import Tensor
 
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
+from fts.shards import is_sharded
 from fts.state import TrainState
 from fts.steps.among import Among
 from fts.steps.binding import Binding
 from fts.steps.losses import ModuleLoss, call_loss, name_of
 from fts.steps.microbatches import Weightless
-from fts.steps.precision import autocast
+from fts.steps.precision import autocast, scaled
 from fts.steps.tracing import device_of, in_transform
 from fts.steps.weighing import Total, checked, times, total_among, total_of, weight_of
 from fts.typing import Batch, LossFn, LossOutput, Metrics, Number, Params
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Value(NamedTuple):
@@ -65,6 +68,7 @@ class Work(NamedTuple):  # which a graph can build
         args: what the loss gets behind each of them.
         weigh_rows: whether a micro-batch without a weight of its own weighs its rows, else 1.
         among: the other processes that take the same step; None for a process that is alone.
+        scale: what each loss is multiplied by before its backward pass, and so the gradients; None for nothing.
     """
 
     state: TrainState
@@ -72,6 +76,7 @@ class Work(NamedTuple):  # which a graph can build
     args: Sequence[Any]
     weigh_rows: bool
     among: Among | None = None
+    scale: Tensor | None = None
 
     @property
     def single(self) -> bool:
@@ -91,7 +96,9 @@ class Work(NamedTuple):  # which a graph can build
         """The loss of a micro-batch, with its weight."""
         batch = self.micro[index]
         if isinstance(batch, Weightless):
-            return forward(params, batch.batch, self.args, device)._replace(weight=0)
+            output = forward(params, batch.batch, self.args, device)
+            means = {name: value[0] if isinstance(value, tuple) else value for name, value in output.metrics.items()}
+            return output._replace(weight=0, metrics={name: (mean, 0) for name, mean in means.items()})
         output = forward(params, batch, self.args, device)
         return output._replace(weight=weight_of(output, batch, self.weigh_rows))
 
@@ -131,7 +138,8 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
     device, among, last = device_of(work.state.params), work.among, len(work.micro) - 1
     run = forward if among is None else among.forward(forward)
     outputs: list[LossOutput] = []
-    total = None
+    total, gathered = None, cast(Number, 0)
+    narrow = not work.single and _overflows(leaves)
     for index in range(len(work.micro)):
         work.seed(index, device)
         with (
@@ -148,12 +156,39 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
             if index == last:
                 total = work.total(outputs)
             factor = _factor(work, output.weight, total)
+            if narrow:
+                assert factor is not None
+                whole = gathered + factor if total is None else total.weight / (1 if among is None else among.size)
+                _multiply(leaves, _share(gathered, whole))
+                gathered, factor = gathered + factor, _share(factor, whole)
+            loss = scaled(output.loss, work.scale)
             if factor is None:
-                output.loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]
             elif among is not None or not _is_zero(factor):  # where several exchange gradients, nobody may stay away
-                _weighted_backward(output.loss, factor, leaves)
+                _weighted_backward(loss, factor, leaves)
     assert total is not None
-    return total
+    return total._replace(divisor=None) if narrow else total
+
+
+def _overflows(leaves: Params) -> bool:
+    """Whether gradients could not be multiplied by the weights of micro-batches (thousands of tokens) before they are divided.
+
+    Those in float16 are kept as the mean over the micro-batches so far instead. Of parameters that are cut into shards they are
+    gathered elsewhere, so that only a loss scale helps.
+    """
+    return any(leaf.dtype == torch.float16 and not is_sharded(leaf) for leaf in leaves.values())
+
+
+def _share(part: Number, whole: Number) -> Number:
+    if isinstance(whole, Tensor):
+        return torch.where(whole == 0, 0.0, part / whole)
+    return part / whole if isinstance(part, Tensor) or whole else 0.0
+
+
+def _multiply(leaves: Params, factor: Number) -> None:
+    grads = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor.to(grads[0].device) if isinstance(factor, Tensor) else factor)
 
 
 def _factor(work: Work, weight: Number | None, total: Total | None) -> Number | None:
@@ -213,7 +248,8 @@ def func_engine(forward: Forward, work: Work) -> tuple[Value, Params]:
         if not work.single or among is not None:
             assert output.weight is not None
             weight = output.weight
-            part = {name: times(grad, weight) for name, grad in part.items()}
+            # what 16 bits hold may overflow when it is multiplied by a number of tokens, and sums of many lose the small ones
+            part = {name: times(grad.float() if grad.dtype in HALF else grad, weight) for name, grad in part.items()}
         grads = {name: grads[name] + grad for name, grad in part.items()} if grads else part
     total = work.total(outputs)
     if among is not None:
@@ -222,7 +258,8 @@ def func_engine(forward: Forward, work: Work) -> tuple[Value, Params]:
         buffers = among.same(buffers)
     elif total.divisor is not None:
         grads = {name: grad / total.divisor for name, grad in grads.items()}
-    weight = total.weight
+    weight, params = total.weight, work.state.params
+    grads = {name: grad if grad.dtype == params[name].dtype else grad.to(params[name].dtype) for name, grad in grads.items()}
     if not in_transform():
         grads = _separate(grads)
     elif not isinstance(weight, Tensor):  # vmap returns tensors only
@@ -253,7 +290,7 @@ def _grad_and_value(
             if own is not None:
                 _part(f"weight of {name}", own, aux, numbers)
         numbers["names"] = [(name, isinstance(value, tuple)) for name, value in output.metrics.items()]
-        return output.loss, (aux, after)
+        return scaled(output.loss, work.scale), (aux, after)
 
     grads, (_, (aux, after)) = torch.func.grad_and_value(of_params, has_aux=True)(work.state.params)
     found = {**numbers, **aux}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
 from torch import Tensor
 
 from fts.errors import BatchError
@@ -27,8 +26,7 @@ class MicroBatches(tuple[Batch, ...]):
         return f"MicroBatches({', '.join(map(repr, self))})"
 
 
-@attrs.frozen
-class Weightless:
+class Weightless(NamedTuple):  # which a graph can build
     """A micro-batch that only keeps processes in step: it is computed as the others are, and counts with weight 0.
 
     Where a step has fewer micro-batches than there are places on all processes, the others get one of these, since collective
