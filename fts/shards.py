@@ -158,8 +158,11 @@ def summed(values: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     form = cast(Any, like)
-    placements = [Replicate() if placement.is_replicate() else Partial() for placement in form.placements]
-    return DTensor.from_local(values, form.device_mesh, placements, run_check=False).full_tensor()
+    for axis, placement in enumerate(form.placements):
+        if not placement.is_replicate():
+            along = [Partial() if other == axis else Replicate() for other in range(len(form.placements))]
+            values = DTensor.from_local(values, form.device_mesh, along, run_check=False).full_tensor()
+    return values
 
 
 def layout(tensor: Tensor) -> Any:

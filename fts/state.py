@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fts import storage
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
+from fts.shards import copied_into, memory
 from fts.typing import OptState, Params, Transform
 from fts.wording import some
 
@@ -106,10 +107,8 @@ class TrainState:
         frozen = {name: tensor.detach() for name, tensor in frozen.items()}
         step = torch.zeros((), dtype=torch.int64)
         # what a transform keeps of the parameters must not change with them
-        owners = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
-        opt_state = optree.tree_map(
-            lambda tensor: tensor.clone() if tensor.untyped_storage().data_ptr() in owners else tensor, transform.init(params)
-        )
+        owners = {memory(tensor) for tensor in params.values()}
+        opt_state = optree.tree_map(lambda tensor: tensor.clone() if memory(tensor) in owners else tensor, transform.init(params))
         return cls(params, frozen, buffers, opt_state, step, int(seed), layout)
 
     def replace(self, **changes: Any) -> TrainState:
@@ -153,7 +152,7 @@ class TrainState:
                 )
         with torch.no_grad():
             for name, source in sources.items():
-                targets[name].copy_(source)
+                copied_into(targets[name], source)
         return module
 
     def save(self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> Path:
@@ -174,6 +173,33 @@ class TrainState:
         storage.write(directory, self.contents(frozen=frozen, shard_size=shard_size))
         return directory
 
+    def save_parts(
+        self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE, handle: Any = None
+    ) -> dict[str, storage.Written]:
+        """Write the state as several processes have it: each what it has of each tensor. All of them call it.
+
+        Args:
+            directory: is there, in a file system that all processes share.
+            frozen: see `save`.
+            shard_size: see `save`; of all processes taken together.
+            handle: torch's process group; by default that of all processes, or of this one alone where there is none.
+
+        Returns:
+            The files of tensors that this process wrote, relative to the directory, with their checksums.
+
+        Raises:
+            CheckpointError: a process could not write.
+        """
+        directory = Path(directory)
+        if storage.rank_in(handle) == 0:
+            storage.write_texts(directory, self._texts(frozen=frozen, names=(STATE, TRAINED, WEIGHTS, OPTIMIZER)))
+        weights, moments = self._saved_tensors(frozen=frozen), _flatten_by_path(self.opt_state)
+        options: dict[str, Any] = {"file_size": shard_size, "handle": handle}
+        return {
+            **storage.write_spread(directory, WEIGHTS if frozen else TRAINED, weights, **options),
+            **storage.write_spread(directory, OPTIMIZER, moments, **options),
+        }
+
     def contents(self, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> storage.Contents:
         """What `save` writes, laid out but not written: it holds the tensors of the state, not copies.
 
@@ -184,6 +210,11 @@ class TrainState:
         Raises:
             CheckpointError: the state of the transform has parts that are no tensors.
         """
+        weights = storage.lay_out(WEIGHTS if frozen else TRAINED, self._saved_tensors(frozen=frozen), shard_size)
+        optimizer = storage.lay_out(OPTIMIZER, _flatten_by_path(self.opt_state), shard_size)
+        return weights + optimizer + self._texts(frozen=frozen, names=(STATE, TRAINED))
+
+    def _texts(self, *, frozen: bool, names: tuple[str, ...]) -> storage.Contents:
         document = {
             "format": FORMAT,
             "step": int(self.step),
@@ -191,19 +222,17 @@ class TrainState:
             "frozen": frozen,
             "ties": [list(pair) for pair in self.layout.ties],
         }
-        weights = storage.lay_out(WEIGHTS if frozen else TRAINED, self._saved_tensors(frozen=frozen), shard_size)
-        optimizer = storage.lay_out(OPTIMIZER, _flatten_by_path(self.opt_state), shard_size)
-        text = json.dumps(document, indent=2) + "\n"
-        return weights + optimizer + storage.Contents(texts={STATE: text}, names=(STATE, TRAINED))
+        return storage.Contents(texts={STATE: json.dumps(document, indent=2) + "\n"}, names=names)
 
     @classmethod
     def load(cls, directory: str | Path, *, like: TrainState) -> TrainState:
-        """Read what `save` wrote.
+        """Read what `save` or `save_parts` wrote, in any number of processes; each reads what it is to have.
 
         Args:
-            directory: where `save` wrote.
+            directory: where it was written.
             like: a state of the same model and transform, for instance a freshly created one. It gives the
-                structure, the devices, and the buffers and frozen parameters that a checkpoint omits.
+                structure, the devices, how tensors are spread over processes, and the buffers and frozen parameters that a
+                checkpoint omits.
 
         Returns:
             A new state; `like` is not changed.
@@ -337,7 +366,7 @@ def _read_document(directory: Path) -> dict[str, Any]:
 
 
 def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    found, path = storage.read_tensors(directory, file), directory / file
+    found, path = storage.forms_of(directory, file), directory / file
     missing, extra = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
     if missing or extra:
         raise CheckpointError(
@@ -350,12 +379,10 @@ def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[s
             raise CheckpointError(
                 f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, {target.dtype}{list(target.shape)} here."
             )
-    # what was read is mapped from the file and must not be written in place
-    return {name: _like(found[name], target) for name, target in like.items()}
-
-
-def _like(source: Tensor, target: Tensor) -> Tensor:
-    return torch.empty_like(target).copy_(source)
+    # what is read is mapped from the file and must not be written in place
+    targets = {name: torch.empty_like(target) for name, target in like.items()}
+    storage.read_into(directory, file, targets)
+    return targets
 
 
 def _flatten(state: TrainState) -> tuple[tuple[Any, ...], tuple[int, Layout]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import layout, memory
 from fts.transforms._arguments import need_params
 from fts.transforms._leaves import Tree, encode, settled
 from fts.transforms._optimizers import (
@@ -165,7 +166,7 @@ class Bridge:
             check_constants(fixed, constants(bound, numbers, self._fixed), type(optimizer).__name__)
             after = read(bound, list(params), numbers, kept)
             for name, tensor in params.items():
-                if name in bound.parameters and bound.parameters[name].data_ptr() != tensor.data_ptr():
+                if name in bound.parameters and memory(bound.parameters[name]) != memory(tensor):
                     tensor.copy_(bound.parameters[name].data)  # the optimizer put another tensor there
         after = _separated(after, [*params.values(), *grads.values()], kept)
         return params, TorchState(state.step.add_(1), *after), info
@@ -182,7 +183,7 @@ class Bridge:
             return bound
         if new:
             return self.make(params)
-        key = tuple([(name, p.shape, p.dtype, p.device) for name, p in params.items()])
+        key = tuple([(name, p.shape, p.dtype, p.device, layout(p)) for name, p in params.items()])
         if key not in self._made:
             self._made[key] = release(self.make(params))
         return self._made[key]
@@ -272,11 +273,11 @@ def _separated(kept: Kept, others: list[Tensor], before: Kept | None = None) -> 
     leaves, structure = optree.tree_flatten(cast(Any, kept))
     if all(id(leaf) in old for leaf in leaves):
         return kept
-    taken = {_memory(tensor) for tensor in others} | {_memory(leaf) for leaf in leaves if id(leaf) in old}
+    taken = {memory(tensor) for tensor in others} | {memory(leaf) for leaf in leaves if id(leaf) in old}
     for i, leaf in enumerate(leaves):
         if id(leaf) not in old:
-            leaves[i] = leaf.clone() if leaf.numel() and _memory(leaf) in taken else leaf
-            taken.add(_memory(leaves[i]))
+            leaves[i] = leaf.clone() if leaf.numel() and memory(leaf) in taken else leaf
+            taken.add(memory(leaves[i]))
     return cast(Kept, optree.tree_unflatten(structure, leaves))
 
 
@@ -286,10 +287,6 @@ def _cloned(state: TorchState) -> TorchState:
 
 def _leaves(kept: Kept) -> list[Tensor]:
     return optree.tree_leaves(cast(Any, kept))
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _same_randomness(params: Params) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain as concatenate
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fts.shards import here, laid_out_like, local, memory
 from fts.typing import Info, Number, OptState, Params, Transform
 
 Update: TypeAlias = Callable[[Params, OptState, Params | None], tuple[Params, OptState, Info]]
@@ -42,7 +43,8 @@ def added(update: Update) -> Apply:
 
     def apply(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
         updates, state, info = update(grads, state, params)
-        torch._foreach_add_(list(params.values()), [updates[name] for name in params])
+        updates = laid_out_like(updates, params)
+        torch._foreach_add_(here(params.values()), here(updates[name] for name in params))
         return params, state, info
 
     return apply
@@ -62,29 +64,26 @@ def _separated(update: Update) -> Update:
 
     def separate(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         updates, state, info = update(grads, state, params)
-        weights = {_memory(tensor) for tensor in (params or {}).values()}
-        given = weights | {_memory(tensor) for tensor in grads.values()}
-        state = pytree.tree_map(lambda leaf: leaf.clone() if _memory(leaf) in given else leaf, state)
-        taken = weights | {_memory(leaf) for leaf in pytree.tree_leaves(state)}
+        weights = {memory(tensor) for tensor in (params or {}).values()}
+        given = weights | {memory(tensor) for tensor in grads.values()}
+        state = pytree.tree_map(lambda leaf: leaf.clone() if memory(leaf) in given else leaf, state)
+        taken = weights | {memory(leaf) for leaf in pytree.tree_leaves(state)}
         own: Params = {}
         for name, tensor in updates.items():
-            own[name] = tensor.clone() if _memory(tensor) in taken or 0 in tensor.stride() else tensor
-            taken.add(_memory(tensor))
+            own[name] = tensor.clone() if memory(tensor) in taken or 0 in local(tensor).stride() else tensor
+            taken.add(memory(own[name]))
         return own, state, info
 
     return separate
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def scale_in_place(tensors: list[Tensor], factor: Any) -> None:
+def scale_in_place(tensors: Iterable[Tensor], factor: Any) -> None:
     """Multiply in place by a number or a 0-d tensor.
 
     The kernels are two to three times as fast with a 0-d tensor of the tensors' own dtype, on the CPU also for numbers.
     """
-    dtypes = {tensor.dtype for tensor in tensors}
+    tensors = here(tensors)
+    dtypes = set(map(_dtype_of, tensors))
     own = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= WIDE_DTYPES else None
     if isinstance(factor, Tensor):
         factor = factor if own is None else factor.to(own)
@@ -105,10 +104,11 @@ def fused_lists(params: Params, grads: Params, *moments: Params, half_on_cpu: bo
 
     The kernels walk through memory and ignore strides, so a gradient that is laid out unlike its parameter is
     copied, and other differences in layout are left to kernels that respect them. With `half_on_cpu=False` so are
-    bfloat16 and float16 on the CPU, where torch 2.13's `_fused_sgd_` silently does nothing.
+    bfloat16 and float16 on the CPU, where torch 2.13's `_fused_sgd_` silently does nothing. Of tensors that are spread over
+    processes the lists hold what lies here.
     """
-    weights, slopes = list(params.values()), [grads[name] for name in params]
-    rest = [[tensors[name] for name in params] for tensors in moments]
+    weights, slopes = here(params.values()), here(grads[name] for name in params)
+    rest = [here(tensors[name] for name in params) for tensors in moments]
     dtypes = set(map(_dtype_of, concatenate(weights, slopes)))
     if not dtypes <= (_FUSED_DTYPES if half_on_cpu or not weights[0].is_cpu else WIDE_DTYPES):
         return None

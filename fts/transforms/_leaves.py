@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import finished, laid_out, whole
 
 
 class Integer(NamedTuple):
@@ -46,7 +47,7 @@ def encode(value: Any, where: str) -> Tree:
         ArgumentError: there is something in it that is no tensor, number, None or container of these.
     """
     if isinstance(value, Tensor):
-        return value.detach() if value.requires_grad else value
+        return _done(value.detach() if value.requires_grad else value)
     if value is None or isinstance(value, Real):
         return _number(value)
     if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
@@ -104,7 +105,7 @@ def fitted(tree: Tree, form: Tree, where: str) -> Tree:
     if isinstance(form, Tensor):
         if (tree.shape, tree.dtype, tree.device) != (form.shape, form.dtype, form.device):
             _complain(where, tree, form)
-        return tree
+        return laid_out(tree, form)
     if isinstance(form, (*_NUMBERS, Nothing)):
         return tree
     if isinstance(form, dict):
@@ -155,6 +156,11 @@ def copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)([copied(child) for child in value])
     return value
+
+
+def _done(tensor: Tensor) -> Tensor:
+    """Without sums over processes that are unfinished; a spread tensor of one number is plain."""
+    return whole(tensor) if tensor.ndim == 0 else finished(tensor)
 
 
 def _number(value: Any) -> Tree:

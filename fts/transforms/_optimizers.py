@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fts.errors import ArgumentError, UnknownParameterError
+from fts.shards import point_to
 from fts.transforms import _lbfgs
 from fts.transforms._leaves import Tree, copied, decode, encode, encode_like, same
 from fts.typing import Params
@@ -150,13 +151,13 @@ def lent(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
         for name, parameter in bound.parameters.items():
             parameter.grad = None
             if name in params:
-                parameter.data = params[name]
+                point_to(parameter, params[name])
                 parameter.grad = grads.get(name)
         yield
     finally:
         for parameter, data, grad in tensors:
             parameter.grad = None
-            parameter.data = data
+            point_to(parameter, data)
             parameter.grad = grad
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
@@ -171,7 +172,7 @@ def lent(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
 def release(bound: Bound) -> Bound:
     """Let go of the storage that an optimizer was built on, and of the state that it made there."""
     for parameter in bound.parameters.values():
-        parameter.data = parameter.data.new_empty(0)
+        point_to(parameter, parameter.data.new_empty(0))
     bound.optimizer.state.clear()
     return bound
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fts.shards import here
 from fts.transforms._arguments import check_number, in_words
 from fts.transforms._inplace import added, fast_update, for_kernel, fused_lists, scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
@@ -69,7 +70,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
         return updates, AdamState(count, mu, nu), {}
 
     def update_(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
-        slopes, mu, nu = list(grads.values()), [state.mu[name] for name in grads], [state.nu[name] for name in grads]
+        slopes, mu, nu = here(grads.values()), here(state.mu[name] for name in grads), here(state.nu[name] for name in grads)
         count = state.step.add_(1)
         torch._foreach_lerp_(mu, slopes, 1 - b1)
         torch._foreach_mul_(nu, b2)
@@ -77,7 +78,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
         step = int(count) if count.is_cpu else real(count)
         unbias1, unbias2 = 1 / (1 - b1**step), 1 / (1 - b2**step)
         roots = torch._foreach_sqrt(nu)
-        scale_in_place(list(roots), unbias2**0.5)
+        scale_in_place(roots, unbias2**0.5)
         torch._foreach_add_(roots, eps)
         torch._foreach_copy_(slopes, mu)  # the gradients' memory takes the updates
         scale_in_place(slopes, unbias1)
@@ -191,7 +192,7 @@ def _descent(
         updates, state, _ = scale_(grads, state, params)
         if not decay_first:
             updates, _, _ = decay_(updates, (), params)
-        scale_in_place(list(updates.values()), -rate)
+        scale_in_place(updates.values(), -rate)
         return updates, state, {"lr": report_now(lr, rate, state.step.device)}
 
     slow_apply = added(update_)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fts.shards import finished, here
 from fts.transforms._arguments import check_number, need_params
-from fts.transforms._inplace import WIDE_DTYPES, scale_in_place
+from fts.transforms._inplace import scale_in_place
+from fts.transforms._norms import norm_now, norm_of, norms_of
 from fts.transforms._scalars import times
 from fts.typing import Info, OptState, Params, Transform
 
@@ -24,17 +26,13 @@ def global_norm(tree: Any) -> Tensor:
         tree: a tensor, or dictionaries, lists and tuples of tensors, of any shapes and floating dtypes.
 
     Returns:
-        0-d tensor of the widest dtype among the tensors (at least float32), on the device of the first; 0 for an empty tree.
+        0-d tensor of the widest dtype among the tensors (at least float32), on the device of the first; 0 for an empty tree. It
+        is that of the whole tensors also where these are spread over processes, which then must all call it.
 
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
     """
-    norms = [torch.linalg.vector_norm(leaf, dtype=_sum_dtype(leaf)) for leaf in _leaves(tree)]
-    if not norms:
-        return torch.zeros(())
-    device = norms[0].device
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
-    return norm
+    return norm_of(_leaves(tree))
 
 
 def clip_by_value(limit: float) -> Transform:
@@ -59,7 +57,7 @@ def clip_by_value(limit: float) -> Transform:
         return {name: g.clamp(-limit, limit) for name, g in grads.items()}, state, {}
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        tensors = list(grads.values())
+        tensors = here(grads.values())
         torch._foreach_clamp_min_(tensors, -limit)
         torch._foreach_clamp_max_(tensors, limit)
         return grads, state, {}
@@ -99,8 +97,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         tensors = list(grads.values())
-        fast = {g.dtype for g in tensors} <= WIDE_DTYPES and len({g.device for g in tensors}) == 1
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))) if fast else global_norm(grads)
+        norm = norm_now(tensors)
         if max_norm == math.inf:
             return grads, state, {"grad_norm": norm}
         if not norm.is_cpu:
@@ -135,7 +132,8 @@ def clip_by_block_rms(threshold: float) -> Transform:
     check_number("clip_by_block_rms: threshold", threshold, open_low=True)
 
     def update(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        return {name: g / (_rms(g) / threshold).clamp(min=1.0) for name, g in grads.items()}, state, {}
+        sizes = dict(zip(grads, norms_of(list(grads.values())), strict=True))
+        return {name: g / (_rms(g, sizes[name]) / threshold).clamp(min=1.0) for name, g in grads.items()}, state, {}
 
     return Transform(lambda params: (), update, label=f"clip_by_block_rms({threshold})")
 
@@ -167,30 +165,29 @@ def adaptive_clip(clipping: float, eps: float = 1e-3) -> Transform:
 
     def update(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         weights = need_params(params, "adaptive_clip")
-        return {name: _clip_units(g, weights[name], clipping, eps) for name, g in grads.items()}, state, {}
+        sizes, norms = _unit_norms({name: weights[name] for name in grads}), _unit_norms(grads)
+        return {name: _clip_units(g, norms[name], clipping * sizes[name].clamp(min=eps)) for name, g in grads.items()}, state, {}
 
     return Transform(lambda params: (), update, label=f"adaptive_clip({clipping})")
 
 
-def _clip_units(grad: Tensor, weight: Tensor, clipping: float, eps: float) -> Tensor:
-    limit = clipping * _unit_norm(weight).clamp(min=eps)
-    norm = _unit_norm(grad)
+def _clip_units(grad: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
     return torch.where(norm > limit, grad * (limit / norm.clamp(min=1e-6)), grad)
 
 
-def _unit_norm(tensor: Tensor) -> Tensor:
-    axes = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
-    norm: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True)
-    return norm
+def _unit_norms(tensors: Params) -> Params:
+    """The norm of each unit, in a shape that goes with the tensor."""
+    single = {name: tensor for name, tensor in tensors.items() if tensor.ndim < 2}
+    norms = {name: norm.to(single[name].dtype) for name, norm in zip(single, norms_of(list(single.values())), strict=True)}
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            # units are whole where rows are spread over processes; else this adds up their parts
+            norms[name] = finished(torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True))
+    return norms
 
 
-def _rms(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor)
-    return norm / math.sqrt(max(tensor.numel(), 1))
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.dtype in WIDE_DTYPES else torch.float32
+def _rms(tensor: Tensor, norm: Tensor) -> Tensor:
+    return norm.to(tensor.dtype) / math.sqrt(max(tensor.numel(), 1))
 
 
 def _leaves(tree: Any) -> list[Tensor]:

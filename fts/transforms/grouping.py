@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import here
 from fts.transforms._arguments import check_transform
 from fts.transforms._infos import merged_by_name, part_of
 from fts.transforms._inplace import Update, fast_apply, fast_update, is_fast
@@ -66,7 +67,7 @@ def masked(inner: Transform, mask: Mask) -> Transform:
         inside = chosen(params)
         outside = [name for name in params if name not in inside]
         if outside:
-            torch._foreach_add_([params[name] for name in outside], [grads[name] for name in outside])
+            torch._foreach_add_(here(params[name] for name in outside), here(grads[name] for name in outside))
         if not inside:
             return params, state, {}
         changed, state, info = inner_apply(_subset(grads, inside), state, inside)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import copied_into
 from fts.transforms._bridge import TorchState
 from fts.transforms._leaves import Tree, encode, fitted
 from fts.transforms._states import states_in, with_states
@@ -105,7 +106,7 @@ def _like(form: Tensor, value: Any, where: str) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != form.shape:
         found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ArgumentError(f"with_torch_moments: {where} has a moment of shape {found}; it must be {list(form.shape)}.")
-    return torch.empty_like(form).copy_(value)
+    return copied_into(torch.empty_like(form), value)
 
 
 def _check_keys(name: str, entry: Mapping[str, Any], wanted: set[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import here
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import added, for_kernel, fused_lists, scale_in_place
 from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
@@ -69,7 +70,7 @@ def trace(decay: float, nesterov: bool = False) -> Transform:
         return updates, TraceState(sums), {}
 
     def update_(grads: Params, state: TraceState, params: Params | None) -> tuple[Params, OptState, Info]:
-        slopes, sums = list(grads.values()), [state.trace[name] for name in grads]
+        slopes, sums = here(grads.values()), here(state.trace[name] for name in grads)
         torch._foreach_mul_(sums, decay)
         torch._foreach_add_(sums, slopes)
         if nesterov:
@@ -135,10 +136,10 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
 
     def update_(grads: Params, state: SgdState, params: Params | None) -> tuple[Params, OptState, Info]:
         rate = rate_now(lr, state.step)
-        slopes, sums = list(grads.values()), [state.trace[name] for name in grads] if momentum else []
+        slopes, sums = here(grads.values()), here(state.trace[name] for name in grads) if momentum else []
         if weight_decay:
             weights = need_params(params, "sgd with weight_decay")
-            torch._foreach_add_(slopes, [weights[name] for name in grads], alpha=weight_decay)
+            torch._foreach_add_(slopes, here(weights[name] for name in grads), alpha=weight_decay)
         if momentum:
             torch._foreach_mul_(sums, momentum)
             if dampening:

@@ -73,4 +73,8 @@ def centralize() -> Transform:
 
 
 def _centred(grad: Tensor) -> Tensor:
-    return grad - grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True) if grad.ndim > 1 else grad
+    if grad.ndim < 2:
+        return grad
+    # a sum and not a mean, which torch does not weigh by the sizes of parts that are spread over processes
+    total = grad.sum(dim=tuple(range(1, grad.ndim)), keepdim=True)
+    return grad - total / (grad.numel() // max(grad.shape[0], 1))

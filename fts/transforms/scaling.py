@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
+from fts.shards import here
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
@@ -49,7 +50,7 @@ def scale(factor: float | Tensor) -> Transform:
         return {name: times(g, factor) for name, g in grads.items()}, state, {}
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        scale_in_place(list(grads.values()), factor)
+        scale_in_place(grads.values(), factor)
         return grads, state, {}
 
     return Transform(lambda params: (), update, update_=update_, label=f"scale({in_words(factor)})")
@@ -69,7 +70,7 @@ def set_to_zero() -> Transform:
         return {name: torch.zeros_like(g) for name, g in grads.items()}, state, {}
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        torch._foreach_zero_(list(grads.values()))
+        torch._foreach_zero_(here(grads.values()))
         return grads, state, {}
 
     def apply(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
@@ -106,7 +107,7 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
     def update_(grads: Params, state: ScheduleState, params: Params | None) -> tuple[Params, OptState, Info]:
         factor = schedule(readable(state.step))
         state.step.add_(1)
-        scale_in_place(list(grads.values()), factor)
+        scale_in_place(grads.values(), factor)
         return grads, state, {}
 
     return Transform(
@@ -145,7 +146,7 @@ def scale_by_learning_rate(lr: Rate) -> Transform:
         rate = rate_now(lr, state.step) if callable(lr) else lr
         if callable(lr):
             state.step.add_(1)
-        scale_in_place(list(grads.values()), -rate)
+        scale_in_place(grads.values(), -rate)
         return grads, state, {"lr": report_now(lr, rate, device_of(grads))}
 
     return Transform(init, update, update_=update_, check=checking(lr), label=f"scale_by_learning_rate({in_words(lr)})")
@@ -189,7 +190,7 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Transf
         weights = need_params(params, "add_decayed_weights")
         names = [name for name in grads if decays(name, weights[name])]
         if names:
-            torch._foreach_add_([grads[name] for name in names], [weights[name] for name in names], alpha=weight_decay)
+            torch._foreach_add_(here(grads[name] for name in names), here(weights[name] for name in names), alpha=weight_decay)
         return grads, state, {}
 
     words = in_words(weight_decay) if mask is None else f"{in_words(weight_decay)}, mask={mask_in_words(mask)}"
