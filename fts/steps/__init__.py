@@ -13,6 +13,7 @@ from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, Weightless, rows, split
 from fts.steps.passing import Passing, passing
+from fts.steps.precision import Scaler
 from fts.steps.reaching import gradients_at, raise_nonfinite
 from fts.steps.spreading import gradients_of, spread
 from fts.steps.train import Gradients, TrainStep, gradient_step, seeing_gradients, train_step
@@ -30,6 +31,7 @@ __all__ = [
     "NonFinite",
     "OwnBackward",
     "Passing",
+    "Scaler",
     "TrainStep",
     "Value",
     "ValueAndGrad",

@@ -18,7 +18,9 @@ from fts.steps.binding import Binding
 from fts.steps.engines import Value
 from fts.steps.losses import check_callable, name_of
 from fts.steps.microbatches import MicroBatches, Weightless
+from fts.steps.precision import Scaler
 from fts.steps.tracing import device_of, in_transform
+from fts.transforms.loss_scaling import find_loss_scale
 from fts.typing import Batch, Params
 
 
@@ -30,6 +32,7 @@ class OwnBackward:
     fn: Callable[..., Any]
     binding: Binding
     among: Among | None = None
+    scaler: Scaler | None = None
 
     @property
     def label(self) -> str:
@@ -41,7 +44,12 @@ class OwnBackward:
         micro: Sequence[Batch] = batch if isinstance(batch, MicroBatches) else (batch,)
         binding, device = self.binding, device_of(state.params)
         binding.check(state)
-        among = self.among
+        scale, among = find_loss_scale(state.opt_state), self.among
+        if scale is not None and self.scaler is None:
+            raise ArgumentError(
+                f"{self.label} calls backward itself, and the state has a loss scale: make scaler = steps.Scaler(), call "
+                "scaler.scale(loss).backward() in the function, and pass own_backward(..., scaler=scaler)."
+            )
         if among is not None:
             among.check(state.params)
         buffers = {name: tensor.clone() for name, tensor in state.buffers.items()}
@@ -52,6 +60,8 @@ class OwnBackward:
         ):
             losses = []
             for index, part in enumerate(micro):
+                if self.scaler is not None:
+                    self.scaler.factor, self.scaler.used = scale, False
                 number = index if among is None else index * among.size + among.rank
                 seed_generators(fold(state.seed, STEP, int(state.step), number), device)
                 with nullcontext() if among is None else among.exchanging(index == len(micro) - 1):
@@ -69,25 +79,32 @@ class OwnBackward:
 
     def _loss(self, batch: Batch, args: Sequence[Any]) -> Tensor:
         loss = self.fn(self.module, batch, *args)
+        if self.scaler is not None and self.scaler.factor is not None and not self.scaler.used:
+            raise ArgumentError(
+                f"{self.label} did not scale its loss, but the state has a loss scale, by which its gradients will be divided. "
+                "Call scaler.scale(loss).backward(), which accelerator.backward(loss) does, instead of loss.backward()."
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"{name_of(self.fn)} must return its loss as a tensor of one number, not {found}.")
         return loss.detach().reshape(())
 
 
-def own_backward(module: nn.Module, fn: Callable[..., Any]) -> OwnBackward:
+def own_backward(module: nn.Module, fn: Callable[..., Any], *, scaler: Scaler | None = None) -> OwnBackward:
     """Gradients from a function that runs forward and backward itself, for `gradient_step`.
 
     Args:
         module: lends its code; while `fn` runs, its own Parameters hold the state's tensors, and `.grad` starts empty.
         fn: `fn(model, batch, *args) -> loss` is called once for each micro-batch; it calls `backward` on what it wants to add to
             the gradients (so it scales for accumulation itself), and returns its share of the step's loss, a 0-d tensor.
+        scaler: is told the loss scale of the state, if it has one (`tx.dynamic_loss_scale`); `fn` then calls
+            `scaler.scale(loss).backward()`.
 
     Returns:
         `fn(state, batch, *args) -> (value, grads)`: the sum of the losses, and the sums of the gradients. It runs eagerly only.
 
     Raises:
-        ArgumentError: `fn` is no function of two arguments.
+        ArgumentError: `fn` is no function of two arguments; or (from a call) the state has a loss scale, and `fn` did not scale.
         LossError: `fn` returned something else than a loss.
 
     >>> import fts
@@ -105,4 +122,4 @@ def own_backward(module: nn.Module, fn: Callable[..., Any]) -> OwnBackward:
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"own_backward needs a torch.nn.Module, not {type(module).__name__}.")
     check_callable(fn, "own_backward", "fn(model, batch)")
-    return OwnBackward(module, fn, Binding(module))
+    return OwnBackward(module, fn, Binding(module), scaler=scaler)

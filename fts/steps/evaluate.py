@@ -46,7 +46,7 @@ def eval_step(loss: LossFn | ModuleLoss, *, precision: str | None = None) -> Eva
 
     Args:
         loss: `loss(params, batch)` or a `module_loss`, which runs in eval mode.
-        precision: None or "bf16".
+        precision: None, "bf16" or "fp16".
 
     Returns:
         `fn(state, batch) -> {name: (mean, weight)}`, with "loss" among the names; the weight is the loss function's,

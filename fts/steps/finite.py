@@ -9,12 +9,15 @@ import attrs
 import torch
 from torch import Tensor
 
+from fts import transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
+from fts.shards import any_sharded, whole
 from fts.state import TrainState
 from fts.steps.binding import Binding
 from fts.steps.engines import Value
 from fts.steps.tracing import in_transform
 from fts.steps.train import Gradients
+from fts.transforms.loss_scaling import find_loss_scale
 from fts.typing import Batch, Info, Metrics, Params
 from fts.wording import some
 
@@ -43,24 +46,31 @@ def nonfinite_in(tensors: Params) -> dict[str, NonFinite]:
         tensors: gradients or parameters by name.
 
     Returns:
-        How many, by name; empty where all are finite. It waits for the device.
+        How many, by name; empty where all are finite. It waits for the device, and where tensors are spread over processes all
+        must call it.
 
     >>> nonfinite_in({"w": torch.tensor([1.0, float("nan")]), "b": torch.zeros(1)})
     {'w': NonFinite(nan=1, infinite=0, numbers=2)}
     """
     if not tensors or _norm_is_finite(list(tensors.values())):
         return {}
-    found = {name: NonFinite(int(t.isnan().sum()), int(t.isinf().sum()), t.numel()) for name, t in tensors.items()}
+    found = {name: NonFinite(_count(t.isnan()), _count(t.isinf()), t.numel()) for name, t in tensors.items()}
     return {name: counts for name, counts in found.items() if counts.nan or counts.infinite}
 
 
 def _norm_is_finite(tensors: list[Tensor]) -> bool:
     """A finite norm proves finite numbers, and is read once for all; an infinite one may be an overflow of squares."""
+    if any_sharded(tensors):
+        return math.isfinite(float(tx.global_norm(tensors)))
     norms = torch._foreach_norm(tensors)
     if all(norm.is_cpu for norm in norms):
         return math.isfinite(sum(map(float, norms)))
     device = norms[0].device
     return math.isfinite(float(torch.stack([norm.detach().to(device, torch.float32) for norm in norms]).sum()))
+
+
+def _count(flags: Tensor) -> int:
+    return int(whole(flags.sum()))
 
 
 @attrs.frozen(eq=False)
@@ -79,7 +89,8 @@ class FiniteGradients:
             raise ArgumentError(IN_GRAPH)
         # not in the state's own buffers: a batch that gives NaN must not leave it in them
         value, grads = self.gradients(state, batch, *args)
-        found = nonfinite_in(grads)
+        # where the loss is scaled, gradients may overflow: that update is skipped, and the scale falls
+        found = nonfinite_in(grads) if find_loss_scale(state.opt_state) is None else {}
         loss = float(value.loss)
         if found or not math.isfinite(loss):
             raise NonFiniteError(describe_nonfinite(int(state.step) + 1, loss, found, len(grads)))
@@ -123,7 +134,8 @@ def finite_gradients(gradients: Gradients) -> FiniteGradients:
 
     Returns:
         The same, for `gradient_step`. A `NonFiniteError` names the step, the loss and the parameters; the state stays as it was,
-        also one that was to be donated.
+        also one that was to be donated. Where the state has a loss scale, only the loss is looked at: gradients may overflow
+        by it.
 
     Raises:
         ArgumentError: it is used in a graph or a `torch.func` transformation.
@@ -165,8 +177,10 @@ class NoticingStep:
 
 
 def _look_at(metrics: Metrics) -> None:
-    found = {name: float(metrics[name]) for name in ("loss", "grad_norm") if name in metrics and metrics[name].ndim == 0}
-    if all(map(math.isfinite, found.values())) or int(metrics.get("skipped", 0)):
+    scaled = "loss_scale" in metrics  # gradients may overflow by it, and their update is skipped
+    names = ("loss",) if scaled else ("loss", "grad_norm")
+    found = {name: float(metrics[name]) for name in names if name in metrics and metrics[name].ndim == 0}
+    if all(map(math.isfinite, found.values())) or (not scaled and int(metrics.get("skipped", 0))):
         return
     raise NonFiniteError(
         f"{' and '.join(f'{name} = {value:g}' for name, value in found.items())} after an update, which is in the parameters "
@@ -186,7 +200,8 @@ def notice_nonfinite(step: Any, *, at_once: bool = False) -> NoticingStep:
         at_once: look after each step, also where that waits for a device.
 
     Returns:
-        A step that raises `NonFiniteError`. A metric `skipped` that is not 0 says that the update was withheld.
+        A step that raises `NonFiniteError`. A metric `skipped` that is not 0 says that the update was withheld. Where there is a
+        metric `loss_scale`, only the loss is looked at: gradients may overflow by it.
 
     >>> careful = notice_nonfinite(lambda state, batch: (state, {"loss": batch}))
     >>> careful(None, torch.tensor(float("nan")))

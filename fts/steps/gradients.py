@@ -16,7 +16,7 @@ from fts.steps.binding import Binding
 from fts.steps.engines import Forward, Value, Work, func_engine, module_engine
 from fts.steps.losses import ModuleLoss, check_callable
 from fts.steps.microbatches import MicroBatches, Weightless, split
-from fts.steps.precision import autocast_dtype
+from fts.steps.precision import autocast_dtype, scale_of
 from fts.steps.tracing import differentiated, in_graph, in_transform
 from fts.typing import Batch, LossFn, Params
 
@@ -51,10 +51,12 @@ class ValueAndGrad:
             own_buffers: the forward pass may write the state's non-persistent buffers in place.
 
         Returns:
-            The value, and the gradients by parameter name. The next backward pass may reuse their storage.
+            The value, and the gradients by parameter name. The next backward pass may reuse their storage. Where the state has a
+            loss scale, the gradients are multiplied by it: `tx.dynamic_loss_scale` divides them.
         """
         micro, cut_here = self._cut(batch)
-        work = Work(state, micro, args, weigh_rows=cut_here, among=self.among)
+        scale = scale_of(state.opt_state, self.precision)
+        work = Work(state, micro, args, weigh_rows=cut_here, among=self.among, scale=scale)
         if in_graph():
             return func_engine(self.forward, work)
         if self.among is not None:
@@ -109,7 +111,7 @@ def value_and_grad(
             `torch.func` transformation, and where the parameters are differentiated from outside, it is always "func";
             what `torch.func` cannot do (activation checkpoints, hooks) "module" does for it.
         accumulate: into how many micro-batches to cut each batch, to save memory; the result is that of the whole batch.
-        precision: None or "bf16"; see `autocast_dtype`.
+        precision: None, "bf16" or "fp16"; see `autocast_dtype`. "fp16" needs a state of `tx.dynamic_loss_scale`.
 
     Returns:
         `fn(state, batch, *args) -> (value, grads)`. Randomness in micro-batch i of step k is a function of `(seed, k, i)`.

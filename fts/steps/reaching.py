@@ -12,7 +12,9 @@ from fts.steps.compiled import CompiledStep
 from fts.steps.engines import Value
 from fts.steps.finite import IN_GRAPH, FiniteGradients, finite_gradients
 from fts.steps.passing import Passing
+from fts.steps.precision import unscaled
 from fts.steps.train import TrainStep
+from fts.transforms.loss_scaling import find_loss_scale
 from fts.typing import Batch, Params
 
 
@@ -55,7 +57,7 @@ def gradients_at(step: Any, state: TrainState, batch: Batch, *args: Any) -> tupl
         args: what the step is given behind the batch.
 
     Returns:
-        `(value, grads)`, as of `value_and_grad`.
+        `(value, grads)`, as of `value_and_grad`; the gradients without a loss scale.
 
     Raises:
         ArgumentError: the step is a function whose gradients cannot be reached.
@@ -69,7 +71,8 @@ def gradients_at(step: Any, state: TrainState, batch: Batch, *args: Any) -> tupl
     """
     if isinstance(step, TrainStep):
         gradients = step.gradients
-        return (gradients.gradients if isinstance(gradients, FiniteGradients) else gradients)(state, batch, *args)
+        value, grads = (gradients.gradients if isinstance(gradients, FiniteGradients) else gradients)(state, batch, *args)
+        return value, unscaled(grads, find_loss_scale(state.opt_state))
     if isinstance(step, Passing):
         return gradients_at(step.step, state, batch, *step.fn(batch), *args)
     if has_gradients(step):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import attrs
+from torch import Tensor
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
@@ -14,7 +15,9 @@ from fts.steps.engines import Value
 from fts.steps.gradients import Engine, value_and_grad
 from fts.steps.losses import ModuleLoss
 from fts.steps.passing import Passing
+from fts.steps.precision import unscaled
 from fts.steps.updates import merge_metrics, next_state
+from fts.transforms.loss_scaling import check_unscales_first, find_loss_scale
 from fts.typing import Batch, Info, LossFn, Metrics, Params, Transform
 
 
@@ -44,7 +47,7 @@ class TrainStep:
         value, grads = self.gradients(state, batch, *args, own_buffers=self.donate)
         transform = self.transform
         if self.on_gradients is not None:
-            transform = self.on_gradients(grads) or transform
+            transform = _shown(self.on_gradients, grads, find_loss_scale(state.opt_state)) or transform
         after, info = next_state(state, grads, transform, value.buffers, donate=self.donate, step_name="train_step")
         return after, merge_metrics(value.loss, value.metrics, info)
 
@@ -70,7 +73,8 @@ def train_step(
         transform: the optimizer, such as `tx.adamw(1e-3)`; the same that the state is created with.
         accumulate: into how many micro-batches each batch is cut, to save memory; the gradient is that of the whole batch.
         engine: "module" (fast, with hooks and activation checkpointing) or "func" (`torch.func`; for vmap and graphs).
-        precision: None, or "bf16" to compute the loss under autocast while parameters stay as they are.
+        precision: None, or "bf16" or "fp16" to compute the loss under autocast while parameters stay as they are. "fp16" needs
+            `tx.dynamic_loss_scale` around the optimizer; the loss is multiplied by its scale, and reported as it is.
         donate: reuse the storage of the state that is given; using it afterwards raises `DonatedStateError`.
 
     Returns:
@@ -130,8 +134,8 @@ def seeing_gradients(step: Any, fn: Callable[[Params], Transform | None]) -> Any
 
     Args:
         step: what `train_step` or `gradient_step` made, also inside `passing`.
-        fn: called with the gradients by name; what it writes into them, or exchanges in the dictionary, is used. It may return
-            another transform with the same state for this one update.
+        fn: called with the gradients by name, without a loss scale; what it writes into them, or exchanges in the dictionary, is
+            used. It may return another transform with the same state for this one update.
 
     Returns:
         A step.
@@ -156,9 +160,19 @@ def seeing_gradients(step: Any, fn: Callable[[Params], Transform | None]) -> Any
     )
 
 
+def _shown(fn: Callable[[Params], Transform | None], grads: Params, scale: Tensor | None) -> Transform | None:
+    if scale is None:
+        return fn(grads)
+    plain = unscaled(grads, scale)
+    transform = fn(plain)
+    grads.update({name: grad * scale for name, grad in plain.items()})
+    return transform
+
+
 def _check_transform(who: str, transform: Any) -> None:
     if not isinstance(transform, Transform):
         raise ArgumentError(
             f"{who} needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. Make one of a torch optimizer by "
             "tx.from_torch(torch.optim.RMSprop, lr=1e-3)."
         )
+    check_unscales_first(transform)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fts import transforms as tx
 from fts.errors import LossError, UnknownParameterError
+from fts.shards import any_sharded, laid_out_like
 from fts.state import TrainState, mark_donated
 from fts.steps.tracing import device_of, differentiated, in_transform
 from fts.typing import Info, Metrics, Params, Transform
@@ -53,6 +54,8 @@ def next_state(
 ) -> tuple[TrainState, Info]:
     """As `apply_gradients`, for gradients that nobody else needs: their storage may be overwritten."""
     params, opt_state = state.params, state.opt_state
+    # what a transform relies on: a gradient is laid out as its parameter
+    grads = laid_out_like(grads, params) if any_sharded(params.values()) else grads
     written = False
     try:
         if transform.apply is None or in_transform() or differentiated(params, grads):

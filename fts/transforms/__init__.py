@@ -17,7 +17,7 @@ from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_gl
 from fts.transforms.combining import apply_updates, chain, identity
 from fts.transforms.exporting import torch_moments
 from fts.transforms.grouping import masked, partition
-from fts.transforms.loss_scaling import LossScaleState, dynamic_loss_scale, has_loss_scale, loss_scale
+from fts.transforms.loss_scaling import LossScaleState, dynamic_loss_scale, loss_scale
 from fts.transforms.low_precision import MasterState, RoundingState, master_weights, stochastic_rounding
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
@@ -94,7 +94,6 @@ __all__ = [
     "follows_metric",
     "from_torch",
     "global_norm",
-    "has_loss_scale",
     "identity",
     "inverse_sqrt_schedule",
     "join_schedules",

@@ -165,24 +165,22 @@ def loss_scale(opt_state: OptState) -> Tensor:
     >>> loss_scale(tx.ema_params(tx.dynamic_loss_scale(tx.sgd(0.1)), 0.99).init({"w": torch.tensor([1.0])}))
     tensor(65536.)
     """
-    found = states_in(opt_state, LossScaleState)
-    if len(found) == 1:
-        scale: Tensor = found[0].scale
-        return scale
-    if found:
-        raise ArgumentError(
-            f"There are {len(found)} loss scales in this state; a loss is multiplied by one. Wrap the whole once."
-        )
-    raise ArgumentError("There is no loss scale in this state: wrap the transform in dynamic_loss_scale(transform).")
+    scale = find_loss_scale(opt_state)
+    if scale is None:
+        raise ArgumentError("There is no loss scale in this state: wrap the transform in dynamic_loss_scale(transform).")
+    return scale
 
 
-def has_loss_scale(opt_state: OptState) -> bool:
-    """Whether `loss_scale` finds one.
+def find_loss_scale(opt_state: OptState) -> Tensor | None:
+    """As `loss_scale`; None where there is none.
 
-    >>> has_loss_scale({"w": torch.zeros(1)})
-    False
+    Raises:
+        ArgumentError: there is more than one.
     """
-    return bool(states_in(opt_state, LossScaleState))
+    found = states_in(opt_state, LossScaleState)
+    if len(found) > 1:
+        raise ArgumentError(f"There are {len(found)} loss scales in this state; a loss is multiplied by one. Wrap the whole once.")
+    return found[0].scale if found else None
 
 
 _MAY_BE_AROUND = ("chain", "ema_params", "multi_steps", "master_weights", "stochastic_rounding", "skip_nonfinite")
