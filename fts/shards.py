@@ -122,14 +122,14 @@ def laid_out_like(tensors: Mapping[str, Tensor], forms: Mapping[str, Tensor]) ->
 
     Args:
         tensors: by name; those that are laid out so already are passed on.
-        forms: at least these names, with the same shapes.
+        forms: of the same shapes; those without a name here do not matter.
 
     Returns:
         A new dictionary.
     """
     if not any_sharded(tensors.values()) and not any_sharded(forms.values()):
         return dict(tensors)
-    return {name: laid_out(tensor, forms[name]) for name, tensor in tensors.items()}
+    return {name: laid_out(tensor, forms[name]) if name in forms else tensor for name, tensor in tensors.items()}
 
 
 def laid_out(tensor: Tensor, form: Tensor) -> Tensor:
