@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,24 +79,21 @@ def log_level(args: TrainingArguments) -> int:
     return LEVELS[name] if name in LEVELS else logging.getLogger("fts").getEffectiveLevel()
 
 
-@contextmanager
-def first(is_first: bool, what: str) -> Iterator[None]:
-    """Let one process do something before the others; without a process group there is none to wait for.
+def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextManager[None]:
+    """Let one process do something before the others, which wait as long as it takes.
 
     Args:
-        is_first: whether this is the one.
-        what: for the log.
+        args: the training arguments.
+        local: one on each machine; False: one of all.
+        what: the work, in words.
 
-    >>> with first(True, "tokenizing"):
+    >>> from fts.trainer.arguments import TrainingArguments
+    >>> with first(TrainingArguments(use_cpu=True), True, "tokenizing"):
     ...     pass
     """
-    waits = in_group() and distributed.get_world_size() > 1
-    if waits and not is_first:
-        log.debug("process %d waits for the first one: %s", process_index(), what)
-        distributed.barrier()
-    try:
-        yield
-    finally:
-        if waits and is_first:  # also after an error, so that no process waits for ever
-            log.debug("process %d lets the others go on: %s", process_index(), what)
-            distributed.barrier()
+    from fts.distributed.group import start
+    from fts.distributed.turns import first as goes_first
+
+    start(timeout=args.ddp_timeout_delta, device=args.device)
+    is_first = (args.local_process_index if local else args.process_index) == 0
+    return goes_first(is_first, what, among=f"machine {os.environ.get('GROUP_RANK', '0')}" if local else "")

@@ -319,11 +319,13 @@ class TrainingArguments:
     def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
         """A context in which the main process works before the others, which then find its results.
 
+        The others wait as long as it takes; if it fails, they raise DistributedError.
+
         Args:
             local: the first of each machine goes first; False: the first of all.
-            desc: the work, for the log.
+            desc: the work, for messages.
         """
-        return processes.first((self.local_process_index if local else self.process_index) == 0, desc)
+        return processes.first(self, local, desc)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Over how many of so many updates the learning rate rises.

@@ -1,15 +1,12 @@
 """Which process and device this is, and who goes first."""
 
 import logging
-import multiprocessing
-import os
-import time
 from datetime import timedelta
 
 import pytest
 import torch
 
-from fts.trainer.arguments import TrainingArguments, processes
+from fts.trainer.arguments import TrainingArguments
 
 
 def test_one_process():
@@ -70,33 +67,3 @@ def test_log_levels(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert args.get_process_log_level() == logging.CRITICAL
     assert TrainingArguments().disable_tqdm is True
-
-
-def work(rank, folder, fails):
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
-    store = torch.distributed.FileStore(os.path.join(folder, "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    path = os.path.join(folder, "done")
-    try:
-        with processes.first(processes.process_index() == 0, "writing"):
-            if rank == 0:
-                time.sleep(0.5)
-                with open(path, "w") as file:
-                    file.write("x")
-                assert not fails
-            else:
-                assert os.path.exists(path)
-    except AssertionError:
-        if not (fails and rank == 0):
-            raise
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_main_process_goes_first_also_where_it_fails(tmp_path, fails):
-    workers = [multiprocessing.get_context("fork").Process(target=work, args=(rank, str(tmp_path), fails)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
