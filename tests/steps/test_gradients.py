@@ -327,7 +327,7 @@ def test_a_state_of_another_module_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"engine": "jit"}, {"accumulate": 0}, {"accumulate": 1.5}, {"precision": "fp16"}, {"precision": "int3"}]
+    "arguments", [{"engine": "jit"}, {"accumulate": 0}, {"accumulate": 1.5}, {"precision": "fp8"}, {"precision": "int3"}]
 )
 def test_bad_arguments_are_named(arguments):
     (name,) = arguments
