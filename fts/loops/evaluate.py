@@ -75,7 +75,7 @@ def _evaluate(
     for index, batch in enumerate(data.epoch(0)):
         weightless = isinstance(batch, Weightless)
         metrics = step(state, batch.batch if weightless else batch)
-        amounts = {name: _amount(name, value) for name, value in metrics.items()}
+        amounts: Totals = {name: _amount(name, value) for name, value in metrics.items()}
         if group is not None:
             kept.append({} if weightless else amounts)
         elif not weightless:
@@ -109,7 +109,7 @@ def _read(kept: list[Totals]) -> list[Totals]:
     return [{name: (next(numbers), next(numbers)) for name in batch} for batch in kept]
 
 
-def _amount(name: str, value: Any) -> tuple[Tensor, Tensor | float]:
+def _amount(name: str, value: Any) -> tuple[Tensor | float, Tensor | float]:
     """Mean times weight, and the weight."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise BatchError(

@@ -83,7 +83,7 @@ class _Giving(pickle.Unpickler):
         super().__init__(file)
         self.tensors = tensors
 
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: int) -> Tensor:
         return self.tensors[pid]
 
 

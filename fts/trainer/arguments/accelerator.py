@@ -34,9 +34,9 @@ class AcceleratorConfig:
 
     split_batches: bool = arg(False, "Whether the batch size is that of all processes together, so that each takes a part.")
     dispatch_batches: bool | None = arg(None, "Whether one process reads the data for all; None: if the data is iterable only.")
-    even_batches: bool = arg(True, "Whether rows are repeated so that each process gets as many.")
+    even_batches: bool = arg(True, "Whether rows are repeated so that each process gets as many; in fts they weigh nothing.")
     use_seedable_sampler: bool = arg(True, "Whether the order of the data is a function of the seed; it always is in fts.")
-    non_blocking: bool = arg(False, "Whether batches are copied to the device while it works; best with pinned memory.")
+    non_blocking: bool = arg(False, "For loaders that accelerate makes; fts always copies batches to the device while it works.")
     gradient_accumulation_kwargs: dict[str, Any] | None = arg(None, "num_steps, sync_each_batch … for accelerate.")
     use_configured_state: bool = arg(False, "Whether to use the process state that accelerate already has.")
 
