@@ -97,3 +97,22 @@ def mesh_of(group: Group, mesh: Mesh) -> Any:
             f"{mesh} lays out {mesh.size} processes, but there are {group.size}. Make the product of its sizes equal."
         )
     return init_device_mesh(group.device.type, tuple(getattr(mesh, name) for name in DIMENSIONS), mesh_dim_names=DIMENSIONS)
+
+
+def data_group(group: Group, mesh: Mesh, devices: Any) -> Group:
+    """The processes that have other rows than this one, and itself: those that gradients and metrics are summed over.
+
+    Args:
+        group: all processes.
+        mesh: how they are laid out.
+        devices: what `mesh_of` made of it.
+
+    Returns:
+        The group itself where each process has rows of its own.
+    """
+    if mesh.together == 1:
+        return group
+    rank, size = data_place(group.rank, mesh)
+    if size == 1:
+        return attrs.evolve(group, rank=0, size=1)
+    return attrs.evolve(group, rank=rank, size=size, handle=devices["replicate", "shard"]._flatten("data").get_group())
