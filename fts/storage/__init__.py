@@ -4,7 +4,22 @@ from fts.storage.documents import read_document, whole_number
 from fts.storage.files import Written, file_in, flush, measure, write_image
 from fts.storage.image import Image
 from fts.storage.records import checked, record
-from fts.storage.tensors import SHARD_SIZE, Contents, TensorFile, files_of, has_tensors, lay_out, read_tensors, write, write_texts
+from fts.storage.spread import rank_in, write_spread
+from fts.storage.tensors import (
+    SHARD_SIZE,
+    Contents,
+    TensorFile,
+    files_of,
+    forms_of,
+    has_tensors,
+    is_spread,
+    lay_out,
+    read_into,
+    read_tensors,
+    take_part,
+    write,
+    write_texts,
+)
 
 __all__ = [
     "SHARD_SIZE",
@@ -16,14 +31,20 @@ __all__ = [
     "file_in",
     "files_of",
     "flush",
+    "forms_of",
     "has_tensors",
+    "is_spread",
     "lay_out",
     "measure",
+    "rank_in",
     "read_document",
+    "read_into",
     "read_tensors",
     "record",
+    "take_part",
     "whole_number",
     "write",
     "write_image",
+    "write_spread",
     "write_texts",
 ]

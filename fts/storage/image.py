@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from fts.shards import whole
 from fts.storage.tensors import TensorFile
 
 PAGE = mmap.PAGESIZE
@@ -42,6 +43,8 @@ class Image:
     def hold(self, files: Sequence[TensorFile]) -> list[memoryview]:
         """Copy the tensors of files; they may be overwritten as soon as this returns.
 
+        Those that are spread over processes are gathered one after the other; the other processes `take_part`.
+
         Returns:
             For each file its bytes, with those that fill the last page.
 
@@ -55,11 +58,11 @@ class Image:
             self.layout = layout
         with torch.no_grad():
             for view, source in zip(self.views, sources, strict=True):
-                view.copy_(source, non_blocking=True)
+                view.copy_(whole(source), non_blocking=True)
         for device in {source.device for source in sources if source.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        whole = self.memory.numpy().data
-        return [whole[span] for span in self.spans]
+        memory = self.memory.numpy().data
+        return [memory[span] for span in self.spans]
 
     def _lay_out(self, files: Sequence[TensorFile], *, on_cuda: bool) -> None:
         ends, end = [], 0

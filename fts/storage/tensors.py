@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path, PurePath
 
 import attrs
@@ -12,34 +13,17 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError, CheckpointError
+from fts.shards import copied_into, whole
 from fts.storage.documents import read_document
+from fts.storage.dtypes import DTYPES
 from fts.storage.files import Written, file_in, write_parts
+from fts.storage.spread import index_of, read_index, read_spread, remove_spread
 
 SHARD_SIZE = 50 * 10**9
 """Bytes of tensors that one file holds at most, as in `save_pretrained` of transformers."""
 
 ALIGNMENT = 64
 """Bytes of which the data of a file begins at a multiple."""
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-"""The names of the format: https://github.com/huggingface/safetensors#format"""
 
 
 @attrs.frozen(eq=False)
@@ -137,11 +121,31 @@ def _file(name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
 def write(directory: Path, contents: Contents) -> dict[str, Written]:
     """Write the files, from the tensors themselves.
 
+    Tensors that are spread over processes are gathered one after the other: the other processes `take_part`, also where an
+    error ends the writing here.
+
     Returns:
         The sizes and checksums of the files of tensors, by name.
     """
-    write_texts(directory, contents)
-    return {file.name: write_parts(directory / file.name, _parts(file)) for file in contents.files}
+    gathered = _gathered(contents.files)
+    try:
+        write_texts(directory, contents)
+        return {file.name: write_parts(directory / file.name, _parts(file, gathered)) for file in contents.files}
+    finally:
+        for _ in gathered:  # which the others wait for
+            pass
+
+
+def take_part(contents: Contents) -> None:
+    """Send what this process has of the tensors to the one that writes the same contents, or holds them in an `Image`."""
+    for _ in _gathered(contents.files):
+        pass
+
+
+def _gathered(files: Iterable[TensorFile]) -> Iterator[Tensor]:
+    for file in files:
+        for tensor in file.tensors:
+            yield whole(tensor)
 
 
 def write_texts(directory: Path, contents: Contents) -> None:
@@ -152,13 +156,14 @@ def write_texts(directory: Path, contents: Contents) -> None:
         for path in directory.iterdir():
             if path.name in (name, _index(name)) or shards.fullmatch(path.name):
                 path.unlink()
+        remove_spread(directory, name)
     for name, text in contents.texts.items():
         (directory / name).write_text(text, encoding="utf-8")
 
 
-def _parts(file: TensorFile) -> Iterator[bytes | memoryview]:
+def _parts(file: TensorFile, gathered: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
     yield file.header
-    for tensor in file.tensors:
+    for tensor in islice(gathered, len(file.tensors)):
         flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
@@ -168,20 +173,27 @@ def _index(name: str) -> str:
 
 
 def files_of(directory: Path, name: str) -> tuple[str, ...]:
-    """Which files `read_tensors` reads for a name: the file itself, or an index and what it names.
+    """Which files are read for a name: the file itself, or an index and what it names.
 
     Raises:
         CheckpointError: there is neither, or the index cannot be used.
     """
     if _is_there(directory / name) or not _is_there(directory / _index(name)):
+        if not _is_there(directory / name) and is_spread(directory, name):
+            return (index_of(name), *read_index(directory, name).files)
         file_in(directory, name)
         return (name,)
     return (_index(name), *sorted(set(_weight_map(directory, name).values())))
 
 
 def has_tensors(directory: Path, name: str) -> bool:
-    """Whether there is something for `read_tensors` to read: the file of that name, or its index."""
-    return _is_there(directory / name) or _is_there(directory / _index(name))
+    """Whether there is something to read: the file of that name, or an index."""
+    return any(_is_there(directory / one) for one in (name, _index(name), index_of(name)))
+
+
+def is_spread(directory: Path, name: str) -> bool:
+    """Whether several processes wrote their parts of what has that name."""
+    return _is_there(directory / index_of(name))
 
 
 def _is_there(path: Path) -> bool:
@@ -189,15 +201,20 @@ def _is_there(path: Path) -> bool:
 
 
 def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Read what was laid out under a name; the tensors are mapped from the files and must not be written.
+    """Read what was laid out under a name, whole; the tensors are mapped from the files and must not be written.
 
     Raises:
         CheckpointError: a file is missing, damaged or leads outside the directory, or the index does not fit the files.
     """
     first, *shards = files_of(directory, name)
-    if not shards and first == name:
+    if first == index_of(name):
+        index = read_index(directory, name)
+        found = {key: torch.empty_like(form, device="cpu") for key, form in index.forms.items()} | index.numbers
+        read_spread(directory, name, found)
+        return found
+    if first == name:
         return _read_file(file_in(directory, name))
-    found: dict[str, Tensor] = {}
+    found = {}
     weight_map = _weight_map(directory, name)
     for shard in shards:
         tensors = _read_file(file_in(directory, shard))
@@ -206,6 +223,39 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{directory / _index(name)} does not fit {shard}: {wrong[0]!r} is in one of them only.")
         found |= tensors
     return found
+
+
+def forms_of(directory: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a name: their shapes and dtypes are right, their values need not be there.
+
+    Raises:
+        CheckpointError: as `read_tensors` says it.
+    """
+    if files_of(directory, name)[0] != index_of(name):
+        return read_tensors(directory, name)
+    index = read_index(directory, name)
+    return index.forms | index.numbers
+
+
+def read_into(directory: Path, name: str, targets: Mapping[str, Tensor]) -> None:
+    """Read what was laid out under a name into memory that is there; of a tensor that is spread, what lies here.
+
+    Nothing is sent: each process reads for itself.
+
+    Args:
+        directory: where the files lie.
+        name: see `lay_out`.
+        targets: tensors with names, shapes and dtypes that `forms_of` has; not necessarily all. They are written.
+
+    Raises:
+        CheckpointError: as `read_tensors` says it.
+    """
+    if files_of(directory, name)[0] == index_of(name):
+        read_spread(directory, name, targets)
+        return
+    found = read_tensors(directory, name)
+    for key, target in targets.items():
+        copied_into(target, found[key])
 
 
 def _weight_map(directory: Path, name: str) -> dict[str, str]:
