@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from fts.errors import ArgumentError
+from fts.steps import Scaler
 from fts.trainer.arguments import check_accumulation
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,16 @@ def make_accelerator(args: Any) -> Any:
         dataloader_config=data,
         gradient_accumulation_plugin=accumulation,
     )
+
+
+def scaler_of(accelerator: Any) -> Scaler:
+    """What `accelerator.backward(loss)` multiplies losses by: the loss scale of the state that a step is at.
+
+    accelerate's own scaler, which nothing would update, gives way to it.
+    """
+    if not isinstance(accelerator.scaler, Scaler):
+        accelerator.scaler = Scaler()
+    return accelerator.scaler
 
 
 def mixed_precision(args: Any) -> str:

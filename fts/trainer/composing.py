@@ -15,6 +15,7 @@ from fts import steps
 from fts.distributed import Group
 from fts.errors import ArgumentError
 from fts.steps import MicroBatches, Weightless
+from fts.trainer.accelerating import scaler_of
 from fts.trainer.drawing import Drawn
 from fts.trainer.hooks import overridden
 from fts.trainer.losses import Items, LossRule, count_labels, counts_shifted, own_loss, step_loss
@@ -31,12 +32,14 @@ class Replaced:
         training_step: `(model, inputs, num_items_in_batch) -> loss`; calls backward itself.
         context: makes the context in which a loss is computed.
         prepare_inputs: from a batch to the model's inputs.
+        scaler: scales the losses of `training_step`, where it calls `accelerator.backward`.
     """
 
     compute_loss: Callable[..., Any] | None = None
     training_step: Callable[..., Any] | None = None
     context: Callable[[], AbstractContextManager[Any]] | None = None
     prepare_inputs: Callable[[Any], Any] | None = None
+    scaler: steps.Scaler | None = None
 
 
 @attrs.frozen(eq=False)
@@ -61,11 +64,14 @@ def replaced_by(trainer: Any) -> Replaced:
     def own(*names: str) -> Any:
         return getattr(trainer, names[0]) if overridden(trainer, *names) else None
 
+    training_step = own("training_step")
+    scales = training_step is not None and trainer.args.mixed_precision == "fp16"
     return Replaced(
         compute_loss=own("compute_loss"),
-        training_step=own("training_step"),
+        training_step=training_step,
         context=own("compute_loss_context_manager", "autocast_smart_context_manager"),
         prepare_inputs=own("_prepare_inputs"),
+        scaler=scaler_of(trainer.accelerator) if scales else None,
     )
 
 
@@ -101,9 +107,8 @@ def compose_step(
                 "torch_compile=True compiles the whole step, but an overridden training_step calls backward itself, which a "
                 "graph cannot follow. Override compute_loss instead, or set torch_compile=False."
             )
-        step: Any = steps.gradient_step(
-            steps.own_backward(model, _own_step(replaced.training_step, across.group.size)), transform
-        )
+        own_step = _own_step(replaced.training_step, across.group.size)
+        step: Any = steps.gradient_step(steps.own_backward(model, own_step, scaler=replaced.scaler), transform)
         return steps.passing(step, items_by(rule, model, across))
     simple = replaced.compute_loss is None and replaced.context is None and replaced.prepare_inputs is None
     own = not rule.counts and not rule.smoothing and rule.scaled is None

@@ -154,7 +154,7 @@ class Teller:
         if self.counting:
             yield lambda event, batch: self.counting.add(batch)
         if run.optimizing.scheduler is not None:
-            yield lambda event, batch: run.optimizing.advance(event.state, event.counters.step)
+            yield lambda event, batch: run.optimizing.advance(event.state, event.counters.step, event.metrics)
         every = args.torch_empty_cache_steps
         if every:
             yield lambda event, batch: empty_cache(args.device) if event.counters.step % every == 0 else None

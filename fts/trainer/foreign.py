@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 TORCH_OPTIMIZER = "optimizer.pt"
 TORCH_SCHEDULER = "scheduler.pt"
+TORCH_SCALER = "scaler.pt"
 TORCH_ARGUMENTS = "training_args.bin"
 
 FILES = (TORCH_OPTIMIZER, TORCH_SCHEDULER, TORCH_ARGUMENTS)

@@ -15,6 +15,7 @@ from fts.errors import ArgumentError, MissingDependencyError
 from fts.steps.losses import base_model
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.columns import takes_names
+from fts.trainer.float8 import convert_to_float8
 
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -32,6 +33,8 @@ def prepared_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
         config.use_cache = args.use_cache
     if args.use_liger_kernel:
         use_liger_kernels(model, args.liger_kernel_config)
+    if args.mixed_precision == "fp8":
+        convert_to_float8(model)
     return model if args.place_model_on_device is False else model.to(args.device)
 
 

@@ -19,6 +19,7 @@ from fts.trainer.choices import OptimizerNames
 from fts.trainer.low_rank import target_groups
 from fts.trainer.packages import Options
 from fts.trainer.schedules import make_rate_rule
+from fts.transforms.loss_scaling import unscales
 from fts.typing import Schedule, Transform
 
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm(\.|$)|_norm(\.|$)")
@@ -148,7 +149,12 @@ def guarded(args: TrainingArguments, descent: Transform) -> Transform:
 
 
 def withholding(args: TrainingArguments, transform: Transform) -> Transform:
-    """A transform that skips updates of gradients which are not finite, where `nonfinite="skip"` asks for it."""
+    """A transform that skips updates of gradients which are not finite, where `nonfinite="skip"` or `fp16` asks for it.
+
+    In float16 the loss is scaled, and what overflows by the scale is skipped in any case.
+    """
+    if args.mixed_precision == "fp16":
+        return transform if unscales(transform) else tx.dynamic_loss_scale(transform)
     return tx.skip_nonfinite(transform, args.nonfinite_limit) if args.nonfinite == "skip" else transform
 
 

@@ -24,7 +24,9 @@ from fts.trainer.plan import Plan, with_settings
 from fts.trainer.schedules import make_rate_rule, make_schedule, options_of
 from fts.trainer.torch_settings import group_settings
 from fts.trainer.views import OptimizerView, SchedulerView, view_of
-from fts.typing import Schedule, Transform
+from fts.transforms.loss_scaling import unscales
+from fts.typing import Metrics, Schedule, Transform
+from fts.wording import some
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
@@ -72,13 +74,13 @@ class Optimizing:
         """Whether evaluations move the learning rate."""
         return self.rule is not None or follows_metric(self.scheduler)
 
-    def advance(self, state: TrainState, step: int) -> None:
-        """Let a torch schedule step, or the views show the rate of the next update."""
+    def advance(self, state: TrainState, step: int, metrics: Metrics) -> None:
+        """Let a torch schedule step, unless the update was skipped, or the views show the rate of the next update."""
         self.latest.state = state
         if not self.steps:
             if isinstance(self.optimizer, OptimizerView) and self.schedule is not None:
                 self.optimizer.show(self.schedule(step))
-        elif not follows_metric(self.scheduler):
+        elif not follows_metric(self.scheduler) and not int(metrics.get("skipped", 0)):
             self.scheduler.step()
 
     def observe(self, args: TrainingArguments, state: TrainState, metrics: dict[str, float]) -> None:
@@ -102,6 +104,7 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
         plan: the schedule.
     """
     args, model = trainer.args, trainer.model
+    _check_widths(args, model)
     if trainer.step is not None:
         check_step_is_of(trainer.step, model)
         if isinstance(trainer.step, Transform):
@@ -110,6 +113,11 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
             raise ArgumentError(
                 "nonfinite='skip' cannot get into a whole step of your own: Trainer(step=...). Make that step with "
                 "tx.skip_nonfinite(...) around its transform, or give the Trainer the transform alone."
+            )
+        if args.mixed_precision == "fp16" and not unscales(trainer.step.transform):
+            raise ArgumentError(
+                "fp16=True cannot get into a whole step of your own: Trainer(step=...). Make that step with precision='fp16' and "
+                "tx.dynamic_loss_scale(...) around its transform, or give the Trainer the transform alone."
             )
         return Optimizing(trainer.step.transform, None, None)
     given = trainer.optimizer is not None or trainer.lr_scheduler is not None
@@ -127,6 +135,16 @@ def choose(trainer: Trainer, plan: Plan) -> Optimizing:
     optimizer.show(plan.schedule(0))
     schedule = None if rule is not None else plan.schedule
     return Optimizing(transform, optimizer, scheduler, rule=rule, latest=latest, schedule=schedule)
+
+
+def _check_widths(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise ArgumentError where gradients in float16 would vanish when they are unscaled."""
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if narrow and args.mixed_precision == "fp16":
+        raise ArgumentError(
+            f"fp16=True computes in float16 and keeps the trained weights in float32, but {some(narrow)} are in float16. Load "
+            "the model in float32 (from_pretrained(..., dtype=torch.float32), or model.float())."
+        )
 
 
 def rewritten(changed: dict[int, dict[str, Any]], filled: Collection[int] = ()) -> tuple[dict[str, Any], float | None]:

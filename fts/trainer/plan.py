@@ -12,6 +12,7 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments, check_contradictions
+from fts.trainer.float8 import check_float8
 from fts.trainer.places import sharers
 from fts.trainer.schedules import make_schedule
 from fts.typing import Schedule
@@ -32,7 +33,7 @@ class Plan:
         train_batch_size: rows in a micro-batch.
         accumulate: micro-batches in an update.
         samples: rows that the whole run visits.
-        precision: None or "bf16".
+        precision: None, "bf16" or "fp16".
         compiled: whether the step runs as one graph.
         compile_backend: what compiles it; None for the default.
         compile_mode: its mode; None for the default.
@@ -131,10 +132,21 @@ def steps_of(value: float, total: int) -> int:
 
 
 def precision_of(args: TrainingArguments) -> str | None:
-    """In which precision losses are computed: None for that of the parameters, or "bf16"."""
-    if args.mixed_precision == "fp16":
-        raise ArgumentError("fp16=True needs loss scaling, which is not yet in this version of fts. Use bf16=True.")
-    return "bf16" if args.mixed_precision == "bf16" else None
+    """In which precision losses are computed: None for that of the parameters, "bf16" or "fp16".
+
+    Beside the linear layers that compute in float8 (`accelerate launch --mixed_precision fp8`) everything is in "bf16".
+
+    Raises:
+        ArgumentError: the hardware does not compute in it, or it is unknown.
+        MissingDependencyError: a package is missing.
+    """
+    precision = args.mixed_precision
+    if precision == "fp8":
+        check_float8(args.device)
+        return "bf16"
+    if precision not in ("no", "bf16", "fp16"):
+        raise ArgumentError(f"ACCELERATE_MIXED_PRECISION={precision!r} is unknown. Use 'no', 'bf16', 'fp16' or 'fp8'.")
+    return None if precision == "no" else precision
 
 
 def evaluation_dtype(args: TrainingArguments) -> torch.dtype | None:

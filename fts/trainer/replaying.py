@@ -77,7 +77,7 @@ class InRun:
         self.stepping.begin(StepBegin(Counters(), state, batch))
         after, metrics = self.stepping.step(state, batch)
         self.stepping.step.step = self.stepping.lasting
-        self.run.optimizing.advance(after, int(after.step))
+        self.run.optimizing.advance(after, int(after.step), metrics)
         return after, metrics
 
     def check(self, info: Info) -> None:

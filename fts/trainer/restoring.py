@@ -12,20 +12,24 @@ from fts.errors import CheckpointError
 from fts.loops import Position
 from fts.loops.judging import is_whole
 from fts.state import TrainState
+from fts.transforms.loss_scaling import LossScaleState
 from fts.transforms.wrapping import SkipState
+
+AROUND = (SkipState, LossScaleState)
+"""The states of what may be around the optimizer of a run."""
 
 logger = logging.getLogger(__name__)
 
 
 def load_state(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Position]:
-    """Read a checkpoint as `loops.load_checkpoint` does; where only the counts of `tx.skip_nonfinite` differ, without them.
+    """Read a checkpoint as `loops.load_checkpoint` does, also where it withheld updates in another way than this run.
 
-    So a run may go on with another `nonfinite` than it began with: counts that the checkpoint has not begin at 0, and those that
-    this run has no use for are left out.
+    So a run may go on with another `nonfinite`, or begin or cease to compute in float16: counts of skipped updates and a loss
+    scale that the checkpoint has not begin anew, and those that this run has no use for are left out.
 
     Args:
         checkpoint: its directory.
-        like: a state of the same model, with or without a `SkipState` around that of the optimizer.
+        like: a state of the same model, with or without a `SkipState` or `LossScaleState` around that of the optimizer.
 
     Raises:
         CheckpointError: as `load_checkpoint` says it.
@@ -33,26 +37,29 @@ def load_state(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Po
     try:
         return loops.load_checkpoint(checkpoint, like=like)
     except CheckpointError:
-        if not is_whole(checkpoint):
-            raise
-        try:
-            found = _with_counts(checkpoint, like) if isinstance(like.opt_state, SkipState) else _without(checkpoint, like)
-        except CheckpointError:
-            found = None
+        found = _otherwise_withheld(checkpoint, like) if is_whole(checkpoint) else None
         if found is None:
             raise
         return found
 
 
-def _with_counts(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Position]:
-    fresh = like.opt_state
-    state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=fresh.inner))
-    logger.info("%s counts no skipped updates: their count begins at 0.", checkpoint)
-    return state.replace(opt_state=fresh._replace(inner=state.opt_state)), position
-
-
-def _without(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Position]:
-    count = torch.zeros((), dtype=torch.int64)
-    state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=SkipState(like.opt_state, count, count)))
-    logger.info("%s counts %s skipped updates: this run skips none.", checkpoint, int(state.opt_state.total))
-    return state.replace(opt_state=state.opt_state.inner), position
+def _otherwise_withheld(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Position] | None:
+    own, count = like.opt_state, torch.zeros((), dtype=torch.int64)
+    inner = own.inner if isinstance(own, AROUND) else own
+    scale = torch.ones((), dtype=torch.float32)
+    for form in (inner, SkipState(inner, count, count), LossScaleState(inner, scale, count, count, count)):
+        if type(form) is type(own):
+            continue  # which was tried
+        try:
+            state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=form))
+        except CheckpointError:
+            continue
+        found = state.opt_state
+        before = f"{int(found.total)} skipped updates" if isinstance(found, AROUND) else "no skipped updates"
+        now = "their count begins at 0" if isinstance(own, AROUND) else "this run skips none"
+        logger.info("%s counts %s: %s.", checkpoint, before, now)
+        if isinstance(own, LossScaleState):
+            logger.info("The loss scale begins at %g, since %s has none.", float(own.scale), checkpoint)
+        found = found.inner if isinstance(found, AROUND) else found
+        return state.replace(opt_state=own._replace(inner=found) if isinstance(own, AROUND) else found), position
+    return None

@@ -22,12 +22,13 @@ from fts.loops import Position
 from fts.loops.history import TRAINER_STATE
 from fts.state import WEIGHTS, TrainState
 from fts.storage import read_tensors
-from fts.trainer.foreign import TORCH_OPTIMIZER, TORCH_SCHEDULER
+from fts.trainer.foreign import TORCH_OPTIMIZER, TORCH_SCALER, TORCH_SCHEDULER
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.weights import ADAPTERS, has_only_adapters, load_weights, tensors_of
 from fts.transforms.importing import with_plateau, with_torch_moments
+from fts.transforms.loss_scaling import LossScaleState
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ def read_transformers_checkpoint(
     processes = len(list(directory.glob("rng_state_*.pth")))
     if processes > 1:
         account.lost.append(f"the {processes} processes that the run had: this one is alone, and an update has its rows only")
-    if (directory / "scaler.pt").is_file():
-        account.lost.append("the scale of fp16 losses (scaler.pt)")
+    state = _loss_scale(directory, state, account)
     state = state.replace(step=torch.tensor(told.global_step, dtype=torch.int64))
     return Carried(state, start, told, _tally(told), account.carried, account.lost)
 
@@ -209,6 +209,24 @@ def _restore_groups(optimizing: Optimizing, groups: Sequence[Mapping[str, Any]])
                     group[name].copy_(torch.as_tensor(value))
                 else:
                     group[name] = value
+
+
+def _loss_scale(directory: Path, state: TrainState, account: _Account) -> TrainState:
+    path = directory / TORCH_SCALER
+    if not path.is_file():
+        return state
+    document = read_torch_file(path)
+    scale, tracker = document.get("scale"), document.get("_growth_tracker")
+    own = state.opt_state
+    if not isinstance(own, LossScaleState):
+        account.lost.append(f"the scale of fp16 losses ({TORCH_SCALER}): this run does not scale its losses")
+    elif not (isinstance(scale, float) and isinstance(tracker, int) and 0 < scale < math.inf):
+        account.lost.append(f"the scale of fp16 losses, which begins anew: {TORCH_SCALER} has none")
+    else:
+        account.carried.append(f"the scale of fp16 losses, which is {scale:g}")
+        kept = own._replace(scale=torch.full_like(own.scale, scale), growth_tracker=torch.full_like(own.growth_tracker, tracker))
+        return state.replace(opt_state=kept)
+    return state
 
 
 def _schedule(directory: Path, state: TrainState, optimizing: Optimizing, step: int, account: _Account) -> TrainState:

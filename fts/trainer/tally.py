@@ -55,7 +55,7 @@ class Tally:
         self.read_at = event.counters.step
 
     def take(self) -> dict[str, float]:
-        """What to log: means over the steps since the last log; learning rate and gradient norm of the last step."""
+        """What to log: means over the steps since the last log; learning rate, gradient norm and loss scale of the last step."""
         counts = {name: self.steps - self.left_out.get(name, 0) for name in self.sums}
         means = {name: total / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         logs = {"loss": means.pop("loss")} if "loss" in means else {}
@@ -64,7 +64,7 @@ class Tally:
                 means[total] = self.last[total]
                 for name in others:
                     means.pop(name, None)
-        for source, name in (("grad_norm", "grad_norm"), ("lr", "learning_rate")):
+        for source, name in (("grad_norm", "grad_norm"), ("lr", "learning_rate"), ("loss_scale", "loss_scale")):
             means.pop(source, None)
             if source in self.last:
                 logs[name] = self.last[source]
