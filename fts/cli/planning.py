@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
         help="fsdp and hsdp: exchange gradients once a step, and keep them whole till then (the default)",
     )
     spread.add_argument(
-        "--reduce", choices=list(REDUCE), help="fsdp and hsdp: in which gradients are summed (default: as is computed)"
+        "--reduce", choices=list(REDUCE), help="fsdp and hsdp: in which gradients are summed (default: as they are kept)"
     )
     spread.add_argument("--bucket-view", action="store_true", help="ddp: gradients lie in the buckets (gradient_as_bucket_view)")
 

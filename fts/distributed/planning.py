@@ -91,7 +91,7 @@ class Setup:
         no_sync: whether FSDP exchanges gradients once a step, which keeps them whole until then, and not in each micro-batch.
         reshard: whether FSDP frees the parameters of layers after the forward pass, and gathers them again
             (`reshard_after_forward`). What lies outside of the layers is needed first in the backward pass, and stays.
-        reduce: bytes of each number in which FSDP sums gradients; None for those of the computation.
+        reduce: bytes of each number in which FSDP sums gradients; None for those in which they are kept.
         bucket_view: whether DDP's gradients lie in its buckets (`gradient_as_bucket_view`).
         checkpointing: whether each layer keeps its input only and is computed again in the backward pass.
         attention: "fused" does not keep the weights of attention, "eager" does.
@@ -166,9 +166,7 @@ class Setup:
     @property
     def reduced(self) -> int:
         """Bytes of each number in which gradients are summed over processes."""
-        if self.strategy in ("fsdp", "hsdp"):
-            return self.reduce or self.bytes.compute
-        return self.bytes.gradients
+        return self.reduce or self.bytes.gradients
 
 
 @attrs.frozen

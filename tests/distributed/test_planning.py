@@ -24,7 +24,7 @@ SETUPS = {
     "fsdp": Setup("fsdp", accumulate=2, no_sync=False, world=2),
     "fsdp, not resharded": Setup("fsdp", accumulate=2, no_sync=False, reshard=False, world=2),
     "fsdp, no sync": Setup("fsdp", accumulate=2, world=2),
-    "fsdp, bf16": Setup("fsdp", precision="bf16", world=2),
+    "fsdp, bf16": Setup("fsdp", precision="bf16", world=2, reduce=2),
     "fsdp, bf16-pure": Setup("fsdp", precision="bf16-pure", world=2),
     "tp": Setup("tp", accumulate=2, world=2, tensor=2, batch=2, sequence=12),
     "hsdp": Setup("hsdp", accumulate=2, no_sync=False, world=4, shard=2),
@@ -216,3 +216,44 @@ def test_tensor_parallel_sums_activations():
     model = counted(1_000_000, layers=2, hidden=64)
     (only,) = traffic(model, Setup("tp", world=4, tensor=4, batch=3, sequence=10, accumulate=2))
     assert (only.what, only.times, only.nbytes) == ("activations", 2 * 2 * 7, 4 * 3 * 10 * 64)
+
+
+SIZES = {
+    "7e9": counted(7_000_000_000, layers=32, hidden=4096, vocabulary=32_000),
+    "70e9": counted(70_000_000_000, layers=80, hidden=8192, vocabulary=32_000),
+}
+
+
+def test_the_page(capsys):
+    """The tables and the output of the command are what the calculator says."""
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| (\w+) parameters \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert [name for name, _ in tables] == list(SIZES)
+    for name, rows in tables:
+        found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+        assert {row[0] for row in found} == set(STRATEGIES) - {"single"}
+        for strategy, *cells in found:
+            setup = Setup(
+                strategy,
+                tensor=8 if strategy == "tp" else 1,
+                precision="bf16",
+                sequence=2048,
+                checkpointing=True,
+                bucket_view=True,
+                world=8,
+            )
+            plans = [plan(SIZES[name], attrs.evolve(setup, world=world)) for world in (8, 64, 512)]
+            assert cells == [f"{count / 1e9:.1f}" for one in plans for count in (one.memory.total, one.sent)], (name, strategy)
+
+    shown = re.search(r"^\$ fts (plan .*)\n((?:.*\n)*?)```", page, re.MULTILINE)
+    assert main(shown[1].split()) == 0
+    assert capsys.readouterr().out == shown[2]
+
+
+def test_the_table_of_bytes_on_the_page():
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for name, precision in PRECISIONS.items():
+        (row,) = [line for line in page.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1]]
+        p, c, g, m, master, each = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        assert tuple(map(int, (p, c, g, m, master))) == attrs.astuple(precision)
+        assert int(each.split()[0]) == precision.parameters + precision.gradients + 2 * precision.moments + precision.master
