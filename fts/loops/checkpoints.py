@@ -7,10 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import attrs
+import optree
+
+from fts.distributed.group import Group
+from fts.distributed.together import together
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops.position import Position
+from fts.shards import any_sharded
 from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, TrainState
-from fts.storage import SHARD_SIZE, Contents, files_of, has_tensors, read_document, whole_number, write as write_contents
+from fts.storage import SHARD_SIZE, Contents, Written, files_of, has_tensors, read_document, whole_number, write as write_contents
 from fts.storage.manifest import verify_files
 from fts.storage.whole import undo_interrupted, write_whole
 
@@ -20,6 +26,8 @@ FORMAT = 1
 """Version of that file."""
 
 State = TypeVar("State")
+
+ALONE = Group()
 
 
 def save_checkpoint(
@@ -63,8 +71,30 @@ def save_checkpoint(
     >>> position
     Position(epoch=1, batch=0)
     """
-    begin = filling(state, position, extra, write, frozen=frozen, shard_size=shard_size)
-    return write_whole(directory, lambda hidden: write_contents(hidden, begin(hidden)))
+    job = filling(state, position, extra, write, frozen=frozen, shard_size=shard_size)
+
+    def fill(hidden: Path) -> Mapping[str, Written]:
+        job.fill(hidden)
+        return write_contents(hidden, job.contents())
+
+    return write_whole(directory, fill)
+
+
+@attrs.frozen
+class Job:
+    """What writes a checkpoint.
+
+    Attributes:
+        fill: writes the files to a directory, but for those of a `TrainState`.
+        contents: those: laid out, not copied.
+        spread: whether tensors of the state are spread over processes, so that all take part.
+        parts: writes what this process has of them to a directory, given torch's process group; returns what it wrote.
+    """
+
+    fill: Callable[[Path], None]
+    contents: Callable[[], Contents] = Contents
+    spread: bool = False
+    parts: Callable[[Path, Any], Mapping[str, Written]] | None = None
 
 
 def filling(
@@ -75,8 +105,8 @@ def filling(
     *,
     frozen: bool,
     shard_size: int,
-) -> Callable[[Path], Contents]:
-    """What writes a checkpoint's files to a directory, but for those of a `TrainState`, which it returns.
+) -> Job:
+    """How a checkpoint is written.
 
     Args:
         state: see `save_checkpoint`; so are all others.
@@ -95,17 +125,23 @@ def filling(
             "save_checkpoint for each of several in directories of their own."
         )
     progress = _progress(position, extra)
+    options: dict[str, Any] = {"frozen": frozen, "shard_size": shard_size}
 
-    def begin(directory: Path) -> Contents:
+    def fill(directory: Path) -> None:
         if write is not None:
             write(directory)  # first, so that nothing it writes stands for the state
         (directory / PROGRESS).write_text(progress, encoding="utf-8")
-        if isinstance(state, TrainState):
-            return state.contents(frozen=frozen, shard_size=shard_size)
-        _save_foreign(state, directory, frozen=frozen, shard_size=shard_size)
-        return Contents()
+        if not isinstance(state, TrainState):
+            _save_foreign(state, directory, **options)
 
-    return begin
+    if not isinstance(state, TrainState):
+        return Job(fill)
+    return Job(
+        fill,
+        lambda: state.contents(**options),
+        any_sharded(optree.tree_leaves((state.params, state.frozen, state.buffers, state.opt_state))),  # type: ignore[arg-type]
+        lambda directory, handle: state.save_parts(directory, **options, handle=handle),
+    )
 
 
 def _save_foreign(state: Any, directory: Path, *, frozen: bool, shard_size: int) -> None:
@@ -127,12 +163,16 @@ def _loaded_files(directory: Path) -> list[str]:
     return [file for name in names for file in files_of(directory, name)]
 
 
-def load_checkpoint(directory: str | Path, like: State) -> tuple[State, Position]:
-    """Read what `save_checkpoint` wrote, after verifying every file.
+def load_checkpoint(directory: str | Path, like: State, *, group: Group = ALONE) -> tuple[State, Position]:
+    """Read what `save_checkpoint` or a `Writer` wrote, after verifying every file.
+
+    It may have been written by another number of processes, and by processes that shared the state in another way.
 
     Args:
         directory: a checkpoint.
-        like: a state of the same model and transform, for instance a freshly created one.
+        like: a state of the same model and transform, for instance a freshly created one. Of a tensor that is spread over
+            processes, each reads what it is to have.
+        group: processes that all load the same directory at this time: each verifies some of the files.
 
     Returns:
         The state, and the position in the data to resume at.
@@ -141,8 +181,9 @@ def load_checkpoint(directory: str | Path, like: State) -> tuple[State, Position
         CheckpointError: a file is missing, of the wrong size or damaged, or the state does not fit `like`.
     """
     directory = Path(directory)
-    undo_interrupted(directory)
-    verify_checkpoint(directory)
+    with together(group):
+        undo_interrupted(directory)
+        _verify(directory, (group.rank, group.size))
     document = read_document(directory, PROGRESS, version=FORMAT)
     position = Position(*(whole_number(directory / PROGRESS, document, key) for key in ("epoch", "batch")))
     load: Callable[..., State] = type(like).load  # type: ignore[attr-defined]
@@ -176,10 +217,13 @@ def verify_checkpoint(directory: str | Path) -> None:
     Raises:
         CheckpointError: it names the file and says what is wrong with it.
     """
-    directory = Path(directory)
+    _verify(Path(directory))
+
+
+def _verify(directory: Path, share: tuple[int, int] = (0, 1)) -> None:
     if not directory.is_dir():
         raise CheckpointError(f"There is no checkpoint at {directory}.")
-    verify_files(directory, lambda: _loaded_files(directory))
+    verify_files(directory, lambda: _loaded_files(directory), share=share)
 
 
 def _progress(position: Position, extra: Mapping[str, Any] | None) -> str:

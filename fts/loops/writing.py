@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
-from fts.errors import CheckpointError, Interrupted
-from fts.loops.checkpoints import filling
+from fts.distributed.group import Group
+from fts.distributed.together import together
+from fts.errors import ArgumentError, CheckpointError, Interrupted
+from fts.loops.checkpoints import ALONE, Job, filling
 from fts.loops.events import Event, StepEnd, Stopped
 from fts.loops.position import Position
-from fts.storage import SHARD_SIZE, Contents, Image, Written, write as write_contents, write_image, write_texts
+from fts.storage import SHARD_SIZE, Image, Written, take_part, write as write_contents, write_image, write_texts
 from fts.storage.whole import abandoned_on_error, begun, complete
 
 logger = logging.getLogger(__name__)
@@ -40,8 +43,21 @@ class Writer:
 
     As a context it waits at its end for the last save, except where `Interrupted` leaves it: that is in haste.
 
+    Of several processes, each has a writer and calls `save` at the same time, but the first one alone writes. What fails in one
+    fails in all: an error while a save begins at once, one of the thread at the next save and at the end of `watch`; until then
+    `failed` tells. Where the state is spread over processes (FSDP2), "full" gathers one tensor after the other to the first, and
+    the files are those of a process that is alone; "sharded" lets each write its own parts into the same directory, by
+    `torch.distributed.checkpoint`, and all wait until it is complete. `loops.load_checkpoint` reads both, in any number of
+    processes.
+
     Args:
         background: False writes everything before `save` returns, without a copy.
+        group: the processes.
+        each_node: the first process of each machine writes, to a disk of its own.
+        state_dict: "full" or "sharded".
+
+    Raises:
+        ArgumentError: sharded checkpoints were to be written to disks that are not shared.
 
     >>> import tempfile, torch, fts
     >>> from fts import loops, transforms as tx
@@ -54,14 +70,34 @@ class Writer:
     """
 
     background: bool = True
+    group: Group = attrs.field(default=ALONE, kw_only=True)
+    each_node: bool = attrs.field(default=False, kw_only=True)
+    state_dict: Literal["full", "sharded"] = attrs.field(default="full", kw_only=True)
     _image: Image = attrs.field(factory=Image, init=False, repr=False)
     _thread: threading.Thread | None = attrs.field(default=None, init=False, repr=False)
     _error: BaseException | None = attrs.field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.state_dict == "sharded" and self.each_node:
+            raise ArgumentError(
+                "Sharded checkpoints are one directory that all processes write to, in a file system that they share, so "
+                "each_node=True (save_on_each_node of the Trainer) cannot be. Leave it out, or write full ones."
+            )
 
     @property
     def nbytes(self) -> int:
         """Memory of the copy, in bytes."""
         return self._image.nbytes
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what one process writes for all."""
+        return self.group.is_first or (self.each_node and self.group.local_rank == 0)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread met an error that was not raised yet."""
+        return self._error is not None
 
     def save(
         self,
@@ -82,7 +118,8 @@ class Writer:
             state: is copied.
             position: where in the data to resume.
             extra: what else to keep.
-            write: called with the hidden directory before this returns, to add files such as `config.json`.
+            write: called with the hidden directory before this returns, to add files such as `config.json`. Of several processes
+                each calls it, with the directory of the first: gather there what all have, and write where `writes` says so.
             then: called when the checkpoint is durable, on the thread that writes: to delete older ones, for instance.
             frozen: also keep the parameters that are not trained.
             shard_size: bytes of tensors that a file may have.
@@ -94,16 +131,16 @@ class Writer:
             ArgumentError: the state cannot be saved, or `extra` cannot be written as JSON.
             CheckpointError: the disk is full or not writable, or the save before met an error.
         """
-        begin = filling(state, position, extra, write, frozen=frozen, shard_size=shard_size)
-        return self._run(Path(directory), begin, then)
+        job = filling(state, position, extra, None, frozen=frozen, shard_size=shard_size)
+        return self._run(Path(directory), job, write, then)
 
     def write(self, directory: str | Path, write: Fill, then: Callable[[], object] | None = None) -> Path:
         """Begin to write a directory without a state, as `write_whole` does.
 
         Args:
             directory: where it shall be.
-            write: called with the hidden directory, before this returns.
-            then: see `save`.
+            write: see `save`; so is `then`.
+            then: called when it is durable.
 
         Returns:
             The directory. It is there when the thread has made it durable.
@@ -111,12 +148,7 @@ class Writer:
         Raises:
             CheckpointError: as for `save`.
         """
-
-        def begin(hidden: Path) -> Contents:
-            write(hidden)
-            return Contents()
-
-        return self._run(Path(directory), begin, then)
+        return self._run(Path(directory), Job(lambda hidden: None), write, then)
 
     def poll(self) -> None:
         """Raise what the thread met, once.
@@ -152,9 +184,10 @@ class Writer:
         """
         for event in events:
             if isinstance(event, Stopped):
-                self.wait()
+                with together(self.group):
+                    self.wait()
             yield event
-            if isinstance(event, StepEnd):
+            if isinstance(event, StepEnd) and self.group.size == 1:
                 self.poll()
 
     def __enter__(self) -> Writer:
@@ -169,10 +202,53 @@ class Writer:
             except Exception as other:  # noqa: BLE001  # the one under way is the cause of more
                 error.add_note(f"Besides, the last checkpoint failed: {other}")
 
-    def _rest_of(self, hidden: Path, contents: Contents) -> Rest:
+    def _run(self, directory: Path, job: Job, write: Fill | None, then: Callable[[], object] | None) -> Path:
+        with ExitStack() as stack:
+            with together(self.group):
+                self.wait()
+                hidden = stack.enter_context(begun(directory)) if self.writes else None
+            if write is not None:  # first, so that nothing it writes stands for the state
+                there = self.group.broadcast(hidden)
+                with together(self.group):
+                    write(there if hidden is None else hidden)
+            with together(self.group):
+                if hidden is not None:
+                    job.fill(hidden)
+            rest = self._rest_in_parts(hidden, job) if self.state_dict == "sharded" and job.spread else self._rest_of(hidden, job)
+        if hidden is not None:
+            arguments = (directory, hidden, rest, then)
+            if self.background:
+                # no daemon: the interpreter lets it finish before it exits
+                self._thread = threading.Thread(target=self._finish, args=arguments, name="fts-checkpoint")
+                self._thread.start()
+            else:
+                self._finish(*arguments)
+        with together(self.group):
+            if self._thread is None:
+                self.poll()
+        return directory
+
+    def _rest_in_parts(self, hidden: Path | None, job: Job) -> Rest:
+        assert job.parts is not None
+        there: Path = self.group.broadcast(hidden)
+        with together(self.group):
+            written = job.parts(there, self.group.handle)
+        of_all = {name: facts for one in self.group.gather(dict(written)) for name, facts in one.items()}
+        return lambda: of_all
+
+    def _rest_of(self, hidden: Path | None, job: Job) -> Rest:
+        with together(self.group):
+            if hidden is not None:
+                return self._held(hidden, job)
+            if job.spread:
+                take_part(job.contents())
+        return dict
+
+    def _held(self, hidden: Path, job: Job) -> Rest:
+        contents = job.contents()
         if not self.background:
-            return lambda: write_contents(hidden, contents)
-        write_texts(hidden, contents)
+            written = write_contents(hidden, contents)
+            return lambda: written
         before = self.nbytes
         try:
             images = self._image.hold(contents.files)
@@ -183,7 +259,9 @@ class Writer:
                 "as with Writer(background=False), which is async_save=False of the Trainer.",
                 error,
             )
-            return lambda: write_contents(hidden, contents)
+            written = write_contents(hidden, contents)
+            return lambda: written
+        write_texts(hidden, contents)  # not before: the others wait for nobody who has failed
         if self.nbytes != before:
             size = self.nbytes / 2**20
             logger.info("Checkpoints are written beside training from a copy of the state: %.0f MiB.", size)
@@ -191,18 +269,6 @@ class Writer:
         return lambda: {
             name: write_image(hidden / name, image, size) for (name, size), image in zip(sizes.items(), images, strict=True)
         }
-
-    def _run(self, directory: Path, begin: Callable[[Path], Contents], then: Callable[[], object] | None) -> Path:
-        self.wait()
-        with begun(directory) as hidden:
-            rest = self._rest_of(hidden, begin(hidden))
-        if self.background:
-            # no daemon: the interpreter lets it finish before it exits
-            self._thread = threading.Thread(target=self._finish, args=(directory, hidden, rest, then), name="fts-checkpoint")
-            self._thread.start()
-        else:
-            _finish(directory, hidden, rest, then)
-        return directory
 
     def _finish(self, *job: Any) -> None:
         try:

@@ -54,12 +54,13 @@ def _replace_links(directory: Path) -> None:
                 shutil.copyfile(target, path)
 
 
-def verify_files(directory: Path, required: Callable[[], Any] | None = None) -> None:
+def verify_files(directory: Path, required: Callable[[], Any] | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
     """Compare every file that a sealed directory's manifest lists with it; other files are ignored, and never read.
 
     Args:
         directory: a sealed one.
         required: gives the names that the manifest must list; called when those that it lists are found good.
+        share: which of the files to read, where several processes divide them: (number, of how many).
 
     Raises:
         CheckpointError: it names the file and says what is wrong with it.
@@ -68,10 +69,12 @@ def verify_files(directory: Path, required: Callable[[], Any] | None = None) -> 
     files = read_document(directory, MANIFEST, version=FORMAT).get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{manifest} does not list the checkpoint's files. Use an earlier checkpoint.")
-    for name, entry in files.items():
+    number, count = share
+    for place, (name, entry) in enumerate(files.items()):
         if not isinstance(entry, dict) or not isinstance(entry.get(CHECKSUM), str):
             raise CheckpointError(f"{manifest} has an entry that cannot be used: {name!r} has no {CHECKSUM}.")
-        _verify(directory, name, entry)
+        if place % count == number:
+            _verify(directory, name, entry)
     for name in required() if required is not None else ():
         if name not in files:
             raise CheckpointError(f"{manifest} does not list {name}, so nothing vouches for it. Use an earlier checkpoint.")
