@@ -2,6 +2,7 @@
 
     check_transform(transform)              every law of a transform, on generated parameters and gradients
     check_step(step, state, batches)        every law of a step, on batches that you give or generate
+    check_sharded_transform(make_transform) a transform on tensors that are spread over real processes
     TRANSFORM_LAWS, STEP_LAWS               the laws by name; each is a function to be called alone, too
     strategies                              Hypothesis strategies: params(), grads_like(params), trajectories()
 
@@ -27,12 +28,14 @@ from fts.testing.chains import chain_is_associative
 from fts.testing.comparing import LawError
 from fts.testing.of_steps import STEP_LAWS, check_step
 from fts.testing.of_transforms import TRANSFORM_LAWS, check_transform
+from fts.testing.processes import check_sharded_transform
 
 __all__ = [
     "STEP_LAWS",
     "TRANSFORM_LAWS",
     "LawError",
     "chain_is_associative",
+    "check_sharded_transform",
     "check_step",
     "check_transform",
     "strategies",

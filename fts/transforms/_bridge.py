@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import attrs
 import optree
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fts.errors import ArgumentError
-from fts.shards import layout, memory
+from fts.shards import any_sharded, finished, layout, memory
 from fts.transforms._arguments import need_params
 from fts.transforms._leaves import Tree, encode, settled
 from fts.transforms._optimizers import (
@@ -96,11 +98,11 @@ class Bridge:
             self._set_rates(bound, 1.0)
             _train_mode(bound.optimizer)
             trial = None if self.closure is None else _on_trial
-            _step(bound, weights, trial)
+            self._try(bound, weights, trial)
             first, between = read(bound, names, Numbers.none(bound)), snapshot(bound)
             for name, grad in _small(weights).items():
                 grads[name].copy_(grad)
-            _step(bound, weights, trial)
+            self._try(bound, weights, trial)
             numbers = changing(bound, before, self._fixed).union(changing(bound, between, self._fixed))
             second = read(bound, names, numbers)
         once = picked(between.groups, between.attributes, numbers)
@@ -111,6 +113,20 @@ class Bridge:
         for leaf in _leaves(kept):
             leaf.zero_()
         return TorchState(torch.zeros((), dtype=torch.int64), *kept)
+
+    def _try(self, bound: Bound, weights: Params, closure: Closure | None) -> None:
+        """A step on copies, where an optimizer that is not made for tensors of several processes says so."""
+        try:
+            _step(bound, weights, closure)
+        except RuntimeError as error:
+            if not any_sharded(weights.values()):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ArgumentError(
+                f"{self.label}: {type(bound.optimizer).__name__} cannot step on parameters that are spread over processes "
+                f"({reason}). Take one that can, such as adamw, sgd, or from_torch with AdamW, RMSprop, Adagrad or Adafactor, "
+                "or keep whole parameters on each process, as DDP does."
+            ) from error
 
     def update(self, grads: Params, state: TorchState, params: Params | None) -> tuple[Params, OptState, Info]:
         """One step on copies."""
@@ -227,7 +243,8 @@ def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
                 f"from_torch: {type(bound.optimizer).__name__} evaluates the loss in its step. Pass closure=, a function "
                 "params -> (loss, grads)."
             )
-        bound.optimizer.step()
+        with _complete(params):
+            bound.optimizer.step()
         return
 
     def evaluate() -> Tensor:
@@ -239,7 +256,20 @@ def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
                 bound.parameters[name].grad = grads[name].detach().clone()
         return loss.detach()
 
-    bound.optimizer.step(evaluate)
+    with _complete(params):
+        bound.optimizer.step(evaluate)
+
+
+class _CompleteSums(TorchFunctionMode):
+    """Every sum over processes is finished at once; one that is not refuses to be written in place, as Adafactor does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return finished(result) if isinstance(result, Tensor) else result
+
+
+def _complete(params: Params) -> AbstractContextManager[Any]:
+    return _CompleteSums() if any_sharded(params.values()) else nullcontext()
 
 
 def _on_trial(params: Params) -> tuple[Tensor, Params]:

@@ -1,0 +1,230 @@
+"""Every transform on tensors that are spread over processes: started by torchrun, writes what is wrong to `folder/<rank>.json`.
+
+torchrun --nproc-per-node 2 tests/transforms/spread.py folder
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import lion_pytorch
+import prodigyopt
+import pytest
+import schedulefree
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers.optimization import Adafactor
+
+import fts
+from fts import steps, transforms as tx
+from fts.errors import ArgumentError
+from fts.randomness import normal_like
+from fts.shards import is_sharded, whole
+from fts.steps.finite import NonFinite, nonfinite_in
+from fts.testing.comparing import in_words, require_close, require_equal
+from fts.testing.sharded import SPREADS, gathered, sharded_equals_whole, spread_out
+from fts.typing import Params, Transform
+from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
+
+# over two processes: 2 and 1 rows, 1 and none; over four one or two have none
+SHAPES = {"w": (3, 4), "b": (1,), "layers.10.norm.weight": (5,), "kernel": (2, 3, 2, 2), "temperature": ()}
+KNOWN = ("w", "b", "layers.10.norm.weight")
+
+BRIDGED = [
+    tx.from_torch(torch.optim.Adafactor, lr=0.1, weight_decay=0.1),
+    tx.from_torch(Adafactor, lr=0.1, beta1=0.9, relative_step=False),
+    tx.from_torch(torch.optim.RMSprop, lr=0.1, momentum=0.9, centered=True),
+    tx.from_torch(torch.optim.AdamW, lr=0.1, amsgrad=True),
+    tx.chain(tx.clip_by_global_norm(1.0), tx.from_torch(schedulefree.AdamWScheduleFree, lr=0.1)),
+    tx.from_torch(lion_pytorch.Lion, lr=0.01),
+]
+
+# Those that flatten parameters, or pick from them.
+REFUSED = [
+    tx.from_torch(torch.optim.LBFGS, closure=lambda params: (torch.zeros(()), params)),
+    tx.from_torch(torch.optim.Rprop, lr=0.1),
+    tx.from_torch(prodigyopt.Prodigy),
+]
+
+
+def tensors(names: tuple[str, ...], dtype: torch.dtype, seed: int) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(SHAPES[name], generator=generator, dtype=torch.float64).to(dtype) for name in names}
+
+
+def trajectory(names: tuple[str, ...], dtype: torch.dtype, updates: int) -> tuple[Params, list[Params]]:
+    """Gradients of growing size, so that clipping acts on some."""
+    gradients = [{key: g * (0.02 + i) for key, g in tensors(names, dtype, 1 + i).items()} for i in range(updates)]
+    return tensors(names, dtype, 0), gradients
+
+
+def laws(spreads: list[str], dtype: torch.dtype, updates: int) -> dict[str, Callable[[], None]]:
+    named = [(transform, KNOWN) for transform in NAMED_REGISTRY]
+    every = [(transform, tuple(SHAPES)) for transform in (*REGISTRY, *EAGER_REGISTRY, *BRIDGED)]
+    return {
+        f"{in_words(transform)}, {spread}, {dtype}": partial(
+            sharded_equals_whole, transform, *trajectory(names, dtype, updates), spread=spread
+        )
+        for transform, names in every + named
+        for spread in spreads
+    }
+
+
+def says_what_it_needs(transform: Transform) -> None:
+    with pytest.raises(ArgumentError, match="cannot step on parameters that are spread over processes"):
+        transform.init(spread_out(tensors(KNOWN, torch.float64, 0), "shards"))
+
+
+def norm_is_that_of_the_whole() -> None:
+    whole_tree = tensors(tuple(SHAPES), torch.float32, 0)
+    # squares of these do not fit in float32
+    for scale in (1.0, 1e25):
+        tree = {name: tensor * scale for name, tensor in whole_tree.items()}
+        wide = tx.global_norm({name: tensor.double() for name, tensor in tree.items()})
+        for spread in SPREADS:
+            torch.testing.assert_close(tx.global_norm(spread_out(tree, spread)).double(), wide, rtol=1e-6, atol=0.0)
+    # gradients that are sums which nobody has finished
+    from torch.distributed.tensor import DTensor, Partial
+
+    part = DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (dist.get_world_size(),)), [Partial()])
+    torch.testing.assert_close(tx.global_norm([part]), torch.tensor(2.0 * dist.get_world_size()))
+
+
+def noise_is_that_of_the_whole() -> None:
+    tree = tensors(tuple(SHAPES), torch.float64, 0)
+    for spread in SPREADS:
+        for name, tensor in spread_out(tree, spread).items():
+            require_equal(name, whole(normal_like(tensor, 3, 7)), normal_like(tree[name], 3, 7))
+
+
+def bad_numbers_are_counted_once() -> None:
+    tree = tensors(tuple(SHAPES), torch.float64, 0)
+    assert nonfinite_in(spread_out(tree, "shards")) == {}
+    tree["w"][2, 1] = float("nan")
+    tree["kernel"][0] = float("inf")
+    for spread in SPREADS:
+        found = nonfinite_in(spread_out(tree, spread))
+        assert found == {"w": NonFinite(1, 0, 12), "kernel": NonFinite(0, 12, 24)}, found
+
+
+def as_torch(make_optimizer: Callable[..., torch.optim.Optimizer], transform: Transform) -> None:
+    """Ten updates of a module under `fully_shard` with clipping, against torch's optimizer on the same module."""
+
+    def module() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.LayerNorm(3)).double()
+        return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    theirs, ours = module(), module()
+    optimizer = make_optimizer(theirs.parameters())
+    full = tx.chain(tx.clip_by_global_norm(0.5), transform)
+    state = fts.TrainState.create(ours, full)
+    for i in range(10):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(i)
+        theirs(torch.randn(6, 5, generator=generator, dtype=torch.float64)).square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in theirs.named_parameters()}
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+        state, info = steps.apply_gradients(state, grads, full, donate=bool(i % 2))
+        require_close("grad_norm", info["grad_norm"], whole(norm), looser=0.01)
+        for name, parameter in theirs.named_parameters():
+            require_close(name, whole(state.params[name]), whole(parameter.detach()), looser=0.01)
+
+
+def states_hold_shards() -> None:
+    tree = tensors(KNOWN, torch.float32, 0)
+    transform = tx.ema_params(tx.adamw(0.1), 0.9)
+    plain = fts.TrainState.create(tree, transform)
+    spread = fts.TrainState.create(spread_out(tree, "shards"), transform)
+    assert "3 tensors with 18 numbers" in repr(spread)
+    grads = tensors(KNOWN, torch.float32, 1)
+    plain, _ = steps.apply_gradients(plain, grads, transform)
+    kept = {name: whole(tensor) for name, tensor in spread.params.items()}
+    after, _ = steps.apply_gradients(spread, spread_out(grads, "shards"), transform)
+    require_equal("the old state", gathered(spread.params), kept)
+    require_close("params", gathered(after.params), plain.params)
+    # gradients in another layout are brought to that of the parameters
+    other, _ = steps.apply_gradients(spread, grads, transform)
+    require_equal("params", gathered(other.params), gathered(after.params))
+    # averages do not share memory with parameters
+    again, _ = steps.apply_gradients(after, spread_out(grads, "shards"), transform, donate=True)
+    assert all(is_sharded(tensor) for tensor in (*again.params.values(), *tx.averaged_params(again.opt_state).values()))
+
+    moments = tx.torch_moments(plain.opt_state)
+    told = tx.adamw(0.1).init(spread_out(tree, "shards"))
+    from fts.transforms.importing import with_torch_moments
+
+    told = with_torch_moments(told, moments, step=1)
+    require_equal("moments", gathered(told), plain.opt_state.inner)
+    require_equal("moments", gathered(tx.torch_moments(told)), moments)
+
+    # what a single process saved, in shards, and back in a module that is not spread
+    directory = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(directory)
+    if dist.get_rank() == 0:
+        plain.save(Path(directory[0]))
+    dist.barrier()
+    loaded = fts.TrainState.load(Path(directory[0]), like=after)
+    require_equal("params", gathered(loaded.params), plain.params)
+    require_equal("opt_state", gathered(loaded.opt_state), plain.opt_state)
+    assert all(is_sharded(tensor) for tensor in loaded.params.values())
+
+    model = nn.Linear(4, 3)
+    linear = fts.TrainState.create(
+        fully_shard(nn.Linear(4, 3), mesh=init_device_mesh("cpu", (dist.get_world_size(),))), tx.sgd(0.1)
+    )
+    linear.apply_to(model)
+    require_equal("module", dict(model.state_dict()), gathered(linear.params))
+
+
+def checks() -> dict[str, Callable[[], None]]:
+    every = list(SPREADS)
+    compared = {
+        "AdamW": (partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1, fused=True), tx.adamw(0.1, weight_decay=0.1)),
+        "Adam": (partial(torch.optim.Adam, lr=0.1), tx.adam(0.1)),
+        "SGD": (partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True), tx.sgd(0.1, momentum=0.9, nesterov=True)),
+        "bridged AdamW": (partial(torch.optim.AdamW, lr=0.1), tx.from_torch(torch.optim.AdamW, lr=0.1)),
+    }
+    return {
+        **laws(every[:1], torch.float64, 3),
+        **laws(every[1:], torch.float64, 2),
+        **(laws(every, torch.float32, 3) if dist.get_world_size() > 2 else {}),
+        **{f"{in_words(transform)} says what it needs": partial(says_what_it_needs, transform) for transform in REFUSED},
+        **{f"{name} is torch's": partial(as_torch, *pair) for name, pair in compared.items()},
+        **{
+            check.__name__: check
+            for check in (
+                norm_is_that_of_the_whole,
+                noise_is_that_of_the_whole,
+                bad_numbers_are_counted_once,
+                states_hold_shards,
+            )
+        },
+    }
+
+
+def main(folder: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    results: dict[str, str] = {}
+    for name, check in checks().items():
+        try:
+            check()
+            results[name] = ""
+        except Exception as error:  # noqa: BLE001  # the test reads it
+            results[name] = f"{type(error).__name__}: {error}"
+            if "closure" in results[name] or "Timed out" in results[name]:  # the processes have lost each other
+                break
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
