@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fts.distributed.strategies import FSDP
 from fts.errors import ArgumentError
+from fts.shards import is_sharded, local
 from fts.wording import some
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -49,8 +50,9 @@ def shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
     ignored = _ignored(module, strategy.ignored)
     units = units_of(module, strategy.units, skip=ignored)
     _check(module, units, ignored)
+    _share_parts(module, mesh)
     whole: dict[str, Tensor | None]
-    whole = {name: tensor.detach() for name, tensor in _tensors(module) if not hasattr(tensor, "full_tensor")}
+    whole = {name: tensor.detach() for name, tensor in _tensors(module) if not is_sharded(tensor)}
     if mesh.get_rank() != int(mesh.mesh.flatten()[0]):
         whole = dict.fromkeys(whole)  # comes from the first
     if strategy.activation_checkpointing:
@@ -252,6 +254,14 @@ def _materialize(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
+def _share_parts(module: nn.Module, mesh: Any) -> None:
+    """Where tensor parallelism has cut a parameter, give each process the part that the first one of the mesh has."""
+    for parameter in filter(is_sharded, module.parameters()):
+        for axis in range(mesh.ndim):
+            distributed.broadcast(local(parameter), group_src=0, group=mesh.get_group(axis))
+
+
+@torch.no_grad()
 def _scatter(module: nn.Module, mesh: Any, whole: dict[str, Tensor | None]) -> None:
     """Give each process its part of the first one's tensors, one after the other.
 
@@ -270,5 +280,4 @@ def _scatter(module: nn.Module, mesh: Any, whole: dict[str, Tensor | None]) -> N
         source = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if source is None else source.to(device)
         placements = getattr(tensor, "placements", [Replicate()] * mesh.ndim)
         part = distribute_tensor(source, mesh, placements, src_data_rank=0)
-        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        own.copy_(part.to_local())
+        local(tensor).copy_(local(part))
