@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
-from fts.shards import is_sharded
 from fts.state import TrainState
 from fts.steps.among import Among
 from fts.steps.binding import Binding
@@ -138,8 +137,8 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
     device, among, last = device_of(work.state.params), work.among, len(work.micro) - 1
     run = forward if among is None else among.forward(forward)
     outputs: list[LossOutput] = []
-    total, gathered = None, cast(Number, 0)
-    narrow = not work.single and _overflows(leaves)
+    total, unit = None, None
+    narrow = not work.single and (work.scale is not None or any(leaf.dtype == torch.float16 for leaf in leaves.values()))
     for index in range(len(work.micro)):
         work.seed(index, device)
         with (
@@ -158,37 +157,26 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
             factor = _factor(work, output.weight, total)
             if narrow:
                 assert factor is not None
-                whole = gathered + factor if total is None else total.weight / (1 if among is None else among.size)
-                _multiply(leaves, _share(gathered, whole))
-                gathered, factor = gathered + factor, _share(factor, whole)
+                unit = _unit(work, output.weight, device) if unit is None else unit
+                factor = factor / unit
             loss = scaled(output.loss, work.scale)
             if factor is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             elif among is not None or not _is_zero(factor):  # where several exchange gradients, nobody may stay away
                 _weighted_backward(loss, factor, leaves)
     assert total is not None
-    return total._replace(divisor=None) if narrow else total
+    return total if unit is None or total.divisor is None else total._replace(divisor=total.divisor / unit)
 
 
-def _overflows(leaves: Params) -> bool:
-    """Whether gradients could not be multiplied by the weights of micro-batches (thousands of tokens) before they are divided.
+def _unit(work: Work, weight: Number | None, device: torch.device) -> Number:
+    """What the weights of micro-batches are divided by where numbers of tokens would make gradients in float16 overflow.
 
-    Those in float16 are kept as the mean over the micro-batches so far instead. Of parameters that are cut into shards they are
-    gathered elsewhere, so that only a loss scale helps.
+    It makes them about one share each: it is that of the first, on average over the processes, times their number.
     """
-    return any(leaf.dtype == torch.float16 and not is_sharded(leaf) for leaf in leaves.values())
-
-
-def _share(part: Number, whole: Number) -> Number:
-    if isinstance(whole, Tensor):
-        return torch.where(whole == 0, 0.0, part / whole)
-    return part / whole if isinstance(part, Tensor) or whole else 0.0
-
-
-def _multiply(leaves: Params, factor: Number) -> None:
-    grads = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
-    if grads:
-        torch._foreach_mul_(grads, factor.to(grads[0].device) if isinstance(factor, Tensor) else factor)
+    assert weight is not None
+    if work.among is not None:
+        weight = work.among.sum(torch.as_tensor(weight, dtype=torch.float32, device=device)) / work.among.size
+    return (weight.clamp(min=1) if isinstance(weight, Tensor) else max(weight, 1)) * len(work.micro)
 
 
 def _factor(work: Work, weight: Number | None, total: Total | None) -> Number | None:

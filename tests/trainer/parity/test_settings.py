@@ -67,20 +67,19 @@ def test_only_the_model_is_saved(tmp_path, capsys):
         again.train(resume_from_checkpoint=str(tmp_path / "fts" / "checkpoint-2"))
 
 
-def test_fp16_needs_loss_scaling(tmp_path, capsys):
-    with pytest.raises(ValueError, match="fp16=True needs loss scaling, which is not yet in this version of fts"):
-        make(OURS, tmp_path, llama(), tokens, fp16=True).train()
-
-
-@pytest.mark.xfail(reason="loss scaling is not there yet", raises=ValueError)
 def test_fp16(tmp_path, capsys):
-    half = make(OURS, tmp_path, llama(), tokens, fp16=True, max_steps=4)
-    half.train()
+    """transformers' Trainer scales no losses on a CPU; where nothing overflows, a scale changes nothing but small gradients."""
+    theirs, ours = both(tmp_path, llama(), tokens, fp16=True, max_steps=4)
+    found, expected = entries(ours), entries(theirs)
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=2e-3)
+    assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=2e-2)
+    assert [e["learning_rate"] for e in found] == pytest.approx([e["learning_rate"] for e in expected])
     whole = make(OURS, tmp_path, llama(), tokens, max_steps=4)
     whole.train()
-    assert [e["loss"] for e in entries(half)] == pytest.approx([e["loss"] for e in entries(whole)], rel=2e-3)
-    assert [e["loss"] for e in entries(half)] != [e["loss"] for e in entries(whole)]
-    assert all(parameter.dtype is torch.float32 for parameter in half.model.parameters())
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in entries(whole)], rel=2e-3)
+    assert [e["loss"] for e in found] != [e["loss"] for e in entries(whole)]
+    assert all(parameter.dtype is torch.float32 for parameter in ours.model.parameters())
+    assert [e["loss_scale"] for e in found] == [2.0**16] * 4
 
 
 def test_data_is_not_skipped(tmp_path, capsys):
