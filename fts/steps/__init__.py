@@ -12,6 +12,7 @@ from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfi
 from fts.steps.gradients import ValueAndGrad, value_and_grad
 from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
 from fts.steps.microbatches import MicroBatches, Weightless, rows, split
+from fts.steps.offloading import offload_activations
 from fts.steps.passing import Passing, passing
 from fts.steps.precision import Scaler
 from fts.steps.reaching import gradients_at, raise_nonfinite
@@ -51,6 +52,7 @@ __all__ = [
     "module_loss",
     "nonfinite_in",
     "notice_nonfinite",
+    "offload_activations",
     "own_backward",
     "passing",
     "raise_nonfinite",

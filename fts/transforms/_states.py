@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from fts.typing import OptState
 
 
@@ -15,8 +13,7 @@ def states_in(tree: OptState, *kinds: type) -> list[Any]:
     if isinstance(tree, kinds):
         return [tree]
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
-    # most are tensors by parameter name; to look into each of them would take a share of a small step
-    return [state for child in children if not isinstance(child, Tensor) for state in states_in(child, *kinds)]
+    return [state for child in children for state in states_in(child, *kinds)]
 
 
 def with_states(tree: OptState, changes: Mapping[type, Callable[[Any], OptState]]) -> OptState:

@@ -14,7 +14,6 @@ from fts.transforms._arguments import check_count, check_number, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast, pure_apply, scale_in_place
 from fts.transforms._scalars import device_of, new_count, times, widest
-from fts.transforms._states import states_in
 from fts.transforms._withholding import all_finite, all_finite_now, counted, counted_now, withheld_now_unless, withheld_unless
 from fts.transforms.wrapping import skip_report
 from fts.typing import Info, OptState, Params, Transform
@@ -177,9 +176,19 @@ def find_loss_scale(opt_state: OptState) -> Tensor | None:
     Raises:
         ArgumentError: there is more than one.
     """
-    found = states_in(opt_state, LossScaleState)
+    # steps ask each time, so this visits no tensor by itself: most of a state are tensors by parameter name
+    found: list[LossScaleState] = []
+    waiting = [opt_state]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, LossScaleState):
+            found.append(node)
+        elif isinstance(node, dict):
+            waiting += [child for child in node.values() if type(child) is not Tensor]
+        elif isinstance(node, (tuple, list)):
+            waiting += [child for child in node if type(child) is not Tensor]
     if len(found) > 1:
-        raise ArgumentError(f"There are {len(found)} loss scales in this state; a loss is multiplied by one. Wrap the whole once.")
+        raise ArgumentError(f"There are {len(found)} loss scales in this state; a loss is multiplied by one. Wrap all of it once.")
     return found[0].scale if found else None
 
 

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fts
 from fts import steps, transforms as tx
-from fts.errors import ArgumentError, NonFiniteError
+from fts.errors import ArgumentError, CompileFallbackWarning, NonFiniteError
+from fts.steps import offloading
 
 ENGINES = ["module", "func"]
 SCALE = {"init_scale": 2.0**12, "growth_interval": 3}
@@ -247,6 +249,105 @@ def test_backward_of_ones_own_without_the_scale_is_an_error():
         steps.gradient_step(steps.own_backward(net, unscaled), transform)(state, batch)
     with pytest.raises(ArgumentError, match=r"did not scale its loss.*accelerator.backward\(loss\)"):
         steps.gradient_step(steps.own_backward(net, unscaled, scaler=scaler), transform)(state, batch)
+
+
+# ---- activations
+
+
+class Checkpointed(Net):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        hidden = checkpoint(lambda x: self.norm(torch.relu(self.first(x))), x.requires_grad_(), use_reentrant=self.reentrant)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_activations_are_computed_anew_in_float16(engine, reentrant):
+    data, results = batches(4, overflow=(0,)), []
+    for net in (Net(), Checkpointed(reentrant)):
+        loss = steps.module_loss(net, loss_fn)
+        step = steps.train_step(loss, optimizer(), precision="fp16", engine=engine, accumulate=2)
+        results.append(run(step, fts.TrainState.create(net, optimizer()), data))
+    torch.testing.assert_close(results[0][0].params, results[1][0].params, rtol=1e-6, atol=1e-7)
+    assert [row["loss"] for row in results[1][1]] == pytest.approx([row["loss"] for row in results[0][1]], rel=1e-6)
+
+
+def moved(monkeypatch):
+    """Which shapes are copied to the memory of the CPU."""
+    shapes = []
+    original = offloading._packer
+
+    def packer(least):
+        pack = original(least)
+
+        def look(tensor):
+            packed = pack(tensor)
+            if isinstance(packed, tuple):
+                shapes.append(tuple(tensor.shape))
+            return packed
+
+        return look
+
+    monkeypatch.setattr(offloading, "_packer", packer)
+    return shapes
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_activations_on_the_cpu_give_equal_gradients(monkeypatch, engine, accumulate, precision):
+    net, (batch,), transform = Net(), batches(1, rows=64), optimizer()
+    state = fts.TrainState.create(net, transform)
+    options = {"engine": engine, "accumulate": accumulate, "precision": precision}
+    loss = steps.module_loss(net, loss_fn)
+    value, grads = steps.value_and_grad(loss, **options)(state, batch)
+    shapes = moved(monkeypatch)
+    offloaded, found = steps.value_and_grad(steps.offload_activations(loss, least=100), **options)(state, batch)
+    assert offloaded.loss == value.loss and offloaded.weight == value.weight
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-7)
+    rows = 64 // accumulate
+    assert (rows, 16) in shapes  # hidden values
+    weights = {tuple(p.shape) for p in net.parameters()}
+    assert precision == "fp16" or not weights & set(shapes)  # of which autocast makes copies in float16
+
+
+def test_activations_of_plain_losses_and_models_own_losses(monkeypatch):
+    shapes = moved(monkeypatch)
+    state = fts.TrainState.create({"w": torch.randn(40, 40)}, tx.identity())
+
+    def plain(params, batch):
+        return torch.tanh(batch @ params["w"]).square().mean(), 3
+
+    x = torch.randn(50, 40)
+    value, grads = steps.value_and_grad(plain)(state, x)
+    offloaded, found = steps.value_and_grad(steps.offload_activations(plain))(state, x)
+    assert torch.equal(found["w"], grads["w"]) and (offloaded.loss, offloaded.weight) == (value.loss, 3)
+    assert (50, 40) in shapes and (40, 40) not in shapes
+
+    class Own(nn.Linear):
+        def forward(self, x, labels):
+            return {"loss": torch.tanh(super().forward(x)).square().mean()}
+
+    net = Own(40, 40)
+    batch = {"x": x, "labels": torch.tensor([[1, -100, 3]])}
+    loss = steps.offload_activations(steps.module_loss(net))
+    value, _ = steps.value_and_grad(loss)(fts.TrainState.create(net, tx.identity()), batch)
+    assert value.weight == 2  # labels that count
+    with pytest.raises(ArgumentError, match="offload_activations needs a function"):
+        steps.offload_activations(3)
+
+
+def test_activations_in_a_graph_stay_where_they_are():
+    net, (batch,) = Net(), batches(1)
+    step = steps.train_step(steps.offload_activations(steps.module_loss(net, loss_fn)), tx.sgd(0.1))
+    with pytest.warns(CompileFallbackWarning, match="runs eagerly"):
+        state, _ = steps.compile(step, backend="eager")(fts.TrainState.create(net, tx.sgd(0.1)), batch)
+    assert all(tensor.isfinite().all() for tensor in state.params.values())
 
 
 # ---- parameters in 16 bits

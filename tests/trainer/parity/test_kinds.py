@@ -139,7 +139,7 @@ def test_frozen_parameters(tmp_path, capsys):
     assert_same_training(theirs, ours)
 
 
-@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("reentrant", [None, False, True])
 def test_gradient_checkpointing(reentrant, tmp_path, capsys):
     options = {"gradient_checkpointing": True, "max_steps": 4}
     if reentrant is not None:
