@@ -188,7 +188,7 @@ def find_loss_scale(opt_state: OptState) -> Tensor | None:
         elif isinstance(node, (tuple, list)):
             waiting += [child for child in node if type(child) is not Tensor]
     if len(found) > 1:
-        raise ArgumentError(f"There are {len(found)} loss scales in this state; a loss is multiplied by one. Wrap all of it once.")
+        raise ArgumentError(f"There are {len(found)} loss scales in this state; one is enough. Wrap all of it once.")
     return found[0].scale if found else None
 
 

@@ -130,7 +130,7 @@ EAGER_REGISTRY = [
 ]
 
 NOT_TRANSFORMS = {
-    "apply_updates", "averaged_params", "eval_params", "global_norm", "has_loss_scale", "loss_scale",
+    "apply_updates", "averaged_params", "eval_params", "global_norm", "loss_scale",
     "followed_rate", "follows_metric", "observe_metric", "torch_moments",
     "constant_schedule", "cosine_restarts_schedule", "cosine_schedule", "inverse_sqrt_schedule", "join_schedules",
     "linear_schedule", "polynomial_schedule", "shift_schedule", "warmup", "warmup_stable_decay_schedule",

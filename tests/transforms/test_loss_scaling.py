@@ -131,7 +131,6 @@ def test_the_scale_is_found_wherever_it_stands():
     params = {"w": torch.ones(1)}
     for transform in (scaled, tx.ema_params(scaled, 0.9), tx.master_weights(scaled), tx.chain(tx.multi_steps(scaled, 2))):
         state = transform.init(params)
-        assert tx.has_loss_scale(state)
         assert float(tx.loss_scale(state)) == 4.0
         assert any(leaf is tx.loss_scale(state) for leaf in pytree.tree_leaves(state))
         check_unscales_first(transform)
