@@ -55,11 +55,12 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 	$(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-bench: $(VENV)/.dev ## Measure steps, prediction, checkpoints and the import against peers
+bench: $(VENV)/.dev ## Measure steps, prediction, checkpoints, two processes and the import against peers
 	$(PY) benchmarks/import_time.py
 	$(PY) benchmarks/step.py
 	$(PY) benchmarks/predict.py
 	$(PY) benchmarks/checkpoint.py
+	$(PY) benchmarks/distributed.py
 
 fuzz: $(VENV)/.dev ## Kill training processes 200 times, run the laws with many more generated examples, and the long tests
 	$(PY) -m tests.reliability.kills --kills $(KILLS)
