@@ -85,6 +85,14 @@ def part_of(source: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(source, form.device_mesh, form.placements, src_data_rank=None)
 
 
+def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plain tensor that is the same on every process, to be used with `like`; it shares its memory."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = _mesh(like)
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def copied_into(target: AnyTensor, source: Tensor) -> AnyTensor:
     """Copy into a tensor, each of the two spread or not. All processes must call it.
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import attrs
 import optree
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fts.errors import ArgumentError
-from fts.shards import any_sharded, finished, layout, memory
+from fts.shards import any_sharded, layout, memory
 from fts.transforms._arguments import need_params
 from fts.transforms._leaves import Tree, encode, settled
 from fts.transforms._optimizers import (
@@ -34,6 +32,7 @@ from fts.transforms._optimizers import (
     snapshot,
     without_hooks,
 )
+from fts.transforms._processes import over_processes
 from fts.transforms._rates import rate_now, report
 from fts.transforms._scalars import device_of
 from fts.typing import Info, Number, OptState, Params, Schedule
@@ -243,7 +242,7 @@ def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
                 f"from_torch: {type(bound.optimizer).__name__} evaluates the loss in its step. Pass closure=, a function "
                 "params -> (loss, grads)."
             )
-        with _complete(params):
+        with over_processes(params):
             bound.optimizer.step()
         return
 
@@ -256,20 +255,8 @@ def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
                 bound.parameters[name].grad = grads[name].detach().clone()
         return loss.detach()
 
-    with _complete(params):
+    with over_processes(params):
         bound.optimizer.step(evaluate)
-
-
-class _CompleteSums(TorchFunctionMode):
-    """Every sum over processes is finished at once; one that is not refuses to be written in place, as Adafactor does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return finished(result) if isinstance(result, Tensor) else result
-
-
-def _complete(params: Params) -> AbstractContextManager[Any]:
-    return _CompleteSums() if any_sharded(params.values()) else nullcontext()
 
 
 def _on_trial(params: Params) -> tuple[Tensor, Params]:
