@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import optree
+from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 
 from fts.errors import BatchError
@@ -24,6 +26,11 @@ class MicroBatches(tuple[Batch, ...]):
 
     def __repr__(self) -> str:
         return f"MicroBatches({', '.join(map(repr, self))})"
+
+
+optree.register_pytree_node(
+    cast(Any, MicroBatches), lambda parts: (tuple(parts), None), lambda _, parts: MicroBatches(parts), namespace=GLOBAL_NAMESPACE
+)
 
 
 class Weightless(NamedTuple):  # which a graph can build

@@ -1,0 +1,140 @@
+"""Steps of several processes against those of one, for test_steps: `torchrun stepping.py FOLDER [CASE ...]`."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import fts
+from fts import distributed, steps, transforms as tx
+from fts.shards import whole
+from fts.steps import MicroBatches, Weightless
+
+STEPS = 50
+OPTIMIZERS = {
+    "adamw": lambda: tx.adamw(3e-3, weight_decay=0.1),
+    "sgd": lambda: tx.sgd(0.05, momentum=0.9, nesterov=True),
+    "adafactor": lambda: tx.from_torch(torch.optim.Adafactor, lr=1e-2),
+}
+WAYS = ("ddp", "fsdp", "func", "compiled", "plain")
+
+
+class Net(nn.Module):
+    """A small language model: tied weights, dropout, a normalisation, and 3 rows that no 2 processes divide."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.mix = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8))
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Linear(8, 3)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = self.norm(x + self.mix(x))
+        return self.head(x * self.scale(x).tanh().sum(-1, keepdim=True))
+
+
+def net_of(dtype):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def loss(model, batch):
+    logits = model(batch["tokens"])
+    labels = batch["labels"]
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    count = (labels != -100).sum()
+    hits = (logits.argmax(-1) == labels).double().mean()
+    return total / count, count, {"hits": (hits, labels.numel())}
+
+
+def data(micro, *, one_shape):
+    """Global micro-batches of unequal lengths and counts of labels; each fifth step has one less."""
+    generator = torch.Generator().manual_seed(5)
+    for step in range(STEPS):
+        parts = []
+        for index in range(micro):
+            rows, length = (3, 5) if one_shape else (2 + (step + index) % 2, 3 + (3 * step + index) % 5)
+            tokens = torch.randint(0, 11, (rows, length), generator=generator)
+            labels = tokens.roll(-1, 1)
+            labels[:, -1] = -100
+            labels[0, : 1 + index % 3] = -100
+            parts.append({"tokens": tokens, "labels": labels})
+        yield parts[: micro - 1] if step % 5 == 4 else parts
+
+
+def mine(parts, micro, group):
+    """This process's part of a step; what is missing weighs nothing."""
+    found = []
+    for index in range(micro // group.size):
+        number = index * group.size + group.rank
+        found.append(parts[number] if number < len(parts) else Weightless(parts[0]))
+    return MicroBatches(found)
+
+
+def trained(step, state, batches):
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append([float(metrics[name]) for name in ("loss", "hits", "grad_norm")])
+    return state, losses
+
+
+def case(way, optimizer, dtype, accumulate, group):
+    """The largest differences to one process: of losses and figures, and of parameters."""
+    transform = tx.chain(tx.clip_by_global_norm(0.5), OPTIMIZERS[optimizer]())
+    micro = accumulate * group.size
+    parts = list(data(micro, one_shape=way == "compiled"))
+    alone = net_of(dtype)
+    if way == "compiled":
+        alone.mix[2].p = 0.0  # a graph is seeded once, not for each micro-batch
+    reference = steps.train_step(steps.module_loss(alone, loss), transform)
+    expected, losses = trained(reference, fts.TrainState.create(alone, transform, seed=7), map(MicroBatches, parts))
+
+    net = net_of(dtype)
+    if way == "compiled":
+        net.mix[2].p = 0.0
+    if way == "fsdp":
+        fully_shard(net.mix)
+        fully_shard(net)
+    state = fts.TrainState.create(net, transform, seed=7)
+    engine = "func" if way in ("func", "compiled") else "module"
+    step = steps.train_step(steps.module_loss(net, loss), transform, engine=engine)
+    if way == "compiled":
+        step = steps.compile(step, backend="aot_eager")
+    if way == "plain":
+        gradients = steps.value_and_grad(
+            lambda params, batch: loss(lambda t: torch.func.functional_call(net, params, (t,)), batch)
+        )
+        step = steps.gradient_step(gradients, transform)
+    step = distributed.distribute(steps.donating(step), group)
+    found, own = trained(step, state, [mine(part, micro, group) for part in parts])
+    figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
+    pairs = [(whole(found.params[name]), tensor) for name, tensor in expected.params.items()]
+    return {"figures": figures, "params": max((a - b).abs().max().item() for a, b in pairs)}
+
+
+def main(folder, *chosen):
+    group = distributed.start(device="cpu")
+    found = {}
+    for way, optimizer in itertools.product(WAYS, OPTIMIZERS):
+        if chosen and way not in chosen:
+            continue
+        for dtype, accumulate in ((torch.float64, 2), (torch.float32, 1)):
+            if way not in ("ddp", "fsdp") and (optimizer != "adamw" or dtype != torch.float64):
+                continue
+            found[f"{way} {optimizer} {str(dtype)[6:]} x{accumulate}"] = case(way, optimizer, dtype, accumulate, group)
+    Path(folder, f"{group.rank}.json").write_text(json.dumps(found))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,37 @@
+"""A step of several processes is that of one which has all their micro-batches."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.torchrun import results
+
+SCRIPT = Path(__file__).with_name("stepping.py")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return results(SCRIPT, tmp_path_factory.mktemp("two"))
+
+
+def test_two_processes_follow_one_over_fifty_steps(two):
+    check(two)
+
+
+def test_the_processes_report_the_same(two):
+    one, other = two
+    assert {name: found["figures"] for name, found in one.items()} == {name: found["figures"] for name, found in other.items()}
+
+
+@pytest.mark.fuzz
+def test_four_processes_follow_one(tmp_path):
+    check(results(SCRIPT, tmp_path, processes=4, timeout=900))
+
+
+def check(found):
+    ways = {name.partition(" ")[0] for name in found[0]}
+    assert ways == {"ddp", "fsdp", "func", "compiled", "plain"}
+    for name, differences in found[0].items():
+        limit = 1e-9 if "float64" in name else 2e-5
+        assert differences["params"] < limit, (name, differences)
+        assert differences["figures"] < limit, (name, differences)
