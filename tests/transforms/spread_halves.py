@@ -1,0 +1,71 @@
+"""What `spread.py` checks of loss scales and of parameters in 16 bits over several processes."""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from fts import transforms as tx
+from fts.shards import whole
+from fts.testing.comparing import require_close, require_equal
+from fts.testing.sharded import SPREADS, gathered, spread_out
+
+SHAPES = {"w": (3, 4), "b": (1,), "kernel": (2, 3, 2, 2), "temperature": ()}
+
+
+def tree(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def both_ways(transform, params, gradients):
+    """Parameters and state after some updates, by `update` and by `apply`."""
+    state, weights = transform.init(params), params
+    for grads in gradients:
+        updates, state, info = transform.update(grads, state, weights)
+        weights = tx.apply_updates(weights, updates)
+    yield weights, state, info
+    state, weights = transform.init(params), {name: p.clone() for name, p in params.items()}
+    for grads in gradients:
+        weights, state, info = transform.apply({name: g.clone() for name, g in grads.items()}, state, weights)
+    yield weights, state, info
+
+
+def halves_are_those_of_the_whole() -> None:
+    for transform in (
+        tx.master_weights(tx.adamw(0.1)),
+        tx.master_weights(tx.dynamic_loss_scale(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.1)), 4.0)),
+        tx.stochastic_rounding(tx.adamw(0.1), seed=3),
+    ):
+        params, gradients = tree(0, torch.bfloat16), [tree(1 + i, torch.bfloat16) for i in range(2)]
+        for spread in SPREADS:
+            expected = both_ways(transform, params, gradients)
+            found = both_ways(transform, spread_out(params, spread), [spread_out(grads, spread) for grads in gradients])
+            for (one, state, info), (two, own, told) in zip(expected, found, strict=True):
+                # bit for bit: the same numbers are rounded up everywhere
+                require_equal(f"{transform.label}, {spread}: params", gathered(two), one)
+                require_close(f"{transform.label}, {spread}: state", gathered(own), state)
+                require_close(f"{transform.label}, {spread}: info", {key: whole(value) for key, value in told.items()}, info)
+
+
+def what_overflows_in_one_process_is_skipped_in_all() -> None:
+    """The last row, which lies on the last process, has an overflow."""
+    wrappers = {
+        "skipped": tx.skip_nonfinite(tx.adamw(0.1)),
+        "skipped ": tx.dynamic_loss_scale(tx.adamw(0.1), 4.0),
+        "spike": tx.skip_spikes(tx.adamw(0.1), warmup_steps=1),
+    }
+    for key, transform in wrappers.items():
+        params, grads = tree(0, torch.float32), tree(1, torch.float32)
+        bad = {name: g.clone() for name, g in grads.items()}
+        bad["w"][2, 3] = math.inf
+        for spread in SPREADS:
+            start = spread_out(params, spread)
+            for after, state, info in both_ways(transform, start, [spread_out(bad, spread)]):
+                require_equal(f"{transform.label}, {spread}", gathered(after), params)
+                flags = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+                flags[dist.get_rank()] = int(info[key.strip()])
+                dist.all_reduce(flags)
+                assert flags.eq(1).all(), flags
+                if transform.label.startswith("dynamic"):
+                    assert float(tx.loss_scale(state)) == 2.0
