@@ -128,7 +128,13 @@ def module_engine(forward: Forward, work: Work, *, own_buffers: bool) -> tuple[V
             buffers = binding.get_buffers()
     binding.check_structure()
     if work.among is not None:
-        written = {name: buffer for name, buffer in buffers.items() if before[name] != (buffer.data_ptr(), buffer._version)}
+        # batch normalization writes its statistics without a new version
+        kept = buffers.keys() - work.state.layout.transient
+        written = {
+            name: buffer
+            for name, buffer in buffers.items()
+            if name in kept or before[name] != (buffer.data_ptr(), buffer._version)
+        }
         buffers |= work.among.same(written)
     return Value(total.loss, total.weight, total.metrics, buffers), grads
 
