@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fts.errors import BatchError, LossError
+from fts.shards import whole
 from fts.trainer.trees import map_leaves
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -183,11 +184,11 @@ def _mean(loss: Any) -> Tensor:
             f"compute_loss gave {type(loss).__name__} as the loss of a batch with labels; it must be a tensor. Return it from "
             'the model as "loss" or as the first of a tuple, or pass compute_loss_func=.'
         )
-    return loss.detach().mean()
+    return whole(loss.detach()).mean()
 
 
 def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+    return whole(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
 def _readable(leaf: Any) -> Any:
