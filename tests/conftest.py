@@ -1,6 +1,7 @@
 """How much is tested: `make test` takes Hypothesis's profile "tests", `make fuzz` the profile "fuzz" and the tests so marked."""
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 COMMON = {
@@ -14,8 +15,13 @@ settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long tests run under `make fuzz` only."""
+    """Long tests run under `make fuzz` only, and those of CUDA where it is."""
+    skipped = {}
     if config.getoption("--hypothesis-profile") != "fuzz":
-        for item in items:
-            if item.get_closest_marker("fuzz"):
-                item.add_marker(pytest.mark.skip(reason="long: run by make fuzz, or with --hypothesis-profile=fuzz"))
+        skipped["fuzz"] = "long: run by make fuzz, or with --hypothesis-profile=fuzz"
+    if not torch.cuda.is_available():
+        skipped["cuda"] = "needs an NVIDIA GPU"
+    for item in items:
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
