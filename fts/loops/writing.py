@@ -19,7 +19,7 @@ from fts.loops.checkpoints import ALONE, Job, filling
 from fts.loops.events import Event, StepEnd, Stopped
 from fts.loops.position import Position
 from fts.storage import SHARD_SIZE, Image, Written, take_part, write as write_contents, write_image, write_texts
-from fts.storage.whole import abandoned_on_error, begun, complete
+from fts.storage.whole import abandoned_on_error, begun, complete, explained
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +160,15 @@ class Writer:
         if error is not None:
             raise error
 
-    def wait(self) -> None:
-        """Wait until what is being written is durable, and raise what `poll` raises."""
+    def join(self) -> None:
+        """Wait until what is being written is durable, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """The same, and raise what `poll` raises."""
+        self.join()
         self.poll()
 
     def close(self) -> None:
@@ -204,17 +208,18 @@ class Writer:
 
     def _run(self, directory: Path, job: Job, write: Fill | None, then: Callable[[], object] | None) -> Path:
         with ExitStack() as stack:
-            with together(self.group):
+            with together(self.group), explained(directory):
                 self.wait()
                 hidden = stack.enter_context(begun(directory)) if self.writes else None
             if write is not None:  # first, so that nothing it writes stands for the state
                 there = self.group.broadcast(hidden)
-                with together(self.group):
+                with together(self.group), explained(directory):
                     write(there if hidden is None else hidden)
-            with together(self.group):
+            with together(self.group), explained(directory):
                 if hidden is not None:
                     job.fill(hidden)
-            rest = self._rest_in_parts(hidden, job) if self.state_dict == "sharded" and job.spread else self._rest_of(hidden, job)
+            in_parts = self.state_dict == "sharded" and job.spread
+            rest = (self._rest_in_parts if in_parts else self._rest_of)(directory, hidden, job)
         if hidden is not None:
             arguments = (directory, hidden, rest, then)
             if self.background:
@@ -228,16 +233,16 @@ class Writer:
                 self.poll()
         return directory
 
-    def _rest_in_parts(self, hidden: Path | None, job: Job) -> Rest:
+    def _rest_in_parts(self, directory: Path, hidden: Path | None, job: Job) -> Rest:
         assert job.parts is not None
         there: Path = self.group.broadcast(hidden)
-        with together(self.group):
+        with together(self.group), explained(directory):
             written = job.parts(there, self.group.handle)
         of_all = {name: facts for one in self.group.gather(dict(written)) for name, facts in one.items()}
         return lambda: of_all
 
-    def _rest_of(self, hidden: Path | None, job: Job) -> Rest:
-        with together(self.group):
+    def _rest_of(self, directory: Path, hidden: Path | None, job: Job) -> Rest:
+        with together(self.group), explained(directory):
             if hidden is not None:
                 return self._held(hidden, job)
             if job.spread:
