@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -207,6 +208,7 @@ def _start(backend: str | None, timeout: float | timedelta | None, device: torch
     if device.type != "cpu":
         options["device_id"] = device
         torch.accelerator.set_device_index(device.index or 0)
+    atexit.register(stop)
     try:
         distributed.init_process_group(backend, **options)
     except ValueError as error:
@@ -217,7 +219,7 @@ def _start(backend: str | None, timeout: float | timedelta | None, device: torch
 
 
 def stop() -> None:
-    """Leave the group, if there is one; the last thing that a script does."""
+    """Leave the group, if there is one; a process that `start` has let in does so at its end."""
     if is_started():
         distributed.destroy_process_group()
 
