@@ -1,4 +1,4 @@
-"""`fts checkpoints`: what is there, what is wrong with it, and deleting what is not needed."""
+"""`fts checkpoints`: what is there, what is wrong with it, and deleting what is not needed; `fts consolidate`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
+from fts.loops.consolidating import consolidate_checkpoint
 from fts.loops.finding import Found, best_of, newest_of, survey
 from fts.loops.rotation import Rated, kept
 from fts.storage.whole import delete
@@ -48,6 +49,16 @@ def add_to(commands: Any) -> None:
     )
     pruning.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
     pruning.set_defaults(run=prune)
+
+    consolidating = commands.add_parser(
+        "consolidate",
+        help="make a model for from_pretrained of a sharded checkpoint",
+        description="Put the model of a checkpoint that several processes wrote in parts (FSDP, sharded state dicts) together, so "
+        "that from_pretrained reads it. It needs little memory, and no process group.",
+    )
+    consolidating.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint-N directory")
+    consolidating.add_argument("directory", type=Path, metavar="OUT", help="where the model shall be")
+    consolidating.set_defaults(run=consolidate)
 
 
 def show(options: argparse.Namespace) -> int:
@@ -94,6 +105,15 @@ def prune(options: argparse.Namespace) -> int:
     return int(failed)
 
 
+def consolidate(options: argparse.Namespace) -> int:
+    """Put the parts of a model together."""
+    if options.directory.exists() and any(options.directory.iterdir()):
+        raise ArgumentError(f"{options.directory} is not empty. Give a directory that is not there yet.")
+    path = consolidate_checkpoint(options.checkpoint, options.directory)
+    print(f"{path} has the model of {options.checkpoint}.")
+    return 0
+
+
 def choose(
     found: list[Found], keep: int, *, keep_best: bool, now: float
 ) -> tuple[list[tuple[Found, str]], list[tuple[Found, str]]]:
@@ -105,7 +125,8 @@ def choose(
         keep_best: the best one stays.
         now: the time, in seconds since 1970.
 
-    >>> from fts.loops.finding import Found
+    >>> from fts.loops.consolidating import consolidate_checkpoint
+    from fts.loops.finding import Found
     >>> found = [Found(step, Path(f"checkpoint-{step}"), "whole") for step in (1, 2, 3)]
     >>> [(one.step, reason) for one, reason in choose(found, 2, keep_best=True, now=0.0)[0]]
     [(1, 'older than what is kept')]

@@ -2,6 +2,7 @@
 
 from fts.loops.cadence import Cadence, Counters, Due, cadence
 from fts.loops.checkpoints import load_checkpoint, load_extra, save_checkpoint, verify_checkpoint
+from fts.loops.consolidating import consolidate_checkpoint
 from fts.loops.data import Source, source
 from fts.loops.evaluate import evaluate
 from fts.loops.events import (
@@ -57,6 +58,7 @@ __all__ = [
     "Window",
     "Writer",
     "cadence",
+    "consolidate_checkpoint",
     "evaluate",
     "every_interval",
     "fit",

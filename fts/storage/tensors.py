@@ -34,11 +34,13 @@ class TensorFile:
         name: of the file.
         header: its first bytes; the data of the tensors follows without gaps.
         tensors: in the order of their data.
+        keys: their names.
     """
 
     name: str
     header: bytes
     tensors: tuple[Tensor, ...]
+    keys: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -115,7 +117,8 @@ def _file(name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return TensorFile(name, len(text).to_bytes(8, "little") + text, tuple(tensor for _, tensor in ordered))
+    keys, parts = tuple(key for key, _ in ordered), tuple(tensor for _, tensor in ordered)
+    return TensorFile(name, len(text).to_bytes(8, "little") + text, parts, keys)
 
 
 def write(directory: Path, contents: Contents) -> dict[str, Written]:
@@ -134,6 +137,29 @@ def write(directory: Path, contents: Contents) -> dict[str, Written]:
     finally:
         for _ in gathered:  # which the others wait for
             pass
+
+
+def map_file(directory: Path, file: TensorFile) -> dict[str, Tensor]:
+    """Make a file of zeros, and map it: what is written to the tensors is written to the file.
+
+    Args:
+        directory: where it shall lie.
+        file: its tensors need only have the right shapes and dtypes.
+
+    Returns:
+        Tensors by name.
+    """
+    path = directory / file.name
+    with path.open("wb") as opened:
+        opened.write(file.header)
+        opened.truncate(file.size)
+    memory = torch.from_file(str(path), shared=True, size=file.size, dtype=torch.uint8)
+    mapped, start = {}, len(file.header)
+    for key, tensor in zip(file.keys, file.tensors, strict=True):
+        end = start + tensor.nbytes
+        mapped[key] = memory[start:end].view(tensor.dtype).view(tensor.shape)
+        start = end
+    return mapped
 
 
 def take_part(contents: Contents) -> None:
