@@ -1,4 +1,4 @@
-"""The command line: `fts checkpoints DIR`, `fts checkpoints prune DIR`, `fts consolidate`, `fts replay CHECKPOINT`, `fts plan`."""
+"""The command line: `fts checkpoints DIR`, `fts checkpoints prune DIR`, `fts consolidate`, `fts replay`, `fts plan`."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def add_to(commands: Any) -> None:
     consolidating = commands.add_parser(
         "consolidate",
         help="make a model for from_pretrained of a sharded checkpoint",
-        description="Put the model of a checkpoint that several processes wrote in parts (FSDP, sharded state dicts) together, so "
+        description="Put the model of a checkpoint that several processes wrote in parts (FSDP, sharded state dict) together, so "
         "that from_pretrained reads it. It needs little memory, and no process group.",
     )
     consolidating.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint-N directory")
