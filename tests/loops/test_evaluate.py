@@ -6,8 +6,9 @@ from torch.utils.data import TensorDataset
 
 import fts
 from fts import steps, transforms as tx
-from fts.errors import BatchError, DataError
-from fts.loops import Counters, EvalBatch, Evaluated, evaluate, source
+from fts.distributed import Group
+from fts.errors import ArgumentError, BatchError, DataError
+from fts.loops import Counters, EvalBatch, Evaluated, evaluate, share, source
 from tests.loops.kinds import Numbers
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -81,3 +82,15 @@ def test_with_an_eval_step():
         *_, last = evaluate(step, state, source(TensorDataset(X, Y), batch_size=batch_size))
         assert last.metrics == {"loss": pytest.approx(whole, rel=1e-12)}
         assert last.counters == Counters(0)
+
+
+def test_processes_without_a_shared_source_are_an_error():
+    with pytest.raises(ArgumentError, match="a group of 2 processes, and data that 1 share"):
+        evaluate(lambda state, batch: {}, None, [torch.ones(1)], group=Group(size=2))
+
+
+def test_what_only_keeps_processes_in_step_is_not_counted():
+    whole = source([torch.tensor(1.0), torch.tensor(3.0), torch.tensor(8.0)])
+    events = [list(evaluate(lambda state, batch: {"x": (batch, 1)}, None, share(whole, rank, 2))) for rank in (0, 1)]
+    assert [[type(event) for event in found] for found in events] == [[EvalBatch, EvalBatch, Evaluated], [EvalBatch, Evaluated]]
+    assert [found[-1].metrics for found in events] == [{"x": 4.5}, {"x": 3.0}]
