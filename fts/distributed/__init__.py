@@ -2,13 +2,11 @@
 
 from fts.distributed.distributing import distribute, synchronize
 from fts.distributed.group import Group, start, stop
-from fts.distributed.strategies import DDP, FSDP, DataParallel, DeepSpeed, Single, Strategy
+from fts.distributed.strategies import DDP, FSDP, Single, Strategy
 
 __all__ = [
     "DDP",
     "FSDP",
-    "DataParallel",
-    "DeepSpeed",
     "Group",
     "Single",
     "Strategy",

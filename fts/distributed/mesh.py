@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import attrs
+from torch import distributed
 
 from fts.distributed.group import Group
 from fts.errors import ArgumentError
@@ -90,22 +92,27 @@ def mesh_of(group: Group, mesh: Mesh) -> Any:
     Raises:
         ArgumentError: there are not as many processes.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
     if mesh.size != group.size:
         raise ArgumentError(
             f"{mesh} lays out {mesh.size} processes, but there are {group.size}. Make the product of its sizes equal."
         )
-    return init_device_mesh(group.device.type, tuple(getattr(mesh, name) for name in DIMENSIONS), mesh_dim_names=DIMENSIONS)
+    return _devices(group.device.type, mesh, distributed.group.WORLD)
 
 
-def data_group(group: Group, mesh: Mesh, devices: Any) -> Group:
-    """The processes that have other rows than this one, and itself: those that gradients and metrics are summed over.
+@functools.lru_cache(maxsize=8)
+def _devices(kind: str, mesh: Mesh, world: Any) -> Any:
+    """Made once for each group of torch's: each makes groups of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(kind, tuple(getattr(mesh, name) for name in DIMENSIONS), mesh_dim_names=DIMENSIONS)
+
+
+def data_group(group: Group, mesh: Mesh) -> Group:
+    """The processes that have other rows than this one, and itself: those that gradients and metrics are summed over; collective.
 
     Args:
         group: all processes.
         mesh: how they are laid out.
-        devices: what `mesh_of` made of it.
 
     Returns:
         The group itself where each process has rows of its own.
@@ -115,4 +122,9 @@ def data_group(group: Group, mesh: Mesh, devices: Any) -> Group:
     rank, size = data_place(group.rank, mesh)
     if size == 1:
         return attrs.evolve(group, rank=0, size=1)
-    return attrs.evolve(group, rank=rank, size=size, handle=devices["replicate", "shard"]._flatten("data").get_group())
+    return attrs.evolve(group, rank=rank, size=size, handle=_data_handle(group.device.type, mesh, distributed.group.WORLD))
+
+
+@functools.lru_cache(maxsize=8)
+def _data_handle(kind: str, mesh: Mesh, world: Any) -> Any:
+    return _devices(kind, mesh, world)["replicate", "shard"]._flatten("data").get_group()

@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import attrs
@@ -133,44 +131,7 @@ class FSDP:
         return "FSDP2" if self.replicate == 1 else f"FSDP2 in {self.replicate} replicas"
 
 
-@attrs.frozen
-class DeepSpeed:
-    """DeepSpeed's engine takes the place of gradients and transform.
-
-    Attributes:
-        config: DeepSpeed's configuration, with its values of "auto" filled in.
-
-    >>> DeepSpeed({"zero_optimization": {"stage": 3}}).stage
-    3
-    """
-
-    config: Mapping[str, Any] = attrs.field(converter=dict)
-
-    @property
-    def stage(self) -> int:
-        """What ZeRO shards: 0 nothing, 1 the moments, 2 the gradients, too, 3 the parameters, too."""
-        return int(self.config.get("zero_optimization", {}).get("stage", 0))
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return f"DeepSpeed (ZeRO stage {self.stage})"
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.config, sort_keys=True, default=str))
-
-
-@attrs.frozen
-class DataParallel:
-    """Several GPUs of one process, each with a copy of the model and a part of the batch (torch's DataParallel)."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return "DataParallel"
-
-
-Strategy = Single | DDP | FSDP | DeepSpeed | DataParallel
+Strategy = Single | DDP | FSDP
 
 
 def _are_units(units: Any) -> bool:

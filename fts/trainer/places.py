@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fts import loops
+from fts.distributed import mesh
 from fts.loops import Source
 from fts.trainer.arguments import AcceleratorConfig, TrainingArguments
 from fts.trainer.arguments.accelerator import accelerator_config
+from fts.trainer.arguments.strategies import mesh_for
 
 if TYPE_CHECKING:
     from fts.distributed.group import Group
@@ -19,18 +21,20 @@ def data_place(args: TrainingArguments) -> tuple[int, int]:
     >>> data_place(TrainingArguments(use_cpu=True))
     (0, 1)
     """
-    return args.process_index, args.world_size
+    return mesh.data_place(args.process_index, mesh_for(args))
 
 
 def data_group(args: TrainingArguments) -> Group:
-    """The processes that have data of their own; joined here if they were not yet.
+    """The processes that have data of their own, this one among them; joined here if they were not yet.
 
     >>> data_group(TrainingArguments(use_cpu=True)).size
     1
     """
     from fts.distributed.group import start
 
-    return start(timeout=args.ddp_timeout_delta, device=args.device)
+    world = start(timeout=args.ddp_timeout_delta, device=args.device)
+    layout = mesh_for(args)
+    return world if layout.together == 1 else mesh.data_group(world, layout)
 
 
 def _config(args: TrainingArguments) -> AcceleratorConfig:

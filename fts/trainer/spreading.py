@@ -4,36 +4,86 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fts import distributed
+from fts import distributed, loops
 from fts.distributed import DDP, FSDP, Group, Strategy
+from fts.errors import ArgumentError
 from fts.state import TrainState
 from fts.steps.binding import is_cut
 from fts.trainer.arguments.strategies import mesh_for, strategy_of
+from fts.trainer.places import data_group
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
 
 
+def lay_out(trainer: Trainer) -> None:
+    """Find out which processes work on the same rows, and which have others; check that all of it can be done here.
+
+    Raises:
+        ArgumentError: the arguments ask for what these processes, or this version, cannot do.
+    """
+    # noted on the arguments, from which the data is shared
+    trainer.args._tp_size = getattr(trainer.model, "_tp_size", None) or 1  # type: ignore[attr-defined]
+    strategy_for(trainer)
+    mesh = mesh_for(trainer.args)
+    if trainer.args.n_gpu > 1 and trainer.args.device.type != "cpu":
+        raise ArgumentError(
+            f"n_gpu={trainer.args.n_gpu}: one process trains on one GPU. Start one for each: torchrun --nproc-per-node "
+            f"{trainer.args.n_gpu} script.py."
+        )
+    if mesh.context > 1:
+        raise ArgumentError(
+            f"cp_size={mesh.context}: context parallelism (attention in a ring of GPUs) is not in this version of fts. "
+            "Use tp_size, or FSDP with activation checkpointing, for long rows."
+        )
+    if mesh.sequence > 1:
+        raise ArgumentError(
+            f"sp_size={mesh.sequence}: sequence parallelism (a part of DeepSpeed) is not in this version of fts. "
+            "Use tp_size, or FSDP with activation checkpointing, for long rows."
+        )
+    trainer.group = data_group(trainer.args)
+
+
 def strategy_for(trainer: Trainer) -> Strategy:
     """How the trainer's processes share its model."""
-    return strategy_of(trainer.args, tensor=trainer.get_tp_size())
+    return strategy_of(trainer.args)
 
 
 def cut_model(trainer: Trainer) -> None:
-    """Cut the model into shards where the arguments ask for it, and it is whole yet; each process keeps one."""
-    strategy = strategy_for(trainer)
-    if not isinstance(strategy, FSDP) or is_cut(trainer.model):
+    """Cut the model's matrices and parameters where the arguments ask for it and they are whole yet; each keeps a part."""
+    strategy, mesh = strategy_for(trainer), mesh_for(trainer.args)
+    if is_cut(trainer.model) or not (isinstance(strategy, FSDP) or mesh.tensor > 1):
         return
     from fts.distributed.mesh import mesh_of
     from fts.distributed.sharding import shard
+    from fts.distributed.tensor_parallel import parallelize
 
-    mesh = mesh_of(trainer.world, mesh_for(trainer.args, tensor=trainer.get_tp_size()))
-    shard(trainer.model, mesh["replicate", "shard"], strategy)
+    devices = mesh_of(trainer.world, mesh)
+    if mesh.tensor > 1:
+        parallelize(trainer.model, devices["tensor"])
+    if isinstance(strategy, FSDP):
+        shard(trainer.model, devices["replicate", "shard"], strategy)
 
 
 def spread_step(step: Any, group: Group, strategy: Strategy) -> Any:
     """The step as all processes take it together."""
     return distributed.distribute(step, group, strategy if isinstance(strategy, DDP) else None)
+
+
+def writer_for(trainer: Trainer) -> loops.Writer:
+    """What writes the trainer's checkpoints, in each process."""
+    args, strategy = trainer.args, strategy_for(trainer)
+    return loops.Writer(
+        background=args.async_save,
+        group=trainer.world,
+        each_node=args.save_on_each_node,
+        state_dict=strategy.state_dict if isinstance(strategy, FSDP) else "full",
+    )
+
+
+def verifiers(trainer: Trainer) -> Group:
+    """The processes that read the same files of a checkpoint: all, or where each machine has its own, each for itself."""
+    return Group() if trainer.args.save_on_each_node else trainer.world
 
 
 def settle_state(state: TrainState, group: Group) -> TrainState:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fts import steps
+from fts.distributed.group import start
 from fts.errors import ArgumentError
 from fts.loops import Replayed, Source, StopRequest
 from fts.loops.history import TRAINER_STATE
@@ -25,6 +26,7 @@ from fts.steps.precision import autocast, autocast_dtype
 from fts.trainer import cards, evaluation, hub, loading, optimizing, reports, saving
 from fts.trainer.accelerating import make_accelerator
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.strategies import mesh_for
 from fts.trainer.batch_size import halve_until_fits, restorer
 from fts.trainer.best import check_metric
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback, close_bars
@@ -45,7 +47,7 @@ from fts.trainer.modelling import checkpoint_activations, made_by, prepared_mode
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.places import data_group, shared
+from fts.trainer.places import shared
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
@@ -53,7 +55,7 @@ from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.search import note_trial, search
 from fts.trainer.seeding import enable_full_determinism, set_seed
-from fts.trainer.spreading import spread_step, strategy_for
+from fts.trainer.spreading import lay_out, spread_step, strategy_for
 from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
@@ -131,12 +133,13 @@ class Trainer:
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         check_parts(self.args, model, model_init, eval_dataset, optimizers, optimizer_cls_and_kwargs, step)
         apply_log_level(self.args)
-        self.group = self.world = data_group(self.args)
+        self.group = self.world = start(timeout=self.args.ddp_timeout_delta, device=self.args.device)
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.memory = MemoryMeter(not self.args.skip_memory_metrics)
         with self.memory.measuring("init"):
             self.model_init = model_init
             self.model = self._placed(model if model is not None else self.call_model_init())
+        lay_out(self)
         self.model_wrapped = self.model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -638,16 +641,16 @@ class Trainer:
         return self.args.process_index == 0
 
     def get_tp_size(self) -> int:
-        """Over how many processes a tensor is cut."""
-        return 1
+        """Over how many processes each matrix is cut."""
+        return mesh_for(self.args).tensor
 
     def get_cp_size(self) -> int:
         """Over how many processes a sequence is cut by context parallelism."""
-        return 1
+        return mesh_for(self.args).context
 
     def get_sp_size(self) -> int:
         """Over how many processes a sequence is cut by sequence parallelism."""
-        return 1
+        return mesh_for(self.args).sequence
 
     @property
     def accelerator(self) -> Any:

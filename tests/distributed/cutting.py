@@ -159,7 +159,7 @@ def trained(model, group, ids, count):
 def of_matrices():
     found = {}
     devices = mesh_of(group, Mesh(tensor=2))
-    alone = data_group(group, Mesh(tensor=2), devices)
+    alone = data_group(group, Mesh(tensor=2))
     for name, make in {"llama": llama, "tied": tied, "qwen": qwen}.items():
         model = parallelize(make(group.rank), devices["tensor"])  # of which the first one's weights are taken
         found[name] = differences(model, make()) | {"share": elements_here(model) / elements_here(make())}
@@ -172,7 +172,7 @@ def of_both():
     """Four processes: two groups that share matrices, and parameters between them."""
     layout = Mesh(shard=2, tensor=2)
     devices = mesh_of(group, layout)
-    some = data_group(group, layout, devices)
+    some = data_group(group, layout)
     found = {}
     for name, make in {"llama": llama, "tied": tied, "qwen": qwen}.items():
         model = parallelize(make(group.rank), devices["tensor"])

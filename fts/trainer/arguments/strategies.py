@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts.distributed.mesh import Mesh
-from fts.distributed.strategies import DDP, FSDP, DataParallel, DeepSpeed, Single, Strategy
+from fts.distributed.strategies import DDP, FSDP, Single, Strategy
 from fts.errors import ArgumentError
 from fts.trainer.arguments import processes
-from fts.trainer.arguments.deepspeed import deepspeed_of
 from fts.trainer.arguments.fsdp import always_so, fsdp_of, fsdp_of_launcher, joined
 from fts.trainer.arguments.parallelism import sizes_of
 from fts.trainer.arguments.texts import ON
@@ -23,9 +22,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NOT_HERE = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""What `accelerate launch` turns on by a variable of the environment, and fts does not have."""
+
 
 def strategy_of(
-    args: TrainingArguments, environ: Mapping[str, str] | None = None, *, world: int | None = None, tensor: int = 1
+    args: TrainingArguments, environ: Mapping[str, str] | None = None, *, world: int | None = None, tensor: int | None = None
 ) -> Strategy:
     """Which strategy the arguments ask for; what they leave open the environment of `accelerate launch` says.
 
@@ -33,13 +35,13 @@ def strategy_of(
         args: the arguments.
         environ: variables of the environment; by default those of the process.
         world: how many processes there are; by default as many as the launcher started.
-        tensor: how many of them share each matrix because the model was loaded so.
+        tensor: how many of them share each matrix because the model was loaded so; by default as the Trainer has noted.
 
     Returns:
         The strategy; `Single` also where several processes share matrices or tokens only, which `mesh_for` tells.
 
     Raises:
-        ArgumentError: two strategies are asked for, or one that these processes cannot follow.
+        ArgumentError: what is asked for contradicts itself, or these processes cannot follow it.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> strategy_of(TrainingArguments(ddp_bucket_cap_mb=50), {}, world=2)
@@ -51,46 +53,34 @@ def strategy_of(
     world = processes.world_size() if world is None else world
     wanted = wanted_of(args, environ)
     if wanted is not None and world == 1 and "RANK" not in environ and not processes.in_group():
-        asked = f"fsdp={args.fsdp!r}" if isinstance(wanted, FSDP) else "deepspeed=..."
         raise ArgumentError(
-            f"{asked} shares a model between processes, but the script was not started by a launcher. Start it by 'torchrun "
-            f"--nproc-per-node 2 script.py' (1 for one process), or leave {asked.partition('=')[0]} out."
+            f"fsdp={args.fsdp!r} shares a model between processes, but the script was not started by a launcher. Start it by "
+            "'torchrun --nproc-per-node 2 script.py' (1 for one process), or leave fsdp out."
         )
     if isinstance(wanted, FSDP):
         return attrs.evolve(wanted, replicate=mesh_for(args, environ, world=world, tensor=tensor).replicate)
-    if isinstance(wanted, DeepSpeed):
-        return wanted
     mesh = mesh_for(args, environ, world=world, tensor=tensor)
     if mesh.data > 1:
         return _ddp(args)
-    if world == 1 and args.n_gpu > 1:
-        return DataParallel()
     return Single()
 
 
-def wanted_of(args: TrainingArguments, environ: Mapping[str, str]) -> FSDP | DeepSpeed | None:
+def wanted_of(args: TrainingArguments, environ: Mapping[str, str]) -> FSDP | None:
     """What the arguments or the launcher ask for by name, whatever the processes are; None for nothing.
 
     Raises:
-        ArgumentError: they ask for two, or for what contradicts itself.
+        ArgumentError: it contradicts itself, or is not there.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> wanted_of(TrainingArguments(), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"})
     FSDP(units='auto', ..., cpu_offload=True, ...)
     """
     of_launcher = fsdp_of_launcher(environ)
-    deepspeed = deepspeed_of(args, environ)
-    sharded = bool(args.fsdp) or of_launcher is not None
-    if sharded and deepspeed is not None:
-        one = f"fsdp={args.fsdp!r}" if args.fsdp else "accelerate launch's FSDP"
-        other = "deepspeed=..." if args.deepspeed else "accelerate launch's DeepSpeed"
-        raise ArgumentError(f"{one} and {other} ask for two ways to share the parameters. Leave one of them out.")
-    if environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ON:
-        raise ArgumentError(
-            "ACCELERATE_USE_MEGATRON_LM is set, but fts has no Megatron-LM. Launch with FSDP2 and tp_size instead."
-        )
-    if not sharded:
-        return deepspeed
+    for variable, what in NOT_HERE.items():
+        if environ.get(variable, "false").lower() in ON:
+            raise ArgumentError(f"{variable} is set, but {what} is not yet in this version of fts. Launch with FSDP instead.")
+    if not args.fsdp and of_launcher is None:
+        return None
     settings = joined(of_launcher, _settings(args))
     if settings.get("activation_checkpointing") and args.gradient_checkpointing:
         raise ArgumentError(
@@ -101,7 +91,7 @@ def wanted_of(args: TrainingArguments, environ: Mapping[str, str]) -> FSDP | Dee
 
 
 def mesh_for(
-    args: TrainingArguments, environ: Mapping[str, str] | None = None, *, world: int | None = None, tensor: int = 1
+    args: TrainingArguments, environ: Mapping[str, str] | None = None, *, world: int | None = None, tensor: int | None = None
 ) -> Mesh:
     """How the processes are laid out: sizes that the arguments or the launcher give, and the rest for the data.
 
@@ -109,7 +99,7 @@ def mesh_for(
         args: the arguments; `parallelism_config` is read.
         environ: variables of the environment; by default those of the process.
         world: how many processes there are; by default as many as the launcher started.
-        tensor: how many of them share each matrix because the model was loaded so.
+        tensor: how many of them share each matrix because the model was loaded so; by default as the Trainer has noted.
 
     Raises:
         ArgumentError: the sizes do not fit the processes or the strategy.
@@ -121,6 +111,7 @@ def mesh_for(
     environ = os.environ if environ is None else environ
     world = processes.world_size() if world is None else world
     wanted = wanted_of(args, environ)
+    tensor = args.__dict__.get("_tp_size", 1) if tensor is None else tensor
     sizes = sizes_of(args.parallelism_config, environ)
     if tensor > 1 and sizes["tensor"] not in (1, tensor):
         raise ArgumentError(
@@ -190,7 +181,7 @@ def _machines(environ: Mapping[str, str]) -> int:
     return max(1, int(environ.get("WORLD_SIZE", 1)) // int(environ.get("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", 1))))
 
 
-def _of_data(said: Mesh, data: int, wanted: FSDP | DeepSpeed | None) -> dict[str, int]:
+def _of_data(said: Mesh, data: int, wanted: FSDP | None) -> dict[str, int]:
     """How many replicas and shards there are: those said, and what is left of so many processes."""
     if not isinstance(wanted, FSDP):
         if said.shard > 1:

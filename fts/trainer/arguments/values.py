@@ -11,7 +11,6 @@ from typing import Any
 from fts.errors import ArgumentError
 from fts.loops.durations import seconds_of
 from fts.trainer.arguments.accelerator import accelerator_config
-from fts.trainer.arguments.deepspeed import deepspeed_config
 from fts.trainer.arguments.fsdp import fsdp_options
 from fts.trainer.arguments.fsdp_settings import fsdp_settings
 from fts.trainer.arguments.parallelism import parallelism_config
@@ -106,6 +105,10 @@ def dictionary(name: str, value: Any) -> Any:
     if value is None or isinstance(value, dict):
         return value
     raise ArgumentError(f"{name}={value!r} must be a dict, or JSON text such as '{{\"key\": 1}}'.")
+
+
+def _dictionary_or_path(name: str, value: Any) -> Any:
+    return value if isinstance(value, str) and not value.lstrip().startswith("{") else dictionary(name, value)
 
 
 def _names(name: str, value: Any) -> list[str]:
@@ -266,7 +269,7 @@ VALUES: dict[str, Check] = {
     "ddp_timeout": _whole(1, "It is in seconds."),
     "fsdp": fsdp_options,
     "fsdp_config": fsdp_settings,
-    "deepspeed": deepspeed_config,
+    "deepspeed": _dictionary_or_path,
     "parallelism_config": parallelism_config,
     "debug": _debug,
     "resume_from_checkpoint": _or_none(lambda name, value: value if isinstance(value, bool) else _output_dir(name, value)),
