@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,13 +33,17 @@ from fts.typing import Params, Transform
 Run: TypeAlias = Callable[..., list[Any]]
 """`run(function, *arguments)`: what each process makes of it, by rank."""
 
-_PATIENCE = 10.0  # seconds that the others get to answer where one process has failed
+_PATIENCE = 5.0  # seconds that the others get to answer where one process has failed
 
 
 class _Answer(NamedTuple):
     value: Any
     error: str = ""
     is_law: bool = False
+    silent: bool = False
+
+
+_MEET = pickle.dumps((torch.distributed.barrier, ()))
 
 
 @contextmanager
@@ -53,7 +57,7 @@ def processes(count: int = 2, *, timeout: float = 120.0) -> Iterator[Run]:
     Yields:
         `run(function, *arguments)`: every process calls the function, which must be found by its name in a module; the arguments
         and results are pickled. It returns the results by rank. Where a function raises, `run` raises LawError or RuntimeError
-        with the words of the first process that failed, and the processes are started anew for the next.
+        with the words of a process that failed; where the processes have lost each other they are started anew for the next.
 
     Raises:
         ArgumentError: `count` is below 2, or what is to be run cannot be sent.
@@ -75,14 +79,14 @@ def processes(count: int = 2, *, timeout: float = 120.0) -> Iterator[Run]:
             ) from error
         if not started:
             started.extend(_start(count, timeout))
-        for _, line in started:
-            line.send_bytes(message)
-        answers = _answers([line for _, line in started], timeout)
+        answers = _asked(started, message, timeout)
         failed = [answer for answer in answers if answer.error]
         if failed:
-            _stop(started)
+            # those that have lost each other are of no more use, and one that still waits may not be asked anything else
+            if any(answer.silent for answer in answers) or any(answer.error for answer in _asked(started, _MEET, _PATIENCE)):
+                _stop(started)
             # a process that lost the others says less than the one that left them
-            first = next((answer for answer in failed if answer.is_law), failed[0])
+            first = min(failed, key=lambda answer: (not answer.is_law, answer.silent))
             raise LawError(first.error) if first.is_law else RuntimeError(first.error)
         return [answer.value for answer in answers]
 
@@ -165,18 +169,21 @@ def _stop(started: list[tuple[Any, Connection]]) -> None:
     started.clear()
 
 
-def _answers(lines: list[Connection], timeout: float) -> list[_Answer]:
+def _asked(started: list[tuple[Any, Connection]], message: bytes, timeout: float) -> list[_Answer]:
     """What each process says; where one has failed, the others, which may wait for it, get little time."""
-    answers = {line: _Answer(None, f"a process gave no answer in {timeout:g} seconds") for line in lines}
+    lines = [line for _, line in started]
+    for line in lines:
+        with suppress(OSError):  # one that has ended does not answer either
+            line.send_bytes(message)
+    answers = {line: _Answer(None, f"a process gave no answer in {timeout:g} seconds", silent=True) for line in lines}
     waiting, until = set(lines), time.monotonic() + timeout
     while waiting and (ready := wait(list(waiting), max(0.0, until - time.monotonic()))):
-        for line in ready:
-            assert isinstance(line, Connection)
+        for line in waiting.intersection(ready):
             waiting.remove(line)
             try:
                 answers[line] = _Answer(*pickle.loads(line.recv_bytes()))  # noqa: S301  # from a process that this one started
             except (EOFError, ConnectionError):
-                answers[line] = _Answer(None, "a process has ended")
+                answers[line] = _Answer(None, "a process has ended", silent=True)
             if answers[line].error:
                 until = min(until, time.monotonic() + _PATIENCE)
     return [answers[line] for line in lines]

@@ -12,6 +12,7 @@ from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.testing import LawError, check_sharded_transform
 from fts.testing.processes import processes
+from fts.testing.sharded import sharded_equals_whole
 from fts.typing import Transform
 
 
@@ -68,6 +69,12 @@ def second_one_ends() -> None:
     dist.barrier()
 
 
+@pytest.fixture(scope="module")
+def run():
+    with processes(2) as run:
+        yield run
+
+
 def test_a_transform_of_fts_passes() -> None:
     check_sharded_transform(clipped_adamw)
 
@@ -77,30 +84,39 @@ def test_a_transform_of_fts_passes_in_four_processes() -> None:
     check_sharded_transform(clipped_adamw, processes=4)
 
 
+def holds(make) -> None:
+    tree = {"w": torch.ones(3, 4, dtype=torch.float64)}
+    sharded_equals_whole(make(), tree, [tree])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (clips_what_lies_here, "clips_what_lies_here, .*update's result of update"),
-        (keeps_what_lies_here, "keeps_what_lies_here, .*state"),
-        (reports_otherwise, "reports_otherwise, .*info"),
+        (clips_what_lies_here, "clips_what_lies_here, shards, breaks .*: update's result of update 1"),
+        (keeps_what_lies_here, "keeps_what_lies_here, shards, breaks .*: update's state of update 1"),
+        (reports_otherwise, "reports_otherwise, shards, breaks .*: update reports .* on process"),
     ],
 )
-def test_mistakes_are_found(make, words: str) -> None:
-    params = {"w": torch.ones(3, 4, dtype=torch.float64)}
+def test_mistakes_are_found(run, make, words: str) -> None:
     with pytest.raises(LawError, match=words):
-        check_sharded_transform(make, params=params, spreads=["shards"])
+        run(holds, make)
 
 
-def test_processes_run_what_they_are_given_and_survive_failures() -> None:
-    with processes(2) as run:
-        assert run(rank_and_sum, 2.0) == [(0, 6.0), (1, 6.0)]
-        begin = time.monotonic()
-        with pytest.raises(RuntimeError, match="not today"):
-            run(second_one_fails)
-        with pytest.raises(RuntimeError):
-            run(second_one_ends)
-        assert time.monotonic() - begin < 100
-        assert run(rank_and_sum, 1.0) == [(0, 3.0), (1, 3.0)]
+@pytest.mark.fuzz
+def test_a_mistake_is_found_on_generated_examples() -> None:
+    with pytest.raises(LawError, match="clips_what_lies_here"):
+        check_sharded_transform(clips_what_lies_here)
+
+
+def test_processes_run_what_they_are_given_and_survive_failures(run) -> None:
+    assert run(rank_and_sum, 2.0) == [(0, 6.0), (1, 6.0)]
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="not today"):
+        run(second_one_fails)
+    with pytest.raises(RuntimeError):
+        run(second_one_ends)
+    assert time.monotonic() - begin < 100
+    assert run(rank_and_sum, 1.0) == [(0, 3.0), (1, 3.0)]
 
 
 def test_what_cannot_be_sent_is_said() -> None:
