@@ -215,12 +215,13 @@ def _loss_scale(directory: Path, state: TrainState, account: _Account) -> TrainS
     path = directory / TORCH_SCALER
     if not path.is_file():
         return state
-    document = read_torch_file(path)
-    scale, tracker = document.get("scale"), document.get("_growth_tracker")
     own = state.opt_state
     if not isinstance(own, LossScaleState):
         account.lost.append(f"the scale of fp16 losses ({TORCH_SCALER}): this run does not scale its losses")
-    elif not (isinstance(scale, float) and isinstance(tracker, int) and 0 < scale < math.inf):
+        return state
+    document = read_torch_file(path)
+    scale, tracker = document.get("scale"), document.get("_growth_tracker")
+    if not (isinstance(scale, float) and isinstance(tracker, int) and 0 < scale < math.inf):
         account.lost.append(f"the scale of fp16 losses, which begins anew: {TORCH_SCALER} has none")
     else:
         account.carried.append(f"the scale of fp16 losses, which is {scale:g}")

@@ -196,6 +196,23 @@ def test_several_processes_and_a_scale_of_losses_are_said(tmp_path, caplog):
     assert "scaler.pt" in account(caplog)
 
 
+def test_the_scale_of_losses_is_carried_over(tmp_path, caplog):
+    began(tmp_path)
+    path = tmp_path / "checkpoint-6" / "scaler.pt"
+    torch.save(torch.amp.GradScaler("cpu", init_scale=512.0).state_dict() | {"_growth_tracker": 6}, path)
+    resumed = goes_on(tmp_path, fp16=True, logging_steps=1)
+    assert "Carried over: the scale of fp16 losses, which is 512" in account(caplog)
+    scales = [entry["loss_scale"] for entry in resumed.state.log_history if "loss_scale" in entry]
+    assert scales == [512.0] * (STEPS - 6)
+    caplog.clear()
+    torch.save({}, path)  # of a scaler that was off
+    goes_on(tmp_path, fp16=True)
+    assert "which begins anew: scaler.pt has none" in account(caplog)
+    path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"scaler\.pt cannot be read"):
+        goes_on(tmp_path, fp16=True)
+
+
 class Evil:
     """Makes a file if it is unpickled."""
 
