@@ -28,8 +28,9 @@ def share(
     one get a `fts.steps.Weightless` copy.
 
     Of data with numbered items each process reads its own items alone. Data that can only be iterated are iterated by every
-    process, which keeps its part: they must be the same for all, and not divided among processes already (as by
-    `split_dataset_by_node` of Hugging Face `datasets`, which is refused). Or, with `dispatch`, the first process reads them.
+    process, which keeps its part; or, with `dispatch`, the first process reads them. In any case give the whole data, the same to
+    each process. What `split_dataset_by_node` of Hugging Face `datasets` has divided would be divided once more: of streams this
+    is seen, and refused; a part of a data set with numbered items cannot be told from a whole one.
 
     Args:
         source: the same in each process; not shared yet.

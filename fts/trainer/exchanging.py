@@ -108,7 +108,8 @@ def _gathered(group: Group, own: list[Tensor], every: tuple[list[Form], ...]) ->
         for tensor, end in zip((tensor for tensor in own if tensor.device.type == kind), ends[group.rank], strict=False):
             flat = tensor.contiguous().reshape(-1).view(torch.uint8)
             sent[end : end + flat.numel()] = flat
-        for forms, starts, got, bytes_ in zip(every, ends, found, group.gather_tensor(sent), strict=True):
+        gathered = group.gather_tensor(sent) if sent.numel() else [sent] * group.size
+        for forms, starts, got, bytes_ in zip(every, ends, found, gathered, strict=True):
             here = [index for index, form in enumerate(forms) if form[2] == kind]
             for index, start in zip(here, starts, strict=False):
                 shape, dtype, _ = forms[index]

@@ -189,6 +189,7 @@ def check_exchange(group):
             assert found["empty"].shape == (0, 4) and len(found["array"]) == rank
             assert torch.equal(found["turned"], torch.arange(6).reshape(2, 3).t())
         assert exchange(None) == []
+        assert [tensor.shape for tensor in exchange(torch.empty(0, group.rank))] == [(0, rank) for rank in range(group.size)]
 
 
 def with_split_batches():
