@@ -25,6 +25,9 @@ FORMAT = 1
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
+PART_SIZE = 4 * 10**9
+"""Bytes of tensors in the files of all processes with one number: what a process holds of them, it copies to write it."""
+
 TRAINED = "trained.safetensors"
 """Takes the place of `WEIGHTS` where the frozen parameters are left out, so that nobody takes it for a model."""
 
@@ -194,7 +197,7 @@ class TrainState:
         if storage.rank_in(handle) == 0:
             storage.write_texts(directory, self._texts(frozen=frozen, names=(STATE, TRAINED, WEIGHTS, OPTIMIZER)))
         weights, moments = self._saved_tensors(frozen=frozen), _flatten_by_path(self.opt_state)
-        options: dict[str, Any] = {"file_size": shard_size, "handle": handle}
+        options: dict[str, Any] = {"file_size": min(shard_size, PART_SIZE), "handle": handle}
         return {
             **storage.write_spread(directory, WEIGHTS if frozen else TRAINED, weights, **options),
             **storage.write_spread(directory, OPTIMIZER, moments, **options),

@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from fts import loops
+from fts.distributed.group import Group
+from fts.distributed.together import together
 from fts.errors import ArgumentError
 from fts.state import OPTIMIZER, TRAINED, WEIGHTS
 from fts.storage import has_tensors
 from fts.storage.whole import undo_interrupted
 from fts.trainer.foreign import can_be_resumed, is_transformers_checkpoint
 
+logger = logging.getLogger(__name__)
 
-def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means.
+
+def find_checkpoint(resume: bool | str | Path | None, root: str | Path, *, group: Group | None = None) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means; of several processes the first one decides for all.
+
+    Where torchrun has started the processes again, after one of them failed, and nothing is said, it is the newest whole one.
 
     Args:
-        resume: True for the newest whole one in `root`, a path, or None or False for none; transformers' Trainer may have
-            written it, too.
+        resume: True for the newest whole one in `root`, a path, False for none, or None where nothing is said; transformers'
+            Trainer may have written it, too.
         root: the directory of the checkpoints.
+        group: the processes.
 
     Raises:
         ArgumentError: there is none.
     """
-    if resume is None or resume is False:
+    if group is None or group.size == 1:
+        return _found(resume, root)
+    with together(group):
+        found = _found(resume, root) if group.is_first else None
+    return cast("Path | None", group.broadcast(found))
+
+
+def restarts(environment: Mapping[str, str] | None = None) -> int:
+    """How often torchrun has started the processes again (`--max-restarts`).
+
+    Args:
+        environment: by default that of the process.
+
+    >>> restarts({"TORCHELASTIC_RESTART_COUNT": "2"})
+    2
+    """
+    count = (os.environ if environment is None else environment).get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdecimal() else 0
+
+
+def _found(resume: bool | str | Path | None, root: str | Path) -> Path | None:
+    if resume is False:
         return None
+    if resume is None:
+        return _newest_after_restart(root) if restarts() else None
     if resume is True:
         newest = loops.newest_checkpoint(root, also=can_be_resumed)
         if newest is None:
@@ -48,3 +82,13 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path) -> Path 
             "on from it. Begin a new run with its model: from_pretrained(path)."
         )
     return path
+
+
+def _newest_after_restart(root: str | Path) -> Path | None:
+    newest = loops.newest_checkpoint(root, also=can_be_resumed)
+    goes_on = f"begins anew: there is no whole checkpoint in {root}" if newest is None else f"goes on from {newest}"
+    logger.warning(
+        "torchrun has started the processes again (restart %s), so the run %s. Say resume_from_checkpoint=False to begin anew.",
+        *(restarts(), goes_on),
+    )
+    return newest

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from fts import loops
+from fts.distributed.agreeing import Agreement
 from fts.errors import Interrupted, NonFiniteError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, RolledBack, Saved, StepBegin, StepEnd
 from fts.loops.interrupting import StopRequest
@@ -28,6 +29,7 @@ from fts.trainer.losses import lacks_labels
 from fts.trainer.modelling import noisy_embeddings, watched
 from fts.trainer.outputs import TrainOutput
 from fts.trainer.reports import speed_metrics
+from fts.trainer.spreading import verifiers, writer_for
 from fts.trainer.stepping import Stepping
 from fts.trainer.training import Run
 from fts.trainer.weights import evaluated_weights, in_train_mode, leave_evaluated, load_best, shares_storage
@@ -63,12 +65,13 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     """
     model, args = trainer.model, trainer.args
     start, first = time.perf_counter(), run.told.global_step
-    writer = loops.Writer(background=args.async_save)
+    writer = writer_for(trainer)
     teller = Teller(trainer, run, ignore_keys, start, writer)
     trainer.tell("on_train_begin")
     with (
         writer,
-        loops.interruptible(max_time=time_left(args.max_time, since=trainer.started)) as request,
+        Agreement(trainer.world) as agree,
+        loops.interruptible(max_time=time_left(args.max_time, since=trainer.started), agree=agree) as request,
         in_train_mode(model),
         noisy_embeddings(model, args.neftune_noise_alpha),
         watched(model, args.debug),
@@ -108,7 +111,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     best = checkpoint_of_best(args, told)
     if best is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, best)
-        load_best(model, str(teller.keeping.here / best), teller.stepping.state, run.optimizing.transform)
+        load_best(model, str(teller.keeping.here / best), teller.stepping.state, run.optimizing.transform, verifiers(trainer))
     trainer.tell("on_train_end")
     hub.push_last(trainer)
     return TrainOutput(told.global_step, loss, metrics)
@@ -206,6 +209,8 @@ class Teller:
                 trainer.tell("on_step_end", metrics=event.metrics)
                 if self.keeping.is_due():
                     trainer.control.should_save = True
+                if self.writer.failed:
+                    request.ask()  # the last save, which all come to, raises it in all
                 if request.poll():
                     self._leave(owes=trainer.control.should_evaluate)
             else:
@@ -305,7 +310,8 @@ class Teller:
                 self._log()
         elif kind is Saved:
             if any(getattr(listener, "reads_checkpoints", True) for listener in trainer.callback_handler.listeners["on_save"]):
-                self.writer.wait()  # a callback finds the checkpoint in its place
+                # a callback finds the checkpoint in its place; an error is raised where all processes hear of it
+                (self.writer.wait if trainer.world.size == 1 else self.writer.join)()
             trainer.tell("on_save")
         elif kind is RolledBack and self.memory is not None:
             self.memory.go_back(event)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts import loops
+from fts.distributed.agreeing import Agreement
 from fts.errors import CallbackError, CheckpointError
 from fts.loops import Position, StepEnd
 from fts.loops.durations import seconds_of
 from fts.loops.judging import is_whole
+from fts.shards import any_sharded
 from fts.state import TrainState, is_donated
 from fts.trainer import hub, saving
 from fts.trainer.batch_size import is_out_of_memory
@@ -52,7 +54,8 @@ class Keeping:
         self.stepping = stepping
         self.counting = counting
         self.writer = writer
-        self.timer = None if trainer.args.save_every is None else loops.every_interval(trainer.args.save_every)
+        every = trainer.args.save_every
+        self.timer = None if every is None else loops.every_interval(every, agree=Agreement(trainer.world))
         self.owes = False
         self.here = Path.cwd()
         self.saved: int | None = None
@@ -61,13 +64,21 @@ class Keeping:
         """Whether a checkpoint is due by the clock."""
         return self.timer is not None and self.timer.due()
 
-    def save(self, state: TrainState, position: Position) -> Path:
-        """Begin to write a checkpoint; those that are outdated are deleted when it is complete."""
+    def save(self, state: TrainState, position: Position, *, alone: bool = False) -> Path:
+        """Begin to write a checkpoint; those that are outdated are deleted when it is complete.
+
+        Args:
+            state: of the last update.
+            position: where in the data to go on.
+            alone: whether the other processes do not do so at the same time; then it is complete at the end.
+        """
         trainer, run, told = self.trainer, self.run, self.run.told
+        writer = loops.Writer(background=False) if alone else self.writer
         trainer.control.should_save = False
         if self.timer is not None:
             self.timer.reset()
-        self.counting.settle(told)
+        if not alone:  # it adds up what all have counted
+            self.counting.settle(told)
         told.stateful_callbacks = states_to_save([*trainer.callback_handler.callbacks, trainer.control])
         self.saved = told.global_step
         given = self.path_of(told.global_step)
@@ -82,10 +93,10 @@ class Keeping:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
         extra |= {"written": self.stepping.written(), "data": run.source.cursor(position), "owes": self.owes}
         # a model alone is for evaluation; a run goes on from the weights that are trained
-        alone = trainer.args.save_only_model
-        with evaluated_weights(trainer.model, state, run.optimizing.transform) if alone else nullcontext():
+        only_model = trainer.args.save_only_model
+        with evaluated_weights(trainer.model, state, run.optimizing.transform) if only_model else nullcontext():
             return saving.save_checkpoint(
-                self.writer,
+                writer,
                 root,
                 state,
                 position,
@@ -95,7 +106,7 @@ class Keeping:
                 trainer_state=told,
                 extra=extra,
                 own_save=partial(hub.save_without_push, trainer) if overridden(trainer, "save_model") else None,
-                then=hub.after_save(trainer, self.writer, path, rotate),
+                then=hub.after_save(trainer, writer, path, rotate),
             )
 
     def path_of(self, step: int) -> Path:
@@ -133,13 +144,21 @@ class Keeping:
             return
         if not isinstance(error, CallbackError) and (tried or not saving.saves(args)):
             return
-        counters = last.counters
+        counters, several = last.counters, self.trainer.world.size > 1
+        if several and any_sharded(last.state.params.values()):
+            error.add_note(
+                f"No checkpoint of step {counters.step} could be written: the other processes, which have the other parts of the "
+                "state, may be elsewhere. train(resume_from_checkpoint=True) goes on from the one before."
+            )
+            return
+        if not self.writer.writes:
+            return
         self.run.told.global_step = counters.step
         path = self.path_of(counters.step)
         try:
             self.writer.wait()
             if self.saved != counters.step or self.owes or not is_whole(self.here / path):
-                self.save(last.state, counters.position)
+                self.save(last.state, counters.position, alone=several)
                 self.writer.wait()
         except Exception as second:  # noqa: BLE001 - the first one is what has to be told
             error.add_note(f"No checkpoint of step {counters.step} could be written: {type(second).__name__}: {second}")

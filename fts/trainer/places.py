@@ -30,11 +30,18 @@ def data_group(args: TrainingArguments) -> Group:
     >>> data_group(TrainingArguments(use_cpu=True)).size
     1
     """
+    return mesh.data_group(started(args), mesh_for(args))
+
+
+def started(args: TrainingArguments) -> Group:
+    """All processes; joined here if they were not yet.
+
+    >>> started(TrainingArguments(use_cpu=True)).size
+    1
+    """
     from fts.distributed.group import start
 
-    world = start(timeout=args.ddp_timeout_delta, device=args.device)
-    layout = mesh_for(args)
-    return world if layout.together == 1 else mesh.data_group(world, layout)
+    return start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
 
 
 def _config(args: TrainingArguments) -> AcceleratorConfig:

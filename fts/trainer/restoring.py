@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from fts import loops
+from fts.distributed.group import Group
 from fts.errors import CheckpointError
 from fts.loops import Position
+from fts.loops.checkpoints import ALONE
 from fts.loops.judging import is_whole
 from fts.state import TrainState
 from fts.transforms.loss_scaling import LossScaleState
@@ -21,7 +23,7 @@ AROUND = (SkipState, LossScaleState)
 logger = logging.getLogger(__name__)
 
 
-def load_state(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Position]:
+def load_state(checkpoint: str | Path, like: TrainState, group: Group = ALONE) -> tuple[TrainState, Position]:
     """Read a checkpoint as `loops.load_checkpoint` does, also where it withheld updates in another way than this run.
 
     So a run may go on with another `nonfinite`, or begin or cease to compute in float16: counts of skipped updates and a loss
@@ -30,20 +32,21 @@ def load_state(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Po
     Args:
         checkpoint: its directory.
         like: a state of the same model, with or without a `SkipState` or `LossScaleState` around that of the optimizer.
+        group: see `load_checkpoint`.
 
     Raises:
         CheckpointError: as `load_checkpoint` says it.
     """
     try:
-        return loops.load_checkpoint(checkpoint, like=like)
+        return loops.load_checkpoint(checkpoint, like=like, group=group)
     except CheckpointError:
-        found = _otherwise_withheld(checkpoint, like) if is_whole(checkpoint) else None
+        found = _otherwise_withheld(checkpoint, like, group) if is_whole(checkpoint) else None
         if found is None:
             raise
         return found
 
 
-def _otherwise_withheld(checkpoint: str | Path, like: TrainState) -> tuple[TrainState, Position] | None:
+def _otherwise_withheld(checkpoint: str | Path, like: TrainState, group: Group) -> tuple[TrainState, Position] | None:
     own, count = like.opt_state, torch.zeros((), dtype=torch.int64)
     inner = own.inner if isinstance(own, AROUND) else own
     scale = torch.ones((), dtype=torch.float32)
@@ -51,7 +54,7 @@ def _otherwise_withheld(checkpoint: str | Path, like: TrainState) -> tuple[Train
         if type(form) is type(own):
             continue  # which was tried
         try:
-            state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=form))
+            state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=form), group=group)
         except CheckpointError:
             continue
         found = state.opt_state

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fts import loops
 from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.loops.history import TRAINER_STATE
+from fts.shards import any_sharded, whole
 from fts.state import WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.choices import SaveStrategy
@@ -23,26 +24,55 @@ ARGUMENTS_FILE = "training_args.json"
 
 
 def save_model(
-    model: nn.Module, directory: str | Path, processing_class: Any = None, args: TrainingArguments | None = None
+    model: nn.Module,
+    directory: str | Path,
+    processing_class: Any = None,
+    args: TrainingArguments | None = None,
+    *,
+    writes: bool = True,
 ) -> None:
     """Write a model so that `from_pretrained` reads it, or for other modules its `model.safetensors`.
+
+    Where it is spread over processes (FSDP2), all call this, and its tensors are gathered one after the other.
 
     Args:
         model: its `save_pretrained` is used where it has one.
         directory: is made if need be.
         processing_class: a tokenizer or processor to save beside it.
         args: are saved beside it as `training_args.json`.
+        writes: whether this process writes; the others take part in the gathering.
     """
+    spread = any_sharded(model.parameters())
+    weights = _gathered(model, keep=writes) if spread else {}
+    if not writes:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
-        save_pretrained(directory)
+        save_pretrained(directory, **({"state_dict": weights} if spread else {}))
+    elif spread:
+        from safetensors.torch import save_file
+
+        first = {id(tensor): name for name, tensor in reversed(weights.items())}  # of tied tensors
+        save_file({name: weights[name] for name in first.values()}, directory / WEIGHTS, metadata={"format": "pt"})
     else:
         from safetensors.torch import save_model as save_tensors  # knows tied tensors
 
         save_tensors(model, str(directory / WEIGHTS), metadata={"format": "pt"})
     _save_companions(directory, processing_class, args)
+
+
+def _gathered(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The tensors of a model, whole and on the CPU; tied ones are the same. All processes call it, and keep them or not."""
+    found: dict[int, Tensor] = {}
+    names: dict[str, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in found:
+            gathered = whole(tensor.detach())
+            found[id(tensor)] = gathered.cpu().contiguous() if keep else gathered.new_empty(0)
+        names[name] = id(tensor)
+    return {name: found[key] for name, key in names.items()}
 
 
 def save_checkpoint(
@@ -78,15 +108,17 @@ def save_checkpoint(
         The directory, which is complete or not there at any instant. With `save_only_model` it has the model alone.
     """
 
-    def write(directory: Path) -> None:
+    def write(directory: Path) -> None:  # in each process
         if own_save is not None:
             own_save(str(directory))
         elif args.save_only_model:
-            save_model(model, directory, processing_class, args)
+            save_model(model, directory, processing_class, args, writes=writer.writes)
         else:
-            _save_configuration(model, directory)
-            _save_companions(directory, processing_class, args)
-        trainer_state.save_to_json(directory / TRAINER_STATE)
+            _save_configuration(model, directory, writes=writer.writes)
+            if writer.writes:
+                _save_companions(directory, processing_class, args)
+        if writer.writes:
+            trainer_state.save_to_json(directory / TRAINER_STATE)
 
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
     if args.save_only_model:
@@ -109,7 +141,7 @@ def check_output_dir(args: TrainingArguments) -> None:
     Raises:
         ArgumentError: it is a file, or cannot be written to.
     """
-    if not saves(args):
+    if not saves(args) or not args.should_save:
         return
     directory = str(args.output_dir)
     try:
@@ -127,9 +159,10 @@ def _has_adapters(model: Any) -> bool:
     return callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config")
 
 
-def _save_configuration(model: Any, directory: Path) -> None:
+def _save_configuration(model: Any, directory: Path, *, writes: bool) -> None:
     if _has_adapters(model):
-        model.save_pretrained(directory)  # the adapters, beside the whole state
+        save_model(model, directory, writes=writes)  # the adapters, beside the whole state
+    if _has_adapters(model) or not writes:
         return
     for name in ("config", "generation_config"):
         part: Any = getattr(model, name, None)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fts import steps
-from fts.distributed.group import start
+from fts.distributed.losing import Peers
+from fts.distributed.together import together
 from fts.errors import ArgumentError
 from fts.loops import Replayed, Source, StopRequest
 from fts.loops.history import TRAINER_STATE
@@ -47,7 +48,7 @@ from fts.trainer.modelling import checkpoint_activations, made_by, prepared_mode
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.places import shared
+from fts.trainer.places import shared, started
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
@@ -133,7 +134,7 @@ class Trainer:
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         check_parts(self.args, model, model_init, eval_dataset, optimizers, optimizer_cls_and_kwargs, step)
         apply_log_level(self.args)
-        self.group = self.world = start(timeout=self.args.ddp_timeout_delta, device=self.args.device)
+        self.group = self.world = started(self.args)
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
         self.memory = MemoryMeter(not self.args.skip_memory_metrics)
         with self.memory.measuring("init"):
@@ -167,7 +168,7 @@ class Trainer:
         self.is_in_train = False
         self.is_model_parallel = False
         self.place_model_on_device = self.args.place_model_on_device is not False
-        self.state = TrainerState()
+        self.state = self._placed_state(TrainerState())
         self.control = TrainerControl()
         self._accelerator: Any = None
         self.request: StopRequest | None = None
@@ -217,8 +218,9 @@ class Trainer:
         if not overridden(self, "evaluate"):  # another one may have any metric
             check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
         check_evaluation(self)
-        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        saving.check_output_dir(self.args)
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), group=self.world)
+        with together(self.world):
+            saving.check_output_dir(self.args)
         if self.model_init is not None:
             self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
         if self.args.gradient_checkpointing:
@@ -226,7 +228,8 @@ class Trainer:
 
         def run(batch_size: int) -> TrainOutput:
             self._train_batch_size = batch_size
-            return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval, trial)
+            with Peers.of(self.world).clear_errors():
+                return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval, trial)
 
         with self.memory.measuring("train") as self.memory_figures:
             if not self.args.auto_find_batch_size:
@@ -236,7 +239,7 @@ class Trainer:
             return halve_until_fits(run, first, restore)
 
     def _train(self, run: Run, ignore_keys: list[str] | None, trial: Any = None) -> TrainOutput:
-        self.state, self.control = run.told, TrainerControl()
+        self.state, self.control = self._placed_state(run.told), TrainerControl()
         note_trial(run.told, self, trial)
         self._tokens_before = run.told.num_input_tokens_seen
         self._set_context()
@@ -456,7 +459,7 @@ class Trainer:
             speed = reports.speed_metrics(prefix, start, output.num_samples, count)
             output.metrics.update(speed | figures())
         # what follows from them, such as when to stop, must be the same in each process
-        output.metrics.update(self.group.broadcast(output.metrics))
+        output.metrics.update(self.world.broadcast(output.metrics))
         return output
 
     @contextlib.contextmanager
@@ -525,7 +528,7 @@ class Trainer:
             process in an epoch (None if unknown), and updates in all.
         """
         rows = self.get_total_train_batch_size(args) if total_train_batch_size is None else total_train_batch_size
-        return initial_values(args, dataloader, rows, self.num_examples)
+        return initial_values(args, loading.undivided(dataloader), rows, self.num_examples)
 
     def train_source(self, seed: int) -> Source:
         """The numbered epochs of numbered batches of training, checked on their first rows: this process's part of them.
@@ -566,11 +569,11 @@ class Trainer:
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """Write the model, its processing class and the arguments; by default to `output_dir` of the arguments.
 
-        With `push_to_hub` they are uploaded, too.
+        With `push_to_hub` they are uploaded, too. Of several processes all call it, and one writes, or with `save_on_each_node`
+        one on each machine.
         """
-        if self.is_world_process_zero():
-            directory = str(self.args.output_dir) if output_dir is None else output_dir
-            saving.save_model(self.model, directory, self.processing_class, self.args)
+        directory = str(self.args.output_dir) if output_dir is None else output_dir
+        saving.save_model(self.model, directory, self.processing_class, self.args, writes=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             hub.push_saved(self)
 
@@ -854,6 +857,10 @@ class Trainer:
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return prepared_model(model, self.args)
+
+    def _placed_state(self, state: TrainerState) -> TrainerState:
+        state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
+        return state
 
     def _evaluated_batch(self) -> None:
         self.tell("on_prediction_step")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts import loops
+from fts.distributed import Group
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
 from fts.loops.finding import checkpoints_in
@@ -41,7 +42,7 @@ from fts.trainer.resuming import (
 )
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
-from fts.trainer.spreading import cut_model, settle_state
+from fts.trainer.spreading import cut_model, settle_state, verifiers
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.torch_settings import restore_settings
@@ -145,7 +146,7 @@ def _begun(trainer: Trainer, batch_size: int, seed: int) -> Run:
 def _resumed(trainer: Trainer, run: Run, checkpoint: Path, old: Cut | None, batch_size: int) -> Run:
     """The run from a checkpoint on, whose rows were cut as `old`."""
     args = trainer.args
-    loaded, start = _load(args, checkpoint, run.state)
+    loaded, start = _load(args, checkpoint, run.state, verifiers(trainer))
     if old is not None:
         start = _moved(start, old, run.cut)
         run = _with_offset(trainer, run, offset_after(int(loaded.step), start, old, run.cut), batch_size)
@@ -223,9 +224,9 @@ def _moved(position: Position, old: Cut, new: Cut) -> Position:
     return convert(position, old, new)
 
 
-def _load(args: TrainingArguments, checkpoint: Path, like: TrainState) -> tuple[TrainState, Position]:
+def _load(args: TrainingArguments, checkpoint: Path, like: TrainState, group: Group) -> tuple[TrainState, Position]:
     try:
-        return load_state(checkpoint, like)
+        return load_state(checkpoint, like, group)
     except CheckpointError as error:
         if not is_whole(checkpoint):
             raise

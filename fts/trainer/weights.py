@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fts import steps, transforms as tx
+from fts.distributed.group import Group
 from fts.errors import ArgumentError
+from fts.loops.checkpoints import ALONE
 from fts.state import OPTIMIZER, WEIGHTS, TrainState
-from fts.storage import has_tensors, read_tensors
+from fts.storage import forms_of, has_tensors, read_into, read_tensors
 from fts.trainer.restoring import load_state
 from fts.typing import Transform
 
@@ -31,7 +33,7 @@ def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform)
         yield
 
 
-def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Transform) -> None:
+def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Transform, group: Group = ALONE) -> None:
     """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others.
 
     Args:
@@ -39,12 +41,13 @@ def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Tr
         checkpoint: its path.
         like: a state of the same run.
         transform: the optimizer.
+        group: see `loops.load_checkpoint`.
     """
     model_only = not has_tensors(Path(checkpoint), OPTIMIZER)  # then its weights are already those that were evaluated
     if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
         load_weights(model, checkpoint)
         return
-    state, _ = load_state(checkpoint, like)
+    state, _ = load_state(checkpoint, like, group)
     leave_evaluated(model, state, transform, anyway=True)
 
 
@@ -61,7 +64,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
 
         set_peft_model_state_dict(model, read_tensors(directory, ADAPTERS))
         return
-    found, targets = read_tensors(directory, WEIGHTS), tensors_of(model)
+    found, targets = forms_of(directory, WEIGHTS), tensors_of(model)
     missing = [name for name, _ in model.named_parameters() if name not in found]
     unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
     if missing or unknown:
@@ -69,8 +72,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
             f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}."
         )
     with torch.no_grad():
-        for name, tensor in found.items():
-            targets[name].copy_(tensor)
+        read_into(directory, WEIGHTS, {name: targets[name].detach() for name in found})
 
 
 def has_only_adapters(directory: Path) -> bool:

@@ -95,7 +95,7 @@ def after_save(trainer: Trainer, writer: loops.Writer, path: Path, rotate: Calla
     args = trainer.args
     if not args.push_to_hub or args.hub_strategy == HubStrategy.END or not trainer.is_world_process_zero():
         return rotate
-    writer.wait()  # for the upload before to have begun
+    writer.join()  # for the upload before to have begun
     if trainer._uploads.busy and not args.hub_always_push:
         logger.info("%s is not uploaded, because the upload before is still running.", path.name)
         return rotate
