@@ -183,7 +183,7 @@ def of_module(
     for name, child in module.named_modules():
         above = owner[name.rpartition(".")[0]] if name else ""
         owner[name] = name if type(child).__name__ in units else above
-    trained: dict[str, list[Shape]] = {"": []} | {unit: [] for unit in owner.values()}
+    trained: dict[str, list[Shape]] = {unit: [] for unit in owner.values()}  # first that of the module itself
     frozen: dict[str, list[Shape]] = {unit: [] for unit in trained}
     for name, parameter in module.named_parameters():
         kind = trained if parameter.requires_grad else frozen
