@@ -13,10 +13,7 @@ PAGE = TESTS.parent / "docs" / "parity.md"
 NAMES = TESTS / "reference_names.txt"
 STATES = re.compile(r"works(: .+)?|needs .+|not yet")
 TEST = re.compile(r"`([\w/]+\.py)::(\w+(?:::\w+)?)`")
-MAY_BE_MISSING = re.compile(  # several processes
-    r"fsdp(_config)?|deepspeed"
-    r"|propagate_args_to_deepspeed|parallelism_config"
-)
+MAY_BE_MISSING = re.compile(r"deepspeed|propagate_args_to_deepspeed")
 
 
 def sections(text: str) -> dict[str, str]:
@@ -92,10 +89,7 @@ def argument(name, value):
 
 
 CALLS = {
-    "fsdp": argument("fsdp", "full_shard"),
-    "fsdp_config": argument("fsdp_config", {"min_num_params": 1}),
     "deepspeed": argument("deepspeed", {"zero_optimization": {"stage": 2}}),
-    "parallelism_config": argument("parallelism_config", object()),
     "propagate_args_to_deepspeed": lambda trainer: trainer.propagate_args_to_deepspeed(),
 }
 

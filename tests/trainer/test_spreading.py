@@ -1,0 +1,74 @@
+"""A run under each strategy equals that of one process; the processes are real, started by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("spreading.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+
+
+def run(path, *launcher):
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    command = [sys.executable, *launcher, str(SCRIPT), str(path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("spreading") / "alone.json")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("spreading") / "found.json", *TORCHRUN)
+
+
+# name -> units of FSDP, and which share of the parameters each process has
+CASES = {
+    "ddp": (0, 1),
+    "ddp, accumulating": (0, 1),
+    "fsdp": (3, 0.5),
+    "fsdp, by size, recomputing": (7, 0.5),
+    "fsdp, accumulating": (3, 0.5),
+    "fsdp of the launcher": (3, 0.5),
+    "matrices": (0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_of_two_processes_equals_that_of_one(found, alone, name):
+    case, expected = found[name], alone[name]
+    for figures in ("losses", "norms"):
+        assert len(case[figures]) == 5
+        assert case[figures] == pytest.approx(expected[figures], rel=1e-5)
+    assert case["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-5)
+    assert case["rows"] == expected["rows"] == 8
+    units, share = CASES[name]
+    assert case["units"] == units
+    assert case["share"] == pytest.approx(share, abs=0.01)
+    assert case["sizes"] == [2 if name == "matrices" else 1, 1, 1]
+
+
+def test_ddp_is_given_its_arguments(found):
+    options = found["given"]["DDP"]
+    assert options["find_unused_parameters"] == "False"
+    assert found["given"]["buffers"] is False
+    assert float(options["bucket_cap_mb"]) == 3
+    assert options["static_graph"] == "True"
+
+
+def test_the_group_is_given_its_arguments(found):
+    assert found["given"]["group"]["timeout"] == "0:01:17"
+
+
+def test_what_these_processes_cannot_do_is_said_at_once(found):
+    assert "cp_size=2: context parallelism" in found["cp"]
+    assert "sp_size=2: sequence parallelism" in found["sp"]
+    assert "2 processes cannot be cut into groups of 3 (tp_size=3" in found["tp"]
