@@ -166,6 +166,19 @@ def is_launched(environment: Mapping[str, str] | None = None) -> bool:
     return all(name in environment for name in LAUNCHED)
 
 
+def restarts(environment: Mapping[str, str] | None = None) -> int:
+    """How often torchrun has started the processes again (`--max-restarts`).
+
+    Args:
+        environment: by default that of the process.
+
+    >>> restarts({"TORCHELASTIC_RESTART_COUNT": "2"})
+    2
+    """
+    count = (os.environ if environment is None else environment).get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdecimal() else 0
+
+
 def start(
     backend: str | None = None, *, timeout: float | timedelta | None = None, device: torch.device | str | None = None
 ) -> Group:
@@ -208,6 +221,7 @@ def _start(backend: str | None, timeout: float | timedelta | None, device: torch
     if device.type != "cpu":
         options["device_id"] = device
         torch.accelerator.set_device_index(device.index or 0)
+    options |= _own_store(options.get("timeout", distributed.default_pg_timeout))
     atexit.register(stop)
     try:
         distributed.init_process_group(backend, **options)
@@ -216,6 +230,22 @@ def _start(backend: str | None, timeout: float | timedelta | None, device: torch
             f"The processes cannot be joined with backend={backend!r}: {error} Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, "
             "and start the script with torchrun."
         ) from error
+
+
+def _own_store(timeout: timedelta) -> dict[str, Any]:
+    """Where processes that were started again meet: not where those before them left their addresses.
+
+    Torchrun keeps one store for all lives (https://github.com/pytorch/pytorch/issues/135712). On one machine the count of
+    restarts tells them apart; machines count for themselves, so for several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is needed.
+    """
+    environ = os.environ
+    shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not restarts() or not shared or environ.get("LOCAL_WORLD_SIZE") != environ["WORLD_SIZE"]:
+        return {}
+    torch_stores: Any = distributed
+    rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    store = torch_stores.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), size, is_master=False, timeout=timeout)
+    return {"store": torch_stores.PrefixStore(f"restart-{restarts()}", store), "rank": rank, "world_size": size}
 
 
 def stop() -> None:

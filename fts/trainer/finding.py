@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from fts import loops
-from fts.distributed.group import Group
+from fts.distributed.group import Group, restarts
 from fts.distributed.together import together
 from fts.errors import ArgumentError
 from fts.state import OPTIMIZER, TRAINED, WEIGHTS
@@ -39,19 +37,6 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path, *, group
     with together(group):
         found = _found(resume, root) if group.is_first else None
     return cast("Path | None", group.broadcast(found))
-
-
-def restarts(environment: Mapping[str, str] | None = None) -> int:
-    """How often torchrun has started the processes again (`--max-restarts`).
-
-    Args:
-        environment: by default that of the process.
-
-    >>> restarts({"TORCHELASTIC_RESTART_COUNT": "2"})
-    2
-    """
-    count = (os.environ if environment is None else environment).get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(count) if count.isdecimal() else 0
 
 
 def _found(resume: bool | str | Path | None, root: str | Path) -> Path | None:

@@ -1,0 +1,26 @@
+"""Runs of several processes in which one is killed: what the others say, and what a restart makes of it."""
+
+import json
+from pathlib import Path
+
+from fts.loops.finding import survey
+from tests.torchrun import results
+
+SCRIPT = Path(__file__).parent / "lives_of_two.py"
+
+
+def test_a_run_whose_process_is_killed_in_a_step_and_in_saves_ends_as_if_it_had_never_been(tmp_path):
+    folders = {name: tmp_path / name for name in ("killed", "whole")}
+    for folder in folders.values():
+        folder.mkdir()
+    killed = results(SCRIPT, folders["killed"], tmp_path / "out", "dies", launcher=("--max-restarts", "3"))
+    whole = results(SCRIPT, folders["whole"], tmp_path / "other", "lives")
+    assert killed[0] == killed[1]
+    assert killed[0]["weights"] == whole[0]["weights"]
+    assert [(one.step, one.condition) for one in survey(tmp_path / "out") if one.condition != "cut off"] == [
+        (step, "whole") for step in (4, 8, 12)
+    ]
+    for life, lives_on in ((0, 0), (1, 0), (2, 1)):
+        told = json.loads((folders["killed"] / f"life-{life}-{lives_on}").read_text())
+        assert told["type"] == "DistributedError" and "resume_from_checkpoint=True" in told["text"], told
+        assert told["seconds"] < 60
