@@ -2,6 +2,7 @@
 
     python examples/sentiment.py                      # a few minutes on two free cores
     python examples/sentiment.py wonderful gruesome   # then rate these words
+    torchrun --nproc-per-node 2 examples/sentiment.py # in two processes, each with half of the rows
 
 The model (22M parameters, real weights) and the ratings come with Python packages; nothing is downloaded. The words are split by
 family (their first four letters), so that no inflection of a training word is ever tested.
@@ -87,7 +88,6 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     model = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=1, problem_type="regression")
     train_words, held_out_words = load_ratings()
-    print(f"{len(train_words)} training words, {len(held_out_words)} held-out words of other families")
 
     args = TrainingArguments(
         output_dir=options.output,
@@ -110,19 +110,23 @@ def main():
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
+    if trainer.is_world_process_zero():
+        print(f"{len(train_words)} training words, {len(held_out_words)} held-out words of other families")
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
+    trainer.save_model(options.output)
+    words = options.words or ["serendipity", "cozy", "table", "gloomy", "mildew", "backstabber"]
+    rated = trainer.predict([dict(tokenizer(word)) for word in words]).predictions.squeeze(-1)
+    if not trainer.is_world_process_zero():
+        return  # of several processes the first one tells
 
     print(f"\n{'held-out words':24}{'before':>8}{'after':>8}")
     print(f"{'Pearson r':24}{before['eval_pearson_r']:8.3f}{after['eval_pearson_r']:8.3f}")
     print(f"{'sign agreement':24}{before['eval_sign_agreement']:8.1%}{after['eval_sign_agreement']:8.1%}")
-    trainer.save_model(options.output)
     draw_learning_curve(before, trainer.state.log_history, options.output / "learning_curve.png")
     print(f"\nmodel and learning_curve.png are in {options.output}/")
 
-    words = options.words or ["serendipity", "cozy", "table", "gloomy", "mildew", "backstabber"]
-    rated = trainer.predict([dict(tokenizer(word)) for word in words]).predictions.squeeze(-1)
     print(f"\n{'word':20}{'rating':>8}   (-4 bad ... 4 good)")
     for word, rating in zip(words, rated, strict=True):
         print(f"{word:20}{rating:+8.2f}   {'seen in training' if word in train_words else ''}")
