@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
+from fts.shards import here
 from fts.state import TrainState
 from fts.steps.among import Among
 from fts.steps.binding import Binding
@@ -202,18 +203,38 @@ def _is_zero(weight: Number) -> bool:
 
 
 def _weighted_backward(loss: Tensor, weight: Number, leaves: Params) -> None:
-    hooks = []
-    if isinstance(weight, Tensor) and not weight.is_cpu:
-        # it may be 0, and then the gradients of a mean over no items are NaN
+    hooks: list[Any] = []
+    # the gradients of a mean over no items are NaN, also times 0
+    if isinstance(weight, Tensor) and not weight.is_cpu:  # which nobody may ask whether it is 0
         hooks = [
             leaf.register_hook(lambda grad: torch.where(weight == 0, 0.0, grad))  # type: ignore[no-untyped-call]
             for leaf in leaves.values()
         ]
+    elif _is_zero(weight):
+        hooks = [node.register_prehook(_zeros) for node in _ends(loss)]
     try:
         (loss * weight).backward()  # type: ignore[no-untyped-call]
     finally:  # the leaves are the caller's own Parameters
         for hook in hooks:
             hook.remove()
+
+
+def _zeros(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
+
+
+def _ends(loss: Tensor) -> list[Any]:
+    """Where a backward pass adds to gradients; also to those of parameters that `fully_shard` has gathered for it."""
+    ends, seen, waiting = [], set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            ends.append(node)
+        waiting += [after for after, _ in node.next_functions]
+    return ends
 
 
 def _drain(leaves: Params, total: Total, among: Among | None) -> Params:
@@ -225,7 +246,7 @@ def _drain(leaves: Params, total: Total, among: Among | None) -> Params:
     if among is not None and not among.reduces:
         grads = among.mean(grads)
     if total.divisor is not None:
-        torch._foreach_div_(list(grads.values()), total.divisor)
+        torch._foreach_div_(here(grads.values()), total.divisor)
     return grads
 
 

@@ -1,5 +1,6 @@
 """Steps of several processes against those of one, for test_steps: `torchrun stepping.py FOLDER [CASE ...]`."""
 
+import copy
 import itertools
 import json
 import sys
@@ -122,6 +123,36 @@ def case(way, optimizer, dtype, accumulate, group):
     return {"figures": figures, "params": max((a - b).abs().max().item() for a, b in pairs)}
 
 
+def without_labels(way, group):
+    """The last process has no label in its rows, so that its mean is 0/0: it counts nothing, and the others' gradients stay."""
+    parts = [
+        {"x": torch.ones(2, 3) * (i + 1), "labels": torch.full((2,), -100 if i == group.size - 1 else i % 2)}
+        for i in range(group.size)
+    ]
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    nn.init.constant_(net[0].weight, 0.1)
+    nn.init.constant_(net[2].weight, 0.2)
+    for layer in (net[0], net[2]):
+        nn.init.zeros_(layer.bias)
+
+    def mean(model, batch):
+        counted = batch["labels"] != -100
+        logits = model(batch["x"].double())
+        return logits[counted].square().sum() / counted.sum(), counted.sum()
+
+    alone = copy.deepcopy(net)
+    if way == "fsdp":
+        fully_shard(net)
+    state = fts.TrainState.create(net, tx.sgd(0.1), seed=0)
+    step = steps.train_step(steps.module_loss(net, mean), tx.sgd(0.1), engine="func" if way == "func" else "module")
+    after, metrics = distributed.distribute(step, group)(state, parts[group.rank])
+    expected, reported = steps.train_step(steps.module_loss(alone, mean), tx.sgd(0.1))(
+        fts.TrainState.create(alone, tx.sgd(0.1), seed=0), MicroBatches(parts)
+    )
+    difference = max((whole(after.params[name]) - tensor).abs().max().item() for name, tensor in expected.params.items())
+    return {"figures": abs(float(metrics["loss"] - reported["loss"])), "params": difference}
+
+
 def main(folder, *chosen):
     group = distributed.start(device="cpu")
     found = {}
@@ -132,6 +163,8 @@ def main(folder, *chosen):
             if way not in ("ddp", "fsdp") and (optimizer != "adamw" or dtype != torch.float64):
                 continue
             found[f"{way} {optimizer} {str(dtype)[6:]} x{accumulate}"] = case(way, optimizer, dtype, accumulate, group)
+    for way in ("ddp", "fsdp", "func"):
+        found[f"{way} without labels"] = without_labels(way, group)
     Path(folder, f"{group.rank}.json").write_text(json.dumps(found))
     distributed.stop()
 

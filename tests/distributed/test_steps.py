@@ -32,6 +32,6 @@ def check(found):
     ways = {name.partition(" ")[0] for name in found[0]}
     assert ways == {"ddp", "fsdp", "func", "compiled", "plain"}
     for name, differences in found[0].items():
-        limit = 1e-9 if "float64" in name else 2e-5
+        limit = 2e-5 if "float32" in name else 1e-9
         assert differences["params"] < limit, (name, differences)
         assert differences["figures"] < limit, (name, differences)
