@@ -10,7 +10,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -115,7 +116,8 @@ def write_spread(
     if cut:
         writer = HuggingFaceStorageWriter(str(folder), _numbered(cut, file_size), save_distributed=True)
         try:
-            save(cut, storage_writer=writer, process_group=handle, no_dist=not _is_started())
+            with _alone_on_purpose():
+                save(cut, storage_writer=writer, process_group=handle, no_dist=not _is_started())
         except CheckpointException as error:
             raise CheckpointError(f"{directory} could not be written: {_cause(error)}.") from error
     if rank == 0:
@@ -180,14 +182,20 @@ def read_spread(directory: Path, name: str, targets: Mapping[str, Tensor]) -> No
     reader = HuggingFaceStorageReader(str(folder))
     try:
         _check_cover(folder, reader, wanted)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # each reads for itself
+        with _alone_on_purpose():  # each reads for itself
             load(wanted, storage_reader=reader, no_dist=True)
     except CheckpointError:
         raise
     # what damage of the files leads to, here and in torch's threads
     except (CheckpointException, Exception) as error:
         raise CheckpointError(f"{folder} cannot be read: {_cause(error)}. Use an earlier checkpoint.") from error
+
+
+@contextmanager
+def _alone_on_purpose() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _check_files(directory: Path, parts: Parts) -> None:

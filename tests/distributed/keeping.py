@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import attrs
 import optree
 import pytest
 import torch
@@ -95,6 +96,16 @@ def whole_and_in_parts(group, root, state, plain):
     assert has_tensors(paths["sharded"], "model.safetensors")
     full = [(paths[name] / "model.safetensors").read_bytes() for name in ("full", "full-at-once")]
     assert full[0] == full[1]
+
+
+def each_machine_has_its_own(group, root, state, plain):
+    """Two processes that each are the first of a machine."""
+    own = attrs.evolve(group, local_rank=0)
+    for name, of in (("cut", state), ("plain", plain)):
+        path = written(own, root, of, f"{name}-on-{group.rank}", each_node=True)
+        loads = loops.load_checkpoint(path, like=of)[0]
+        assert_same(loads, of)
+    group.wait()
 
 
 def errors_end_all(group, root, state):
@@ -193,6 +204,7 @@ def main():
     group = distributed.start(timeout=60)
     state, plain = state_of(net(), group, cut=True), state_of(net(), group, cut=False)
     whole_and_in_parts(group, root, state, plain)
+    each_machine_has_its_own(group, root, state, plain)
     errors_end_all(group, root, state)
     damage_is_told(group, root, state)
     peaks = memory(group, root)

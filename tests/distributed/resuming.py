@@ -1,18 +1,23 @@
 """Runs of the Trainer that go on in other processes, for test_checkpoints: `torchrun resuming.py RESULTS JOBS`.
 
 JOBS is a JSON list of `{"name", "out", "strategy", "resume", ...}`: each is a run, one after the other in the same processes.
+"full disk" lets the first process find no room for a checkpoint; in the processes of "callback" one raises after six updates.
 """
 
+import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
+from fts.errors import FtsError
 from fts.shards import whole
-from fts.trainer import Trainer, TrainingArguments
+from fts.trainer import Trainer, TrainerCallback, TrainingArguments
 from tests.trainer.helpers import rows
 
 ROWS, STEPS = 8, 12
@@ -68,9 +73,31 @@ def figures_of(trainer):
     return {"losses": losses, "weights": weights}
 
 
+class Raising(TrainerCallback):
+    """Raises after six updates."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise ValueError("enough")
+
+
+def is_full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def run(job):
+    rank = int(os.environ.get("RANK", "0"))
     trainer = trainer_of(job["out"], job["strategy"], **job.get("args", {}))
-    trainer.train(resume_from_checkpoint=job.get("resume"))
+    if rank in job.get("callback", ()):
+        trainer.add_callback(Raising())
+    with patch("fts.loops.writing.write_image", is_full) if rank == 0 and job.get("full disk") else nullcontext():
+        try:
+            trainer.train(resume_from_checkpoint=job.get("resume"))
+        except FtsError as error:
+            return {
+                "error": [type(error).__name__, str(error), *getattr(error, "__notes__", [])],
+                "step": trainer.state.global_step,
+            }
     if "model" in job:
         trainer.save_model(job["model"])
     return figures_of(trainer)

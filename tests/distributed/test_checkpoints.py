@@ -51,7 +51,8 @@ def test_a_sharded_checkpoint_is_a_model_in_one_piece_on_request(kept, tmp_path,
     assert "not empty" in capsys.readouterr().err
 
 
-def same_batches(out, *, strategy, name, **more):
+def job_of(out, *, strategy, name, **more):
+    """A job for `resuming.py`."""
     return {"name": name, "out": str(out), "strategy": strategy, **more}
 
 
@@ -61,18 +62,32 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     ddp, fsdp, full = root / "ddp", root / "fsdp", root / "full"
     jobs = [
-        same_batches(ddp, strategy="ddp", name="ddp"),
-        same_batches(fsdp, strategy="fsdp-sharded", name="fsdp", model=str(root / "model")),
-        same_batches(full, strategy="fsdp", name="full", args={"save_only_model": True}),
-        same_batches(root / "1", strategy="ddp", name="ddp again", resume=str(ddp / "checkpoint-4")),
-        same_batches(root / "2", strategy="fsdp-sharded", name="fsdp again", resume=str(fsdp / "checkpoint-4")),
-        same_batches(root / "3", strategy="fsdp", name="ddp to fsdp", resume=str(ddp / "checkpoint-4")),
-        same_batches(root / "4", strategy="ddp", name="fsdp to ddp", resume=str(fsdp / "checkpoint-4")),
-        same_batches(root / "5", strategy="fsdp", name="and back", resume=str(root / "4" / "checkpoint-8")),
+        job_of(ddp, strategy="ddp", name="ddp"),
+        job_of(fsdp, strategy="fsdp-sharded", name="fsdp", model=str(root / "model")),
+        job_of(full, strategy="fsdp", name="full", args={"save_only_model": True}),
+        job_of(root / "1", strategy="ddp", name="ddp again", resume=str(ddp / "checkpoint-4")),
+        job_of(root / "2", strategy="fsdp-sharded", name="fsdp again", resume=str(fsdp / "checkpoint-4")),
+        job_of(root / "3", strategy="fsdp", name="ddp to fsdp", resume=str(ddp / "checkpoint-4")),
+        job_of(root / "4", strategy="ddp", name="fsdp to ddp", resume=str(fsdp / "checkpoint-4")),
+        job_of(root / "5", strategy="fsdp", name="and back", resume=str(root / "4" / "checkpoint-8")),
+        *(
+            job_of(root / f"best-{strategy}", strategy=strategy, name=f"best {strategy}", args=BEST)
+            for strategy in ("ddp", "fsdp", "fsdp-sharded")
+        ),
+        job_of(root / "disk", strategy="ddp", name="disk", **{"full disk": True}),
+        job_of(root / "disk-fsdp", strategy="fsdp", name="disk fsdp", **{"full disk": True}),
+        job_of(root / "callback", strategy="ddp", name="callback", callback=[0, 1]),
+        job_of(root / "callback-fsdp", strategy="fsdp", name="callback fsdp", callback=[0, 1]),
     ]
     found = results(HERE / "resuming.py", tmp_path_factory.mktemp("results"), json.dumps(jobs))
-    assert found[0] == found[1]
-    return found[0], root
+    failing = {"disk", "disk fsdp", "callback", "callback fsdp"}
+    assert {name: run for name, run in found[0].items() if name not in failing} == {
+        name: run for name, run in found[1].items() if name not in failing
+    }
+    return found[0] | {f"other {name}": found[1][name] for name in failing}, root
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
 
 
 def assert_close(found, wanted):
@@ -100,7 +115,7 @@ def test_a_run_goes_on_under_another_strategy(runs):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path, kind):
     found, root = runs
-    job = same_batches(tmp_path, strategy="ddp", name="one", resume=str(root / kind / "checkpoint-4"))
+    job = job_of(tmp_path, strategy="ddp", name="one", resume=str(root / kind / "checkpoint-4"))
     assert_close(json.loads(json.dumps(resuming.run(job))), found["ddp"])
 
 
@@ -118,11 +133,33 @@ def test_what_two_processes_wrote(runs):
         assert all(tensor.tolist() == found[name]["weights"][key] for key, tensor in weights.items())
 
 
+def test_the_best_weights_are_loaded_into_shards(runs):
+    found, _ = runs
+    for strategy in ("fsdp", "fsdp-sharded"):
+        assert_close(found[f"best {strategy}"], found["best ddp"])
+
+
+def test_a_disk_that_is_full_for_the_first_process_ends_all_soon(runs):
+    found, _ = runs
+    for name in ("disk", "disk fsdp"):
+        for run in (found[name], found[f"other {name}"]):
+            assert run["error"][0] == "CheckpointError" and "No space left" in run["error"][1], run
+            assert run["step"] < 8  # not at the next save, but at the next steps
+
+
+def test_after_an_error_the_first_process_saves_what_it_has_whole(runs):
+    found, root = runs
+    assert any("checkpoint-6" in note and "goes on" in note for note in found["callback"]["error"]), found["callback"]
+    assert [(one.step, one.condition) for one in survey(root / "callback")] == [(4, "whole"), (6, "whole")]
+    assert any("the other parts" in note for note in found["callback fsdp"]["error"]), found["callback fsdp"]
+    assert [one.step for one in survey(root / "callback-fsdp")] == [4]
+
+
 @pytest.mark.fuzz
 def test_a_run_of_two_processes_goes_on_in_four(runs, tmp_path):
     found, root = runs
     jobs = [
-        same_batches(tmp_path / f"{kind}-{strategy}", strategy=strategy, name=f"{kind} {strategy}", resume=resume)
+        job_of(tmp_path / f"{kind}-{strategy}", strategy=strategy, name=f"{kind} {strategy}", resume=resume)
         for kind in ("ddp", "fsdp")
         for strategy in ("ddp", "fsdp-sharded")
         for resume in [str(root / kind / "checkpoint-4")]
