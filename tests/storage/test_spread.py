@@ -19,11 +19,6 @@ def tensors():
     found = {f"of {name}": torch.arange(6).reshape(2, 3).to(dtype) for dtype, name in DTYPES.items()}
     numbers = {"count": torch.tensor(2**62 + 1), "rate": torch.tensor(0.1), "nan": torch.tensor(float("nan"))}
     numbers |= {"on": torch.tensor(True)}
-        "count": torch.tensor(2**62 + 1),
-        "rate": torch.tensor(0.1),
-        "nan": torch.tensor(float("nan")),
-        "on": torch.tensor(True),
-    }
     return found | numbers | {"none": torch.zeros(0, 3), "half": torch.tensor(0.1, dtype=torch.bfloat16)}
 
 
