@@ -89,7 +89,7 @@ def test_a_disk_error_ends_the_run_at_the_next_step_with_its_cause(tmp_path, mon
 def test_saving_by_the_clock_is_independent_of_steps(tmp_path, monkeypatch):
     now = [0.0]
     timer = loops.every_interval
-    monkeypatch.setattr(loops, "every_interval", lambda interval: timer(interval, clock=lambda: now[0]))
+    monkeypatch.setattr(loops, "every_interval", lambda interval, **options: timer(interval, clock=lambda: now[0], **options))
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
