@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fts.shards import any_sharded, finished, is_sharded, replicated_like
+from fts.shards import any_sharded, finished, is_sharded, laid_out, replicated_like
 from fts.typing import Params
 
 
@@ -29,8 +29,22 @@ class _OverProcesses(TorchFunctionMode):
         if spread is not None:
             args = [_joined(value, spread) for value in args]
             given = {key: _joined(value, spread) for key, value in given.items()}
+            if args and is_sharded(args[0]) and _writes(func):
+                args = [_fitted(value, args[0]) for value in args]
+                given = {key: _fitted(value, args[0]) for key, value in given.items()}
         result = func(*args, **given)
         return finished(result) if isinstance(result, Tensor) else result
+
+
+def _writes(func: Any) -> bool:
+    """Whether an operation writes its first argument, by torch's naming: `add_`, `__iadd__`."""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _fitted(value: Any, target: Tensor) -> Any:
+    """An argument in the layout of what is written; torch refuses to do it where there are more processes than rows."""
+    return laid_out(value, target) if is_sharded(value) and value.shape == target.shape else value
 
 
 def _joined(value: Any, spread: Tensor) -> Any:
