@@ -17,7 +17,7 @@ from fts.errors import ArgumentError
 from fts.state import TrainState
 
 
-def distribute(step: Any, group: Group, strategy: DDP | None = None) -> Any:
+def distribute(step: Any, group: Group, strategy: DDP | None = None, *, each_batch: bool = False) -> Any:
     """The same step, taken by several processes, each with its own micro-batches.
 
     A model that `shard` has cut is trained so (FSDP2). Another one is replicated: DDP averages the gradients while the backward
@@ -30,6 +30,8 @@ def distribute(step: Any, group: Group, strategy: DDP | None = None) -> Any:
         step: what `steps.train_step` and the like make, also compiled.
         group: the processes; for a group of one the step stays as it is.
         strategy: the options of DDP; its defaults if not given.
+        each_batch: whether gradients are exchanged after each micro-batch rather than once a step: slower, but a process under FSDP2
+            never has those of the whole model.
 
     Returns:
         A step of the same kind. Each process calls it with as many micro-batches; `steps.Weightless` ones fill up.
@@ -51,12 +53,12 @@ def distribute(step: Any, group: Group, strategy: DDP | None = None) -> Any:
         raise ArgumentError(f"distribute needs a step of fts.steps, not {type(step).__name__}: it cannot see its gradients.")
     binding = gradients.binding
     if binding is not None and binding.sharded:
-        return steps.spread(step, Sharded(group, binding.module))
+        return steps.spread(step, Sharded(group, binding.module, each_batch))
     options = attrs.asdict(DDP() if strategy is None else strategy)
     same_buffers = options.pop("broadcast_buffers")
     overlaps = isinstance(gradients, steps.ValueAndGrad) and gradients.engine == "module" and binding is not None
     if overlaps and not _is_compiled(step):
-        return steps.spread(step, Replicating(group, same_buffers, module=binding.module, options=options))
+        return steps.spread(step, Replicating(group, same_buffers, module=binding.module, options=options, each_batch=each_batch))
     return steps.spread(step, Averaging(group, same_buffers))
 
 

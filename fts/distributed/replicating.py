@@ -130,10 +130,12 @@ class Replicating(Averaging):
         same_buffers: see `Averaging`.
         module: the model.
         options: of DistributedDataParallel.
+        each_batch: whether gradients are averaged after each micro-batch.
     """
 
     module: nn.Module = attrs.field(kw_only=True)
     options: Mapping[str, Any] = attrs.field(kw_only=True, factory=dict)
+    each_batch: bool = attrs.field(kw_only=True, default=False)
     loss: Any = attrs.field(default=None, init=False)
 
     @property
@@ -157,5 +159,5 @@ class Replicating(Averaging):
     @contextmanager
     def exchanging(self, now: bool) -> Iterator[None]:
         """DDP's `no_sync` where gradients are only gathered."""
-        with nullcontext() if now else self.loss.no_sync():
+        with nullcontext() if now or self.each_batch else self.loss.no_sync():
             yield

@@ -18,15 +18,17 @@ class Sharded:
     Args:
         group: the processes.
         module: the module.
+        each_batch: whether gradients are scattered after each micro-batch.
     """
 
     reduces = True
 
-    def __init__(self, group: Group, module: nn.Module) -> None:
+    def __init__(self, group: Group, module: nn.Module, each_batch: bool = False) -> None:
         self.group = group
         self.rank = group.rank
         self.size = group.size
         self.module: Any = module
+        self.each_batch = each_batch
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -50,9 +52,9 @@ class Sharded:
 
     @contextmanager
     def exchanging(self, now: bool) -> Iterator[None]:
-        """Gradients are scattered in the last pass only."""
+        """Gradients are scattered in the last pass only, unless they are after each."""
         for part in self.module.modules():
             if hasattr(part, "set_requires_gradient_sync"):
-                part.set_requires_gradient_sync(now, recurse=False)
+                part.set_requires_gradient_sync(now or self.each_batch, recurse=False)
                 part.set_is_last_backward(now)
         yield

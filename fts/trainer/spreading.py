@@ -65,9 +65,12 @@ def cut_model(trainer: Trainer) -> None:
         shard(trainer.model, devices["replicate", "shard"], strategy)
 
 
-def spread_step(step: Any, group: Group, strategy: Strategy) -> Any:
+def spread_step(step: Any, trainer: Trainer) -> Any:
     """The step as all processes take it together."""
-    return distributed.distribute(step, group, strategy if isinstance(strategy, DDP) else None)
+    strategy = strategy_for(trainer)
+    accumulation = trainer.args.accelerator_config.gradient_accumulation_kwargs or {}
+    each = bool(accumulation.get("sync_each_batch"))
+    return distributed.distribute(step, trainer.group, strategy if isinstance(strategy, DDP) else None, each_batch=each)
 
 
 def writer_for(trainer: Trainer) -> loops.Writer:

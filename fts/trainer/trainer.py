@@ -56,7 +56,7 @@ from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.search import note_trial, search
 from fts.trainer.seeding import enable_full_determinism, set_seed
-from fts.trainer.spreading import lay_out, spread_step, strategy_for
+from fts.trainer.spreading import lay_out, spread_step
 from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
@@ -846,7 +846,7 @@ class Trainer:
         else:
             across = Across(self.group, self.args.average_tokens_across_devices)
             step = compose_step(self.model, self.loss_rule, plan, chosen.transform, replaced_by(self), across)
-        return spread_step(step, self.group, strategy_for(self))
+        return spread_step(step, self)
 
     # Model
 

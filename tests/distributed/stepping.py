@@ -22,7 +22,7 @@ OPTIMIZERS = {
     "sgd": lambda: tx.sgd(0.05, momentum=0.9, nesterov=True),
     "adafactor": lambda: tx.from_torch(torch.optim.Adafactor, lr=1e-2),
 }
-WAYS = ("ddp", "fsdp", "func", "compiled", "plain")
+WAYS = ("ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each")
 
 
 class Net(nn.Module):
@@ -103,7 +103,7 @@ def case(way, optimizer, dtype, accumulate, group):
     net = net_of(dtype)
     if way == "compiled":
         net.mix[2].p = 0.0
-    if way == "fsdp":
+    if way.startswith("fsdp"):
         fully_shard(net.mix)
         fully_shard(net)
     state = fts.TrainState.create(net, transform, seed=7)
@@ -116,7 +116,7 @@ def case(way, optimizer, dtype, accumulate, group):
             lambda params, batch: loss(lambda t: torch.func.functional_call(net, params, (t,)), batch)
         )
         step = steps.gradient_step(gradients, transform)
-    step = distributed.distribute(steps.donating(step), group)
+    step = distributed.distribute(steps.donating(step), group, each_batch=way.endswith("each"))
     found, own = trained(step, state, [mine(part, micro, group) for part in parts])
     figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
     pairs = [(whole(found.params[name]), tensor) for name, tensor in expected.params.items()]
