@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from fts.distributed.group import Group
-from fts.errors import CheckpointError
+from fts.errors import CheckpointError, DistributedError
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -38,3 +41,30 @@ def together(group: Group) -> Iterator[None]:
     for rank, problem in enumerate(told):
         if problem is not None:
             raise CheckpointError(f"Process {rank} failed, so this one ends, too. {problem[0]}: {problem[1]}")
+
+
+def of_first(group: Group, function: Callable[[], Result]) -> Result:
+    """What a function gives in the first process, in all of them.
+
+    Args:
+        group: the processes; all must come here.
+        function: called in the first one alone; its result can be pickled.
+
+    Raises:
+        DistributedError: in the others, if it failed; the first one raises its own error.
+
+    >>> of_first(Group(), lambda: 3)
+    3
+    """
+    if not group.is_first:
+        found, problem = group.broadcast(None)
+        if problem is not None:
+            raise DistributedError(f"The first process failed, so this one ends, too. {problem}")
+        return found  # type: ignore[no-any-return]
+    try:
+        found = function()
+    except BaseException as error:
+        group.broadcast((None, f"{type(error).__name__}: {error}"))
+        raise
+    group.broadcast((found, None))
+    return found

@@ -1,4 +1,4 @@
-"""Searches by optuna: in this process, one trial after the other."""
+"""Searches by optuna: one trial after the other, in this process, or in all processes together."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fts.trainer.outputs import BestRun
 from fts.trainer.search.backends import split_options
 from fts.trainer.search.continuing import Record
 from fts.trainer.search.objectives import Objective, Reports, is_finite
+from fts.trainer.search.processes import Lead, follow, lead
 from fts.trainer.search.space import default_hp_space_optuna
 from fts.trainer.search.table import HEAD, line
 from fts.trainer.search.trials import run_trial
@@ -35,6 +36,11 @@ def search_by_optuna(trainer: Trainer, asked: Asked, options: dict[str, Any]) ->
         asked: what to search for.
         options: of `optuna.create_study` and `Study.optimize`.
     """
+    group = trainer.world
+    return lead(group, lambda leading: _study(trainer, asked, options, leading)) if group.is_first else follow(trainer, asked)
+
+
+def _study(trainer: Trainer, asked: Asked, options: dict[str, Any], leading: Lead) -> BestRun | list[BestRun]:
     of_study, of_optimize = split_options(
         options,
         ("optuna.create_study", _names(optuna.create_study)),
@@ -45,6 +51,11 @@ def search_by_optuna(trainer: Trainer, asked: Asked, options: dict[str, Any]) ->
             f"n_jobs={of_optimize['n_jobs']} runs trials in threads of one process, which share torch's random numbers: a trial "
             "would depend on its neighbours. Start the script several times with the same storage and study_name and "
             "load_if_exists=True, or use backend='ray'."
+        )
+    if of_optimize.get("catch", ()) and leading.group.size > 1:
+        raise ArgumentError(
+            f"catch={of_optimize['catch']!r} in {leading.group.size} processes: what one of them raises leaves the others in the "
+            "middle of a trial, so that the search cannot go on. Leave it out: losses that are not finite are caught in any case."
         )
     with _quiet(asked.shown):
         study = optuna.create_study(directions=list(asked.directions), **of_study)
@@ -57,7 +68,7 @@ def search_by_optuna(trainer: Trainer, asked: Asked, options: dict[str, Any]) ->
             *_classes(of_optimize.get("catch", ())),
         )  # too high a rate is a bad trial, no more
         if left:
-            study.optimize(_Objective(trainer, asked, record), n_trials=left, callbacks=callbacks, **of_optimize)
+            study.optimize(_Objective(trainer, asked, record, leading), n_trials=left, callbacks=callbacks, **of_optimize)
         record.end()
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         ended = Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))
@@ -73,8 +84,8 @@ def search_by_optuna(trainer: Trainer, asked: Asked, options: dict[str, Any]) ->
 class _Objective:
     """What optuna calls with each trial."""
 
-    def __init__(self, trainer: Trainer, asked: Asked, record: Record) -> None:
-        self.trainer, self.asked, self.record = trainer, asked, record
+    def __init__(self, trainer: Trainer, asked: Asked, record: Record, leading: Lead) -> None:
+        self.trainer, self.asked, self.record, self.leading = trainer, asked, record, leading
 
     def __call__(self, trial: optuna.Trial) -> Objective:
         asked = self.asked
@@ -83,9 +94,11 @@ class _Objective:
             values = (asked.hp_space or default_hp_space_optuna)(trial)
             if not isinstance(values, Mapping):
                 raise ArgumentError(f"hp_space returned {values!r}; it must return a dictionary of arguments by name.")
-            reports = Reports(asked.compute_objective, len(asked.directions), _teller(trial, asked))
-            name = asked.hp_name
-            outcome = run_trial(self.trainer, values, trial, run_id=str(trial.number), hp_name=name, reports=reports)
+            group, name = self.leading.group, asked.hp_name
+            reports = Reports(asked.compute_objective, len(asked.directions), _teller(trial, asked), group)
+            given = trial if group.size == 1 else _frozen(trial)  # the same in all processes
+            with self.leading.trial(values, given):
+                outcome = run_trial(self.trainer, values, given, run_id=str(trial.number), hp_name=name, reports=reports)
         except NonFiniteError:
             self.record.mark_ended(trial)
             raise
@@ -99,6 +112,11 @@ class _Objective:
         if not is_finite(outcome.objective):
             self.record.mark_ended(trial)  # optuna records it as failed
         return outcome.objective
+
+
+def _frozen(trial: optuna.Trial) -> FrozenTrial:
+    """A trial that other processes can have: `suggest_…` gives what was suggested."""
+    return next(found for found in trial.study.get_trials(deepcopy=False) if found.number == trial.number)
 
 
 def _classes(catch: Any) -> tuple[type[Exception], ...]:

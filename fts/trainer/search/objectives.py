@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from fts.distributed.group import Group
+from fts.distributed.together import of_first
 from fts.errors import ArgumentError
 
 Objective: TypeAlias = float | list[float]
@@ -13,6 +15,7 @@ Objective: TypeAlias = float | list[float]
 
 _OF_THE_RUN = ("_runtime", "_per_second")
 _COUNTS = ("epoch", "num_input_tokens_seen")
+_ALONE = Group()
 
 
 def default_compute_objective(metrics: Mapping[str, float]) -> float:
@@ -88,6 +91,7 @@ class Reports:
         compute: figures -> objective, or several.
         count: how many numbers an objective has.
         tell: `(objective, figures, step)` -> whether the trial is to end.
+        group: processes that train the trial together; the first one computes and tells, and all get its answer.
 
     Attributes:
         objective: of the last evaluation; None before the first.
@@ -97,11 +101,18 @@ class Reports:
     (True, 2.0)
     """
 
-    def __init__(self, compute: Callable[[dict[str, float]], Any], count: int, tell: Callable[..., bool]) -> None:
-        self.compute, self.count, self.tell = compute, count, tell
+    def __init__(
+        self, compute: Callable[[dict[str, float]], Any], count: int, tell: Callable[..., bool], group: Group = _ALONE
+    ) -> None:
+        self.compute, self.count, self.tell, self.group = compute, count, tell, group
         self.objective: Objective | None = None
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> bool:
         """Take the figures of an evaluation after so many updates."""
-        self.objective = checked_objective(self.compute(dict(metrics)), self.count)
-        return self.tell(self.objective, metrics, step)
+
+        def decided() -> tuple[Objective, bool]:
+            objective = checked_objective(self.compute(dict(metrics)), self.count)
+            return objective, self.tell(objective, metrics, step)
+
+        self.objective, ends = of_first(self.group, decided)
+        return ends

@@ -60,6 +60,11 @@ def search(
     asked = Asked(hp_space, compute_objective or default_compute_objective, n_trials, _directions(direction), hp_name, shown)
     with parked(trainer):
         if chosen is HPSearchBackend.RAY:
+            if trainer.world.size > 1:
+                raise ArgumentError(
+                    f"backend='ray': Ray starts a process for each trial itself, but {trainer.world.size} processes were "
+                    "started. Start the script without a launcher, or use backend='optuna', whose trials all train together."
+                )
             from fts.trainer.search.by_ray import search_by_ray
 
             return search_by_ray(trainer, asked, options)

@@ -145,6 +145,7 @@ def fresh(trainer: T, args: TrainingArguments) -> T:
 
 def _shared(trainer: Trainer) -> Iterator[Any]:
     yield from (trainer.train_dataset, trainer.eval_dataset, trainer.processing_class, trainer.model, trainer.model_wrapped)
+    yield from (trainer.group, trainer.world)
     if isinstance(trainer.eval_dataset, dict):
         yield from trainer.eval_dataset.values()
 
