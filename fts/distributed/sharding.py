@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
+from fts.distributed.group import Group
+from fts.distributed.mesh import Mesh, mesh_of
 from fts.distributed.strategies import FSDP
 from fts.errors import ArgumentError
 from fts.shards import is_sharded, local
+from fts.steps.offloading import kept_on_cpu
 from fts.wording import some
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -31,7 +35,7 @@ def shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
 
     Args:
         module: any whose forward passes are calls of modules. Parameters become DTensors on the mesh's device.
-        mesh: torch's DeviceMesh: of one dimension, or of two: replicas, and shards within each. Of one process, too.
+        mesh: the group, or torch's DeviceMesh of one dimension, or of two: replicas, and shards within each. Of one process, too.
         strategy: what is gathered as one, in which precision, and the rest.
 
     Returns:
@@ -45,6 +49,9 @@ def shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
+    if isinstance(mesh, Group):
+        layout = Mesh(replicate=strategy.replicate, shard=max(1, mesh.size // strategy.replicate))
+        mesh = mesh_of(mesh, layout)["replicate", "shard"]
     device = torch.device(mesh.device_type)
     mesh = _fitting(mesh, strategy)
     ignored = _ignored(module, strategy.ignored)
@@ -57,7 +64,7 @@ def shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
         whole = dict.fromkeys(whole)  # comes from the first
     if strategy.activation_checkpointing:
         for unit in units or [module]:
-            _recompute(unit)
+            _recompute(unit, offload=strategy.activation_checkpointing_offload)
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored, "offload_policy": _offloading(strategy, device)}
     inner, outer = _policies(strategy)
     for unit in units:
@@ -221,8 +228,8 @@ def _policies(strategy: FSDP) -> tuple[Any, Any]:
     return policy(), policy(output_dtype=strategy.output_dtype)
 
 
-def _recompute(unit: nn.Module) -> None:
-    """Let a module keep its inputs only and compute the rest again in the backward pass; its parameters' names stay."""
+def _recompute(unit: nn.Module, *, offload: bool = False) -> None:
+    """Let a module keep its inputs only, and on the CPU if asked, and compute the rest again; its parameters' names stay."""
     from torch.utils.checkpoint import checkpoint
 
     forward: Callable[..., Any] = unit.forward
@@ -231,7 +238,8 @@ def _recompute(unit: nn.Module) -> None:
     def again(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        with kept_on_cpu() if offload else nullcontext():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     unit.forward = again
 

@@ -77,6 +77,7 @@ class FSDP:
         cpu_offload: whether parts lie, and are updated, in the CPU's memory.
         pin_memory: whether that memory is pinned, from which a GPU copies faster.
         activation_checkpointing: whether each unit recomputes its activations in the backward pass.
+        activation_checkpointing_offload: whether the inputs of these units wait for it in the CPU's memory.
         state_dict: whether checkpoints hold whole tensors ("full"), gathered to one process, or each process's parts ("sharded").
         cpu_ram_efficient_loading: whether the first process alone holds weights before they are shared out.
         replicate: how many groups of processes each hold the whole model among them (hybrid sharding); 1 shards over all.
@@ -100,6 +101,7 @@ class FSDP:
     cpu_offload: bool = False
     pin_memory: bool = True
     activation_checkpointing: bool = False
+    activation_checkpointing_offload: bool = False
     state_dict: Literal["full", "sharded"] = "full"
     cpu_ram_efficient_loading: bool = False
     replicate: int = 1
@@ -108,6 +110,11 @@ class FSDP:
     def __attrs_post_init__(self) -> None:
         if self.state_dict not in ("full", "sharded"):
             raise ArgumentError(f"FSDP: state_dict={self.state_dict!r} must be 'full' or 'sharded'.")
+        if self.activation_checkpointing_offload and not self.activation_checkpointing:
+            raise ArgumentError(
+                "FSDP: activation_checkpointing_offload=True moves the inputs of units that recompute their activations, but "
+                "activation_checkpointing=False. Turn both on, or neither."
+            )
         if not _are_units(self.units):
             raise ArgumentError(
                 f"FSDP: units={self.units!r} must be a tuple of names of classes, a number of parameters of at least 1, "

@@ -38,7 +38,7 @@ def offload_activations(loss: LossFn | ModuleLoss, *, least: int = SMALL) -> Any
         run = attrs.evolve(loss)
 
         def within(model: Any, batch: Any, *args: Any) -> LossOutput:
-            with _kept_on_cpu(least):
+            with kept_on_cpu(least):
                 return call_loss(run, model, batch, *args)
 
         within.__name__ = f"{name_of(loss.fn) if loss.fn is not None else 'its own loss'} with activations on the CPU"
@@ -46,14 +46,23 @@ def offload_activations(loss: LossFn | ModuleLoss, *, least: int = SMALL) -> Any
     check_callable(loss, "offload_activations", "loss(params, batch)")
 
     def of_params(params: Any, batch: Any, *args: Any) -> Any:
-        with _kept_on_cpu(least):
+        with kept_on_cpu(least):
             return loss(params, batch, *args)
 
     of_params.__name__ = f"{name_of(loss)} with activations on the CPU"
     return of_params
 
 
-def _kept_on_cpu(least: int) -> Any:
+def kept_on_cpu(least: int = SMALL) -> Any:
+    """A context in which what a forward pass keeps for the backward pass is kept in the memory of the CPU.
+
+    Args:
+        least: how many numbers a tensor must have to be moved.
+
+    >>> with kept_on_cpu():
+    ...     loss = (torch.ones(2, requires_grad=True) ** 2).sum()
+    >>> loss.backward()
+    """
     return torch.autograd.graph.saved_tensors_hooks(_packer(least), _unpacked)
 
 

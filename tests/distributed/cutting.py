@@ -122,6 +122,7 @@ SHARDED = {
     "by class": (llama, llama, FSDP(units=("LlamaMLP", "LlamaAttention"))),
     "kept after forward": (llama, llama, FSDP(reshard_after_forward=False)),
     "recomputed": (llama, llama, FSDP(activation_checkpointing=True)),
+    "recomputed from the CPU": (llama, llama, FSDP(activation_checkpointing=True, activation_checkpointing_offload=True)),
     "offloaded": (llama, llama, FSDP(cpu_offload=True)),
     "tied": (tied, tied, FSDP()),
     "tied, on the first alone": (tied_on_first, tied, FSDP(cpu_ram_efficient_loading=True)),

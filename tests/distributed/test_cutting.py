@@ -41,7 +41,8 @@ UNITS = {
 }
 EXACT = [
     *("minilm", "minilm on the first alone", "another seed", "as a whole", "by size", "by class", "kept after forward"),
-    *("recomputed", "offloaded", "tied", "tied, on the first alone", "tied, by size", "frozen", "ignored", "replicas"),
+    *("recomputed", "recomputed from the CPU", "offloaded", "tied", "tied, on the first alone", "tied, by size"),
+    *("frozen", "ignored", "replicas"),
 ]
 
 

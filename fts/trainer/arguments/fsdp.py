@@ -221,6 +221,7 @@ def _asked(options: Any, settings: Mapping[str, Any]) -> Asked:
     more = {
         "cpu_offload": _one("cpu_offload", offload),
         "activation_checkpointing": given.get("activation_checkpointing"),
+        "activation_checkpointing_offload": given.get("activation_checkpointing_offload"),
         "cpu_ram_efficient_loading": given.get("cpu_ram_efficient_loading"),
         "state_dict": given.get("state_dict_type"),
         "ignored": given.get("ignored_modules"),

@@ -161,9 +161,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "mixed_precision_policy": _precision,
     "mixed_precision": _precision,
     "activation_checkpointing": _flag,
-    "activation_checkpointing_offload": _not_here(
-        "keeps the inputs of recomputed units in the CPU's memory, which is not there for FSDP. Use cpu_offload for parameters."
-    ),
+    "activation_checkpointing_offload": _flag,
     "cpu_ram_efficient_loading": _flag,
     "ignored_modules": _patterns,
     "sync_module_states": _flag,

@@ -72,6 +72,10 @@ def test_what_is_sharded():
         ({"state_dict_type": "SHARDED_STATE_DICT"}, {"state_dict": "sharded"}),
         ({"state_dict_type": "full_state_dict"}, {}),
         ({"activation_checkpointing": True}, {"activation_checkpointing": True}),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_offload": True},
+            {"activation_checkpointing": True, "activation_checkpointing_offload": True},
+        ),
         ({"cpu_ram_efficient_loading": True}, {"cpu_ram_efficient_loading": True}),
         ({"ignored_modules": r"head\..*"}, {"ignored": (r"head\..*",)}),
         (
@@ -115,7 +119,7 @@ def test_each_setting_does_what_it_says(settings, attributes, tmp_path):
         ({"cpu_ram_efficient_loading": True, "sync_module_states": False}, "without weights"),
         ({"mixed_precision_policy": {"buffer_dtype": "bf16"}}, "FSDP2 leaves buffers as they are"),
         ({"mixed_precision_policy": {"param_dtype": "int8"}}, "param_dtype='int8' is unknown"),
-        ({"activation_checkpointing_offload": True}, "Use cpu_offload"),
+        ({"activation_checkpointing_offload": True}, "but activation_checkpointing=False"),
         ({"xla": True}, "TPUs, which are not supported"),
         ({"version": 3}, "must be 1 or 2"),
         ({"use_orig_params": "maybe"}, "must be True or False"),
