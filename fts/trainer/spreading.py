@@ -33,13 +33,13 @@ def lay_out(trainer: Trainer) -> None:
         )
     if mesh.context > 1:
         raise ArgumentError(
-            f"cp_size={mesh.context}: context parallelism (attention in a ring of GPUs) is not in this version of fts. "
-            "Use tp_size, or FSDP with activation checkpointing, for long rows."
+            f"cp_size={mesh.context}: context parallelism needs torch's ring attention, which runs on CUDA GPUs alone, and fts "
+            "does not have it. Use tp_size, or FSDP with activation checkpointing, for long rows."
         )
     if mesh.sequence > 1:
         raise ArgumentError(
-            f"sp_size={mesh.sequence}: sequence parallelism (a part of DeepSpeed) is not in this version of fts. "
-            "Use tp_size, or FSDP with activation checkpointing, for long rows."
+            f"sp_size={mesh.sequence}: sequence parallelism is a part of DeepSpeed that needs CUDA GPUs, and fts does not "
+            "have it. Use tp_size, or FSDP with activation checkpointing, for long rows."
         )
     trainer.group = data_group(trainer.args)
 
@@ -68,8 +68,8 @@ def cut_model(trainer: Trainer) -> None:
 def spread_step(step: Any, trainer: Trainer) -> Any:
     """The step as all processes take it together."""
     strategy = strategy_for(trainer)
-    accumulation = trainer.args.accelerator_config.gradient_accumulation_kwargs or {}
-    each = bool(accumulation.get("sync_each_batch"))
+    config: Any = trainer.args.accelerator_config  # settled: an AcceleratorConfig
+    each = bool((config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
     return distributed.distribute(step, trainer.group, strategy if isinstance(strategy, DDP) else None, each_batch=each)
 
 

@@ -56,7 +56,7 @@ from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.search import note_trial, search
 from fts.trainer.seeding import enable_full_determinism, set_seed
-from fts.trainer.spreading import lay_out, spread_step
+from fts.trainer.spreading import cut_model, lay_out, spread_step
 from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
@@ -449,6 +449,7 @@ class Trainer:
         )
 
     def _evaluate_on(self, loader: Any, stage: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
+        cut_model(self)
         with self.memory.measuring(stage) as figures, self._closing_bars():
             start = time.perf_counter()
             described, only = ("Prediction", None) if stage == "test" else ("Evaluation", self.compute_metrics is None or None)

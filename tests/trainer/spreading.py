@@ -69,6 +69,16 @@ def trained(world, folder, name):
     }
 
 
+def evaluated(folder, **options):
+    """The loss of a model that was not trained, and which part of it this process has then."""
+    args = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, **options)
+    trainer = Trainer(model(), args, eval_dataset=rows()[:11])
+    loss = trainer.evaluate()["eval_loss"]
+    predicted = trainer.predict(rows()[:11]).metrics["test_loss"]
+    parts = [local(parameter).numel() for parameter in trainer.model.parameters()]
+    return [loss, predicted, sum(parts) / sum(parameter.numel() for parameter in trainer.model.parameters())]
+
+
 def refused(folder, **options):
     try:
         Trainer(model(), TrainingArguments(folder, use_cpu=True, **options), train_dataset=rows())
@@ -104,8 +114,11 @@ def main(file):
             os.environ |= LAUNCHER if "launcher" in name and world > 1 else {"ACCELERATE_USE_FSDP": "false"}
             found[name] = trained(world, folder, name)
         os.environ["ACCELERATE_USE_FSDP"] = "false"
+        found["evaluated"] = evaluated(folder, **({"fsdp": True, "fsdp_config": BLOCKS} if world > 1 else {}))
+        found["evaluated in matrices"] = evaluated(folder, **({"parallelism_config": {"tp_size": 2}} if world > 1 else {}))
         if world > 1:
             found["given"] = given
+            found["batch size"] = refused(folder, auto_find_batch_size=True)
             found["cp"] = refused(folder, parallelism_config={"cp_size": 2})
             found["sp"] = refused(folder, parallelism_config={"sp_size": 2})
             found["tp"] = refused(folder, parallelism_config={"tp_size": 3})

@@ -56,6 +56,14 @@ def test_a_run_of_two_processes_equals_that_of_one(found, alone, name):
     assert case["sizes"] == [2 if name == "matrices" else 1, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["evaluated", "evaluated in matrices"])
+def test_a_model_that_was_not_trained_is_cut_before_it_is_evaluated(found, alone, name):
+    *losses, share = found[name]
+    *expected, whole = alone[name]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert (share, whole) == pytest.approx((0.5, 1), abs=0.01)
+
+
 def test_ddp_is_given_its_arguments(found):
     options = found["given"]["DDP"]
     assert options["find_unused_parameters"] == "False"
@@ -69,6 +77,7 @@ def test_the_group_is_given_its_arguments(found):
 
 
 def test_what_these_processes_cannot_do_is_said_at_once(found):
-    assert "cp_size=2: context parallelism" in found["cp"]
-    assert "sp_size=2: sequence parallelism" in found["sp"]
+    assert "cp_size=2: context parallelism needs torch's ring attention, which runs on CUDA GPUs alone" in found["cp"]
+    assert "sp_size=2: sequence parallelism is a part of DeepSpeed" in found["sp"]
+    assert "auto_find_batch_size=True in 2 processes" in found["batch size"]
     assert "2 processes cannot be cut into groups of 3 (tp_size=3" in found["tp"]

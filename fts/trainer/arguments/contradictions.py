@@ -94,6 +94,16 @@ def _sampling(args: TrainingArguments) -> str | None:
     return None
 
 
+def _batch_size(args: TrainingArguments) -> str | None:
+    if args.auto_find_batch_size and args.world_size > 1:
+        return (
+            f"auto_find_batch_size=True in {args.world_size} processes: one whose memory does not suffice leaves the others in "
+            "the middle of an exchange, from which they cannot come back to try again. Find the size in one process, and give it "
+            "as per_device_train_batch_size."
+        )
+    return None
+
+
 def _target_modules(args: TrainingArguments) -> str | None:
     name = OptimizerNames(args.optim).value
     if args.optim_target_modules and not name.startswith(("galore", "apollo")):
@@ -104,7 +114,7 @@ def _target_modules(args: TrainingArguments) -> str | None:
     return None
 
 
-_ALL = (_two_precisions, _no_steps, _best_without_figures, _best_not_saved, _workers, _sampling, _target_modules)
+_ALL = (_two_precisions, _no_steps, _best_without_figures, _best_not_saved, _workers, _sampling, _batch_size, _target_modules)
 
 
 def sampling_of(args: TrainingArguments) -> str:
