@@ -10,6 +10,7 @@ from fts.trainer.callbacks.displays import open_display
 from fts.trainer.callbacks.printer import readable
 from fts.trainer.callbacks.shown import BESIDE, Shown
 from fts.trainer.figures import best_metric_name
+from fts.trainer.plan import rows_per_update
 
 
 class ProgressCallback(TrainerCallback):
@@ -119,4 +120,4 @@ def _rows(args: Any, state: Any) -> int | None:
     """Rows in an update, over all processes."""
     if args is None or not state.train_batch_size:
         return None
-    return int(state.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    return rows_per_update(args, state.train_batch_size)

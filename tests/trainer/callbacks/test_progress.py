@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fts.errors import MissingDependencyError
-from fts.trainer import ProgressCallback, TrainerCallback, TrainerState
+from fts.trainer import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import close_bars
 from fts.trainer.callbacks.displays import Lines
 from tests.trainer.helpers import arguments, make_trainer
@@ -49,6 +49,18 @@ def test_lines_appear_where_there_is_no_terminal(tmp_path, capsys):
     assert "saved at 4" in lines[3]
     assert "\r" not in shown.err + shown.out and "\x1b" not in shown.err + shown.out
     assert sum(line.startswith("{'") for line in shown.out.splitlines()) == 6
+
+
+def test_the_speed_counts_the_rows_of_those_with_rows_of_their_own(monkeypatch, terminal):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    state = TrainerState(max_steps=3, train_batch_size=8)
+    matrices, cut = {"parallelism_config": {"tp_size": 4}}, {"accelerator_config": {"split_batches": True}}
+    for more, rows in (({}, 64), (matrices, 16), (cut, 16)):
+        args = TrainingArguments(use_cpu=True, gradient_accumulation_steps=2, **more)
+        shown = begun(state, args)
+        assert shown.training_bar.shown.rows == rows
+        close_bars([shown])
 
 
 def test_nothing_but_logs_without_it(tmp_path, capsys):
