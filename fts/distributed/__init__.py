@@ -2,15 +2,20 @@
 
 from fts.distributed.distributing import distribute, synchronize
 from fts.distributed.group import Group, start, stop
+from fts.distributed.mesh import Mesh, mesh_of
+from fts.distributed.sharding import shard
 from fts.distributed.strategies import DDP, FSDP, Single, Strategy
 
 __all__ = [
     "DDP",
     "FSDP",
     "Group",
+    "Mesh",
     "Single",
     "Strategy",
     "distribute",
+    "mesh_of",
+    "shard",
     "start",
     "stop",
     "synchronize",

@@ -30,8 +30,8 @@ def distribute(step: Any, group: Group, strategy: DDP | None = None, *, each_bat
         step: what `steps.train_step` and the like make, also compiled.
         group: the processes; for a group of one the step stays as it is.
         strategy: the options of DDP; its defaults if not given.
-        each_batch: whether gradients are exchanged after each micro-batch rather than once a step: slower, but a process under FSDP2
-            never has those of the whole model.
+        each_batch: whether gradients are exchanged after each micro-batch rather than once a step: slower, but a process under
+            FSDP2 never has those of the whole model.
 
     Returns:
         A step of the same kind. Each process calls it with as many micro-batches; `steps.Weightless` ones fill up.
