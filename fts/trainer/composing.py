@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -13,12 +14,13 @@ from torch import nn
 
 from fts import steps
 from fts.distributed import Group
+from fts.distributed.devices import across_devices
 from fts.errors import ArgumentError
 from fts.steps import MicroBatches, Weightless
 from fts.trainer.accelerating import scaler_of
 from fts.trainer.drawing import Drawn
 from fts.trainer.hooks import overridden
-from fts.trainer.losses import Items, LossRule, count_labels, counts_shifted, own_loss, step_loss
+from fts.trainer.losses import Items, LossRule, count_labels, counts_shifted, item_count, own_loss, step_loss
 from fts.trainer.plan import Plan
 from fts.typing import Batch, Transform
 
@@ -49,10 +51,12 @@ class Across:
     Attributes:
         group: the processes.
         averages_tokens: whether losses are divided by the labels of all processes, or by those of each one alone.
+        devices: the GPUs among which this process cuts each batch; empty where it has not several.
     """
 
     group: Group
     averages_tokens: bool = True
+    devices: tuple[int, ...] = ()
 
 
 ALONE = Across(Group())
@@ -99,8 +103,10 @@ def compose_step(
         `(state, batch) -> (state, metrics)`, which `fts.distributed.distribute` makes that of all processes.
 
     Raises:
-        ArgumentError: the step is to be compiled, and the user's `training_step` cannot be.
+        ArgumentError: the step is to be compiled, or cut among GPUs, and the user's `training_step` cannot be.
     """
+    if across.devices:
+        _check_devices(plan, replaced, across)
     if replaced.training_step is not None:
         if plan.compiled:
             raise ArgumentError(
@@ -112,12 +118,27 @@ def compose_step(
         return steps.passing(step, items_by(rule, model, across))
     simple = replaced.compute_loss is None and replaced.context is None and replaced.prepare_inputs is None
     own = not rule.counts and not rule.smoothing and rule.scaled is None
-    if simple and own and plan.accumulate == 1 and across.group.size == 1:
+    if simple and own and plan.accumulate == 1 and across.group.size == 1 and not across.devices:
         return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
-    loss = step_loss(_replaced_loss(rule, replaced), rule)
+    compute = _replaced_loss(rule, replaced)
+    if across.devices:
+        weigh = partial(item_count, model, label_names=rule.label_names)
+        compute = across_devices(model, compute, weigh, rule.is_scaled, across.devices)
+    loss = step_loss(compute, rule)
     precision = None if replaced.context is not None else plan.precision
     step = steps.train_step(steps.module_loss(model, loss), transform, precision=precision)
     return steps.passing(_compiled(step, plan), items_by(rule, model, across))
+
+
+def _check_devices(plan: Plan, replaced: Replaced, across: Across) -> None:
+    what = "torch_compile=True" if plan.compiled else ""
+    if replaced.training_step is not None:
+        what = "an overridden training_step"
+    if what:
+        raise ArgumentError(
+            f"{what} cannot be used with {len(across.devices)} GPUs in one process. Start a process for each: torchrun "
+            f"--nproc-per-node {len(across.devices)} script.py. Or show it one GPU by CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def items_by(rule: LossRule, model: nn.Module, across: Across = ALONE) -> Callable[[Batch], Sequence[Items]]:

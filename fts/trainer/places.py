@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fts import loops
 from fts.distributed import mesh
 from fts.loops import Source
@@ -42,6 +44,19 @@ def started(args: TrainingArguments) -> Group:
     from fts.distributed.group import start
 
     return start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
+
+
+def devices(args: TrainingArguments) -> tuple[int, ...]:
+    """The numbers of the GPUs that this process trains on, its own first; empty where it has not several.
+
+    >>> devices(TrainingArguments(use_cpu=True))
+    ()
+    """
+    own = args.device
+    if own.type != "cuda" or args.n_gpu < 2:
+        return ()
+    first = own.index or 0
+    return (first, *[number for number in range(torch.cuda.device_count()) if number != first][: args.n_gpu - 1])
 
 
 def _config(args: TrainingArguments) -> AcceleratorConfig:

@@ -24,13 +24,10 @@ def lay_out(trainer: Trainer) -> None:
     """
     # noted on the arguments, from which the data is shared
     trainer.args._tp_size = getattr(trainer.model, "_tp_size", None) or 1  # type: ignore[attr-defined]
+    if len(set((getattr(trainer.model, "hf_device_map", None) or {}).values())) > 1:
+        trainer.args._n_gpu = 1  # type: ignore[attr-defined]  # its layers lie on the GPUs already
     strategy_for(trainer)
     mesh = mesh_for(trainer.args)
-    if trainer.args.n_gpu > 1 and trainer.args.device.type != "cpu":
-        raise ArgumentError(
-            f"n_gpu={trainer.args.n_gpu}: one process trains on one GPU. Start one for each: torchrun --nproc-per-node "
-            f"{trainer.args.n_gpu} script.py."
-        )
     if mesh.context > 1:
         raise ArgumentError(
             f"cp_size={mesh.context}: context parallelism needs torch's ring attention, which runs on CUDA GPUs alone, and fts "

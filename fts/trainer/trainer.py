@@ -48,7 +48,7 @@ from fts.trainer.modelling import checkpoint_activations, made_by, prepared_mode
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.places import shared, started
+from fts.trainer.places import devices, shared, started
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse
@@ -845,7 +845,7 @@ class Trainer:
         if self.step is not None and not isinstance(self.step, Transform):
             step = self.step
         else:
-            across = Across(self.group, self.args.average_tokens_across_devices)
+            across = Across(self.group, self.args.average_tokens_across_devices, devices(self.args))
             step = compose_step(self.model, self.loss_rule, plan, chosen.transform, replaced_by(self), across)
         return spread_step(step, self)
 

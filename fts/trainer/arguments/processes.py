@@ -62,8 +62,14 @@ def device_of(args: TrainingArguments) -> torch.device:
 
 
 def devices_of(args: TrainingArguments) -> int:
-    """How many accelerators this process trains on: one, or none on the CPU. `_n_gpu` overrules it, as in Hugging Face's."""
-    return int(args.__dict__.get("_n_gpu", 0 if args.device.type == "cpu" else 1))
+    """How many accelerators this process trains on: all NVIDIA GPUs where it is alone, else one; none on the CPU.
+
+    `_n_gpu` overrules it, as in Hugging Face's.
+    """
+    kind = args.device.type
+    all_of_them = kind == "cuda" and "LOCAL_RANK" not in os.environ and not in_group()
+    found = 0 if kind == "cpu" else max(1, torch.cuda.device_count()) if all_of_them else 1
+    return int(args.__dict__.get("_n_gpu", found))
 
 
 def parallel_mode(args: TrainingArguments) -> ParallelMode:
