@@ -9,9 +9,8 @@ import optree
 from torch import Tensor
 
 from fts import steps
+from fts.distributed.gradients import Averaging, Replicating, Sharded
 from fts.distributed.group import Group
-from fts.distributed.replicating import Averaging, Replicating
-from fts.distributed.sharded import Sharded
 from fts.distributed.strategies import DDP
 from fts.errors import ArgumentError
 from fts.state import TrainState

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fts.distributed.group import is_started
 from fts.errors import ArgumentError
 from fts.trainer.arguments import Seq2SeqTrainingArguments
 from fts.trainer.outputs import PredictionOutput
@@ -161,7 +162,7 @@ def pad_token_of(processing_class: Any, model: nn.Module) -> int:
 
 def is_sharded(model: Any) -> bool:
     """Whether each process holds but a part of the parameters (FSDP, DeepSpeed's ZeRO-3)."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_started():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
@@ -173,7 +174,7 @@ def is_sharded(model: Any) -> bool:
 @contextmanager
 def whole_parameters(model: Any) -> Iterator[None]:
     """Gather the parameters of a model that torch's older FSDP wraps, for `generate` runs beside its forward."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_started():
         yield
         return
     from torch.distributed.fsdp import FullyShardedDataParallel

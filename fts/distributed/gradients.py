@@ -1,4 +1,4 @@
-"""Gradients of replicated parameters: each process has them all, and its own micro-batches."""
+"""How the gradients of several processes, each with its own micro-batches, become those of all (`fts.steps.Among`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from fts.typing import LossOutput, Params
 
 
 @attrs.define(eq=False)
-class Averaging:
-    """Gradients that are averaged after the backward pass, all at once: for any engine, loss and graph.
+class _Processes:
+    """What holds however gradients are exchanged.
 
     Args:
         group: the processes.
-        same_buffers: whether what a forward pass writes to buffers is taken from the first process.
     """
 
     group: Group
-    same_buffers: bool = True
-    _checked: bool = attrs.field(default=False, init=False)
 
     @property
     def rank(self) -> int:
@@ -38,14 +35,31 @@ class Averaging:
         """How many processes there are."""
         return self.group.size
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Group.sum`."""
+        return self.group.sum(tensor)
+
+    def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+        """The loss as it is."""
+        return run
+
+
+@attrs.define(eq=False)
+class Averaging(_Processes):
+    """Gradients of replicated parameters, averaged after the backward pass, all at once: for any engine, loss and graph.
+
+    Args:
+        group: the processes.
+        same_buffers: whether what a forward pass writes to buffers is taken from the first process.
+    """
+
+    same_buffers: bool = True
+    _checked: bool = attrs.field(default=False, init=False)
+
     @property
     def reduces(self) -> bool:
         """Whether the backward pass has averaged already."""
         return False
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See `Group.sum`."""
-        return self.group.sum(tensor)
 
     def mean(self, grads: Params) -> Params:
         """The mean over the processes, by one sum for each dtype."""
@@ -70,10 +84,6 @@ class Averaging:
         if not self._checked:
             self._checked = True
             check_same(self.group, params)
-
-    def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-        """The loss as it is."""
-        return run
 
     def exchanging(self, now: bool) -> AbstractContextManager[Any]:
         """Nothing is exchanged in a backward pass."""
@@ -123,7 +133,7 @@ class _Loss(nn.Module):
 
 @attrs.define(eq=False)
 class Replicating(Averaging):
-    """Gradients that torch's DistributedDataParallel averages while the backward pass runs.
+    """Gradients of replicated parameters, which torch's DistributedDataParallel averages while the backward pass runs.
 
     Args:
         group: the processes.
@@ -161,3 +171,44 @@ class Replicating(Averaging):
         """DDP's `no_sync` where gradients are only gathered."""
         with nullcontext() if now or self.each_batch else self.loss.no_sync():
             yield
+
+
+@attrs.define(eq=False)
+class Sharded(_Processes):
+    """Gradients of parameters that `fully_shard` has cut: hooks in the module gather the ones and scatter the others.
+
+    Args:
+        group: the processes.
+        module: the model.
+        each_batch: whether gradients are scattered after each micro-batch.
+    """
+
+    module: nn.Module
+    each_batch: bool = False
+
+    @property
+    def reduces(self) -> bool:
+        """The backward pass has averaged already."""
+        return True
+
+    def mean(self, grads: Params) -> Params:
+        """Nothing is left to do."""
+        return grads
+
+    def same(self, buffers: Params) -> Params:
+        """Those of the first process."""
+        self.group.copy_first(list(buffers.values()))
+        return buffers
+
+    def check(self, params: Params) -> None:
+        """Shards are parts of the same parameters by themselves."""
+
+    @contextmanager
+    def exchanging(self, now: bool) -> Iterator[None]:
+        """Gradients are scattered in the last pass only, unless they are after each."""
+        for part in self.module.modules():
+            if hasattr(part, "set_requires_gradient_sync"):
+                sharded: Any = part
+                sharded.set_requires_gradient_sync(now or self.each_batch, recurse=False)
+                sharded.set_is_last_backward(now)
+        yield
