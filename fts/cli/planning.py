@@ -10,8 +10,8 @@ from typing import Any
 
 import attrs
 
-from fts.distributed.dimensions import Model, counted, elements, of_module
 from fts.distributed.planning import OPTIMIZERS, PRECISIONS, STRATEGIES, Memory, Plan, Setup, plan
+from fts.distributed.shapes import Model, counted, elements, of_module
 from fts.distributed.sharding import blocks_of
 from fts.errors import ArgumentError, MissingDependencyError
 

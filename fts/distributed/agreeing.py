@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from fts.distributed.group import Group
-from fts.distributed.losing import Peers
+from fts.distributed.peers import Peers
 
 
 class Agreement:

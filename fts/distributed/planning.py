@@ -14,7 +14,7 @@ from typing import Literal
 
 import attrs
 
-from fts.distributed.dimensions import Model, Shape, elements, parts, split
+from fts.distributed.shapes import Model, Shape, elements, parts, split
 from fts.errors import ArgumentError
 
 DEEPSPEED_BUCKET = 500_000_000
@@ -252,7 +252,7 @@ def plan(model: Model, setup: Setup) -> Plan:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.dimensions import counted
+    >>> from fts.distributed.shapes import counted
     >>> found = plan(counted(7_500_000_000), Setup("deepspeed-3", world=64, precision="bf16"))
     >>> sum((found.memory.parameters, found.memory.gradients, found.memory.master, found.memory.moments)) / 1e9
     1.875
@@ -269,7 +269,7 @@ def memory(model: Model, setup: Setup) -> Memory:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.dimensions import counted
+    >>> from fts.distributed.shapes import counted
     >>> memory(counted(1000), Setup("fsdp", world=4)).moments
     2000
     """
@@ -327,7 +327,7 @@ def activations(model: Model, setup: Setup) -> int:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.dimensions import counted
+    >>> from fts.distributed.shapes import counted
     >>> model = counted(1_000_000, layers=2, hidden=64, heads=4)
     >>> activations(model, Setup(precision="bf16-pure", batch=3, sequence=10)) == 2 * 10 * 3 * 64 * 34
     True
@@ -347,7 +347,7 @@ def traffic(model: Model, setup: Setup) -> tuple[Collective, ...]:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.dimensions import counted
+    >>> from fts.distributed.shapes import counted
     >>> [(one.kind, one.times, one.sent) for one in traffic(counted(1000), Setup("fsdp", world=4, accumulate=2))]
     [('all-gather', 4, 12000), ('reduce-scatter', 1, 3000)]
     """

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fts import steps
+from fts.distributed.exchanging import alone
 from fts.errors import BatchError, DataError, LossError
 from fts.loops.parts import unwrapped
 from fts.loops.sheltering import sheltered
 from fts.steps import Weightless
 from fts.steps.binding import Binding
 from fts.trainer.arrays import Space
-from fts.trainer.exchanging import alone
 from fts.trainer.figures import SPEED, own_figures
 from fts.trainer.gathering import Gathered, Held, Listed
 from fts.trainer.losses import item_count

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fts import steps
-from fts.distributed.losing import Peers
+from fts.distributed.exchanging import Exchange
+from fts.distributed.peers import Peers
 from fts.distributed.together import together
 from fts.errors import ArgumentError
 from fts.loops import Replayed, Source, StopRequest
@@ -37,7 +38,6 @@ from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
 from fts.trainer.composing import Across, compose_step, items_by, replaced_by, with_count
 from fts.trainer.constructing import check_parts, not_yet
 from fts.trainer.describing import describe_run
-from fts.trainer.exchanging import Exchange
 from fts.trainer.figures import check_batch_metrics
 from fts.trainer.finding import find_checkpoint
 from fts.trainer.following import follow

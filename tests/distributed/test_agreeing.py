@@ -1,7 +1,6 @@
 """Agreements of two real processes, of which one is killed in the end."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,19 +11,15 @@ import torch
 
 from fts.distributed.agreeing import Agreement
 from fts.distributed.group import Group
-from fts.distributed.losing import Peers
+from fts.distributed.peers import Peers
 from fts.errors import DistributedError
-
-ROOT = Path(__file__).parents[2]
+from tests import torchrun
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     file = tmp_path_factory.mktemp("agreeing") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(Path(__file__).with_name("agreeing.py")), str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = torchrun.start(Path(__file__).with_name("agreeing.py"), file)
     assert file.exists(), done.stderr[-3000:]
     assert "SIGKILL" in done.stderr
     return json.loads(file.read_text())

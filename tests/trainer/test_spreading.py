@@ -1,33 +1,22 @@
 """A run under each strategy equals that of one process; the processes are real, started by torchrun."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import torchrun
+
 SCRIPT = Path(__file__).with_name("spreading.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-
-
-def run(path, *launcher):
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-    command = [sys.executable, *launcher, str(SCRIPT), str(path)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("spreading") / "alone.json")
+    return torchrun.result(SCRIPT, tmp_path_factory.mktemp("spreading") / "alone.json", processes=1)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("spreading") / "found.json", *TORCHRUN)
+    return torchrun.result(SCRIPT, tmp_path_factory.mktemp("spreading") / "found.json")
 
 
 # name -> units of FSDP, and which share of the parameters each process has

@@ -1,4 +1,4 @@
-"""What one batch of evaluation gave in each process, brought to all of them."""
+"""What each of several processes has, brought to all of them: tensors of any number and shape, and what can be pickled."""
 
 from __future__ import annotations
 
