@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fts.errors import BatchError
 from fts.randomness import fold
 from fts.steps.losses import as_loss_output
 from fts.typing import LossOutput, Number
@@ -46,8 +45,8 @@ def combined(
     """The loss and the metrics of a batch, of those of its parts.
 
     Args:
-        losses: of each part, [parts].
-        weights: over how many items each is a mean, [parts].
+        losses: of the parts, [parts].
+        weights: over how many items these are means, [parts].
         metrics: by name the means of the parts and their weights, each [parts].
         adds_up: whether the losses are parts of a sum rather than means.
 
@@ -83,8 +82,6 @@ def across_devices(
     parallel = nn.DataParallel(_Part(module, loss, weigh), device_ids=list(devices))
 
     def whole(model: nn.Module, batch: Any, count: Tensor | None) -> LossOutput:
-        if not isinstance(batch, Mapping):
-            raise BatchError(f"A batch is cut for {len(devices)} GPUs by its names, but it is a {type(batch).__name__}.")
         kind = next(module.parameters()).device.type
         if kind == "cuda":
             _seed_others(devices)

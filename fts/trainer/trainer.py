@@ -234,9 +234,10 @@ class Trainer:
         with self.memory.measuring("train") as self.memory_figures:
             if not self.args.auto_find_batch_size:
                 return run(self.args.train_batch_size)
-            first = saved_batch_size(checkpoint) or self.args.train_batch_size
+            gpus = max(1, self.args.n_gpu)
+            first = (saved_batch_size(checkpoint) or self.args.train_batch_size) // gpus
             restore = restorer(self.model, self.callback_handler.callbacks, self._given_optimizers)
-            return halve_until_fits(run, first, restore)
+            return halve_until_fits(lambda rows: run(rows * gpus), first, restore)
 
     def _train(self, run: Run, ignore_keys: list[str] | None, trial: Any = None) -> TrainOutput:
         self.state, self.control = self._placed_state(run.told), TrainerControl()

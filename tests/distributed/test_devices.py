@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fts.distributed.devices import across_devices
-from fts.errors import ArgumentError, BatchError
+from fts.errors import ArgumentError
 from fts.trainer import Trainer
 from tests.trainer.helpers import Linear, losses, make_trainer, rows
 
@@ -78,11 +78,6 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_batch(cut, loss, count
         assert (float(value), int(items)) == (pytest.approx(float(expected[1][name].detach())), 8)
 
 
-def test_batches_have_names(cut):
-    with pytest.raises(BatchError, match="cut for 2 GPUs by its names, but it is a Tensor"):
-        across_devices(net(), mean, weigh, lambda count: False, (0, 1))(net(), TOKENS, None)
-
-
 def test_a_trainer_trains_as_with_one(cut, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
     one = make_trainer(tmp_path, Linear(), **settings)
@@ -96,6 +91,22 @@ def test_a_trainer_trains_as_with_one(cut, tmp_path, monkeypatch):
     assert losses(several) == pytest.approx(losses(one), rel=1e-5)
     torch.testing.assert_close(several.model.w, one.model.w)
     assert calls == [2] * 8
+
+
+def test_a_batch_size_that_fits_is_one_for_each_gpu(tmp_path, monkeypatch):
+    tried = []
+
+    class Full(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            tried.append(len(inputs["labels"]))
+            if tried[-1] > 3:
+                raise torch.OutOfMemoryError("full")
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    args = make_trainer(tmp_path, auto_find_batch_size=True, max_steps=1, per_device_train_batch_size=4).args
+    args._n_gpu = 3
+    Full(Linear(), args, train_dataset=rows(24)).train()
+    assert tried == [12, 6, 3]
 
 
 def test_what_cannot_be_cut_says_so(tmp_path, monkeypatch):
