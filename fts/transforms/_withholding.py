@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fts.shards import any_sharded, here, layout, summed
+from fts.transforms._infos import values_of
 from fts.transforms._inplace import Apply
 from fts.typing import Info, OptState, Params, Transform
 
@@ -47,6 +48,17 @@ def counted_now(good: bool, total: Tensor, in_a_row: Tensor) -> tuple[Tensor, Te
         total.add_(1)
         in_a_row.add_(1)
     return torch.full((), int(not good)), total.clone(), in_a_row.clone()
+
+
+def skip_report(skipped: Tensor, total: Tensor, in_a_row: Tensor) -> Info:
+    """What transforms that skip updates report of it."""
+    return {"skipped": skipped, "skipped_total": total, "skipped_in_a_row": in_a_row}
+
+
+def check_unless_withheld(inner: Transform, info: Info, key: str) -> None:
+    """The check of a transform, unless `key` says that its update was withheld: what it reported then is of no update."""
+    if inner.check is not None and not any(float(value) for _, value in values_of(info, key)):
+        inner.check(info)
 
 
 def where(condition: Tensor, yes: Any, no: Any) -> Any:

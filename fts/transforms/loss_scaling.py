@@ -14,8 +14,16 @@ from fts.transforms._arguments import check_count, check_number, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast, pure_apply, scale_in_place
 from fts.transforms._scalars import device_of, new_count, times, widest
-from fts.transforms._withholding import all_finite, all_finite_now, counted, counted_now, withheld_now_unless, withheld_unless
-from fts.transforms.wrapping import skip_report
+from fts.transforms._withholding import (
+    all_finite,
+    all_finite_now,
+    check_unless_withheld,
+    counted,
+    counted_now,
+    skip_report,
+    withheld_now_unless,
+    withheld_unless,
+)
 from fts.typing import Info, OptState, Params, Transform
 
 LEAST_SCALE = 2.0**-14
@@ -117,8 +125,7 @@ def dynamic_loss_scale(
         return updates, LossScaleState(inner_state, *moved(finite, state), total, in_a_row), merged([info, report])
 
     def check(info: Info) -> None:
-        if inner.check is not None and not any(float(value) for _, value in values_of(info, "skipped")):
-            inner.check(info)
+        check_unless_withheld(inner, info, "skipped")
         for key, value in values_of(info, "loss_scale"):
             in_a_row = info.get(key.replace("loss_scale", "skipped_in_a_row"))
             if in_a_row is not None and int(in_a_row) and float(value) < LEAST_SCALE:

@@ -12,7 +12,14 @@ from fts.transforms._arguments import check_count, check_number, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import fast_apply, is_fast, pure_apply
 from fts.transforms._scalars import device_of, new_count, widest
-from fts.transforms._withholding import counted, counted_now, where, withheld_now_unless, withheld_unless
+from fts.transforms._withholding import (
+    check_unless_withheld,
+    counted,
+    counted_now,
+    where,
+    withheld_now_unless,
+    withheld_unless,
+)
 from fts.transforms.clipping import global_norm
 from fts.typing import Info, OptState, Params, Transform
 
@@ -115,8 +122,7 @@ def skip_spikes(
         return updates, state, merged([info, _report(spike, total, in_a_row)])
 
     def check(info: Info) -> None:
-        if inner.check is not None and not any(float(value) for _, value in values_of(info, "spike")):
-            inner.check(info)
+        check_unless_withheld(inner, info, "spike")
         for key, value in values_of(info, "spikes_in_a_row"):
             if int(value) >= limit:
                 total = info.get(key.replace("spikes_in_a_row", "spikes_total"))

@@ -16,8 +16,10 @@ from fts.transforms._scalars import new_count
 from fts.transforms._withholding import (
     all_finite,
     all_finite_now,
+    check_unless_withheld,
     counted,
     counted_now,
+    skip_report,
     where,
     withheld_now_unless,
     withheld_unless,
@@ -92,8 +94,7 @@ def skip_nonfinite(inner: Transform, limit: int = 10) -> Transform:
         return updates, SkipState(inner_state, total, in_a_row), merged([info, skip_report(skipped, total, in_a_row)])
 
     def check(info: Info) -> None:
-        if inner.check is not None and not any(float(value) for _, value in values_of(info, "skipped")):
-            inner.check(info)
+        check_unless_withheld(inner, info, "skipped")
         for key, value in values_of(info, "skipped_in_a_row"):
             if int(value) >= limit:
                 total = info.get(key.replace("skipped_in_a_row", "skipped_total"))
@@ -184,8 +185,3 @@ def multi_steps(inner: Transform, every: int) -> Transform:
         return params, state, {key: value.clone() for key, value in state.info.items()}
 
     return this._replace(apply=apply if is_fast(inner) else None)
-
-
-def skip_report(skipped: Tensor, total: Tensor, in_a_row: Tensor) -> Info:
-    """What transforms that skip updates report of it."""
-    return {"skipped": skipped, "skipped_total": total, "skipped_in_a_row": in_a_row}
