@@ -66,4 +66,6 @@ def test_the_processes_are_joined_by_what_the_arguments_name(monkeypatch):
     monkeypatch.setattr("fts.distributed.group.start", note)
     started(TrainingArguments(use_cpu=True, ddp_backend="gloo", ddp_timeout=7))
     started(TrainingArguments(use_cpu=True))
-    assert asked == [("gloo", 7), (None, 1800)]
+    with TrainingArguments(use_cpu=True, ddp_backend="gloo").main_process_first():
+        pass
+    assert asked == [("gloo", 7), (None, 1800), ("gloo", 1800)]

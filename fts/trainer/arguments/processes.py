@@ -16,8 +16,6 @@ from fts.trainer.verbosity import LEVELS
 if TYPE_CHECKING:
     from fts.trainer.arguments.training import TrainingArguments
 
-log = logging.getLogger(__name__)
-
 
 def in_group() -> bool:
     """Whether torch's process group exists."""
@@ -100,6 +98,6 @@ def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextMan
     from fts.distributed.group import start
     from fts.distributed.turns import first as goes_first
 
-    start(timeout=args.ddp_timeout_delta, device=args.device)
+    start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
     is_first = (args.local_process_index if local else args.process_index) == 0
     return goes_first(is_first, what, among=f"machine {os.environ.get('GROUP_RANK', '0')}" if local else "")
