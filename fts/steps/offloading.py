@@ -71,7 +71,7 @@ def _packer(least: int) -> Callable[[Tensor], Any]:
         if tensor.numel() < least or is_sharded(tensor) or _is_of_parameter(tensor):
             return tensor
         kept = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=tensor.is_cuda)
-        # beside the computation; what reads it on the same device comes later in the same stream
+        # nobody waits for the copy: what reads it on the same device comes later in the same stream
         kept.copy_(tensor, non_blocking=tensor.is_cuda)
         return tensor.device, kept
 
