@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import torch
+
+from fts.distributed import Group
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
+
+
+FLAGS = ("should_log", "should_evaluate", "should_save", "should_training_stop", "should_epoch_stop")
+
+
+def agree(trainer: Trainer, group: Group) -> None:
+    """Set the control flags that are set in any process; every process must call it.
+
+    Callbacks may decide otherwise in each process, by what they measure, or because only one of them has the callback; but an
+    evaluation or a checkpoint is made by all, or by none.
+
+    Args:
+        trainer: has the flags.
+        group: the processes.
+    """
+    control = trainer.control
+    set_anywhere = group.sum(torch.tensor([int(getattr(control, name)) for name in FLAGS])).tolist()
+    for name, count in zip(FLAGS, set_anywhere, strict=True):
+        setattr(control, name, count > 0)
 
 
 class Wanted:
@@ -17,11 +41,13 @@ class Wanted:
     Args:
         trainer: has the flags.
         read: whether the figures are read anyway: at the end, or where a copy of the state is kept.
+        agree: makes the flags those of all processes.
     """
 
-    def __init__(self, trainer: Trainer, read: bool) -> None:
+    def __init__(self, trainer: Trainer, read: bool, agree: Callable[[], None] = lambda: None) -> None:
         self.trainer = trainer
         self.read = read
+        self.agree = agree
 
     @property
     def log(self) -> bool:
@@ -32,19 +58,23 @@ class Wanted:
     @property
     def evaluate(self) -> bool:
         """Evaluate."""
+        self.agree()
         return self.trainer.control.should_evaluate
 
     @property
     def save(self) -> bool:
         """Write a checkpoint."""
+        self.agree()
         return self.trainer.control.should_save
 
     @property
     def stop(self) -> bool:
         """End the run."""
+        self.agree()
         return self.trainer.control.should_training_stop
 
     @property
     def end_epoch(self) -> bool:
         """End the epoch."""
+        self.agree()
         return self.trainer.control.should_epoch_stop

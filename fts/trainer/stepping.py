@@ -51,9 +51,9 @@ class Stepping:
 
     def watch(self) -> None:
         """Begin to look at what callbacks do: once, when the run begins."""
-        guests = self._has_guests()
+        guests = self.has_guests()
         self.watched = self._watched_view(guests)
-        if guests and shares_storage(self.run.state, self.trainer.model):
+        if guests and self.run.optimizing.engine is None and shares_storage(self.run.state, self.trainer.model):
             self.guard = Guard(self.trainer.model)
 
     def begin(self, event: StepBegin) -> None:
@@ -71,7 +71,7 @@ class Stepping:
         if listeners["on_substep_end"] or listeners["on_pre_optimizer_step"] or listeners["on_optimizer_step"]:
             self._tell_inner()
 
-    def _has_guests(self) -> bool:
+    def has_guests(self) -> bool:
         """Whether there are callbacks of the user's, which could change anything."""
         callbacks = self.trainer.callback_handler.callbacks
         return any(not type(callback).__module__.startswith(("fts.", "transformers.")) for callback in callbacks)
