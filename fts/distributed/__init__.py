@@ -4,11 +4,12 @@ from fts.distributed.distributing import distribute, synchronize
 from fts.distributed.group import Group, start, stop
 from fts.distributed.mesh import Mesh, mesh_of
 from fts.distributed.sharding import shard
-from fts.distributed.strategies import DDP, FSDP, Single, Strategy
+from fts.distributed.strategies import DDP, FSDP, DeepSpeed, Single, Strategy
 
 __all__ = [
     "DDP",
     "FSDP",
+    "DeepSpeed",
     "Group",
     "Mesh",
     "Single",

@@ -138,7 +138,42 @@ class FSDP:
         return "FSDP2" if self.replicate == 1 else f"FSDP2 in {self.replicate} replicas"
 
 
-Strategy = Single | DDP | FSDP
+@attrs.frozen
+class DeepSpeed:
+    """DeepSpeed's engine with an optimizer of its own; ZeRO's stages share moments (1), gradients (2) and parameters (3).
+
+    Attributes:
+        config: DeepSpeed's own, as https://www.deepspeed.ai/docs/config-json/ describes it.
+
+    Raises:
+        ArgumentError: there is no such stage.
+
+    >>> DeepSpeed({"zero_optimization": {"stage": 4}})
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: DeepSpeed: zero_optimization.stage=4 must be 0, 1, 2 or 3.
+    """
+
+    config: dict[str, Any] = attrs.field(hash=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ArgumentError(f"DeepSpeed: zero_optimization.stage={self.stage!r} must be 0, 1, 2 or 3.")
+
+    @property
+    def stage(self) -> int:
+        """What ZeRO shares out."""
+        zero = self.config.get("zero_optimization")
+        stage: int = zero.get("stage", 0) if isinstance(zero, dict) else 0
+        return stage
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"DeepSpeed, ZeRO stage {self.stage}"
+
+
+Strategy = Single | DDP | FSDP | DeepSpeed
 
 
 def _are_units(units: Any) -> bool:

@@ -120,7 +120,7 @@ def compose_step(
     own = not rule.counts and not rule.smoothing and rule.scaled is None
     if simple and own and plan.accumulate == 1 and across.group.size == 1 and not across.devices:
         return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
-    compute = _replaced_loss(rule, replaced)
+    compute = replaced_loss(rule, replaced)
     if across.devices:
         weigh = partial(item_count, model, label_names=rule.label_names)
         compute = across_devices(model, compute, weigh, rule.is_scaled, across.devices)
@@ -183,7 +183,8 @@ def _own_step(training_step: Callable[..., Any], processes: int) -> Callable[[nn
     return step
 
 
-def _replaced_loss(rule: LossRule, replaced: Replaced) -> Callable[[Any, Any, Any], Any]:
+def replaced_loss(rule: LossRule, replaced: Replaced) -> Callable[[Any, Any, Any], Any]:
+    """The loss `(model, batch, count) -> loss` for `step_loss`: the user's own, or that of the rule."""
     compute = own_loss(rule) if replaced.compute_loss is None else _called(replaced.compute_loss)
     if replaced.context is None and replaced.prepare_inputs is None:
         return compute

@@ -83,8 +83,3 @@ def check_step_is_of(step: Any, model: nn.Module) -> None:
             f"Trainer(step=...) was made of another {type(binding.module).__name__} than the Trainer's model. Make it of that "
             "one: steps.train_step(steps.module_loss(model), transform)."
         )
-
-
-def not_yet(what: str, instead: str) -> ArgumentError:
-    """The error of a documented method that this version does not have."""
-    return ArgumentError(f"{what} is not yet in this version of fts. {instead}.")

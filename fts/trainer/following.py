@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from fts import loops
 from fts.distributed.agreeing import Agreement
+from fts.distributed.deepspeed import whole_parameters
 from fts.errors import Interrupted, NonFiniteError
 from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, RolledBack, Saved, StepBegin, StepEnd
 from fts.loops.interrupting import StopRequest
@@ -111,7 +112,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     best = checkpoint_of_best(args, told)
     if best is not None:
         logger.info("Loading the weights of the best evaluation (%s), from %s.", told.best_metric, best)
-        load_best(model, str(teller.keeping.here / best), teller.stepping.state, run.optimizing.transform, verifiers(trainer))
+        with whole_parameters(model.parameters(), write=True):
+            load_best(model, str(teller.keeping.here / best), teller.stepping.state, run.optimizing.transform, verifiers(trainer))
     trainer.tell("on_train_end")
     hub.push_last(trainer)
     return TrainOutput(told.global_step, loss, metrics)

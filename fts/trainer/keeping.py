@@ -12,6 +12,7 @@ import attrs
 
 from fts import loops
 from fts.distributed.agreeing import Agreement
+from fts.distributed.deepspeed import is_partitioned
 from fts.errors import CallbackError, CheckpointError
 from fts.loops import Position, StepEnd
 from fts.loops.durations import seconds_of
@@ -93,7 +94,7 @@ class Keeping:
             extra["torch"] = settings_state(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
         extra |= {"written": self.stepping.written(), "data": run.source.cursor(position), "owes": self.owes}
         # a model alone is for evaluation; a run goes on from the weights that are trained
-        only_model = trainer.args.save_only_model
+        only_model = trainer.args.save_only_model or run.optimizing.engine is not None
         with evaluated_weights(trainer.model, state, run.optimizing.transform) if only_model else nullcontext():
             return saving.save_checkpoint(
                 writer,
@@ -105,6 +106,7 @@ class Keeping:
                 args=trainer.args,
                 trainer_state=told,
                 extra=extra,
+                only_model=only_model,
                 own_save=partial(hub.save_without_push, trainer) if overridden(trainer, "save_model") else None,
                 then=hub.after_save(trainer, writer, path, rotate),
             )
@@ -145,7 +147,7 @@ class Keeping:
         if not isinstance(error, CallbackError) and (tried or not saving.saves(args)):
             return
         counters, several = last.counters, self.trainer.world.size > 1
-        if several and any_sharded(last.state.params.values()):
+        if several and (any_sharded(last.state.params.values()) or is_partitioned(self.trainer.model)):
             error.add_note(
                 f"No checkpoint of step {counters.step} could be written: the other processes, which have the other parts of the "
                 "state, may be elsewhere. train(resume_from_checkpoint=True) goes on from the one before."

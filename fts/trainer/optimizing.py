@@ -58,6 +58,7 @@ class Optimizing:
         latest: what views read.
         schedule: the rate by update; None where the optimizer itself knows.
         before: the settings of a torch optimizer's groups when the run began.
+        engine: DeepSpeed's, which takes the steps; None for fts's own.
     """
 
     transform: Transform
@@ -68,6 +69,7 @@ class Optimizing:
     latest: Latest = attrs.Factory(Latest)
     schedule: Schedule | None = None
     before: list[dict[str, Any]] = attrs.Factory(list)
+    engine: Any = None
 
     @property
     def needs_metric(self) -> bool:

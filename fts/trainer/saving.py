@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fts import loops
+from fts.distributed.deepspeed import in_buffers, whole_parameters
 from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.loops.history import TRAINER_STATE
-from fts.shards import any_sharded, whole
+from fts.shards import any_sharded, is_sharded, whole
 from fts.state import WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.choices import SaveStrategy
@@ -33,7 +34,7 @@ def save_model(
 ) -> None:
     """Write a model so that `from_pretrained` reads it, or for other modules its `model.safetensors`.
 
-    Where it is spread over processes (FSDP2), all call this, and its tensors are gathered one after the other.
+    Where it is spread over processes (FSDP2, ZeRO's stage 3), all call this, and its tensors are gathered one after the other.
 
     Args:
         model: its `save_pretrained` is used where it has one.
@@ -42,7 +43,7 @@ def save_model(
         args: are saved beside it as `training_args.json`.
         writes: whether this process writes; the others take part in the gathering.
     """
-    spread = any_sharded(model.parameters())
+    spread = any_sharded(model.parameters()) or in_buffers(model)
     weights = _gathered(model, keep=writes) if spread else {}
     if not writes:
         return
@@ -69,8 +70,9 @@ def _gathered(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     names: dict[str, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in found:
-            gathered = whole(tensor.detach())
-            found[id(tensor)] = gathered.cpu().contiguous() if keep else gathered.new_empty(0)
+            with whole_parameters([tensor]):
+                gathered = whole(tensor.detach()) if is_sharded(tensor) else tensor.detach().clone()  # not within a buffer
+                found[id(tensor)] = gathered.cpu().contiguous() if keep else gathered.new_empty(0)
         names[name] = id(tensor)
     return {name: found[key] for name, key in names.items()}
 
@@ -86,6 +88,7 @@ def save_checkpoint(
     args: TrainingArguments,
     trainer_state: TrainerState,
     extra: Mapping[str, Any],
+    only_model: bool | None = None,
     own_save: Callable[[str], Any] | None = None,
     then: Callable[[], object] | None = None,
 ) -> Path:
@@ -101,17 +104,19 @@ def save_checkpoint(
         args: are saved as `training_args.json`.
         trainer_state: is saved as `trainer_state.json`.
         extra: further JSON values that resuming needs.
+        only_model: whether to leave out what resumes the run; by default as `save_only_model` says.
         own_save: the user's `save_model`, called with the directory in the place of the default; the state's files come after it.
         then: called when the checkpoint is durable.
 
     Returns:
-        The directory, which is complete or not there at any instant. With `save_only_model` it has the model alone.
+        The directory, which is complete or not there at any instant. With `only_model` it has the model alone.
     """
+    only_model = args.save_only_model if only_model is None else only_model
 
     def write(directory: Path) -> None:  # in each process
         if own_save is not None:
             own_save(str(directory))
-        elif args.save_only_model:
+        elif only_model:
             save_model(model, directory, processing_class, args, writes=writer.writes)
         else:
             _save_configuration(model, directory, writes=writer.writes)
@@ -121,7 +126,7 @@ def save_checkpoint(
             trainer_state.save_to_json(directory / TRAINER_STATE)
 
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
-    if args.save_only_model:
+    if only_model:
         return writer.write(path, write, then)
     return writer.save(path, state, position, extra=extra, write=write, then=then, frozen=not _has_adapters(model))
 

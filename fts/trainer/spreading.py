@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fts import distributed, loops
-from fts.distributed import DDP, FSDP, Group, Strategy
+from fts.distributed import DDP, FSDP, DeepSpeed, Group, Strategy
+from fts.distributed.deepspeed import check_installed
 from fts.errors import ArgumentError
 from fts.state import TrainState
 from fts.steps.binding import is_cut
@@ -26,7 +27,8 @@ def lay_out(trainer: Trainer) -> None:
     trainer.args._tp_size = getattr(trainer.model, "_tp_size", None) or 1  # type: ignore[attr-defined]
     if len(set((getattr(trainer.model, "hf_device_map", None) or {}).values())) > 1:
         trainer.args._n_gpu = 1  # type: ignore[attr-defined]  # its layers lie on the GPUs already
-    strategy_for(trainer)
+    if isinstance(strategy_for(trainer), DeepSpeed):
+        check_installed()
     mesh = mesh_for(trainer.args)
     if mesh.context > 1:
         raise ArgumentError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fts import steps
+from fts.distributed import DeepSpeed
 from fts.distributed.exchanging import Exchange
 from fts.distributed.peers import Peers
 from fts.distributed.together import together
@@ -36,7 +37,8 @@ from fts.trainer.choices import HPSearchBackend
 from fts.trainer.collate import collator_for
 from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
 from fts.trainer.composing import Across, compose_step, items_by, replaced_by, with_count
-from fts.trainer.constructing import check_parts, not_yet
+from fts.trainer.constructing import check_parts
+from fts.trainer.deepspeed import check_deepspeed, deepspeed_step, described, propagated
 from fts.trainer.describing import describe_run
 from fts.trainer.figures import check_batch_metrics
 from fts.trainer.finding import find_checkpoint
@@ -56,7 +58,7 @@ from fts.trainer.replaying import replay
 from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
 from fts.trainer.search import note_trial, search
 from fts.trainer.seeding import enable_full_determinism, set_seed
-from fts.trainer.spreading import cut_model, lay_out, spread_step
+from fts.trainer.spreading import cut_model, lay_out, spread_step, strategy_for
 from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
 from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
@@ -142,6 +144,8 @@ class Trainer:
             self.model = self._placed(model if model is not None else self.call_model_init())
         lay_out(self)
         self.model_wrapped = self.model
+        self.deepspeed: Any = None
+        self.deepspeed_config: dict[str, Any] = {}
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
@@ -218,7 +222,9 @@ class Trainer:
         if not overridden(self, "evaluate"):  # another one may have any metric
             check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
         check_evaluation(self)
+        check_deepspeed(self, resumes=bool(resume_from_checkpoint))
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), group=self.world)
+        check_deepspeed(self, resumes=checkpoint is not None)  # also where torchrun started the processes again
         with together(self.world):
             saving.check_output_dir(self.args)
         if self.model_init is not None:
@@ -340,7 +346,8 @@ class Trainer:
 
     def get_num_trainable_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
 
     def _optimizer_groups(self) -> list[dict[str, Any]]:
         if self.optimizer is None:
@@ -665,8 +672,15 @@ class Trainer:
         return self._accelerator
 
     def propagate_args_to_deepspeed(self, auto_find_batch_size: bool = False) -> None:
-        """Not there yet: raises ArgumentError."""
-        raise not_yet("Trainer.propagate_args_to_deepspeed", "DeepSpeed cannot be used")
+        """Fill the arguments into DeepSpeed's configuration (`deepspeed_config`): where it says "auto", or nothing.
+
+        Args:
+            auto_find_batch_size: let the arguments win where batch sizes differ.
+
+        Raises:
+            ArgumentError: the configuration says something else than the arguments, or there is none.
+        """
+        self.deepspeed_config = propagated(self, auto_find_batch_size)
 
     # Search, hub and cards
 
@@ -803,6 +817,7 @@ class Trainer:
         Returns:
             Seconds and bytes of each; prints as a table.
         """
+        check_deepspeed(self, "dry_run()")
         return rehearse(self)
 
     def replay(self, checkpoint: str | Path, to_step: int) -> Replayed:
@@ -815,6 +830,7 @@ class Trainer:
         Returns:
             What went in and what came out; see `fts.loops.replay`.
         """
+        check_deepspeed(self, "replay()")
         return replay(self, checkpoint, to_step)
 
     def plan(self, total_steps: int | None = None) -> Plan:
@@ -837,12 +853,16 @@ class Trainer:
     def optimizing(self, plan: Plan) -> Optimizing:
         """What updates the weights: the plan's own transform, `step`, or the user's torch optimizer as a transform."""
         self.optimizer, self.lr_scheduler = self._given_optimizers
-        found = optimizing.choose(self, plan)
+        strategy = strategy_for(self)
+        found = described(strategy, self.args) if isinstance(strategy, DeepSpeed) else optimizing.choose(self, plan)
         self.optimizer, self.lr_scheduler = found.optimizer, found.scheduler
         return found
 
     def step_of(self, plan: Plan, chosen: Optimizing) -> Any:
         """The step of training: `(state, batch) -> (state, metrics)`."""
+        strategy = strategy_for(self)
+        if isinstance(strategy, DeepSpeed):
+            return deepspeed_step(self, plan, strategy, chosen)
         if self.step is not None and not isinstance(self.step, Transform):
             step = self.step
         else:

@@ -20,6 +20,7 @@ from fts.state import TrainState
 from fts.storage import checked
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
+from fts.trainer.deepspeed import with_engine
 from fts.trainer.drawing import drawn_by
 from fts.trainer.foreign import is_transformers_checkpoint
 from fts.trainer.hooks import overridden
@@ -136,10 +137,11 @@ def _begun(trainer: Trainer, batch_size: int, seed: int) -> Run:
         processes=part.stride,
     )
     plan = plan_of(trainer, source, batch_size)
-    optimizing = trainer.optimizing(plan)
+    optimizing = with_engine(trainer, plan, trainer.optimizing(plan))
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(trainer.model, optimizing.transform, seed=args.seed, copy=False)
-    state = settle_state(state, trainer.group)
+    if optimizing.engine is None:  # which has done so itself
+        state = settle_state(state, trainer.group)
     return Run(plan, optimizing, None, state, source, source, cut, Position(), TrainerState(), Tally())
 
 
@@ -287,6 +289,6 @@ def announce(run: Run, trainer: Trainer) -> None:
     logger.info("  Total train batch size (with accumulation) = %s", trainer.get_total_train_batch_size(trainer.args))
     logger.info("  Gradient Accumulation steps = %s", plan.accumulate)
     logger.info("  Total optimization steps = %s", plan.total_steps)
-    logger.info("  Number of trainable parameters = %s", sum(tensor.numel() for tensor in run.state.params.values()))
+    logger.info("  Number of trainable parameters = %s", trainer.get_num_trainable_parameters())
     if run.told.global_step:
         logger.info("  Resuming at update %s: epoch %s, batch %s", run.told.global_step, run.start.epoch, run.start.batch)

@@ -29,7 +29,6 @@ class Missing:
 
 
 NOT_YET: dict[str, Missing] = {
-    "deepspeed": Missing(bool, "Use fsdp='full_shard', which shards what ZeRO's stage 3 does, or 'shard_grad_op' for stage 2."),
     "debug": Missing(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
     "train_sampling_strategy": Missing(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
     "sortish_sampler": Missing(bool, "Use group_by_length=True, which also puts rows of like length together."),

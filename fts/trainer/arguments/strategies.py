@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts.distributed.mesh import Mesh
-from fts.distributed.strategies import DDP, FSDP, Single, Strategy
+from fts.distributed.strategies import DDP, FSDP, DeepSpeed, Single, Strategy
 from fts.errors import ArgumentError
 from fts.trainer.arguments import processes
+from fts.trainer.arguments.deepspeed import config_of, filled
 from fts.trainer.arguments.fsdp import always_so, fsdp_of, fsdp_of_launcher, joined
 from fts.trainer.arguments.parallelism import sizes_of
 from fts.trainer.arguments.texts import ON
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NOT_HERE = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+NOT_HERE = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 """What `accelerate launch` turns on by a variable of the environment, and fts does not have."""
 
 
@@ -51,12 +52,15 @@ def strategy_of(
     """
     environ = os.environ if environ is None else environ
     world = processes.world_size() if world is None else world
-    wanted = wanted_of(args, environ)
-    if wanted is not None and world == 1 and "RANK" not in environ and not processes.in_group():
+    wanted, config = wanted_of(args, environ), config_of(args.deepspeed, environ)
+    asked = f"fsdp={args.fsdp!r}" if wanted is not None else None if config is None else "deepspeed="
+    if asked is not None and world == 1 and "RANK" not in environ and not processes.in_group():
         raise ArgumentError(
-            f"fsdp={args.fsdp!r} shares a model between processes, but the script was not started by a launcher. Start it by "
-            "'torchrun --nproc-per-node 2 script.py' (1 for one process), or leave fsdp out."
+            f"{asked} shares a model between processes, but the script was not started by a launcher. Start it by "
+            f"'torchrun --nproc-per-node 2 script.py' (1 for one process), or leave {asked.partition('=')[0]} out."
         )
+    if config is not None:
+        return _deepspeed(config, args, mesh_for(args, environ, world=world, tensor=tensor))
     if isinstance(wanted, FSDP):
         return attrs.evolve(wanted, replicate=mesh_for(args, environ, world=world, tensor=tensor).replicate)
     mesh = mesh_for(args, environ, world=world, tensor=tensor)
@@ -81,6 +85,8 @@ def wanted_of(args: TrainingArguments, environ: Mapping[str, str]) -> FSDP | Non
             raise ArgumentError(f"{variable} is set, but {what} is not yet in this version of fts. Launch with FSDP instead.")
     if not args.fsdp and of_launcher is None:
         return None
+    if config_of(args.deepspeed, environ) is not None:
+        raise ArgumentError("Both DeepSpeed and FSDP are asked for, and either cuts the model up. Leave one of them out.")
     settings = joined(of_launcher, _settings(args))
     if settings.get("activation_checkpointing") and args.gradient_checkpointing:
         raise ArgumentError(
@@ -157,6 +163,9 @@ def remarks(args: TrainingArguments, environ: Mapping[str, str]) -> list[str]:
 def check_strategy(args: TrainingArguments) -> None:
     """Raise ArgumentError if the arguments and the environment ask for two strategies; warn of what FSDP2 does otherwise."""
     wanted_of(args, os.environ)
+    config = config_of(args.deepspeed, os.environ)
+    if config is not None:
+        DeepSpeed(config)
     for text in remarks(args, os.environ):
         logger.warning(text)
 
@@ -171,6 +180,15 @@ def _ddp(args: TrainingArguments) -> DDP:
         broadcast_buffers=not recomputes if buffers is None else buffers,
         static_graph=static,
     )
+
+
+def _deepspeed(config: dict[str, Any], args: TrainingArguments, mesh: Mesh) -> DeepSpeed:
+    if mesh.together > 1:
+        raise ArgumentError(
+            f"deepspeed= gives each process rows of its own, but {mesh.together} processes shall work on the same rows (tp_size, "
+            "cp_size, sp_size). Leave those out, or use fsdp=True."
+        )
+    return DeepSpeed(filled(config, args, mesh.data, auto_find_batch_size=args.auto_find_batch_size))
 
 
 def _settings(args: TrainingArguments) -> dict[str, Any]:

@@ -24,7 +24,6 @@ def refuses(name, value, message, error=ArgumentError):
 
 
 ASKED = {
-    "deepspeed": ["ds.json", {"zero_optimization": {"stage": 2}}, '{"zero_optimization": {"stage": 2}}'],
     "debug": ["tpu_metrics_debug", ["underflow_overflow", "tpu_metrics_debug"]],
     "train_sampling_strategy": ["batch_rebalance"],
 }
