@@ -311,7 +311,9 @@ def _indexed(reading: Reading) -> Source:
     else:
         size, num_items, per_epoch = reading.batch_size, items, _batches(items, reading)
     kind = f"a {type(data).__name__}"
-    return Source(rows if simple else batches, per_epoch, num_items, size, reading.micro_batches, kind, order=order)
+    fetched = rows if simple else batches
+    divided = divided_by(data, reading.sampler)
+    return Source(fetched, per_epoch, num_items, size, reading.micro_batches, kind, order=order, divided=divided)
 
 
 def _streamed(reading: Reading) -> Source:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import attrs
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from fts.errors import ArgumentError
 
@@ -102,12 +102,25 @@ def reading_of(loader: DataLoader[Any], seed: int) -> Reading:
     return Reading(sampler=loader.batch_sampler, batched_sampler=True, **common)
 
 
-def divided_by(data: Any) -> str:
+def divided_by(data: Any, sampler: Any = None) -> str:
     """What has divided data among processes; empty if nothing that is known.
+
+    Args:
+        data: which are read, or a loader that gives batches in its own way.
+        sampler: of their items or batches, if there is one.
 
     >>> divided_by([1, 2])
     ''
+    >>> divided_by([1, 2], DistributedSampler([1, 2], num_replicas=2, rank=0))
+    'its DistributedSampler'
     """
+    sampler = getattr(data, "sampler", None) if sampler is None else sampler
+    for part in (sampler, getattr(sampler, "sampler", None)):
+        if isinstance(part, DistributedSampler) and part.num_replicas > 1:
+            return "its DistributedSampler"
+    for part in (data, sampler):
+        if type(part).__name__ in ("BatchSamplerShard", "IterableDatasetShard") and part.num_processes > 1:
+            return f"accelerate's {type(part).__name__}"
     inner = getattr(data, "data", data)  # of one that only makes a torch dataset of it
     return "split_dataset_by_node of datasets" if getattr(inner, "_distributed", None) is not None else ""
 

@@ -29,8 +29,9 @@ def share(
 
     Of data with numbered items each process reads its own items alone. Data that can only be iterated are iterated by every
     process, which keeps its part; or, with `dispatch`, the first process reads them. In any case give the whole data, the same to
-    each process. What `split_dataset_by_node` of Hugging Face `datasets` has divided would be divided once more: of streams this
-    is seen, and refused; a part of a data set with numbered items cannot be told from a whole one.
+    each process. What is divided already would be divided once more. Where it is seen, it is refused: a
+    `DistributedSampler`, accelerate's shards, a stream that `split_dataset_by_node` of Hugging Face `datasets` has cut; a part of
+    a data set with numbered items cannot be told from a whole one.
 
     Args:
         source: the same in each process; not shared yet.

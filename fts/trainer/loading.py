@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import attrs
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from fts import loops
 from fts.errors import ArgumentError, DataError
@@ -285,19 +285,9 @@ def eval_batches(loader: Any, args: TrainingArguments, seed: int) -> Any:
 
 
 def undivided(loader: Any) -> Any:
-    """A loader of all the data, also where accelerate has given it this process's part of them alone.
-
-    Raises:
-        ArgumentError: its sampler divides the data among processes.
-    """
+    """A loader of all the data, also where accelerate has given it this process's part of them alone."""
     if type(loader).__module__ == "accelerate.data_loader" and hasattr(loader, "base_dataloader"):
-        loader = _without_shards(loader.base_dataloader)
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-        raise ArgumentError(
-            f"The loader's DistributedSampler gives this process one of {sampler.num_replicas} parts of the data, which the "
-            "Trainer would divide once more. Leave the sampler out: each process takes its part by itself."
-        )
+        return _without_shards(loader.base_dataloader)
     return loader
 
 

@@ -6,7 +6,7 @@ from itertools import zip_longest
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from fts import loops
 from fts.errors import ArgumentError, DataError
@@ -280,6 +280,37 @@ def test_what_cannot_be_shared():
     with pytest.raises(ArgumentError, match="there are 1"):
         list(loops.share(whole, 0, 2, dispatch=True).epoch(0))
     assert loops.share(whole, 0, 1) is whole
+
+
+@pytest.mark.parametrize("sampled", ["items", "batches", "in its own way"])
+def test_data_that_a_sampler_has_divided_are_refused(sampled):
+    class Own(DataLoader):
+        def __iter__(self):
+            return iter([1])
+
+    class OwnBatches(BatchSampler):
+        pass
+
+    data = list(range(8))
+    sampler = DistributedSampler(data, num_replicas=2, rank=1)
+    divided = {
+        "items": lambda: DataLoader(data, batch_size=2, sampler=sampler),
+        "batches": lambda: DataLoader(data, batch_sampler=OwnBatches(sampler, 2, False)),
+        "in its own way": lambda: Own(data, batch_size=2, sampler=sampler),
+    }[sampled]()
+    source = loops.source(divided)
+    assert loops.share(source, 0, 1) is source
+    with pytest.raises(DataError, match="by its DistributedSampler, and would be divided twice"):
+        loops.share(source, 1, 2)
+
+
+def test_a_loader_of_accelerates_is_refused_where_it_has_divided_the_data():
+    shards = pytest.importorskip("accelerate.data_loader")
+    batches = BatchSampler(range(8), 2, False)
+    with pytest.raises(DataError, match="accelerate's BatchSamplerShard"):
+        loops.share(loops.source(DataLoader(range(8), batch_sampler=shards.BatchSamplerShard(batches, 2, 1))), 1, 2)
+    whole = shards.BatchSamplerShard(batches, 1, 0)
+    assert loops.share(loops.source(DataLoader(range(8), batch_sampler=whole)), 1, 2).part.size == 2
 
 
 def test_data_that_are_divided_among_nodes_are_refused():

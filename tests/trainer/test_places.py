@@ -127,7 +127,7 @@ def test_samplers_and_data_that_divide_the_rows_are_refused(tmp_path, as_process
 
     as_process(0, 2)
     trainer = Divided(Linear(), settings(), train_dataset=rows)
-    with pytest.raises(ArgumentError, match="Leave the sampler out"):
+    with pytest.raises(DataError, match="by its DistributedSampler, and would be divided twice"):
         trainer.train_source(0)
     datasets = pytest.importorskip("datasets")
     from datasets.distributed import split_dataset_by_node
