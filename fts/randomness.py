@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fts.shards import indices, wrapped
+from fts.dtensors import indices, wrapped
 
 STEP, DATA, EVALUATION = 1, 2, 3
 """The first position of a fold: what the random numbers are for, so that two uses never share a stream."""

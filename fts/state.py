@@ -15,8 +15,8 @@ from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor, nn
 
 from fts import storage
+from fts.dtensors import copied_into, memory
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
-from fts.shards import copied_into, memory
 from fts.typing import OptState, Params, Transform
 from fts.wording import some
 

@@ -14,8 +14,8 @@ from torch import Tensor, distributed, nn
 from fts.distributed.group import Group
 from fts.distributed.mesh import Mesh, mesh_of
 from fts.distributed.strategies import FSDP
+from fts.dtensors import is_sharded, local
 from fts.errors import ArgumentError
-from fts.shards import is_sharded, local
 from fts.steps.offloading import kept_on_cpu
 from fts.wording import some
 

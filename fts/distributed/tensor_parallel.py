@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from fts.dtensors import any_sharded, is_sharded, laid_out
 from fts.errors import ArgumentError
-from fts.shards import any_sharded, is_sharded, laid_out
 from fts.wording import some
 
 WORDS = (

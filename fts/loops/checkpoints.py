@@ -12,9 +12,9 @@ import optree
 
 from fts.distributed.group import Group
 from fts.distributed.together import together
+from fts.dtensors import any_sharded
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops.position import Position
-from fts.shards import any_sharded
 from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, TrainState
 from fts.storage import SHARD_SIZE, Contents, Written, files_of, has_tensors, read_document, whole_number, write as write_contents
 from fts.storage.manifest import verify_files

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fts.dtensors import is_sharded, local, memory, point_to
 from fts.errors import UnknownParameterError
-from fts.shards import is_sharded, local, memory, point_to
 from fts.state import TrainState
 from fts.typing import Params
 

@@ -14,9 +14,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
-from fts.shards import here
 from fts.state import TrainState
 from fts.steps.among import Among
 from fts.steps.binding import Binding

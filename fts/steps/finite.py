@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fts import transforms as tx
+from fts.dtensors import any_sharded, whole
 from fts.errors import ArgumentError, NonFiniteError
-from fts.shards import any_sharded, whole
 from fts.state import TrainState
 from fts.steps.binding import Binding
 from fts.steps.engines import Value

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fts.shards import is_sharded
+from fts.dtensors import is_sharded
 from fts.steps.losses import ModuleLoss, call_loss, check_callable, name_of
 from fts.typing import LossFn, LossOutput
 

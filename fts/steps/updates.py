@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fts import transforms as tx
+from fts.dtensors import any_sharded, laid_out_like
 from fts.errors import LossError, UnknownParameterError
-from fts.shards import any_sharded, laid_out_like
 from fts.state import TrainState, mark_donated
 from fts.steps.tracing import device_of, differentiated, in_transform
 from fts.typing import Info, Metrics, Params, Transform

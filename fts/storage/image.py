@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from fts.shards import whole
+from fts.dtensors import whole
 from fts.storage.tensors import TensorFile
 
 PAGE = mmap.PAGESIZE

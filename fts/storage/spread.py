@@ -19,8 +19,8 @@ import attrs
 import torch
 from torch import Tensor, distributed
 
+from fts.dtensors import local
 from fts.errors import CheckpointError
-from fts.shards import local
 from fts.storage.documents import read_document
 from fts.storage.dtypes import DTYPES
 from fts.storage.files import Written, file_in, measure

@@ -12,8 +12,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from fts.dtensors import copied_into, whole
 from fts.errors import ArgumentError, CheckpointError
-from fts.shards import copied_into, whole
 from fts.storage.documents import read_document
 from fts.storage.dtypes import DTYPES
 from fts.storage.files import Written, file_in, write_parts

@@ -10,8 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
+from fts.dtensors import is_sharded, layout, whole
 from fts.errors import ArgumentError
-from fts.shards import is_sharded, layout, whole
 from fts.testing.comparing import copy_of, fail, in_words, law, named_tensors, require_close, size_of
 from fts.transforms import apply_updates
 from fts.typing import Info, OptState, Params, Transform

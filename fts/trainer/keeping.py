@@ -13,11 +13,11 @@ import attrs
 from fts import loops
 from fts.distributed.agreeing import Agreement
 from fts.distributed.deepspeed import is_partitioned
+from fts.dtensors import any_sharded
 from fts.errors import CallbackError, CheckpointError
 from fts.loops import Position, StepEnd
 from fts.loops.durations import seconds_of
 from fts.loops.judging import is_whole
-from fts.shards import any_sharded
 from fts.state import TrainState, is_donated
 from fts.trainer import hub, saving
 from fts.trainer.batch_size import is_out_of_memory

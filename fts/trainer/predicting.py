@@ -12,8 +12,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from fts.dtensors import whole
 from fts.errors import BatchError, LossError
-from fts.shards import whole
 from fts.trainer.trees import map_leaves
 
 _LOW = (torch.bfloat16, torch.float16)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fts import loops
 from fts.distributed.deepspeed import in_buffers, whole_parameters
+from fts.dtensors import any_sharded, is_sharded, whole
 from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.loops.history import TRAINER_STATE
-from fts.shards import any_sharded, is_sharded, whole
 from fts.state import WEIGHTS, TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.choices import SaveStrategy

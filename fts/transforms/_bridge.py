@@ -10,8 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
+from fts.dtensors import any_sharded, layout, memory
 from fts.errors import ArgumentError
-from fts.shards import any_sharded, layout, memory
 from fts.transforms._arguments import need_params
 from fts.transforms._leaves import Tree, encode, settled
 from fts.transforms._optimizers import (

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.shards import here, laid_out_like, local, memory
+from fts.dtensors import here, laid_out_like, local, memory
 from fts.typing import Info, Number, OptState, Params, Transform
 
 Update: TypeAlias = Callable[[Params, OptState, Params | None], tuple[Params, OptState, Info]]

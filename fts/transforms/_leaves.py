@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fts.dtensors import finished, laid_out, whole
 from fts.errors import ArgumentError
-from fts.shards import finished, laid_out, whole
 
 
 class Integer(NamedTuple):

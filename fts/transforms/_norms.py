@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.shards import any_sharded, finished, here, is_sharded, layout, local, summed
+from fts.dtensors import any_sharded, finished, here, is_sharded, layout, local, summed
 from fts.transforms._inplace import WIDE_DTYPES
 from fts.transforms._scalars import widest
 

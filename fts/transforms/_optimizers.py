@@ -12,8 +12,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from fts.dtensors import point_to
 from fts.errors import ArgumentError, UnknownParameterError
-from fts.shards import point_to
 from fts.transforms import _lbfgs
 from fts.transforms._leaves import Tree, copied, decode, encode, encode_like, same
 from fts.typing import Params

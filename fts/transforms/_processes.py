@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fts.shards import any_sharded, finished, is_sharded, laid_out, replicated_like
+from fts.dtensors import any_sharded, finished, is_sharded, laid_out, replicated_like
 from fts.typing import Params
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.shards import any_sharded, here, layout, summed
+from fts.dtensors import any_sharded, here, layout, summed
 from fts.transforms._infos import values_of
 from fts.transforms._inplace import Apply
 from fts.typing import Info, OptState, Params, Transform

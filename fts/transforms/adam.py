@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.shards import here
+from fts.dtensors import here
 from fts.transforms._arguments import check_number, in_words
 from fts.transforms._inplace import added, fast_update, for_kernel, fused_lists, scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words

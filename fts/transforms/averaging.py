@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import ArgumentError
-from fts.shards import here
 from fts.transforms._arguments import check_number, check_transform, need_params
 from fts.transforms._inplace import fast_apply, is_fast, scale_in_place
 from fts.transforms._scalars import new_count, readable, real

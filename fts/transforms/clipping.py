@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.shards import finished, here
+from fts.dtensors import finished, here
 from fts.transforms._arguments import check_number, need_params
 from fts.transforms._inplace import scale_in_place
 from fts.transforms._norms import norm_now, norm_of, norms_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fts.dtensors import laid_out_like
 from fts.errors import ArgumentError
-from fts.shards import laid_out_like
 from fts.transforms._arguments import check_transform
 from fts.transforms._infos import merged, merged_by_name, part_of
 from fts.transforms._inplace import Apply, Update, fast_apply, fast_update, is_fast

@@ -8,8 +8,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import ArgumentError
-from fts.shards import here
 from fts.transforms._arguments import check_transform
 from fts.transforms._infos import merged_by_name, part_of
 from fts.transforms._inplace import Update, fast_apply, fast_update, is_fast

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fts.dtensors import copied_into
 from fts.errors import ArgumentError
-from fts.shards import copied_into
 from fts.transforms._bridge import TorchState
 from fts.transforms._leaves import Tree, encode, fitted
 from fts.transforms._states import states_in, with_states

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import ArgumentError, NonFiniteError
-from fts.shards import here
 from fts.transforms._arguments import check_count, check_number, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast, pure_apply, scale_in_place

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fts.dtensors import here, local, wrapped
 from fts.errors import ArgumentError
 from fts.randomness import bits_like
-from fts.shards import here, local, wrapped
 from fts.transforms._arguments import check_integer, check_transform, need_params
 from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast
 from fts.transforms._scalars import new_count

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import ArgumentError
-from fts.shards import here
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import added, for_kernel, fused_lists, scale_in_place
 from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import ArgumentError
-from fts.shards import here
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fts.dtensors import here
 from fts.errors import NonFiniteError
-from fts.shards import here
 from fts.transforms._arguments import check_count, check_transform
 from fts.transforms._infos import merged, values_of
 from fts.transforms._inplace import fast_apply, is_fast, pure_apply

@@ -14,8 +14,8 @@ from fts.distributed import FSDP, distribute, start, stop
 from fts.distributed.mesh import Mesh, data_group, data_place, mesh_of
 from fts.distributed.sharding import shard
 from fts.distributed.tensor_parallel import parallelize
+from fts.dtensors import local, whole
 from fts.errors import ArgumentError
-from fts.shards import local, whole
 
 ROWS = 2
 

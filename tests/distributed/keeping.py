@@ -17,10 +17,10 @@ import fts
 from fts import distributed, loops, steps, transforms as tx
 from fts.distributed.mesh import Mesh, mesh_of
 from fts.distributed.sharding import shard
+from fts.dtensors import is_sharded, local
 from fts.errors import CheckpointError
 from fts.loops import Position
 from fts.loops.judging import judge
-from fts.shards import is_sharded, local
 from fts.storage import has_tensors, is_spread
 
 MIB = 2**20

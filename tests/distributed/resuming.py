@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from fts.dtensors import whole
 from fts.errors import FtsError
-from fts.shards import whole
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
 from tests.trainer.helpers import rows
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fts
 from fts import distributed, steps, transforms as tx
-from fts.shards import whole
+from fts.dtensors import whole
 from fts.steps import MicroBatches, Weightless
 
 STEPS = 50

@@ -24,7 +24,7 @@ def clips_what_lies_here() -> Transform:
     """The norm of a part, as a transform has it that forgets the other processes."""
 
     def update(grads, state, params):
-        from fts.shards import local
+        from fts.dtensors import local
 
         norm = torch.stack([local(g).norm() for g in grads.values()]).norm()
         return {name: g / (1 + norm) for name, g in grads.items()}, state, {}
@@ -36,7 +36,7 @@ def keeps_what_lies_here() -> Transform:
     """A moment that is no DTensor, so that a checkpoint would not know of what it is a part."""
 
     def init(params):
-        from fts.shards import local
+        from fts.dtensors import local
 
         return {name: torch.zeros_like(local(p)) for name, p in params.items()}
 

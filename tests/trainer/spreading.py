@@ -10,8 +10,8 @@ import transformers
 
 from fts import Trainer, TrainingArguments
 from fts.distributed import distributing, stop
+from fts.dtensors import local
 from fts.errors import ArgumentError
-from fts.shards import local
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BLOCKS = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}

@@ -24,9 +24,9 @@ from transformers.optimization import Adafactor
 
 import fts
 from fts import steps, transforms as tx
+from fts.dtensors import is_sharded, whole
 from fts.errors import ArgumentError
 from fts.randomness import normal_like
-from fts.shards import is_sharded, whole
 from fts.steps.finite import NonFinite, nonfinite_in
 from fts.testing.comparing import in_words, require_close, require_equal
 from fts.testing.sharded import SPREADS, gathered, sharded_equals_whole, spread_out

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fts import transforms as tx
-from fts.shards import whole
+from fts.dtensors import whole
 from fts.testing.comparing import require_close, require_equal
 from fts.testing.sharded import SPREADS, gathered, spread_out
 
