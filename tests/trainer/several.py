@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fts import Trainer, TrainingArguments
+from fts import Trainer, TrainerCallback, TrainingArguments
 from fts.distributed import stop
 
 NAN_AT = 4  # in the first row of the third update, which the second process does not have
@@ -72,6 +72,27 @@ def heard(folder, **options):
     return "INFO" in handler.levels
 
 
+class Asks(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step == 2
+        control.should_evaluate |= state.global_step == 3
+        control.should_epoch_stop |= state.global_step == 4
+        control.should_training_stop |= state.global_step == 6
+
+
+def asked_by_one(folder, rank):
+    """What a callback of the second process alone asks for: the step of the end, of checkpoints and of evaluations, the epoch."""
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", per_device_train_batch_size=1, max_steps=20
+    )
+    trainer = Trainer(Tokens(), arguments, train_dataset=rows(16), eval_dataset=rows(2))
+    if rank == "1":
+        trainer.add_callback(Asks())
+    trainer.train()
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return [trainer.state.global_step, sorted(path.name for path in folder.iterdir()), evaluated, trainer.state.epoch]
+
+
 def main(folder):
     folder = Path(folder)
     rank = os.environ["RANK"]
@@ -92,6 +113,7 @@ def main(folder):
         own = folder / f"save {each} {rank}"  # a disk of each machine
         trained(own, rows(2), save_strategy="steps", save_steps=1, save_on_each_node=each)
         found[f"save {each}"] = (own / "checkpoint-1" / "model.safetensors").is_file()
+    found["asked"] = asked_by_one(folder / "asked", rank)
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     stop()
 

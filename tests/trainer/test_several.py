@@ -60,6 +60,12 @@ def test_who_tells_and_who_saves(found, case, expected):
     assert [process[case] for process in found] == expected
 
 
+def test_what_a_callback_asks_for_in_one_process_all_do(found):
+    steps, checkpoints, evaluated, epoch = found[0]["asked"]
+    assert (steps, checkpoints, evaluated, epoch) == (6, ["checkpoint-2"], [3], 1.25)
+    assert found[1]["asked"] == found[0]["asked"]
+
+
 def test_the_processes_are_joined_by_what_the_arguments_name(monkeypatch):
     asked = []
     note = lambda backend, timeout, device: asked.append((backend, timeout.seconds))  # noqa: E731
