@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import torch
+
 from fts import loops
 from fts.distributed.agreeing import Agreement
 from fts.distributed.deepspeed import whole_parameters
@@ -24,7 +26,7 @@ from fts.trainer.choices import SaveStrategy
 from fts.trainer.counting import Counting
 from fts.trainer.evaluation import EvaluationLeft
 from fts.trainer.faults import CHOICES, LABELS, Remembered, rolling_back
-from fts.trainer.flags import Wanted
+from fts.trainer.flags import Wanted, agree
 from fts.trainer.keeping import Keeping, time_left
 from fts.trainer.losses import lacks_labels
 from fts.trainer.modelling import noisy_embeddings, watched
@@ -151,6 +153,7 @@ class Teller:
         self.request = StopRequest()
         self.window = loops.Window()
         self.leaving = False
+        self.differs = False
         self.seed = run.state.seed
         self.after_step: list[AfterStep] = [self._bring_model_up_to_date, *self._asked_for()]
 
@@ -188,6 +191,8 @@ class Teller:
         batches, accumulate = self.batches, self.accumulate
         stepping = self.stepping
         stepping.watch()
+        guests = torch.tensor([int(stepping.has_guests())])  # a callback may be one process's alone
+        self.differs = trainer.world.size > 1 and bool(trainer.world.sum(guests))
         for event in events:
             kind = type(event)
             if kind is StepBegin:
@@ -220,6 +225,7 @@ class Teller:
 
     def due(self, counters: Counters) -> Due:
         """What the control flags ask for now."""
+        self.agree()
         control = self.trainer.control
         if control.should_log and self.tally.read_at == counters.step:
             self._log()  # the loop has no new figures, because they were read for a checkpoint
@@ -231,8 +237,13 @@ class Teller:
         read = over or (self.memory is not None and self.memory.reads_at(counters.step))
         asked = control.should_log or control.should_evaluate or control.should_save
         if read or asked or control.should_training_stop or control.should_epoch_stop:
-            return cast(Due, Wanted(self.trainer, read))
+            return cast(Due, Wanted(self.trainer, read, self.agree))
         return NOTHING
+
+    def agree(self) -> None:
+        """Make the control flags those of all processes, where the user's callbacks could make them differ."""
+        if self.differs:
+            agree(self.trainer, self.trainer.world)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Evaluate the model, which has the state's weights, and note whether it is the best so far."""
