@@ -32,7 +32,7 @@ class DDP:
     Attributes:
         find_unused_parameters: whether a loss may leave parameters out; costs a walk through each graph.
         bucket_cap_mb: how many MiB of gradients are exchanged at a time; None for torch's own 25.
-        broadcast_buffers: whether all processes take the first one's buffers before each forward pass.
+        broadcast_buffers: whether all processes take what the first one's forward passes have written to buffers.
         static_graph: whether each step uses the same parameters, which finds unused ones once for all.
         gradient_as_bucket_view: whether gradients lie in the memory that is exchanged, which saves their size.
 

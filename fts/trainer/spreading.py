@@ -8,7 +8,6 @@ from fts import distributed, loops
 from fts.distributed import DDP, FSDP, DeepSpeed, Group, Strategy
 from fts.distributed.deepspeed import check_installed
 from fts.errors import ArgumentError
-from fts.state import TrainState
 from fts.steps.binding import is_cut
 from fts.trainer.arguments.strategies import mesh_for, strategy_of
 from fts.trainer.places import data_group
@@ -86,8 +85,3 @@ def writer_for(trainer: Trainer) -> loops.Writer:
 def verifiers(trainer: Trainer) -> Group:
     """The processes that read the same files of a checkpoint: all, or where each machine has its own, each for itself."""
     return Group() if trainer.args.save_on_each_node else trainer.world
-
-
-def settle_state(state: TrainState, group: Group) -> TrainState:
-    """The state, which all processes begin with as the first one has it."""
-    return distributed.synchronize(state, group)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fts import loops
+from fts import distributed, loops
 from fts.distributed import Group
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
@@ -43,7 +43,7 @@ from fts.trainer.resuming import (
 )
 from fts.trainer.resuming_hf import offset_of, read_transformers_checkpoint, report
 from fts.trainer.sampling import data_seed
-from fts.trainer.spreading import cut_model, settle_state, verifiers
+from fts.trainer.spreading import cut_model, verifiers
 from fts.trainer.state import TrainerState
 from fts.trainer.tally import Tally
 from fts.trainer.torch_settings import restore_settings
@@ -141,7 +141,7 @@ def _begun(trainer: Trainer, batch_size: int, seed: int) -> Run:
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(trainer.model, optimizing.transform, seed=args.seed, copy=False)
     if optimizing.engine is None:  # which has done so itself
-        state = settle_state(state, trainer.group)
+        state = distributed.synchronize(state, trainer.group)
     return Run(plan, optimizing, None, state, source, source, cut, Position(), TrainerState(), Tally())
 
 

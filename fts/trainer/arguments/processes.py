@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
+from fts.distributed.group import is_started
 from fts.trainer.choices import ParallelMode
 from fts.trainer.verbosity import LEVELS
 
 if TYPE_CHECKING:
     from fts.trainer.arguments.training import TrainingArguments
-
-
-def in_group() -> bool:
-    """Whether torch's process group exists."""
-    return distributed.is_available() and distributed.is_initialized()
 
 
 def _of_launcher(variable: str, default: int) -> int:
@@ -29,12 +25,12 @@ def _of_launcher(variable: str, default: int) -> int:
 
 def world_size() -> int:
     """How many processes train together."""
-    return distributed.get_world_size() if in_group() else _of_launcher("WORLD_SIZE", 1)
+    return distributed.get_world_size() if is_started() else _of_launcher("WORLD_SIZE", 1)
 
 
 def process_index() -> int:
     """The number of this process among all."""
-    return distributed.get_rank() if in_group() else _of_launcher("RANK", 0)
+    return distributed.get_rank() if is_started() else _of_launcher("RANK", 0)
 
 
 def local_process_index() -> int:
@@ -65,7 +61,7 @@ def devices_of(args: TrainingArguments) -> int:
     `_n_gpu` overrules it, as in Hugging Face's.
     """
     kind = args.device.type
-    all_of_them = kind == "cuda" and "LOCAL_RANK" not in os.environ and not in_group()
+    all_of_them = kind == "cuda" and "LOCAL_RANK" not in os.environ and not is_started()
     found = 0 if kind == "cpu" else max(1, torch.cuda.device_count()) if all_of_them else 1
     return int(args.__dict__.get("_n_gpu", found))
 

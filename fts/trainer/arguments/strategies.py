@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from fts.distributed.group import is_started
 from fts.distributed.mesh import Mesh
 from fts.distributed.strategies import DDP, FSDP, DeepSpeed, Single, Strategy
 from fts.errors import ArgumentError
@@ -54,7 +55,7 @@ def strategy_of(
     world = processes.world_size() if world is None else world
     wanted, config = wanted_of(args, environ), config_of(args.deepspeed, environ)
     asked = f"fsdp={args.fsdp!r}" if wanted is not None else None if config is None else "deepspeed="
-    if asked is not None and world == 1 and "RANK" not in environ and not processes.in_group():
+    if asked is not None and world == 1 and "RANK" not in environ and not is_started():
         raise ArgumentError(
             f"{asked} shares a model between processes, but the script was not started by a launcher. Start it by "
             f"'torchrun --nproc-per-node 2 script.py' (1 for one process), or leave {asked.partition('=')[0]} out."

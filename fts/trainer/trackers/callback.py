@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from fts.distributed.group import is_started
 from fts.errors import ArgumentError, FtsError
 from fts.trainer.arguments import processes
 from fts.trainer.callbacks.base import TrainerCallback
@@ -202,5 +203,5 @@ def _provide_state(args: Any) -> None:
     """Make the state that accelerate's trackers ask which process this is, unless it is there."""
     from accelerate.state import PartialState
 
-    if PartialState._shared_state == {} and (processes.in_group() or processes.world_size() == 1):
+    if PartialState._shared_state == {} and (is_started() or processes.world_size() == 1):
         PartialState(cpu=args.device.type == "cpu")
