@@ -1,6 +1,7 @@
 """Steps of several processes against those of one, for test_steps: `torchrun stepping.py FOLDER [CASE ...]`."""
 
 import copy
+import functools
 import itertools
 import json
 import sys
@@ -43,9 +44,15 @@ class Net(nn.Module):
         return self.head(x * self.scale(x).tanh().sum(-1, keepdim=True))
 
 
-def net_of(dtype):
+def net_of(dtype, *, draws):
     torch.manual_seed(0)
-    return Net().to(dtype)
+    net = Net().to(dtype)
+    net.mix[2].p = 0.1 * draws
+    return net
+
+
+def transform_of(optimizer):
+    return tx.chain(tx.clip_by_global_norm(0.5), OPTIMIZERS[optimizer]())
 
 
 def loss(model, batch):
@@ -89,27 +96,28 @@ def trained(step, state, batches):
     return state, losses
 
 
+@functools.cache  # for all ways
+def followed(optimizer, dtype, micro, compiled):
+    """What a process that is alone makes of all micro-batches."""
+    net, transform = net_of(dtype, draws=not compiled), transform_of(optimizer)
+    step = steps.train_step(steps.module_loss(net, loss), transform)
+    batches = map(MicroBatches, data(micro, one_shape=compiled))
+    return trained(step, fts.TrainState.create(net, transform, seed=7), batches)
+
+
 def case(way, optimizer, dtype, accumulate, group):
     """The largest differences to one process: of losses and figures, and of parameters."""
-    transform = tx.chain(tx.clip_by_global_norm(0.5), OPTIMIZERS[optimizer]())
-    micro = accumulate * group.size
-    parts = list(data(micro, one_shape=way == "compiled"))
-    alone = net_of(dtype)
-    if way == "compiled":
-        alone.mix[2].p = 0.0  # a graph is seeded once, not for each micro-batch
-    reference = steps.train_step(steps.module_loss(alone, loss), transform)
-    expected, losses = trained(reference, fts.TrainState.create(alone, transform, seed=7), map(MicroBatches, parts))
-
-    net = net_of(dtype)
-    if way == "compiled":
-        net.mix[2].p = 0.0
+    compiled, micro = way == "compiled", accumulate * group.size
+    expected, losses = followed(optimizer, dtype, micro, compiled)
+    # a graph is seeded once, not for each micro-batch
+    net, transform = net_of(dtype, draws=not compiled), transform_of(optimizer)
     if way.startswith("fsdp"):
         fully_shard(net.mix)
         fully_shard(net)
     state = fts.TrainState.create(net, transform, seed=7)
     engine = "func" if way in ("func", "compiled") else "module"
     step = steps.train_step(steps.module_loss(net, loss), transform, engine=engine)
-    if way == "compiled":
+    if compiled:
         step = steps.compile(step, backend="aot_eager")
     if way == "plain":
         gradients = steps.value_and_grad(
@@ -117,7 +125,7 @@ def case(way, optimizer, dtype, accumulate, group):
         )
         step = steps.gradient_step(gradients, transform)
     step = distributed.distribute(steps.donating(step), group, each_batch=way.endswith("each"))
-    found, own = trained(step, state, [mine(part, micro, group) for part in parts])
+    found, own = trained(step, state, [mine(part, micro, group) for part in data(micro, one_shape=compiled)])
     figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
     pairs = [(whole(found.params[name]), tensor) for name, tensor in expected.params.items()]
     return {"figures": figures, "params": max((a - b).abs().max().item() for a, b in pairs)}
