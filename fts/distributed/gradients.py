@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fts.distributed.group import Group
+from fts.distributed.together import check_alike
 from fts.errors import DistributedError
+from fts.state import TrainState
 from fts.typing import LossOutput, Params
 
 
@@ -79,11 +81,12 @@ class Averaging(_Processes):
             self.group.copy_first(list(buffers.values()))
         return buffers
 
-    def check(self, params: Params) -> None:
-        """Raise DistributedError where this process begins with other parameters than the first."""
+    def check(self, state: TrainState) -> None:
+        """Raise DistributedError where this process begins with another seed or other parameters than the first."""
         if not self._checked:
             self._checked = True
-            check_same(self.group, params)
+            check_alike(self.group, {"seed": state.seed})
+            check_same(self.group, state.params)
 
     def exchanging(self, now: bool) -> AbstractContextManager[Any]:
         """Nothing is exchanged in a backward pass."""
@@ -98,16 +101,26 @@ def check_same(group: Group, params: Params) -> None:
         params: of this process, by name.
     """
     names = "\n".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in params.items())
-    norms = [float(norm) for norm in torch._foreach_norm([tensor.detach() for tensor in params.values()])]
-    found = group.gather((names, norms))
-    for rank, (other_names, other_norms) in enumerate(found):
+    tensors = [tensor.detach() for tensor in params.values()]
+    norms = [float(norm) for norm in torch._foreach_norm(tensors)]
+    sums = [float(tensor.sum(dtype=torch.float64)) for tensor in tensors]
+    found = group.gather((names, norms, sums))
+    for rank, (other_names, other_norms, other_sums) in enumerate(found):
         if other_names != found[0][0]:
             raise DistributedError(
                 f"Process {rank} trains other parameters than process 0. Build the same model, with the same parameters frozen, "
                 "in every process."
             )
-        if other_norms != found[0][1]:
-            differing = next(name for name, a, b in zip(params, other_norms, found[0][1], strict=True) if a != b)
+        _, first_norms, first_sums = found[0]
+        differing = next(
+            (
+                name
+                for name, norm, first, total, other in zip(params, other_norms, first_norms, other_sums, first_sums, strict=True)
+                if abs(norm - first) > 1e-5 * first or abs(total - other) > 1e-5 * (1 + first)
+            ),
+            None,
+        )
+        if differing is not None:
             raise DistributedError(
                 f"Process {rank} begins with another {differing!r} than process 0. Make the state equal first, by "
                 "fts.distributed.synchronize(state, group), or seed every process alike before the model is made."
@@ -185,6 +198,7 @@ class Sharded(_Processes):
 
     module: nn.Module
     each_batch: bool = False
+    _checked: bool = attrs.field(default=False, init=False)
 
     @property
     def reduces(self) -> bool:
@@ -200,8 +214,11 @@ class Sharded(_Processes):
         self.group.copy_first(list(buffers.values()))
         return buffers
 
-    def check(self, params: Params) -> None:
-        """Shards are parts of the same parameters by themselves."""
+    def check(self, state: TrainState) -> None:
+        """Raise DistributedError where this process begins with another seed; shards are parts of the same parameters."""
+        if not self._checked:
+            self._checked = True
+            check_alike(self.group, {"seed": state.seed})
 
     @contextmanager
     def exchanging(self, now: bool) -> Iterator[None]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fts.distributed.group import Group
 from fts.errors import CheckpointError, DistributedError
@@ -41,6 +41,24 @@ def together(group: Group) -> Iterator[None]:
     for rank, problem in enumerate(told):
         if problem is not None:
             raise CheckpointError(f"Process {rank} failed, so this one ends, too. {problem[0]}: {problem[1]}")
+
+
+def check_alike(group: Group, facts: Mapping[str, Any]) -> None:
+    """Raise DistributedError where the processes do not all have the same values.
+
+    Args:
+        group: the processes; all must come here.
+        facts: by name; can be pickled and compared.
+
+    >>> check_alike(Group(), {"seed": 0})
+    """
+    for rank, told in enumerate(group.gather(dict(facts))):
+        for name, value in facts.items():
+            if told.get(name) != value:
+                raise DistributedError(
+                    f"Process {rank} has {name}={told.get(name)!r}, and process {group.rank} has {name}={value!r}. Start all "
+                    "processes with the same script, arguments, data and seed."
+                )
 
 
 def of_first(group: Group, function: Callable[[], Result]) -> Result:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fts.state import TrainState
 from fts.typing import LossOutput, Params
 
 
@@ -43,7 +44,7 @@ class Among(Protocol):
         """The buffers that a forward pass has written, made the same in all processes."""
         ...
 
-    def check(self, params: Params) -> None:
+    def check(self, state: TrainState) -> None:
         """Raise where the processes do not begin with the same parameters; called before each step, and quick after the first."""
         ...
 

@@ -51,7 +51,7 @@ class OwnBackward:
                 "scaler.scale(loss).backward() in the function, and pass own_backward(..., scaler=scaler)."
             )
         if among is not None:
-            among.check(state.params)
+            among.check(state)
         buffers = {name: tensor.clone() for name, tensor in state.buffers.items()}
         with (
             nullcontext() if self.module.training else binding.mode(training=True),

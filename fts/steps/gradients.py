@@ -60,7 +60,7 @@ class ValueAndGrad:
         if in_graph():
             return func_engine(self.forward, work)
         if self.among is not None:
-            self.among.check(state.params)
+            self.among.check(state)
         outside = in_transform() or differentiated(state.params)
         func = self.engine == "func" or outside  # only torch.func can be differentiated or vmapped from outside
         binding = self.binding

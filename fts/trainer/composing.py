@@ -147,10 +147,8 @@ def items_by(rule: LossRule, model: nn.Module, across: Across = ALONE) -> Callab
 
     def count_items(batch: Batch) -> Sequence[Items]:
         micro = [part for part in (batch if isinstance(batch, MicroBatches) else (batch,)) if not isinstance(part, Weightless)]
-        if isinstance(batch, Drawn):
-            labels = batch.items_in_batch
-        else:
-            labels = count_labels(micro, shift) if rule.counts else None
+        own = count_labels(micro, shift) if rule.counts else None
+        labels = batch.items_in_batch if isinstance(batch, Drawn) else own
         if across.group.size == 1:
             return (Items(labels, len(micro)),)
         return (_summed(Items(labels, len(micro)), across, counts=rule.counts),)

@@ -10,8 +10,13 @@ from fts import steps
 from fts.trainer.plan import Plan
 
 
-def describe_run(plan: Plan, step: Any) -> str:
+def describe_run(plan: Plan, step: Any, processes: str = "1, one process") -> str:
     """The plan and the step of a run as a tree.
+
+    Args:
+        plan: of the run.
+        step: of the run.
+        processes: how many there are, and how they share the model.
 
     >>> from fts.trainer import TrainingArguments
     >>> from fts.trainer.plan import make_plan
@@ -21,6 +26,7 @@ def describe_run(plan: Plan, step: Any) -> str:
     """
     values = attrs.asdict(plan, filter=lambda field, value: field.name != "schedule" and value is not None)
     lines = [f"{name}: {value}" for name, value in values.items()]
+    lines.append(f"processes: {processes}")
     lines.append(f"learning rate: {rates(plan)}")
     below = steps.describe(step).splitlines()
     return "\n".join(["run", "├── plan", *_branches(lines), f"└── {below[0]}", *(f"    {line}" for line in below[1:])])

@@ -95,6 +95,8 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
             close_bars(trainer.callback_handler.callbacks)
             if isinstance(error, NonFiniteError):
                 error.add_note(CHOICES)
+                if trainer.world.size > 1:
+                    error.add_note(f"The rows are those of process {trainer.world.rank}; the cause may be in another's.")
                 if lacks_labels(model, teller.stepping.batch, trainer.label_names):
                     error.add_note(LABELS)
             if isinstance(error, Exception):
@@ -190,9 +192,9 @@ class Teller:
         listeners = trainer.callback_handler.listeners
         batches, accumulate = self.batches, self.accumulate
         stepping = self.stepping
-        stepping.watch()
-        guests = torch.tensor([int(stepping.has_guests())])  # a callback may be one process's alone
-        self.differs = trainer.world.size > 1 and bool(trainer.world.sum(guests))
+        guests = bool(trainer.world.sum(torch.tensor(int(stepping.has_guests()))))  # a callback may be one process's alone
+        stepping.watch(guests)
+        self.differs = guests and trainer.world.size > 1
         for event in events:
             kind = type(event)
             if kind is StepBegin:

@@ -64,7 +64,7 @@ class InRun:
     stepping: Stepping
 
     def __attrs_post_init__(self) -> None:
-        self.stepping.watch()
+        self.stepping.watch(self.stepping.has_guests())
         self.stepping.guard = None  # the states of a replay are not those of the model
 
     @property

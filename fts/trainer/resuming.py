@@ -101,8 +101,8 @@ def convert(position: Position, old: Cut, new: Cut) -> Position:
         raise ArgumentError(
             f"The checkpoint is in epoch {position.epoch} after {rows} rows, where no update of per_device_train_batch_size="
             f"{new.batch_size} times gradient_accumulation_steps={new.micro_batches}{several} begins: rows would be trained "
-            f"twice or never. Set sizes whose product divides {rows} (the checkpoint has {before}), or resume from a checkpoint at the "
-            "end of an epoch."
+            f"twice or never. Set sizes whose product divides {rows} (the checkpoint has {before}), or resume from a checkpoint "
+            "at the end of an epoch."
         )
     return Position(position.epoch, rows // new.rows)
 

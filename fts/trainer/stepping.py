@@ -49,9 +49,12 @@ class Stepping:
         self.watched: OptimizerView | None = None
         self.guard: Guard | None = None
 
-    def watch(self) -> None:
-        """Begin to look at what callbacks do: once, when the run begins."""
-        guests = self.has_guests()
+    def watch(self, guests: bool) -> None:
+        """Begin to look at what callbacks do: once, when the run begins.
+
+        Args:
+            guests: whether any process has callbacks of the user's.
+        """
         self.watched = self._watched_view(guests)
         if guests and self.run.optimizing.engine is None and shares_storage(self.run.state, self.trainer.model):
             self.guard = Guard(self.trainer.model)
@@ -60,8 +63,18 @@ class Stepping:
         """Heed what was done since the last update, callbacks of `on_step_begin` included."""
         if self.guard is not None:
             self.guard.check(event.state)
-        if self.watched is not None and (changed := self.watched.changed()):
+        if self.watched is not None and (changed := self._changed(self.watched)):
             self._exchange(changed)
+
+    def _changed(self, optimizer: OptimizerView) -> dict[int, dict[str, Any]] | None:
+        """What callbacks wrote into the optimizer's groups, of several processes in the first one that did."""
+        changed, world = optimizer.changed(), self.trainer.world
+        if world.size == 1:
+            return changed
+        if not int(world.sum(torch.tensor(int(bool(changed))))):
+            return None
+        found: dict[int, dict[str, Any]] = next(filter(None, world.gather(changed)))
+        return found
 
     def end(self, event: StepEnd) -> None:
         """Go back to the step that lasts, and tell callbacks what happened inside the update."""

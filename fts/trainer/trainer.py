@@ -143,6 +143,7 @@ class Trainer:
             self.model_init = model_init
             self.model = self._placed(model if model is not None else self.call_model_init())
         lay_out(self)
+        self._peers = Peers.of(self.world)
         self.model_wrapped = self.model
         self.deepspeed: Any = None
         self.deepspeed_config: dict[str, Any] = {}
@@ -234,7 +235,7 @@ class Trainer:
 
         def run(batch_size: int) -> TrainOutput:
             self._train_batch_size = batch_size
-            with Peers.of(self.world).clear_errors():
+            with self._peers.clear_errors():
                 return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval, trial)
 
         with self.memory.measuring("train") as self.memory_figures:
@@ -458,7 +459,7 @@ class Trainer:
 
     def _evaluate_on(self, loader: Any, stage: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
         cut_model(self)
-        with self.memory.measuring(stage) as figures, self._closing_bars():
+        with self.memory.measuring(stage) as figures, self._closing_bars(), self._peers.clear_errors():
             start = time.perf_counter()
             described, only = ("Prediction", None) if stage == "test" else ("Evaluation", self.compute_metrics is None or None)
             output = self.evaluation_loop(
@@ -807,7 +808,8 @@ class Trainer:
     def describe(self) -> str:
         """The plan and the step of a run, as a tree of text."""
         plan = self.plan()
-        return describe_run(plan, self.step_of(plan, self.optimizing(plan)))
+        processes = f"{self.world.size}, {strategy_for(self).name}"
+        return describe_run(plan, self.step_of(plan, self.optimizing(plan)), processes)
 
     def dry_run(self) -> Rehearsal:
         """Try one update, one batch of evaluation and one checkpoint (in a temporary place) before long work.
@@ -852,6 +854,7 @@ class Trainer:
 
     def optimizing(self, plan: Plan) -> Optimizing:
         """What updates the weights: the plan's own transform, `step`, or the user's torch optimizer as a transform."""
+        cut_model(self)
         self.optimizer, self.lr_scheduler = self._given_optimizers
         strategy = strategy_for(self)
         found = described(strategy, self.args) if isinstance(strategy, DeepSpeed) else optimizing.choose(self, plan)

@@ -11,6 +11,7 @@ import attrs
 
 from fts import distributed, loops
 from fts.distributed import Group
+from fts.distributed.together import check_alike
 from fts.errors import CheckpointError
 from fts.loops import Position, Source
 from fts.loops.finding import checkpoints_in
@@ -137,12 +138,21 @@ def _begun(trainer: Trainer, batch_size: int, seed: int) -> Run:
         processes=part.stride,
     )
     plan = plan_of(trainer, source, batch_size)
+    _check_alike(trainer, cut, plan)
     optimizing = with_engine(trainer, plan, trainer.optimizing(plan))
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
     state = TrainState.create(trainer.model, optimizing.transform, seed=args.seed, copy=False)
     if optimizing.engine is None:  # which has done so itself
         state = distributed.synchronize(state, trainer.group)
     return Run(plan, optimizing, None, state, source, source, cut, Position(), TrainerState(), Tally())
+
+
+def _check_alike(trainer: Trainer, cut: Cut, plan: Plan) -> None:
+    """Raise DistributedError where the processes were given other data, or arguments that make another run of it."""
+    facts = attrs.asdict(cut) | attrs.asdict(plan, filter=lambda field, value: field.name != "schedule")
+    args = trainer.args
+    strategies = {name: str(getattr(args, name)) for name in ("logging_strategy", "eval_strategy", "save_strategy")}
+    check_alike(trainer.world, facts | strategies | {"seed": args.seed, "data_seed": cut.seed})
 
 
 def _resumed(trainer: Trainer, run: Run, checkpoint: Path, old: Cut | None, batch_size: int) -> Run:

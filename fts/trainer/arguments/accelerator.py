@@ -37,7 +37,9 @@ class AcceleratorConfig:
     even_batches: bool = arg(True, "Whether rows are repeated so that each process gets as many; in fts they weigh nothing.")
     use_seedable_sampler: bool = arg(True, "Whether the order of the data is a function of the seed; it always is in fts.")
     non_blocking: bool = arg(False, "For loaders that accelerate makes; fts always copies batches to the device while it works.")
-    gradient_accumulation_kwargs: dict[str, Any] | None = arg(None, "sync_each_batch: exchange gradients after each micro-batch; others for accelerate.")
+    gradient_accumulation_kwargs: dict[str, Any] | None = arg(
+        None, "sync_each_batch: exchange gradients after each micro-batch; others for accelerate."
+    )
     use_configured_state: bool = arg(False, "Whether to use the process state that accelerate already has.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AcceleratorConfig:
