@@ -79,7 +79,6 @@ class FSDP:
         activation_checkpointing: whether each unit recomputes its activations in the backward pass.
         activation_checkpointing_offload: whether the inputs of these units wait for it in the CPU's memory.
         state_dict: whether checkpoints hold whole tensors ("full"), gathered to one process, or each process's parts ("sharded").
-        cpu_ram_efficient_loading: whether the first process alone holds weights before they are shared out.
         replicate: how many groups of processes each hold the whole model among them (hybrid sharding); 1 shards over all.
         ignored: regular expressions, one of which fits the full names of modules whose frozen parameters stay whole.
 
@@ -103,7 +102,6 @@ class FSDP:
     activation_checkpointing: bool = False
     activation_checkpointing_offload: bool = False
     state_dict: Literal["full", "sharded"] = "full"
-    cpu_ram_efficient_loading: bool = False
     replicate: int = 1
     ignored: tuple[str, ...] = ()
 

@@ -115,7 +115,7 @@ def elements_here(model):
 
 SHARDED = {
     "minilm": (minilm, minilm, FSDP()),
-    "minilm on the first alone": (minilm_on_first, minilm, FSDP(cpu_ram_efficient_loading=True)),
+    "minilm on the first alone": (minilm_on_first, minilm, FSDP()),
     "another seed": (lambda: llama(group.rank), llama, FSDP()),
     "as a whole": (llama, llama, FSDP(units=None)),
     "by size": (llama, llama, FSDP(units=3000)),
@@ -125,7 +125,7 @@ SHARDED = {
     "recomputed from the CPU": (llama, llama, FSDP(activation_checkpointing=True, activation_checkpointing_offload=True)),
     "offloaded": (llama, llama, FSDP(cpu_offload=True)),
     "tied": (tied, tied, FSDP()),
-    "tied, on the first alone": (tied_on_first, tied, FSDP(cpu_ram_efficient_loading=True)),
+    "tied, on the first alone": (tied_on_first, tied, FSDP()),
     "tied, by size": (tied, tied, FSDP(units=3000)),
     "frozen": (adapted, adapted, FSDP()),
     "ignored": (adapted, adapted, FSDP(ignored=(r"lm_head|model\.embed_tokens",))),

@@ -17,7 +17,7 @@ from fts import distributed, steps, transforms as tx
 from fts.dtensors import whole
 from fts.steps import MicroBatches, Weightless
 
-STEPS = 50
+STEPS = {"ddp": 50, "fsdp": 50}  # the ways that the Trainer goes; the others take 10
 OPTIMIZERS = {
     "adamw": lambda: tx.adamw(3e-3, weight_decay=0.1),
     "sgd": lambda: tx.sgd(0.05, momentum=0.9, nesterov=True),
@@ -64,10 +64,10 @@ def loss(model, batch):
     return total / count, count, {"hits": (hits, labels.numel())}
 
 
-def data(micro, *, one_shape):
+def data(micro, count, *, one_shape):
     """Global micro-batches of unequal lengths and counts of labels; each fifth step has one less."""
     generator = torch.Generator().manual_seed(5)
-    for step in range(STEPS):
+    for step in range(count):
         parts = []
         for index in range(micro):
             rows, length = (3, 5) if one_shape else (2 + (step + index) % 2, 3 + (3 * step + index) % 5)
@@ -97,18 +97,18 @@ def trained(step, state, batches):
 
 
 @functools.cache  # for all ways
-def followed(optimizer, dtype, micro, compiled):
+def followed(optimizer, dtype, micro, count, compiled):
     """What a process that is alone makes of all micro-batches."""
     net, transform = net_of(dtype, draws=not compiled), transform_of(optimizer)
     step = steps.train_step(steps.module_loss(net, loss), transform)
-    batches = map(MicroBatches, data(micro, one_shape=compiled))
+    batches = map(MicroBatches, data(micro, count, one_shape=compiled))
     return trained(step, fts.TrainState.create(net, transform, seed=7), batches)
 
 
 def case(way, optimizer, dtype, accumulate, group):
     """The largest differences to one process: of losses and figures, and of parameters."""
-    compiled, micro = way == "compiled", accumulate * group.size
-    expected, losses = followed(optimizer, dtype, micro, compiled)
+    compiled, micro, count = way == "compiled", accumulate * group.size, STEPS.get(way, 10)
+    expected, losses = followed(optimizer, dtype, micro, count, compiled)
     # a graph is seeded once, not for each micro-batch
     net, transform = net_of(dtype, draws=not compiled), transform_of(optimizer)
     if way.startswith("fsdp"):
@@ -125,7 +125,7 @@ def case(way, optimizer, dtype, accumulate, group):
         )
         step = steps.gradient_step(gradients, transform)
     step = distributed.distribute(steps.donating(step), group, each_batch=way.endswith("each"))
-    found, own = trained(step, state, [mine(part, micro, group) for part in data(micro, one_shape=compiled)])
+    found, own = trained(step, state, [mine(part, micro, group) for part in data(micro, count, one_shape=compiled)])
     figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
     pairs = [(whole(found.params[name]), tensor) for name, tensor in expected.params.items()]
     return {"figures": figures, "params": max((a - b).abs().max().item() for a, b in pairs)}

@@ -26,8 +26,8 @@ def test_two_processes_equal_one(results) -> None:
 
 
 def test_everything_was_checked(results) -> None:
-    """The registry of the laws, where a test finds a public transform that is missing, in each of three layouts."""
-    assert all(len(found) > 3 * len(REGISTRY + NAMED_REGISTRY + EAGER_REGISTRY) for found in results)
+    """The registry of the laws, where a test finds a public transform that is missing."""
+    assert all(len(found) > len(REGISTRY + NAMED_REGISTRY + EAGER_REGISTRY) for found in results)
 
 
 @pytest.mark.fuzz

@@ -200,6 +200,11 @@ ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "limit_all_gathers": ((True, None), "always limits how much is gathered at a time"),
     "sync_module_states": ((True, None), "always begins with the weights of the first process"),
+    "cpu_ram_efficient_loading": (
+        (False, None),
+        "always shares out the weights of the first process, tensor by tensor; so that it alone loads them, build the model of "
+        "the others within torch.device('meta'), or use accelerate launch, which tells from_pretrained",
+    ),
 }
 """Setting -> the values that ask for what FSDP2 does, and what that is."""
 
@@ -222,7 +227,6 @@ def _asked(options: Any, settings: Mapping[str, Any]) -> Asked:
         "cpu_offload": _one("cpu_offload", offload),
         "activation_checkpointing": given.get("activation_checkpointing"),
         "activation_checkpointing_offload": given.get("activation_checkpointing_offload"),
-        "cpu_ram_efficient_loading": given.get("cpu_ram_efficient_loading"),
         "state_dict": given.get("state_dict_type"),
         "ignored": given.get("ignored_modules"),
         **(_one("mixed_precision_policy", [given.get("mixed_precision_policy"), given.get("mixed_precision")]) or {}),
