@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fts.distributed.group import Group
 from fts.distributed.together import check_alike
@@ -36,6 +36,15 @@ class _Processes:
     def size(self) -> int:
         """How many processes there are."""
         return self.group.size
+
+    @property
+    def divides(self) -> bool:
+        """Whether a backward pass divides by a sum that is begun before it."""
+        return False
+
+    def summing(self, sums: Tensor) -> Callable[[], Tensor]:
+        """See `fts.steps.Among`; only where `divides`."""
+        raise NotImplementedError(f"{type(self).__name__} divides by no sum.")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -160,14 +169,43 @@ class Replicating(Averaging):
     options: Mapping[str, Any] = attrs.field(kw_only=True, factory=dict)
     each_batch: bool = attrs.field(kw_only=True, default=False)
     loss: Any = attrs.field(default=None, init=False)
+    _pending: Callable[[], Tensor] | None = attrs.field(default=None, init=False)
 
     @property
     def reduces(self) -> bool:
         """The backward pass has averaged already."""
         return True
 
+    @property
+    def divides(self) -> bool:
+        """DDP's buckets are divided by the weight of all processes rather than by their number."""
+        return not self.each_batch
+
+    def summing(self, sums: Tensor) -> Callable[[], Tensor]:
+        """Begin a small sum before the gradients', which the first bucket waits for."""
+        work = distributed.all_reduce(sums, group=self.group.handle, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return sums
+
+        self._pending = wait
+        return wait
+
+    def _exchange(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """What DDP does with a bucket of gradients: their sum over the processes, divided once."""
+        pending, size = self._pending, self.size
+        work = distributed.all_reduce(bucket.buffer(), group=self.group.handle, async_op=True)
+
+        def finish(future: Any) -> Tensor:
+            total: Tensor = future.value()[0]
+            return total.div_(size if pending is None else pending()[0])
+
+        return work.get_future().then(finish)  # type: ignore[no-any-return]
+
     def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
         """The loss as the forward pass of DDP."""
+        self._pending = None
         if self.loss is None or self.loss.module.run is not run:
             # the values are equal already (see `check`), and buffers are made so after the pass
             self.loss = nn.parallel.DistributedDataParallel(
@@ -177,6 +215,7 @@ class Replicating(Averaging):
                 process_group=self.group.handle,
                 **self.options,
             )
+            self.loss.register_comm_hook(None, lambda _, bucket: self._exchange(bucket))
         return self.loss  # type: ignore[no-any-return]
 
     @contextmanager

@@ -21,6 +21,7 @@ class Among(Protocol):
         rank: the number of this process, from 0.
         size: how many there are. Micro-batch i of process r is number `i * size + r` of the step.
         reduces: whether a backward pass leaves the mean over the processes in the gradients; otherwise `mean` makes it.
+        divides: whether it can divide by a sum that is begun before it, so that nobody waits for that.
     """
 
     @property
@@ -31,6 +32,16 @@ class Among(Protocol):
 
     @property
     def reduces(self) -> bool: ...
+
+    @property
+    def divides(self) -> bool: ...
+
+    def summing(self, sums: Tensor) -> Callable[[], Tensor]:
+        """Begin the sum over the processes of what `sums_of` gives, whose first number gradients are divided by.
+
+        Only where `divides`: then a backward pass leaves `sum(g) / sums[0]` over the processes in the gradients.
+        """
+        ...
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes of a tensor, as a new one; it may stand in a graph."""

@@ -24,7 +24,7 @@ from fts.steps.losses import ModuleLoss, call_loss, name_of
 from fts.steps.microbatches import Weightless
 from fts.steps.precision import autocast, scaled
 from fts.steps.tracing import device_of, in_transform
-from fts.steps.weighing import Total, checked, times, total_among, total_of, weight_of
+from fts.steps.weighing import Total, checked, sums_of, times, total_among, total_of, total_of_sums, weight_of
 from fts.typing import Batch, LossFn, LossOutput, Metrics, Number, Params
 
 HALF = (torch.bfloat16, torch.float16)
@@ -145,7 +145,10 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
     run = forward if among is None else among.forward(forward)
     outputs: list[LossOutput] = []
     total, unit = None, None
-    narrow = not work.single and (work.scale is not None or any(leaf.dtype == torch.float16 for leaf in leaves.values()))
+    half = work.scale is not None or any(leaf.dtype == torch.float16 for leaf in leaves.values())
+    narrow = half and not work.single
+    divides = among is not None and among.divides and not half  # else a sum of weighted gradients might overflow
+    wait: Callable[[], Tensor] | None = None
     for index in range(len(work.micro)):
         work.seed(index, device)
         with (
@@ -159,9 +162,12 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
                     "Look for .detach(), torch.no_grad() or .item() in the loss, or for parameters that are all frozen."
                 )
             outputs.append(output._replace(loss=output.loss.detach()))
-            if index == last:
+            if index == last and divides:
+                assert among is not None
+                wait = among.summing(sums_of(outputs, device))
+            elif index == last:
                 total = work.total(outputs)
-            factor = _factor(work, output.weight, total)
+            factor = output.weight if divides else _factor(work, output.weight, total)
             if narrow:
                 assert factor is not None
                 unit = _unit(work, output.weight, device) if unit is None else unit
@@ -171,6 +177,8 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
                 loss.backward()  # type: ignore[no-untyped-call]
             elif among is not None or not _is_zero(factor):  # where several exchange gradients, nobody may stay away
                 _weighted_backward(loss, factor, leaves)
+    if wait is not None and among is not None:
+        return total_of_sums(wait(), outputs, among.size)._replace(divisor=None)
     assert total is not None
     return total if unit is None or total.divisor is None else total._replace(divisor=total.divisor / unit)
 

@@ -91,17 +91,32 @@ def total_among(outputs: Sequence[LossOutput], among: Among, device: torch.devic
     Raises:
         LossError: no micro-batch of any process has any weight.
     """
-    sums = _sums(outputs)
+    total = total_of_sums(among.sum(sums_of(outputs, device)), outputs, among.size)
+    return total if len(outputs) > 1 else total._replace(divisor=None)
+
+
+def sums_of(outputs: Sequence[LossOutput], device: torch.device) -> Tensor:
+    """What is added up over processes: weights, losses, and for each metric its items and its sum over them."""
     loss = sum(times(output.loss, _weight(output)) for output in outputs)
-    parts = [sum(map(_weight, outputs)), loss, *[part for total, items in sums.values() for part in (items, total)]]
-    totals = among.sum(_vector(parts, device))
-    weight: Number = totals[0]
-    if totals.is_cpu and not in_transform():
+    metrics = [part for total, items in _sums(outputs).values() for part in (items, total)]
+    return _vector([sum(map(_weight, outputs)), loss, *metrics], device)
+
+
+def total_of_sums(sums: Tensor, outputs: Sequence[LossOutput], size: int) -> Total:
+    """The means that the sums over all processes give; see `total_among`.
+
+    Args:
+        sums: of `sums_of`, added up.
+        outputs: of this process, for the names and the dtype.
+        size: how many processes there are.
+    """
+    weight: Number = sums[0]
+    if sums.is_cpu and not in_transform():
         weight = float(weight)
         if weight == 0:
-            raise LossError(f"Every micro-batch of all {among.size} processes has weight 0, so their mean loss is not defined.")
-    mean, *means = (totals[1::2] / totals[::2]).to(outputs[0].loss.dtype).unbind()
-    return Total(mean, weight, dict(zip(sums, means, strict=True)), None if len(outputs) == 1 else weight / among.size)
+            raise LossError(f"Every micro-batch of all {size} processes has weight 0, so their mean loss is not defined.")
+    mean, *means = (sums[1::2] / sums[::2]).to(outputs[0].loss.dtype).unbind()
+    return Total(mean, weight, dict(zip(_sums(outputs), means, strict=True)), weight / size)
 
 
 def _vector(parts: Sequence[Any], device: torch.device) -> Tensor:
