@@ -39,12 +39,18 @@ class _Processes:
 
     @property
     def divides(self) -> bool:
-        """Whether a backward pass divides by a sum that is begun before it."""
+        """Whether a backward pass divides by the first of the sums that are begun before it."""
         return False
 
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
-        """See `fts.steps.Among`; only where `divides`."""
-        raise NotImplementedError(f"{type(self).__name__} divides by no sum.")
+        """Begin the sum over the processes of a small tensor, which is overwritten; what is returned waits for it."""
+        work = distributed.all_reduce(sums, group=self.group.handle, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return sums
+
+        return wait
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -182,14 +188,10 @@ class Replicating(Averaging):
         return not self.each_batch
 
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
-        """Begin a small sum before the gradients', which the first bucket waits for."""
-        work = distributed.all_reduce(sums, group=self.group.handle, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return sums
-
-        self._pending = wait
+        """As elsewhere; the first bucket waits for it, too."""
+        wait = super().summing(sums)
+        if self.divides:
+            self._pending = wait
         return wait
 
     def _exchange(self, bucket: Any) -> torch.futures.Future[Tensor]:

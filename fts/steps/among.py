@@ -21,7 +21,7 @@ class Among(Protocol):
         rank: the number of this process, from 0.
         size: how many there are. Micro-batch i of process r is number `i * size + r` of the step.
         reduces: whether a backward pass leaves the mean over the processes in the gradients; otherwise `mean` makes it.
-        divides: whether it can divide by a sum that is begun before it, so that nobody waits for that.
+        divides: whether that backward pass divides by the weight of all instead, where their sum is begun before it.
     """
 
     @property
@@ -37,9 +37,9 @@ class Among(Protocol):
     def divides(self) -> bool: ...
 
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
-        """Begin the sum over the processes of what `sums_of` gives, whose first number gradients are divided by.
+        """Begin the sum over the processes of what `sums_of` gives; what is returned waits for it.
 
-        Only where `divides`: then a backward pass leaves `sum(g) / sums[0]` over the processes in the gradients.
+        Where `divides`, the backward pass that follows leaves `sum(g) / sums[0]` over the processes in the gradients.
         """
         ...
 

@@ -147,7 +147,7 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
     total, unit = None, None
     half = work.scale is not None or any(leaf.dtype == torch.float16 for leaf in leaves.values())
     narrow = half and not work.single
-    divides = among is not None and among.divides and not half  # else a sum of weighted gradients might overflow
+    late = among is not None and not half  # nobody waits before the backward pass; but 16 bits may not hold weighted gradients
     wait: Callable[[], Tensor] | None = None
     for index in range(len(work.micro)):
         work.seed(index, device)
@@ -162,12 +162,12 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
                     "Look for .detach(), torch.no_grad() or .item() in the loss, or for parameters that are all frozen."
                 )
             outputs.append(output._replace(loss=output.loss.detach()))
-            if index == last and divides:
+            if index == last and late:
                 assert among is not None
                 wait = among.summing(sums_of(outputs, device))
             elif index == last:
                 total = work.total(outputs)
-            factor = output.weight if divides else _factor(work, output.weight, total)
+            factor = output.weight if late else _factor(work, output.weight, total)
             if narrow:
                 assert factor is not None
                 unit = _unit(work, output.weight, device) if unit is None else unit
@@ -178,7 +178,8 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
             elif among is not None or not _is_zero(factor):  # where several exchange gradients, nobody may stay away
                 _weighted_backward(loss, factor, leaves)
     if wait is not None and among is not None:
-        return total_of_sums(wait(), outputs, among.size)._replace(divisor=None)
+        total = total_of_sums(wait(), outputs, among.size)
+        return total._replace(divisor=None) if among.divides else total
     assert total is not None
     return total if unit is None or total.divisor is None else total._replace(divisor=total.divisor / unit)
 
