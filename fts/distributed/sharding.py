@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fts.distributed.group import Group
+from fts.distributed.group import Group, is_started
 from fts.distributed.mesh import Mesh, mesh_of
 from fts.distributed.strategies import FSDP
 from fts.dtensors import is_sharded, local
@@ -50,6 +50,11 @@ def shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     if isinstance(mesh, Group):
+        if not is_started():
+            raise ArgumentError(
+                "shard needs a group of processes that was started, also of one. Start the script by 'torchrun "
+                "--nproc-per-node 1 script.py', or leave shard out."
+            )
         layout = Mesh(replicate=strategy.replicate, shard=max(1, mesh.size // strategy.replicate))
         mesh = mesh_of(mesh, layout)["replicate", "shard"]
     device = torch.device(mesh.device_type)

@@ -196,8 +196,8 @@ _END = object()
 def too_short(start: int, found: int) -> DataError:
     """The error for an epoch that cannot be resumed because it has only `found` batches."""
     return DataError(
-        f"The data cannot be resumed at batch {start}: the epoch has {found} batches. The data or the batch size differs from "
-        "that of the run which is to be continued."
+        f"The data cannot be resumed at batch {start}: the epoch has {found} batches. The data, the batch size, the "
+        "micro-batches of a step or the number of processes differ from those of the run which is to be continued."
     )
 
 
