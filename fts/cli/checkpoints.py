@@ -125,8 +125,7 @@ def choose(
         keep_best: the best one stays.
         now: the time, in seconds since 1970.
 
-    >>> from fts.loops.consolidating import consolidate_checkpoint
-    from fts.loops.finding import Found
+    >>> from fts.loops.finding import Found
     >>> found = [Found(step, Path(f"checkpoint-{step}"), "whole") for step in (1, 2, 3)]
     >>> [(one.step, reason) for one, reason in choose(found, 2, keep_best=True, now=0.0)[0]]
     [(1, 'older than what is kept')]

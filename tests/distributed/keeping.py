@@ -212,4 +212,5 @@ def main():
     distributed.stop()
 
 
-main()
+if __name__ == "__main__":
+    main()

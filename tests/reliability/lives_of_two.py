@@ -18,7 +18,7 @@ from fts.trainer import TrainerCallback
 from tests.distributed.resuming import figures_of, trainer_of
 
 LIFE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 
 
 def die():
@@ -75,4 +75,5 @@ def main():
     (results / f"{RANK}.json").write_text(json.dumps(figures_of(trainer)))
 
 
-main()
+if __name__ == "__main__":
+    main()
