@@ -64,7 +64,7 @@ class Lead:
             values: the arguments that the search chose, by name; they can be pickled.
             trial: see `Turn`.
         """
-        if self.training:
+        if self.training and self.group.size > 1:
             raise DistributedError("A trial ended in the first process alone; the others may still train it, so the search ends.")
         self.group.broadcast(Turn(values, trial))
         self.training = True
