@@ -26,6 +26,7 @@ class _Processes:
     """
 
     group: Group
+    _checked: bool = attrs.field(default=False, init=False)
 
     @property
     def rank(self) -> int:
@@ -60,6 +61,22 @@ class _Processes:
         """The loss as it is."""
         return run
 
+    def same(self, buffers: Params) -> Params:
+        """Those of the first process."""
+        if buffers and not torch.compiler.is_compiling():
+            self.group.copy_first(list(buffers.values()))
+        return buffers
+
+    def check(self, state: TrainState) -> None:
+        """Raise DistributedError where this process begins with another seed or other parameters than the first."""
+        if not self._checked:
+            self._checked = True
+            check_alike(self.group, {"seed": state.seed})
+            self.check_params(state.params)
+
+    def check_params(self, params: Params) -> None:
+        """Nothing: shards are parts of the same parameters by themselves."""
+
 
 @attrs.define(eq=False)
 class Averaging(_Processes):
@@ -71,7 +88,6 @@ class Averaging(_Processes):
     """
 
     same_buffers: bool = True
-    _checked: bool = attrs.field(default=False, init=False)
 
     @property
     def reduces(self) -> bool:
@@ -91,17 +107,12 @@ class Averaging(_Processes):
         return {name: means[name] for name in grads}
 
     def same(self, buffers: Params) -> Params:
-        """Those of the first process."""
-        if self.same_buffers and buffers and not torch.compiler.is_compiling():
-            self.group.copy_first(list(buffers.values()))
-        return buffers
+        """Those of the first process, unless each is to keep its own."""
+        return super().same(buffers) if self.same_buffers else buffers
 
-    def check(self, state: TrainState) -> None:
-        """Raise DistributedError where this process begins with another seed or other parameters than the first."""
-        if not self._checked:
-            self._checked = True
-            check_alike(self.group, {"seed": state.seed})
-            check_same(self.group, state.params)
+    def check_params(self, params: Params) -> None:
+        """Each process holds all of them, so they must be equal."""
+        check_same(self.group, params)
 
     def exchanging(self, now: bool) -> AbstractContextManager[Any]:
         """Nothing is exchanged in a backward pass."""
@@ -239,7 +250,11 @@ class Sharded(_Processes):
 
     module: nn.Module
     each_batch: bool = False
-    _checked: bool = attrs.field(default=False, init=False)
+    _parts: list[Any] = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        # found once: a walk through all modules in each pass would cost as much as a small layer
+        self._parts = [part for part in self.module.modules() if hasattr(part, "set_requires_gradient_sync")]
 
     @property
     def reduces(self) -> bool:
@@ -250,23 +265,10 @@ class Sharded(_Processes):
         """Nothing is left to do."""
         return grads
 
-    def same(self, buffers: Params) -> Params:
-        """Those of the first process."""
-        self.group.copy_first(list(buffers.values()))
-        return buffers
-
-    def check(self, state: TrainState) -> None:
-        """Raise DistributedError where this process begins with another seed; shards are parts of the same parameters."""
-        if not self._checked:
-            self._checked = True
-            check_alike(self.group, {"seed": state.seed})
-
     @contextmanager
     def exchanging(self, now: bool) -> Iterator[None]:
         """Gradients are scattered in the last pass only, unless they are after each."""
-        for part in self.module.modules():
-            if hasattr(part, "set_requires_gradient_sync"):
-                sharded: Any = part
-                sharded.set_requires_gradient_sync(now or self.each_batch, recurse=False)
-                sharded.set_is_last_backward(now)
+        for part in self._parts:
+            part.set_requires_gradient_sync(now or self.each_batch, recurse=False)
+            part.set_is_last_backward(now)
         yield
