@@ -14,7 +14,7 @@ from fts.errors import ArgumentError, DataError
 from fts.loops.cursors import Bookmark, Cursor, marks_of
 from fts.loops.fetching import Fetcher, Request, Stream, Workers, can_draw, has_rows, row_batches, too_short
 from fts.loops.order import EpochSampler, Order, cut_order, regular_order, sampled_order
-from fts.loops.parts import WHOLE, Part
+from fts.loops.parts import WHOLE, Part, in_rounds
 from fts.loops.position import Position
 from fts.loops.reading import Collate, Reading, divided_by, loading_options, reading_of, torch_loader
 from fts.randomness import DATA, fold
@@ -81,7 +81,7 @@ class Source:
             raise too_short(start, steps)
         cursor = self.begin[1] if self.begin is not None and self.begin[0] == Position(epoch, start) else None
         found = self.batches(epoch, start * self.micro_batches, **({} if cursor is None else {"cursor": cursor}))
-        return found if self.micro_batches == 1 else _grouped(found, self.micro_batches)
+        return found if self.micro_batches == 1 else map(MicroBatches, in_rounds(found, self.micro_batches))
 
     def cursor(self, position: Position) -> Cursor | None:
         """Where a stream is, in the words of its `state_dict()`: what `restored` begins at without reading what was skipped.
@@ -376,11 +376,6 @@ def _once(reading: Reading) -> Source:
 
     kind = f"an iterator ({type(reading.data).__name__})"
     return Source(batches, None, None, reading.batch_size, reading.micro_batches, kind)
-
-
-def _grouped(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
-    while group := MicroBatches(islice(batches, size)):
-        yield group
 
 
 def _length(data: Any) -> int | None:
