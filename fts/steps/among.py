@@ -12,6 +12,15 @@ from fts.state import TrainState
 from fts.typing import LossOutput, Params
 
 
+def number_of(index: int, among: Among | None) -> int:
+    """The number of this process's micro-batch `index` among those of all, which its randomness is keyed by.
+
+    >>> number_of(3, None)
+    3
+    """
+    return index if among is None else index * among.size + among.rank
+
+
 class Among(Protocol):
     """One process among several, each with micro-batches of its own; `fts.distributed` has them.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fts.errors import ArgumentError, LossError
 from fts.randomness import STEP, fold, seed_generators
 from fts.state import TrainState
-from fts.steps.among import Among
+from fts.steps.among import Among, number_of
 from fts.steps.binding import Binding
 from fts.steps.engines import Value
 from fts.steps.losses import check_callable, name_of
@@ -62,8 +62,7 @@ class OwnBackward:
             for index, part in enumerate(micro):
                 if self.scaler is not None:
                     self.scaler.factor, self.scaler.used = scale, False
-                number = index if among is None else index * among.size + among.rank
-                seed_generators(fold(state.seed, STEP, int(state.step), number), device)
+                seed_generators(fold(state.seed, STEP, int(state.step), number_of(index, among)), device)
                 with nullcontext() if among is None else among.exchanging(index == len(micro) - 1):
                     loss = self._loss(part.batch if isinstance(part, Weightless) else part, args)
                 losses.append(torch.zeros_like(loss) if isinstance(part, Weightless) else loss)

@@ -18,7 +18,7 @@ from fts.dtensors import here
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
 from fts.state import TrainState
-from fts.steps.among import Among
+from fts.steps.among import Among, number_of
 from fts.steps.binding import Binding
 from fts.steps.losses import ModuleLoss, call_loss, name_of
 from fts.steps.microbatches import Weightless
@@ -86,11 +86,7 @@ class Work(NamedTuple):  # which a graph can build
     def seed(self, index: int, device: torch.device) -> None:
         """Seed the generators for a micro-batch; a graph or a vmapped step is seeded outside."""
         if not in_transform():
-            seed_generators(fold(self.state.seed, STEP, int(self.state.step), self.number(index)), device)
-
-    def number(self, index: int) -> int:
-        """The number of a micro-batch among those of all processes."""
-        return index if self.among is None else index * self.among.size + self.among.rank
+            seed_generators(fold(self.state.seed, STEP, int(self.state.step), number_of(index, self.among)), device)
 
     def run(self, forward: Callable[..., LossOutput], params: Any, index: int, device: torch.device) -> LossOutput:
         """The loss of a micro-batch, with its weight."""
