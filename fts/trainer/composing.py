@@ -145,10 +145,14 @@ def items_by(rule: LossRule, model: nn.Module, across: Across = ALONE) -> Callab
     """From the batch of a step to what its losses are told of it."""
     shift = counts_shifted(model)
 
+    def items_in(batch: Batch, micro: Sequence[Batch]) -> Any:
+        if isinstance(batch, Drawn):
+            return batch.items_in_batch
+        return count_labels(micro, shift) if rule.counts else None
+
     def count_items(batch: Batch) -> Sequence[Items]:
         micro = [part for part in (batch if isinstance(batch, MicroBatches) else (batch,)) if not isinstance(part, Weightless)]
-        own = count_labels(micro, shift) if rule.counts else None
-        labels = batch.items_in_batch if isinstance(batch, Drawn) else own
+        labels = items_in(batch, micro)
         if across.group.size == 1:
             return (Items(labels, len(micro)),)
         return (_summed(Items(labels, len(micro)), across, counts=rule.counts),)
