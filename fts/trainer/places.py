@@ -11,6 +11,7 @@ from fts.distributed import mesh
 from fts.loops import Source
 from fts.trainer.arguments import AcceleratorConfig, TrainingArguments
 from fts.trainer.arguments.accelerator import accelerator_config
+from fts.trainer.arguments.processes import started
 from fts.trainer.arguments.strategies import mesh_for
 
 if TYPE_CHECKING:
@@ -33,17 +34,6 @@ def data_group(args: TrainingArguments) -> Group:
     1
     """
     return mesh.data_group(started(args), mesh_for(args))
-
-
-def started(args: TrainingArguments) -> Group:
-    """All processes; joined here if they were not yet.
-
-    >>> started(TrainingArguments(use_cpu=True)).size
-    1
-    """
-    from fts.distributed.group import start
-
-    return start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
 
 
 def devices(args: TrainingArguments) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from fts.steps.precision import autocast, autocast_dtype
 from fts.trainer import cards, evaluation, hub, loading, optimizing, reports, saving
 from fts.trainer.accelerating import make_accelerator
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.processes import started
 from fts.trainer.arguments.strategies import mesh_for
 from fts.trainer.batch_size import halve_until_fits, restorer
 from fts.trainer.best import check_metric
@@ -50,7 +51,7 @@ from fts.trainer.modelling import checkpoint_activations, made_by, prepared_mode
 from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
 from fts.trainer.optimizing import Optimizing
 from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.places import devices, shared, started
+from fts.trainer.places import devices, shared
 from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
 from fts.trainer.predicting import predict_batch
 from fts.trainer.rehearsing import Rehearsal, rehearse

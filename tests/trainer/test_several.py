@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.trainer import TrainingArguments
-from fts.trainer.places import started
+from fts.trainer.arguments.processes import started
 from tests import torchrun
 from tests.trainer.several import LENGTHS, Tokens, losses, rows, trained
 

@@ -11,10 +11,12 @@ import torch
 from torch import distributed
 
 from fts.distributed.group import is_started
+from fts.trainer.arguments.texts import ON
 from fts.trainer.choices import ParallelMode
 from fts.trainer.verbosity import LEVELS
 
 if TYPE_CHECKING:
+    from fts.distributed import Group
     from fts.trainer.arguments.training import TrainingArguments
 
 
@@ -45,7 +47,7 @@ def device_of(args: TrainingArguments) -> torch.device:
     >>> device_of(TrainingArguments(use_cpu=True))
     device(type='cpu')
     """
-    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on", "y", "t")
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ON
     found = None if args.use_cpu or wanted else torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return torch.device("cpu")
@@ -79,6 +81,18 @@ def log_level(args: TrainingArguments) -> int:
     return LEVELS[name] if name in LEVELS else logging.getLogger("fts").getEffectiveLevel()
 
 
+def started(args: TrainingArguments) -> Group:
+    """All processes; joined here if they were not yet.
+
+    >>> from fts.trainer.arguments import TrainingArguments
+    >>> started(TrainingArguments(use_cpu=True)).size
+    1
+    """
+    from fts.distributed.group import start
+
+    return start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
+
+
 def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextManager[None]:
     """Let one process do something before the others, which wait as long as it takes.
 
@@ -91,9 +105,8 @@ def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextMan
     >>> with first(TrainingArguments(use_cpu=True), True, "tokenizing"):
     ...     pass
     """
-    from fts.distributed.group import start
     from fts.distributed.turns import first as goes_first
 
-    start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
+    started(args)
     is_first = (args.local_process_index if local else args.process_index) == 0
     return goes_first(is_first, what, among=f"machine {os.environ.get('GROUP_RANK', '0')}" if local else "")
