@@ -1,5 +1,7 @@
 """How much is tested: `make test` takes Hypothesis's profile "tests", `make fuzz` the profile "fuzz" and the tests so marked."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,6 +14,10 @@ COMMON = {
 settings.register_profile("tests", max_examples=20, derandomize=True, **COMMON)
 settings.register_profile("fuzz", max_examples=300, **COMMON)
 settings.load_profile("tests")
+
+# a shell's background jobs ignore SIGINT, and what they start does, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -39,9 +39,9 @@ class _Processes:
         return self.group.size
 
     @property
-    def divides(self) -> bool:
-        """Whether a backward pass divides by the first of the sums that are begun before it."""
-        return False
+    def carrier(self) -> Tensor | None:
+        """Sums are exchanged by themselves."""
+        return None
 
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
         """Begin the sum over the processes of a small tensor, which is overwritten; what is returned waits for it."""
@@ -159,15 +159,38 @@ class _Loss(nn.Module):
     Args:
         module: the model.
         run: the loss, as engines call it.
+        sums: how many numbers are added up over the processes beside the gradients.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., LossOutput]) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., LossOutput], sums: int) -> None:
         super().__init__()
         self.module = module
         self.run = run
+        dtypes = {parameter.dtype for parameter in module.parameters()}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        device = next(module.parameters()).device
+        self.carrier = nn.Parameter(torch.zeros(sums, dtype=wide, device=device))
+        self.carried = torch.zeros_like(self.carrier)
 
     def forward(self, *args: Any) -> LossOutput:
-        return self.run(*args)
+        output = self.run(*args)
+        return output._replace(loss=_carry(output.loss, self.carrier, self)) if output.loss.requires_grad else output
+
+
+class _Carry(torch.autograd.Function):
+    """A loss as it is, in whose backward pass `carrier` gets `carried` as its gradient, which DDP sends with the others."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, carrier: Tensor, owner: _Loss) -> Tensor:
+        ctx.owner = owner
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, ctx.owner.carried, None
+
+
+_carry: Callable[[Tensor, Tensor, _Loss], Tensor] = _Carry.apply
 
 
 @attrs.define(eq=False)
@@ -186,7 +209,8 @@ class Replicating(Averaging):
     options: Mapping[str, Any] = attrs.field(kw_only=True, factory=dict)
     each_batch: bool = attrs.field(kw_only=True, default=False)
     loss: Any = attrs.field(default=None, init=False)
-    _pending: Callable[[], Tensor] | None = attrs.field(default=None, init=False)
+    _passed: bool = attrs.field(default=False, init=False)  # with this wrapper
+    _sums: int = attrs.field(default=2, init=False)  # those of a loss without metrics
 
     @property
     def reduces(self) -> bool:
@@ -194,48 +218,48 @@ class Replicating(Averaging):
         return True
 
     @property
-    def divides(self) -> bool:
-        """DDP's buckets are divided by the weight of all processes rather than by their number."""
-        return not self.each_batch
+    def carrier(self) -> Tensor | None:
+        """A parameter of DDP's that is none of the model's."""
+        return None if self.loss is None else self.loss.module.carrier
 
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
-        """As elsewhere; the first bucket waits for it, too."""
-        wait = super().summing(sums)
-        if self.divides:
-            self._pending = wait
+        """They go with the gradients: a sum of their own would cost as much as a small layer."""
+        loss: _Loss = self.loss.module
+        if sums.numel() != self._sums:  # so many metrics have not been seen before
+            self._sums = sums.numel()
+            return super().summing(sums)
+        loss.carried = (sums * self.size).to(loss.carrier)  # since DDP averages
+
+        def wait() -> Tensor:
+            assert loss.carrier.grad is not None
+            return loss.carrier.grad.to(sums.dtype, copy=True)
+
         return wait
-
-    def _exchange(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """What DDP does with a bucket of gradients: their sum over the processes, divided once."""
-        pending, size = self._pending, self.size
-        work = distributed.all_reduce(bucket.buffer(), group=self.group.handle, async_op=True)
-
-        def finish(future: Any) -> Tensor:
-            total: Tensor = future.value()[0]
-            return total.div_(size if pending is None else pending()[0])
-
-        return work.get_future().then(finish)  # type: ignore[no-any-return]
 
     def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
         """The loss as the forward pass of DDP."""
-        self._pending = None
-        if self.loss is None or self.loss.module.run is not run:
+        if self.loss is None or self.loss.module.run is not run or self.loss.module.carrier.numel() != self._sums:
             # the values are equal already (see `check`), and buffers are made so after the pass
+            self._passed = False
             self.loss = nn.parallel.DistributedDataParallel(
-                _Loss(self.module, run),
+                _Loss(self.module, run, self._sums),
                 forward_sync_buffers=False,
                 init_sync=False,
                 process_group=self.group.handle,
                 **self.options,
             )
-            self.loss.register_comm_hook(None, lambda _, bucket: self._exchange(bucket))
+        carrier = self.loss.module.carrier
+        carrier.grad, self.loss.module.carried = None, torch.zeros_like(carrier)
         return self.loss  # type: ignore[no-any-return]
 
     @contextmanager
     def exchanging(self, now: bool) -> Iterator[None]:
         """DDP's `no_sync` where gradients are only gathered."""
-        with nullcontext() if now or self.each_batch else self.loss.no_sync():
+        # a static graph is recorded in a first pass that exchanges
+        exchanges = now or self.each_batch or (self.loss.static_graph and not self._passed)
+        with nullcontext() if exchanges else self.loss.no_sync():
             yield
+        self._passed = True
 
 
 @attrs.define(eq=False)

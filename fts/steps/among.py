@@ -30,7 +30,7 @@ class Among(Protocol):
         rank: the number of this process, from 0.
         size: how many there are. Micro-batch i of process r is number `i * size + r` of the step.
         reduces: whether a backward pass leaves the mean over the processes in the gradients; otherwise `mean` makes it.
-        divides: whether that backward pass divides by the weight of all instead, where their sum is begun before it.
+        carrier: a leaf of the loss's graph whose gradient is no parameter's, but what `summing` was given; None if there is none.
     """
 
     @property
@@ -43,13 +43,10 @@ class Among(Protocol):
     def reduces(self) -> bool: ...
 
     @property
-    def divides(self) -> bool: ...
+    def carrier(self) -> Tensor | None: ...
 
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
-        """Begin the sum over the processes of what `sums_of` gives; what is returned waits for it.
-
-        Where `divides`, the backward pass that follows leaves `sum(g) / sums[0]` over the processes in the gradients.
-        """
+        """Begin the sum over the processes of what `sums_of` gives; what is returned has it after the next backward pass."""
         ...
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -172,10 +172,9 @@ def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
             if factor is None:
                 loss.backward()  # type: ignore[no-untyped-call]
             elif among is not None or not _is_zero(factor):  # where several exchange gradients, nobody may stay away
-                _weighted_backward(loss, factor, leaves)
+                _weighted_backward(loss, factor, leaves, among)
     if wait is not None and among is not None:
-        total = total_of_sums(wait(), outputs, among.size)
-        return total._replace(divisor=None) if among.divides else total
+        return total_of_sums(wait(), outputs, among.size)
     assert total is not None
     return total if unit is None or total.divisor is None else total._replace(divisor=total.divisor / unit)
 
@@ -207,7 +206,7 @@ def _is_zero(weight: Number) -> bool:
     return checked(float(weight)) == 0 if not isinstance(weight, Tensor) or weight.is_cpu else False
 
 
-def _weighted_backward(loss: Tensor, weight: Number, leaves: Params) -> None:
+def _weighted_backward(loss: Tensor, weight: Number, leaves: Params, among: Among | None) -> None:
     hooks: list[Any] = []
     # the gradients of a mean over no items are NaN, also times 0
     if isinstance(weight, Tensor) and not weight.is_cpu:  # which nobody may ask whether it is 0
@@ -216,7 +215,8 @@ def _weighted_backward(loss: Tensor, weight: Number, leaves: Params) -> None:
             for leaf in leaves.values()
         ]
     elif _is_zero(weight):
-        hooks = [node.register_prehook(_zeros) for node in _ends(loss)]
+        carrier = None if among is None else among.carrier
+        hooks = [node.register_prehook(_zeros) for node in _ends(loss) if node.variable is not carrier]
     try:
         (loss * weight).backward()  # type: ignore[no-untyped-call]
     finally:  # the leaves are the caller's own Parameters
@@ -250,7 +250,7 @@ def _drain(leaves: Params, total: Total, among: Among | None) -> Params:
         leaf.grad = None
     if among is not None and not among.reduces:
         grads = among.mean(grads)
-    if total.divisor is not None:
+    if total.divisor is not None and (isinstance(total.divisor, Tensor) or total.divisor != 1):
         torch._foreach_div_(here(grads.values()), total.divisor)
     return grads
 

@@ -23,7 +23,11 @@ OPTIMIZERS = {
     "sgd": lambda: tx.sgd(0.05, momentum=0.9, nesterov=True),
     "adafactor": lambda: tx.from_torch(torch.optim.Adafactor, lr=1e-2),
 }
-WAYS = ("ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each")
+WAYS = ("ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each", "ddp-views", "ddp-static")
+OPTIONS = {
+    "ddp-views": distributed.DDP(find_unused_parameters=True, gradient_as_bucket_view=True),
+    "ddp-static": distributed.DDP(static_graph=True, bucket_cap_mb=1),
+}
 
 
 class Net(nn.Module):
@@ -124,7 +128,7 @@ def case(way, optimizer, dtype, accumulate, group):
             lambda params, batch: loss(lambda t: torch.func.functional_call(net, params, (t,)), batch)
         )
         step = steps.gradient_step(gradients, transform)
-    step = distributed.distribute(steps.donating(step), group, each_batch=way.endswith("each"))
+    step = distributed.distribute(steps.donating(step), group, OPTIONS.get(way), each_batch=way.endswith("each"))
     found, own = trained(step, state, [mine(part, micro, group) for part in data(micro, count, one_shape=compiled)])
     figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
     pairs = [(whole(found.params[name]), tensor) for name, tensor in expected.params.items()]

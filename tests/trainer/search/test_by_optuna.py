@@ -252,7 +252,8 @@ def test_several_processes_share_a_study(tmp_path):
         assert result(run.result())["objective"] > 0
     backend = optuna.storages.journal.JournalFileBackend(f"{tmp_path}/study.log")
     study = optuna.load_study(study_name="it", storage=optuna.storages.JournalStorage(backend))
-    assert states(study) == ["COMPLETE"] * 6
+    assert len(states(study)) == 6
+    assert set(states(study)) <= {"COMPLETE", "PRUNED"}  # optuna's pruner may end the sixth: it knows five by then
     assert len({trial.user_attrs["fts:search"] for trial in study.trials}) == 2
     assert {path.name for path in tmp_path.glob("run-*")} == {f"run-{number}" for number in range(6)}
 
