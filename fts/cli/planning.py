@@ -59,7 +59,12 @@ def add_to(commands: Any) -> None:
     spread.add_argument(
         "--reduce", choices=list(REDUCE), help="fsdp and hsdp: in which gradients are summed (default: as they are kept)"
     )
-    spread.add_argument("--bucket-view", action="store_true", help="ddp: gradients lie in the buckets (gradient_as_bucket_view)")
+    spread.add_argument(
+        "--bucket-view",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ddp: gradients lie in the buckets (gradient_as_bucket_view; the default)",
+    )
 
     step = parser.add_argument_group("the step")
     step.add_argument(
@@ -158,7 +163,7 @@ def compared(plans: dict[str, Plan]) -> Iterator[str]:
     >>> model = counted(7_000_000_000)
     >>> print(*compared({name: plan(model, Setup(name, world=64)) for name in ("ddp", "fsdp")}), sep=chr(10))
     GB a process parameters gradients moments master copies buckets gathered activations  total   sent
-    ddp              28.000    28.000  56.000  0.000  0.000  28.000    0.000       0.000 140.000 55.125
+    ddp              28.000    28.000  56.000  0.000  0.000   0.000    0.000       0.000 112.000 55.125
     fsdp              0.438     0.438   0.875  0.000  0.000   0.000   84.000       0.000  85.750 82.688
     """
     names = [field.name for field in attrs.fields(Memory)]

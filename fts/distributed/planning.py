@@ -117,7 +117,7 @@ class Setup:
     no_sync: bool = True
     reshard: bool = True
     reduce: int | None = None
-    bucket_view: bool = False
+    bucket_view: bool = True
     checkpointing: bool = False
     attention: Literal["fused", "eager"] = "fused"
 

@@ -34,7 +34,8 @@ class DDP:
         bucket_cap_mb: how many MiB of gradients are exchanged at a time; None for torch's own 25.
         broadcast_buffers: whether all processes take what the first one's forward passes have written to buffers.
         static_graph: whether each step uses the same parameters, which finds unused ones once for all.
-        gradient_as_bucket_view: whether gradients lie in the memory that is exchanged, which saves their size.
+        gradient_as_bucket_view: whether gradients lie in the memory that is exchanged, which saves their size and a copy (torch's
+            own default is not to).
 
     Raises:
         ArgumentError: the bucket is not above 0.
@@ -49,7 +50,7 @@ class DDP:
     bucket_cap_mb: float | None = None
     broadcast_buffers: bool = True
     static_graph: bool = False
-    gradient_as_bucket_view: bool = False
+    gradient_as_bucket_view: bool = True
 
     def __attrs_post_init__(self) -> None:
         if self.bucket_cap_mb is not None and self.bucket_cap_mb <= 0:

@@ -137,8 +137,8 @@ def main(file):
     dist.init_process_group("gloo")
     classes = lambda ids: torch.zeros(len(ids), dtype=torch.long)  # noqa: E731
     cases = {
-        "ddp": (replicated(), 2, classes),
-        "ddp, bucket view": (replicated(gradient_as_bucket_view=True), 1, classes),
+        "ddp": (replicated(gradient_as_bucket_view=True), 2, classes),
+        "ddp, buckets apart": (replicated(), 1, classes),
         "fsdp": (sharded(), 2, classes),
         "fsdp, not resharded": (sharded(reshard_after_forward=False), 2, classes),
         "fsdp, no sync": (sharded(no_sync=True), 2, classes),

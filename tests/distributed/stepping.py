@@ -23,9 +23,9 @@ OPTIMIZERS = {
     "sgd": lambda: tx.sgd(0.05, momentum=0.9, nesterov=True),
     "adafactor": lambda: tx.from_torch(torch.optim.Adafactor, lr=1e-2),
 }
-WAYS = ("ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each", "ddp-views", "ddp-static")
+WAYS = ("ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each", "ddp-unused", "ddp-static")
 OPTIONS = {
-    "ddp-views": distributed.DDP(find_unused_parameters=True, gradient_as_bucket_view=True),
+    "ddp-unused": distributed.DDP(find_unused_parameters=True, gradient_as_bucket_view=False),
     "ddp-static": distributed.DDP(static_graph=True, bucket_cap_mb=1),
 }
 

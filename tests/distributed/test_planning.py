@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 SETUPS = {
     "ddp": Setup("ddp", accumulate=2, world=2),
-    "ddp, bucket view": Setup("ddp", bucket_view=True, world=2),
+    "ddp, buckets apart": Setup("ddp", bucket_view=False, world=2),
     "fsdp": Setup("fsdp", accumulate=2, no_sync=False, world=2),
     "fsdp, not resharded": Setup("fsdp", accumulate=2, no_sync=False, reshard=False, world=2),
     "fsdp, no sync": Setup("fsdp", accumulate=2, world=2),
@@ -231,7 +231,6 @@ def test_the_page(capsys):
                 precision="bf16",
                 sequence=2048,
                 checkpointing=True,
-                bucket_view=True,
                 world=8,
             )
             plans = [plan(SIZES[name], attrs.evolve(setup, world=world)) for world in (8, 64, 512)]

@@ -30,7 +30,7 @@ def test_four_processes_follow_one(tmp_path):
 
 def check(found):
     ways = {name.partition(" ")[0] for name in found[0]}
-    assert ways == {"ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each", "ddp-views", "ddp-static"}
+    assert ways == {"ddp", "fsdp", "func", "compiled", "plain", "ddp-each", "fsdp-each", "ddp-unused", "ddp-static"}
     for name, differences in found[0].items():
         limit = 2e-5 if "float32" in name else 1e-9
         assert differences["params"] < limit, (name, differences)

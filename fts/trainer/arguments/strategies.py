@@ -47,7 +47,7 @@ def strategy_of(
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> strategy_of(TrainingArguments(ddp_bucket_cap_mb=50), {}, world=2)
-    DDP(find_unused_parameters=True, bucket_cap_mb=50, broadcast_buffers=True, static_graph=False, gradient_as_bucket_view=False)
+    DDP(find_unused_parameters=True, bucket_cap_mb=50, broadcast_buffers=True, static_graph=False, gradient_as_bucket_view=True)
     >>> strategy_of(TrainingArguments(), {}, world=1)
     Single()
     """
