@@ -40,6 +40,7 @@ class Source:
         begin: the place of a cursor, and the cursor, if it was restored.
         part: what this process takes of the data's batches. Then all of the above but `num_items` and `shares` are of this part.
         divided: by what the data are divided among processes already; empty if by nothing that is known.
+        workers: what fetches in other processes; None where none do.
     """
 
     batches: Callable[..., Iterator[Batch]] = attrs.field(repr=False)
@@ -54,6 +55,7 @@ class Source:
     begin: tuple[Position, Cursor] | None = attrs.field(default=None, repr=False)
     part: Part = WHOLE
     divided: str = ""
+    workers: Workers | None = attrs.field(default=None, repr=False)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -136,6 +138,16 @@ class Source:
         found = islice(self.order(epoch, batch * self.micro_batches), self.micro_batches)
         parts = [part.tolist() if isinstance(part, Tensor) else part for part in found]
         return [index for part in parts for index in (part if isinstance(part, (list, tuple)) else [part])]
+
+    def close(self) -> None:
+        """End the workers that fetch, those that live from epoch to epoch too; the next epoch starts others.
+
+        A source that is not closed ends them when it is collected, which may take Python's collector 5 s for each.
+
+        >>> source(list(range(4)), batch_size=2).close()
+        """
+        if self.workers is not None:
+            self.workers.close()
 
     def describe_empty(self, epoch: int) -> str:
         """Say that an epoch had no batch, with what is known about why."""
@@ -287,18 +299,22 @@ def _indexed(reading: Reading) -> Source:
         order = sampled_order(reading.sampler, reading.batch_size, seed=seed, drop_last=drop_last)
     fetcher = Fetcher(data, collate, reading.batched)
     draws = can_draw(data, collate)
-    workers = Workers(reading.loading)
+    workers = Workers(reading.loading) if reading.loading else None
 
     def requests(epoch: int, start: int, part: Part) -> Iterator[Request]:
         for number, indices, weightless in part.places(order, epoch, start):
             yield epoch, fold(seed, DATA, epoch, number) if draws else None, indices, weightless
 
-    def batches(epoch: int, start: int, part: Part = WHOLE) -> Iterator[Batch]:
-        if part.splits and not reading.batched:
-            return part.of(batches(epoch, start))
-        if reading.loading:
+    def fetched(epoch: int, start: int, part: Part) -> Iterator[Batch]:
+        if workers is not None:
             return workers.fetch(fetcher, requests(epoch, start, part), fold(seed, DATA, epoch))
         return map(fetcher.__getitem__, requests(epoch, start, part))
+
+    # no function that calls itself: it would be a cycle, and workers that are left to the collector end late
+    def batches(epoch: int, start: int, part: Part = WHOLE) -> Iterator[Batch]:
+        if part.splits and not reading.batched:
+            return part.of(fetched(epoch, start, WHOLE))
+        return fetched(epoch, start, part)
 
     def rows(epoch: int, start: int, part: Part = WHOLE) -> Iterator[Batch]:
         return row_batches(data.tensors, part.places(order, epoch, start))
@@ -311,16 +327,16 @@ def _indexed(reading: Reading) -> Source:
     else:
         size, num_items, per_epoch = reading.batch_size, items, _batches(items, reading)
     kind = f"a {type(data).__name__}"
-    fetched = rows if simple else batches
     divided = divided_by(data, reading.sampler)
-    return Source(fetched, per_epoch, num_items, size, reading.micro_batches, kind, order=order, divided=divided)
+    found = rows if simple else batches
+    return Source(found, per_epoch, num_items, size, reading.micro_batches, kind, order=order, divided=divided, workers=workers)
 
 
 def _streamed(reading: Reading) -> Source:
     """Data that can only be iterated: what is skipped is consumed."""
     data, seed = reading.data, reading.seed
     stream = Stream(reading)
-    workers = Workers(reading.loading)
+    workers = Workers(reading.loading) if reading.loading else None
     count = reading.loading.get("num_workers", 0)
     if count > 1 and not isinstance(data, IterableDataset):
         raise ArgumentError(
@@ -330,7 +346,7 @@ def _streamed(reading: Reading) -> Source:
 
     def batches(epoch: int, start: int, cursor: Cursor | None = None, part: Part = WHOLE) -> Iterator[Batch]:
         start, per_step = start * part.stride, reading.micro_batches * part.stride
-        if reading.loading:
+        if workers is not None:
             return part.of(workers.stream(stream, epoch, start, cursor, fold(seed, DATA, epoch), per_step))
         return part.of(stream.batches(epoch, start, cursor, per_step))
 
@@ -347,6 +363,7 @@ def _streamed(reading: Reading) -> Source:
         shares=max(1, count),
         bookmark=stream.bookmark if stream.stateful or stream.bookmark.reason else None,
         divided=divided_by(data),
+        workers=workers,
     )
 
 

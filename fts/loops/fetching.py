@@ -240,11 +240,19 @@ class Workers:
         plan: what the present epoch asks for. It must not lead back here: a loader that is part of a cycle is collected
             after its queues, and then its workers are waited for in vain.
         loader: made at the first epoch.
+        running: what the present epoch is taken from.
     """
 
     options: dict[str, Any]
     plan: Plan = attrs.field(factory=Plan)
     loader: DataLoader[Any] | None = None
+    running: Any = None
+
+    def close(self) -> None:
+        """End the workers, and what they have read ahead; the next epoch starts others."""
+        if hasattr(self.running, "_shutdown_workers"):
+            self.running._shutdown_workers()
+        self.loader = self.running = None
 
     def fetch(self, fetcher: Fetcher, requests: Iterable[Request], seed: int) -> Iterator[Batch]:
         """Fetch each request, in order."""
@@ -258,7 +266,7 @@ class Workers:
         stream.place.share_memory_()  # type: ignore[no-untyped-call]
         stream.begin(epoch, start, cursor)
         if cursor is not None:
-            self.loader = None  # workers that are there do not know it
+            self.close()  # workers that are there do not know it
         announce_epoch(stream.reading.data, epoch)  # where workers share it, before they start
         found = self._start(stream, seed)
         if stream.stateful:
@@ -274,7 +282,8 @@ class Workers:
             )
             self.loader = loader
         loader.generator.manual_seed(seed)
-        return self._until_error(sheltered(loader))
+        self.running = sheltered(loader)
+        return self._until_error(self.running)
 
     def _until_error(self, batches: Any) -> Iterator[Any]:
         """The batches; an error ends the workers at once: its traceback keeps the loader until it is too late for that."""
@@ -284,14 +293,16 @@ class Workers:
             # a worker that ends while it hands over a batch is seen as a connection that breaks
             broken = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "DataLoader worker" in str(error)
             ends = _ends_of(batches._workers) if broken else ""
-            batches._shutdown_workers()
-            self.loader = None
+            self.close()
             if ends:
                 raise WorkerError(
                     f"A DataLoader worker ended: {ends}. If nobody killed it, the system did, because memory was short: use "
                     "fewer workers, or a smaller prefetch factor. Without workers the data's own errors are seen as they are."
                 ) from error
             raise
+        finally:
+            if batches is self.running and not self.options.get("persistent_workers"):
+                self.close()
 
 
 def _ends_of(workers: Iterable[Any]) -> str:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -72,6 +73,7 @@ def follow(trainer: Trainer, run: Run, ignore_keys: list[str] | None = None) -> 
     teller = Teller(trainer, run, ignore_keys, start, writer)
     trainer.tell("on_train_begin")
     with (
+        closing(run.source),  # its workers would live until Python collects the run
         writer,
         Agreement(trainer.world) as agree,
         loops.interruptible(max_time=time_left(args.max_time, since=trainer.started), agree=agree) as request,

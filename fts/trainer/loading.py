@@ -133,6 +133,8 @@ def eval_dataloader(
 ) -> DataLoader[Any]:
     """A data set for evaluation or prediction as a DataLoader: every row, also with `dataloader_drop_last`.
 
+    Its workers do not live on (`dataloader_persistent_workers`): what they draw would depend on the evaluations before.
+
     Args:
         dataset: the data.
         args: the training arguments.
@@ -144,7 +146,9 @@ def eval_dataloader(
     Raises:
         DataError: the data is empty, has nothing for the model, or is of a kind that cannot be read.
     """
-    return _dataloader(dataset, batching_of(args, collator, args.eval_batch_size), accepted, sampling, what)
+    how = batching_of(args, collator, args.eval_batch_size)
+    how = attrs.evolve(how, options={**how.options, "persistent_workers": False})
+    return _dataloader(dataset, how, accepted, sampling, what)
 
 
 def chosen_set(eval_dataset: Any, own: Any) -> Any:

@@ -6,7 +6,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +76,8 @@ def rehearse(trainer: Trainer) -> Rehearsal:
         chosen = trainer.optimizing(plan)
         step = trainer.step_of(plan, chosen)
         state = TrainState.create(model, chosen.transform, seed=args.seed)
-        batch = next(source.epoch(0))
+        with closing(source):
+            batch = next(source.epoch(0))
         (state, metrics), _, _ = _measured(lambda: step(state, batch))
         (state, _), seconds, memory = _measured(lambda: step(state, batch))
         evaluated = None

@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import random
 import time
 from collections.abc import Iterator
@@ -270,6 +272,47 @@ def test_an_iterable_dataset_is_batched_and_told_the_epoch():
 def test_a_sized_iterable_dataset_tells_its_length():
     assert source(Numbers(5, sized=True), batch_size=2).steps_per_epoch == 3
     assert source(Numbers(5, sized=True), batch_size=2).num_items == 5
+
+
+@pytest.mark.parametrize("data", [Items(8), Numbers(8)])
+def test_a_source_that_nobody_holds_has_no_workers(data):
+    before = multiprocessing.active_children()
+    found = source(data, batch_size=2, workers=2, persistent_workers=True)
+    next(found.epoch(0))
+    gc.disable()
+    try:
+        del found
+        assert multiprocessing.active_children() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("data", [Items(8), Numbers(8)])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persistent):
+    before = multiprocessing.active_children()
+    found = source(data, batch_size=2, workers=2, persistent_workers=persistent)
+    whole = [batch.tolist() for batch in found.epoch(0)]
+    batches = found.epoch(1)
+    next(batches)
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    assert len(workers) == 2
+    found.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert [batch.tolist() for batch in found.epoch(0)] == whole
+    found.close()
+    found.close()
+
+
+def test_an_epoch_that_is_left_ends_its_workers_while_others_hold_the_source():
+    before = multiprocessing.active_children()
+    found = source(Items(8), batch_size=2, workers=2)
+    batches = found.epoch(0)
+    next(batches)
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    assert len(workers) == 2
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 @pytest.mark.parametrize("persistent", [False, True])

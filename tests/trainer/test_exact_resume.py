@@ -1,8 +1,10 @@
 """k steps, and in new objects the rest from the checkpoint, equal the uninterrupted run bit for bit."""
 
+import multiprocessing
 import os
 import random
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -234,6 +236,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case, stop):
 )
 def test_the_number_of_workers_may_change(tmp_path, before, after):
     compare(tmp_path, "augmented items", 7, before=before, after=after)
+
+
+@pytest.mark.parametrize("stop", [None, 5])
+def test_a_run_that_is_over_has_no_workers_also_where_an_error_is_kept(tmp_path, stop):
+    before = set(multiprocessing.active_children())
+    trainer = made(tmp_path, "augmented items", *[StopAt(stop)] if stop else [], eval_strategy="no", **WORKERS)
+    with pytest.raises(Interrupted) if stop else nullcontext() as _kept:
+        trainer.train()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_stream_that_a_worker_reads_ahead_goes_on(tmp_path, monkeypatch):
