@@ -17,6 +17,8 @@ from fts.errors import ArgumentError, MissingDependencyError
 
 REDUCE = {"fp32": 4, "bf16": 2}
 
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
 
 def add_to(commands: Any) -> None:
     """Add the command to a parser's."""
@@ -51,10 +53,9 @@ def add_to(commands: Any) -> None:
         help="fsdp and hsdp: free parameters after the forward pass, and gather them again (the default)",
     )
     spread.add_argument(
-        "--no-sync",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fsdp and hsdp: exchange gradients once a step, and keep them whole till then (the default)",
+        "--each-batch",
+        action="store_true",
+        help="fsdp and hsdp: exchange gradients in each micro-batch (default: once a step, and they are whole till then)",
     )
     spread.add_argument(
         "--reduce", choices=list(REDUCE), help="fsdp and hsdp: in which gradients are summed (default: as they are kept)"
@@ -86,14 +87,18 @@ def add_to(commands: Any) -> None:
 
 
 def whole(text: str) -> int:
-    """A whole number, which may be written as 7e9.
+    """A whole number, which may be written as 7e9 or 7B.
 
-    >>> whole("7e9")
-    7000000000
+    >>> whole("7e9"), whole("350M")
+    (7000000000, 350000000)
     """
-    number = float(text)
-    if number != int(number) or number < 0:
-        raise ValueError(f"{text} is no whole number")
+    digits, unit = (text[:-1], UNITS[text[-1:]]) if text[-1:] in UNITS else (text, 1)
+    try:
+        number = float(digits) * unit
+    except ValueError:
+        number = -1
+    if number < 0 or number != round(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write one as 7000000000, 7e9 or 7B")
     return int(number)
 
 
@@ -110,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(lines))
     if not (options.sequence and model.layers and model.hidden):
         print("Activations are not counted: give --sequence, --layers and --hidden.")
+    if len(model.units) == 1:
+        print("The model is one unit, which FSDP has whole at a time, and tp cannot cut: give --layers and --hidden.")
     return 0
 
 
@@ -185,14 +192,17 @@ def _plans(model: Model, options: argparse.Namespace) -> Iterator[tuple[str, Pla
         "batch",
         "sequence",
         "accumulate",
-        "no_sync",
         "bucket_view",
         "checkpointing",
         "attention",
     )
     given = {name: getattr(options, name) for name in taken}
-    given |= {"reshard": options.reshard_after_forward, "reduce": REDUCE.get(options.reduce)}
+    given |= {"no_sync": not options.each_batch, "reshard": options.reshard_after_forward, "reduce": REDUCE.get(options.reduce)}
     for name in [options.strategy] if options.strategy else STRATEGIES:
+        if name == "tp" and len(model.units) == 1:  # there is nothing to cut
+            if options.strategy is not None:
+                raise ArgumentError("Which matrices tp cuts follows from the layers: give --layers and --hidden, or --model.")
+            continue
         tensor = options.tensor or (options.world if name == "tp" else 1)
         own: dict[str, Any] = {}
         if options.strategy is None and name == "single":

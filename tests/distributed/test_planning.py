@@ -182,9 +182,19 @@ def test_the_command_prints_json(capsys):
 def test_the_command_compares_and_says_what_is_not_counted(capsys):
     assert main(["plan", "--params", "7e9", "--world", "12"]) == 0
     printed = capsys.readouterr().out
-    names = [line.split()[0] for line in printed.splitlines()[2:-1]]
-    assert names == [name for name in STRATEGIES if name != "hsdp"]  # 12 processes have no groups of 8
-    assert "Activations are not counted" in printed
+    names = [line.split()[0] for line in printed.splitlines()[2:-2]]
+    assert names == [name for name in STRATEGIES if name not in ("hsdp", "tp")]  # 12 processes have no groups of 8
+    assert "Activations are not counted" in printed and "tp cannot cut: give --layers" in printed
+    assert main(["plan", "--params", "7B", "--world", "12"]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["plan", "--params", "7B", "--world", "8", "--strategy", "tp"]) == 2
+    assert "give --layers and --hidden" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["7T", "1.5", "-1", "many", ""])
+def test_the_command_says_how_numbers_are_written(capsys, text):
+    assert main(["plan", f"--params={text}"]) == 2
+    assert f"{text!r} is no whole number; write one as 7000000000, 7e9 or 7B" in capsys.readouterr().err
 
 
 def test_the_command_reads_a_model(capsys, tmp_path):
