@@ -148,6 +148,10 @@ class Group:
             distributed.barrier(group=self.handle)
 
 
+ALONE = Group()
+"""A process that is none of several."""
+
+
 def is_started() -> bool:
     """Whether this process is one of a group of torch's."""
     return distributed.is_available() and distributed.is_initialized()

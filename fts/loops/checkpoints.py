@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import attrs
 import optree
 
-from fts.distributed.group import Group
+from fts.distributed.group import ALONE, Group
 from fts.distributed.together import together
 from fts.dtensors import any_sharded
 from fts.errors import ArgumentError, CheckpointError
@@ -26,8 +26,6 @@ FORMAT = 1
 """Version of that file."""
 
 State = TypeVar("State")
-
-ALONE = Group()
 
 
 def save_checkpoint(

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import attrs
 
-from fts.distributed.group import Group
+from fts.distributed.group import ALONE, Group
 from fts.distributed.together import together
 from fts.errors import ArgumentError, CheckpointError, Interrupted
-from fts.loops.checkpoints import ALONE, Job, filling
+from fts.loops.checkpoints import Job, filling
 from fts.loops.events import Event, StepEnd, Stopped
 from fts.loops.position import Position
 from fts.storage import SHARD_SIZE, Image, Written, take_part, write as write_contents, write_image, write_texts

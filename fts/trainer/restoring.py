@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from fts import loops
-from fts.distributed.group import Group
+from fts.distributed.group import ALONE, Group
 from fts.errors import CheckpointError
 from fts.loops import Position
-from fts.loops.checkpoints import ALONE
 from fts.loops.judging import is_whole
 from fts.state import TrainState
 from fts.transforms.loss_scaling import LossScaleState

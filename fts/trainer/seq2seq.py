@@ -52,9 +52,9 @@ def generate_batch(model: Any, inputs: Mapping[str, Any], gen_kwargs: Mapping[st
             "transformers that generates, or predict_with_generate=False."
         )
     options = {name: value for name, value in (gen_kwargs or {}).items() if value is not None}
-    if "synced_gpus" not in options and is_sharded(model):
+    if "synced_gpus" not in options and exchanges_parameters(model):
         options["synced_gpus"] = True  # each process goes on until all are done: every forward gathers the others' shards
-    with whole_parameters(model):
+    with gathered_parameters(model):
         tokens: Tensor = model.generate(**generation_inputs(inputs), **options)
     return tokens
 
@@ -160,8 +160,8 @@ def pad_token_of(processing_class: Any, model: nn.Module) -> int:
     return int(found)
 
 
-def is_sharded(model: Any) -> bool:
-    """Whether each process holds but a part of the parameters (FSDP, DeepSpeed's ZeRO-3)."""
+def exchanges_parameters(model: Any) -> bool:
+    """Whether a forward pass does: each process holds but a part of them (FSDP, DeepSpeed's ZeRO-3)."""
     if not is_started():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -172,7 +172,7 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextmanager
-def whole_parameters(model: Any) -> Iterator[None]:
+def gathered_parameters(model: Any) -> Iterator[None]:
     """Gather the parameters of a model that torch's older FSDP wraps, for `generate` runs beside its forward."""
     if not is_started():
         yield

@@ -262,7 +262,7 @@ def _warn(args: TrainingArguments, plan: Plan, told: TrainerState, checkpoint: P
 def _warn_of_others(args: TrainingArguments) -> None:
     """Say at the beginning of a run which checkpoints of another one lie where it saves its own."""
     others = [path for path in checkpoints_in(str(args.output_dir)).values() if looks_whole(path)]
-    if others:
+    if others and args.should_log:
         logger.warning(
             "This run begins anew, but output_dir=%r has checkpoints of another one: %s. Until this run has saved a step beyond "
             "%s, resume_from_checkpoint=True takes %s, which is not of this run. Choose another output_dir, or delete or move "

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fts import steps, transforms as tx
-from fts.distributed.group import Group
+from fts.distributed.group import ALONE, Group
 from fts.errors import ArgumentError
-from fts.loops.checkpoints import ALONE
 from fts.state import OPTIMIZER, WEIGHTS, TrainState
 from fts.storage import forms_of, has_tensors, read_into, read_tensors
 from fts.trainer.restoring import load_state

@@ -12,10 +12,10 @@ from fts.trainer import TrainingArguments
 from fts.trainer.arguments import Seq2SeqTrainingArguments
 from fts.trainer.seq2seq import (
     Seq2SeqTrainer,
+    exchanges_parameters,
     generate_batch,
     generation_inputs,
     generation_settings,
-    is_sharded,
     load_generation_config,
     pad_to,
     pad_token_of,
@@ -353,7 +353,7 @@ def test_padding():
     assert pad_token_of(SimpleNamespace(pad_token_id=None, eos_token_id=2), model) == 2
     model.config = SimpleNamespace(pad_token_id=5)
     assert pad_token_of(None, model) == 5
-    assert not is_sharded(model)
+    assert not exchanges_parameters(model)
 
 
 def test_errors(tmp_path):

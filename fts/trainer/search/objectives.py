@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fts.distributed.group import Group
+from fts.distributed.group import ALONE, Group
 from fts.distributed.together import of_first
 from fts.errors import ArgumentError
 
@@ -15,7 +15,6 @@ Objective: TypeAlias = float | list[float]
 
 _OF_THE_RUN = ("_runtime", "_per_second")
 _COUNTS = ("epoch", "num_input_tokens_seen")
-_ALONE = Group()
 
 
 def default_compute_objective(metrics: Mapping[str, float]) -> float:
@@ -102,7 +101,7 @@ class Reports:
     """
 
     def __init__(
-        self, compute: Callable[[dict[str, float]], Any], count: int, tell: Callable[..., bool], group: Group = _ALONE
+        self, compute: Callable[[dict[str, float]], Any], count: int, tell: Callable[..., bool], group: Group = ALONE
     ) -> None:
         self.compute, self.count, self.tell, self.group = compute, count, tell, group
         self.objective: Objective | None = None
