@@ -153,23 +153,27 @@ def check_same(group: Group, params: Params) -> None:
             )
 
 
+CARRIED = 32
+"""How many numbers go with the gradients: those of a loss and of 15 metrics. Which way they take must not depend on earlier
+steps, or a resumed run would round otherwise."""
+
+
 class _Loss(nn.Module):
     """A loss as the forward pass of a module, so that DDP sees whatever it does with its model as one pass.
 
     Args:
         module: the model.
         run: the loss, as engines call it.
-        sums: how many numbers are added up over the processes beside the gradients.
     """
 
-    def __init__(self, module: nn.Module, run: Callable[..., LossOutput], sums: int) -> None:
+    def __init__(self, module: nn.Module, run: Callable[..., LossOutput]) -> None:
         super().__init__()
         self.module = module
         self.run = run
         dtypes = {parameter.dtype for parameter in module.parameters()}
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         device = next(module.parameters()).device
-        self.carrier = nn.Parameter(torch.zeros(sums, dtype=wide, device=device))
+        self.carrier = nn.Parameter(torch.zeros(CARRIED, dtype=wide, device=device))
         self.carried = torch.zeros_like(self.carrier)
 
     def forward(self, *args: Any) -> LossOutput:
@@ -210,7 +214,6 @@ class Replicating(Averaging):
     each_batch: bool = attrs.field(kw_only=True, default=False)
     loss: Any = attrs.field(default=None, init=False)
     _passed: bool = attrs.field(default=False, init=False)  # with this wrapper
-    _sums: int = attrs.field(default=2, init=False)  # those of a loss without metrics
 
     @property
     def reduces(self) -> bool:
@@ -225,24 +228,26 @@ class Replicating(Averaging):
     def summing(self, sums: Tensor) -> Callable[[], Tensor]:
         """They go with the gradients: a sum of their own would cost as much as a small layer."""
         loss: _Loss = self.loss.module
-        if sums.numel() != self._sums:  # so many metrics have not been seen before
-            self._sums = sums.numel()
+        count = sums.numel()
+        if count > CARRIED:
             return super().summing(sums)
-        loss.carried = (sums * self.size).to(loss.carrier)  # since DDP averages
+        carried = torch.zeros_like(loss.carrier)  # a new one: autograd may keep what it was given before
+        carried[:count] = sums * self.size  # since DDP averages
+        loss.carried = carried
 
         def wait() -> Tensor:
             assert loss.carrier.grad is not None
-            return loss.carrier.grad.to(sums.dtype, copy=True)
+            return loss.carrier.grad[:count].to(sums.dtype, copy=True)
 
         return wait
 
     def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
         """The loss as the forward pass of DDP."""
-        if self.loss is None or self.loss.module.run is not run or self.loss.module.carrier.numel() != self._sums:
+        if self.loss is None or self.loss.module.run is not run:
             # the values are equal already (see `check`), and buffers are made so after the pass
             self._passed = False
             self.loss = nn.parallel.DistributedDataParallel(
-                _Loss(self.module, run, self._sums),
+                _Loss(self.module, run),
                 forward_sync_buffers=False,
                 init_sync=False,
                 process_group=self.group.handle,
@@ -257,8 +262,12 @@ class Replicating(Averaging):
         """DDP's `no_sync` where gradients are only gathered."""
         # a static graph is recorded in a first pass that exchanges
         exchanges = now or self.each_batch or (self.loss.static_graph and not self._passed)
-        with nullcontext() if exchanges else self.loss.no_sync():
-            yield
+        try:
+            with nullcontext() if exchanges else self.loss.no_sync():
+                yield
+        except BaseException:
+            self.loss = None  # DDP cannot go on where a backward pass broke off
+            raise
         self._passed = True
 
 

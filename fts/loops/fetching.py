@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain, count, islice
 from typing import Any, TypeAlias
@@ -231,7 +232,7 @@ class Plan:
         return iter(self.requests)
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Workers:
     """Runs a `Fetcher` or `Stream` in a DataLoader's workers, which may live for several epochs.
 
@@ -240,19 +241,22 @@ class Workers:
         plan: what the present epoch asks for. It must not lead back here: a loader that is part of a cycle is collected
             after its queues, and then its workers are waited for in vain.
         loader: made at the first epoch.
-        running: what the present epoch is taken from.
+        running: what epochs are taken from at present.
+        closed: how often they were ended from outside.
     """
 
     options: dict[str, Any]
     plan: Plan = attrs.field(factory=Plan)
     loader: DataLoader[Any] | None = None
-    running: Any = None
+    running: weakref.WeakSet[Any] = attrs.field(factory=weakref.WeakSet, repr=False)
+    closed: int = 0
 
     def close(self) -> None:
         """End the workers, and what they have read ahead; the next epoch starts others."""
-        if hasattr(self.running, "_shutdown_workers"):
-            self.running._shutdown_workers()
-        self.loader = self.running = None
+        self.closed += 1
+        for batches in list(self.running):
+            _end(batches)
+        self.loader = None
 
     def fetch(self, fetcher: Fetcher, requests: Iterable[Request], seed: int) -> Iterator[Batch]:
         """Fetch each request, in order."""
@@ -282,18 +286,22 @@ class Workers:
             )
             self.loader = loader
         loader.generator.manual_seed(seed)
-        self.running = sheltered(loader)
-        return self._until_error(self.running)
+        batches = sheltered(loader)
+        self.running.add(batches)
+        return self._until_error(batches, self.closed)
 
-    def _until_error(self, batches: Any) -> Iterator[Any]:
+    def _until_error(self, batches: Any, closed: int) -> Iterator[Any]:
         """The batches; an error ends the workers at once: its traceback keeps the loader until it is too late for that."""
         try:
             yield from batches
+            if self.closed != closed:
+                raise DataError("The source was closed while this epoch was read. Close it when all is read.")
         except Exception as error:
             # a worker that ends while it hands over a batch is seen as a connection that breaks
             broken = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "DataLoader worker" in str(error)
             ends = _ends_of(batches._workers) if broken else ""
-            self.close()
+            _end(batches)
+            self.loader = None
             if ends:
                 raise WorkerError(
                     f"A DataLoader worker ended: {ends}. If nobody killed it, the system did, because memory was short: use "
@@ -301,8 +309,13 @@ class Workers:
                 ) from error
             raise
         finally:
-            if batches is self.running and not self.options.get("persistent_workers"):
-                self.close()
+            if not self.options.get("persistent_workers"):
+                _end(batches)
+
+
+def _end(batches: Any) -> None:
+    if hasattr(batches, "_shutdown_workers"):  # not where this process fetches itself
+        batches._shutdown_workers()
 
 
 def _ends_of(workers: Iterable[Any]) -> str:

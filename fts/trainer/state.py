@@ -272,6 +272,8 @@ def _state_of(callback: Any) -> dict[str, Any]:
 _NEEDED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "epoch": ((int, float), "a number"),
     "global_step": (int, "a whole number"),
+    "max_steps": (int, "a whole number"),
+    "train_batch_size": ((int, type(None)), "a whole number"),
     "num_input_tokens_seen": (int, "a whole number"),
     "total_flos": ((int, float), "a number"),
     "log_history": (list, "a list"),

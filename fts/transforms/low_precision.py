@@ -54,7 +54,7 @@ def master_weights(inner: Transform) -> Transform:
 
     Returns:
         A transform with `MasterState`. Updates of parameters in 16 bits are in float32, so that they lead to the rounded copy
-        exactly.
+        exactly; in a chain nothing may come behind it, which would change them.
 
     Raises:
         ArgumentError: `inner` is no transform, or `update` gets no parameters.
@@ -110,7 +110,8 @@ def stochastic_rounding(inner: Transform, seed: int = 0) -> Transform:
 
     Returns:
         A transform with `RoundingState`. Updates of bfloat16 parameters are in float32, so that they lead to the rounded sum
-        exactly. A derivative passes through the rounding as if it were none.
+        exactly; in a chain nothing may come behind it, which would change them. A derivative passes through the rounding as if
+        it were none.
 
     Raises:
         ArgumentError: `inner` is no transform, `seed` no integer, a parameter is in float16, or `update` gets no parameters.
@@ -137,7 +138,7 @@ def stochastic_rounding(inner: Transform, seed: int = 0) -> Transform:
 
     def rounded(name: str, sums: Tensor, step: Tensor) -> Tensor:
         part = local(sums)
-        return wrapped(_rounded(part, bits_like(sums, seed, step.to(part.device), zlib.crc32(name.encode()))), sums)
+        return wrapped(_rounded(part, bits_like(sums, seed, step.to(part.device), _number_of(name))), sums)
 
     def update(grads: Params, state: RoundingState, params: Params | None) -> tuple[Params, OptState, Info]:
         given = need_params(params, "stochastic_rounding")
@@ -159,6 +160,11 @@ def stochastic_rounding(inner: Transform, seed: int = 0) -> Transform:
 
     fast = apply if is_fast(inner) else None
     return Transform(init, update, fast, check=inner.check, label=f"stochastic_rounding(seed={seed})", children=(inner,))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _number_of(name: str) -> int:
+    return zlib.crc32(name.encode())
 
 
 def _widened(tensors: Params) -> Params:

@@ -165,6 +165,35 @@ def without_labels(way, group):
     return {"figures": abs(float(metrics["loss"] - reported["loss"])), "params": difference}
 
 
+def after_an_error(way, group):
+    """A backward pass that broke off in all processes leaves no trace: the batch is then taken as if nothing had been."""
+    broken, found = [], []
+    for breaks in (False, True):
+        net, transform = net_of(torch.float64, draws=False), transform_of("sgd")
+
+        def failing(model, batch):
+            mean, count, metrics = loss(model, batch)
+            if broken:
+                broken.pop()
+                mean.register_hook(lambda grad: 1 / 0)
+            return mean, count, metrics
+
+        step = steps.train_step(steps.module_loss(net, failing), transform)
+        step = distributed.distribute(step, group, OPTIONS.get(way))
+        state = fts.TrainState.create(net, transform, seed=7)
+        for number, parts in enumerate(data(2 * group.size, 4, one_shape=True)):
+            if breaks and number in (0, 2):
+                broken.append(True)
+                try:
+                    step(state, mine(parts, 2 * group.size, group))
+                except ZeroDivisionError:
+                    assert not broken
+            state, metrics = step(state, mine(parts, 2 * group.size, group))
+        found.append((float(metrics["loss"]), state.params))
+    (one, params), (other, others) = found
+    return {"figures": abs(one - other), "params": max((params[name] - others[name]).abs().max().item() for name in params)}
+
+
 def main(folder, *chosen):
     group = distributed.start(device="cpu")
     found = {}
@@ -177,6 +206,8 @@ def main(folder, *chosen):
             found[f"{way} {optimizer} {str(dtype)[6:]} x{accumulate}"] = case(way, optimizer, dtype, accumulate, group)
     for way in ("ddp", "fsdp", "func"):
         found[f"{way} without labels"] = without_labels(way, group)
+    for way in ("ddp", "ddp-static"):
+        found[f"{way} after an error"] = after_an_error(way, group)
     Path(folder, f"{group.rank}.json").write_text(json.dumps(found))
     distributed.stop()
 

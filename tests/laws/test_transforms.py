@@ -159,7 +159,14 @@ def test_fast_paths_agree_on_gradients_that_are_not_finite(transform: fts.Transf
     fts.testing.check_transform(transform, laws=laws, nonfinite=True)
 
 
-@given(st.tuples(*[st.sampled_from(REGISTRY)] * 3), fts.testing.strategies.trajectories())
+ROUNDING = ("master_weights", "stochastic_rounding")  # nothing comes behind them
+NOT_LAST = [transform for transform in REGISTRY if not any(name in in_words(transform) for name in ROUNDING)]
+
+
+@given(
+    st.tuples(st.sampled_from(NOT_LAST), st.sampled_from(NOT_LAST), st.sampled_from(REGISTRY)),
+    fts.testing.strategies.trajectories(),
+)
 @settings(max_examples=5 * settings().max_examples)
 def test_any_three_in_a_chain(three, example) -> None:
     """Fast paths write in place: what is right alone may be wrong before or after another."""

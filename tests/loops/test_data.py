@@ -299,9 +299,35 @@ def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persiste
     assert len(workers) == 2
     found.close()
     assert not any(worker.is_alive() for worker in workers)
+    with pytest.raises(DataError, match="closed while this epoch was read"):
+        list(batches)
     assert [batch.tolist() for batch in found.epoch(0)] == whole
     found.close()
     found.close()
+
+
+def test_an_error_in_one_epoch_leaves_the_workers_of_another():
+    class Damaged(Items):
+        def __getitem__(self, index):
+            if index == 7:
+                raise ValueError("item 7")
+            return super().__getitem__(index)
+
+    found = source(Damaged(12), batch_size=2, workers=1)
+    one, other = found.epoch(0), found.epoch(0)
+    with pytest.raises(ValueError, match="item 7"):
+        list(one)
+    assert len([next(other), next(other), next(other)]) == 3
+    with pytest.raises(ValueError, match="item 7"):
+        next(other)
+    assert hash(found) == hash(found)
+
+
+def test_an_epoch_that_is_made_and_not_read_leaves_no_workers():
+    before = multiprocessing.active_children()
+    found = source(Items(8), batch_size=2, workers=2)
+    found.epoch(0)
+    assert multiprocessing.active_children() == before
 
 
 def test_an_epoch_that_is_left_ends_its_workers_while_others_hold_the_source():

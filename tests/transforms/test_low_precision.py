@@ -146,6 +146,17 @@ def test_a_state_is_saved_and_loaded(tmp_path):
         assert_close(loaded.opt_state, state.opt_state, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("wrap", [tx.master_weights, tx.stochastic_rounding])
+def test_a_graph_rounds_as_eager_does_each_parameter_by_its_name(wrap):
+    transform = wrap(tx.sgd(1.0))
+    params = {name: torch.full((64,), 256.0, dtype=torch.bfloat16) for name in ("a.weight", "b.weight")}
+    grads = {name: torch.full_like(tensor, -0.5) for name, tensor in params.items()}
+    compiled = torch.compile(transform.update, backend="aot_eager", fullgraph=True)
+    found, expected = (update(grads, transform.init(params), params)[0] for update in (compiled, transform.update))
+    assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(found["a.weight"], found["b.weight"]) == (wrap is tx.master_weights)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
