@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import NamedTuple
 
 import torch
@@ -162,9 +161,11 @@ def stochastic_rounding(inner: Transform, seed: int = 0) -> Transform:
     return Transform(init, update, fast, check=inner.check, label=f"stochastic_rounding(seed={seed})", children=(inner,))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number_of(name: str) -> int:
-    return zlib.crc32(name.encode())
+    number = 0  # in plain Python, which a graph can be traced through
+    for letter in name:
+        number = (number * 1_000_003 + ord(letter)) % (2**61 - 1)
+    return number
 
 
 def _widened(tensors: Params) -> Params:
