@@ -45,7 +45,9 @@ def wandb(opening: Opening) -> Tracking:
     if begun:
         if opening.run_id:
             # its directory is named by the second and the run: within one second, the second opening would replace the first
-            time.sleep(1.0 - time.time() % 1.0)
+            second = int(time.time())
+            while int(time.time()) <= second:  # a sleep by another clock may end just before
+                time.sleep(1.001 - time.time() % 1.0)
         tracker.start()
     else:
         tracker.run = wandb.run
