@@ -96,8 +96,8 @@ def whole(text: str) -> int:
     try:
         number = float(digits) * unit
     except ValueError:
-        number = -1
-    if number < 0 or number != round(number):
+        number = -1.0
+    if number < 0 or not number.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write one as 7000000000, 7e9 or 7B")
     return int(number)
 

@@ -191,7 +191,7 @@ def test_the_command_compares_and_says_what_is_not_counted(capsys):
     assert "give --layers and --hidden" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["7T", "1.5", "-1", "many", ""])
+@pytest.mark.parametrize("text", ["7T", "1.5", "-1", "many", "", "inf", "nan"])
 def test_the_command_says_how_numbers_are_written(capsys, text):
     assert main(["plan", f"--params={text}"]) == 2
     assert f"{text!r} is no whole number; write one as 7000000000, 7e9 or 7B" in capsys.readouterr().err

@@ -274,6 +274,12 @@ def test_a_sized_iterable_dataset_tells_its_length():
     assert source(Numbers(5, sized=True), batch_size=2).num_items == 5
 
 
+def two_workers_since(before):
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    assert len(workers) == 2
+    return workers
+
+
 @pytest.mark.parametrize("data", [Items(8), Numbers(8)])
 def test_a_source_that_nobody_holds_has_no_workers(data):
     before = multiprocessing.active_children()
@@ -295,8 +301,7 @@ def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persiste
     whole = [batch.tolist() for batch in found.epoch(0)]
     batches = found.epoch(1)
     next(batches)
-    workers = [process for process in multiprocessing.active_children() if process not in before]
-    assert len(workers) == 2
+    workers = two_workers_since(before)
     found.close()
     assert not any(worker.is_alive() for worker in workers)
     with pytest.raises(DataError, match="closed while this epoch was read"):
@@ -335,8 +340,7 @@ def test_an_epoch_that_is_left_ends_its_workers_while_others_hold_the_source():
     found = source(Items(8), batch_size=2, workers=2)
     batches = found.epoch(0)
     next(batches)
-    workers = [process for process in multiprocessing.active_children() if process not in before]
-    assert len(workers) == 2
+    workers = two_workers_since(before)
     batches.close()
     assert not any(worker.is_alive() for worker in workers)
 

@@ -253,6 +253,7 @@ def test_several_processes_share_a_study(tmp_path):
     backend = optuna.storages.journal.JournalFileBackend(f"{tmp_path}/study.log")
     study = optuna.load_study(study_name="it", storage=optuna.storages.JournalStorage(backend))
     assert len(states(study)) == 6
+    assert states(study).count("COMPLETE") >= 5
     assert set(states(study)) <= {"COMPLETE", "PRUNED"}  # optuna's pruner may end the sixth: it knows five by then
     assert len({trial.user_attrs["fts:search"] for trial in study.trials}) == 2
     assert {path.name for path in tmp_path.glob("run-*")} == {f"run-{number}" for number in range(6)}
