@@ -101,7 +101,7 @@ def fts_core(data: Rows, batch: int, clock: Clock, folder: str, *, background: b
     def due(counters: loops.Counters) -> loops.Due:
         return loops.Due(save=clock.due(counters.step))
 
-    with loops.Writer(background=background) as writer:
+    with loops.AsyncCheckpointer(background=background) as writer:
 
         def save(state: fts.TrainState, position: loops.Position) -> Path:
             return writer.save(f"{folder}/checkpoint-{int(state.step)}", state, position)

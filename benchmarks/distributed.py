@@ -32,8 +32,8 @@ from torch.utils.data import TensorDataset
 
 import fts
 from fts import loops, steps, transforms as tx
-from fts.distributed import DDP, FSDP, Group, distribute, start, stop
-from fts.distributed.sharding import shard
+from fts.distributed import DDP, FSDP, Group, destroy_process_group, distribute, init_process_group
+from fts.distributed.fsdp import shard
 
 RATE, DECAY, CLIP, ROWS = 1e-3, 0.01, 1.0, 32
 """`ROWS` are those of one process."""
@@ -147,7 +147,9 @@ def with_fts(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> Call
         steps.train_step(loss, optimizer, donate=True), group, strategy if isinstance(strategy, DDP) else DDP()
     )
     state = fts.TrainState.create(model, optimizer, seed=0)
-    source = loops.share(loops.source(TensorDataset(*task.data.values()), batch_size=ROWS, shuffle=True), group.rank, group.size)
+    source = loops.shard_source(
+        loops.source(TensorDataset(*task.data.values()), batch_size=ROWS, shuffle=True), group.rank, group.size
+    )
     position = loops.Position()
 
     def turn() -> None:
@@ -206,7 +208,7 @@ def main() -> None:
         command = [*launcher, "--rdzv-endpoint", "127.0.0.1:0", __file__, *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode)
     torch.set_num_threads(1)
-    group = start(device="cpu")
+    group = init_process_group(device="cpu")
     if group.is_first:
         print(f"torch {torch.__version__}, {group.size} processes of one thread, {options.rounds} rounds")
     for task in tasks():
@@ -215,7 +217,7 @@ def main() -> None:
             if group.is_first:
                 print(f"\n{task.name}: {task.steps} steps a turn")
                 report(seconds)
-    stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def hand_written(model: nn.Module, rows: Rows) -> np.ndarray:
 
 
 def fts_functions(model: nn.Module, rows: Rows) -> np.ndarray:
-    from fts.trainer.evaluation import EvaluationPlan, evaluating, run_evaluation
-    from fts.trainer.predicting import predict_batch
+    from fts.trainer.evaluation.loop import EvaluationPlan, evaluating, run_evaluation
+    from fts.trainer.evaluation.prediction import predict_batch
 
     def predict(inputs: Any) -> Any:
         return predict_batch(model, inputs, compute_loss=lambda model, inputs: (None, None), label_names=["labels"])

@@ -44,17 +44,17 @@ def local(tensor: Tensor) -> Tensor:
     return found
 
 
-def here(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What lies here of each tensor, for kernels on lists, which take no mixture of plain and spread tensors."""
     found = list(tensors)
     return [local(tensor) for tensor in found] if any_sharded(found) else found
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor on every process; all must call it.
 
     >>> weight = torch.zeros(2)
-    >>> whole(weight) is weight
+    >>> full_tensor(weight) is weight
     True
     """
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
@@ -65,7 +65,7 @@ def memory(tensor: Tensor) -> int:
     return (cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor).untyped_storage().data_ptr()
 
 
-def wrapped(part: Tensor, like: Tensor) -> Tensor:
+def from_local_like(part: Tensor, like: Tensor) -> Tensor:
     """What lies here, as a tensor of the shape and layout of `like`."""
     if not is_sharded(like):
         return part
@@ -75,7 +75,7 @@ def wrapped(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(part, form.device_mesh, form.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def part_of(source: Tensor, like: Tensor) -> Tensor:
+def shard_like(source: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, in the layout of `like`; nothing is sent."""
     if not is_sharded(like):
         return source
@@ -107,12 +107,12 @@ def copied_into(target: AnyTensor, source: Tensor) -> AnyTensor:
     tensor([1., 1.])
     """
     if is_sharded(source) and not (is_sharded(target) and _mesh(source) == _mesh(target)):
-        source = whole(source)
-    target.copy_(source if is_sharded(source) else part_of(source, target))
+        source = full_tensor(source)
+    target.copy_(source if is_sharded(source) else shard_like(source, target))
     return target
 
 
-def finished(tensor: Tensor) -> Tensor:
+def reduce_partial(tensor: Tensor) -> Tensor:
     """The same numbers, where they are an unfinished sum over processes as one that is done."""
     if not is_sharded(tensor):
         return tensor
@@ -125,7 +125,7 @@ def finished(tensor: Tensor) -> Tensor:
     return done
 
 
-def laid_out_like(tensors: Mapping[str, Tensor], forms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def redistribute_like(tensors: Mapping[str, Tensor], forms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in the layouts of those with the same names: gradients as their parameters.
 
     Args:
@@ -137,15 +137,15 @@ def laid_out_like(tensors: Mapping[str, Tensor], forms: Mapping[str, Tensor]) ->
     """
     if not any_sharded(tensors.values()) and not any_sharded(forms.values()):
         return dict(tensors)
-    return {name: laid_out(tensor, forms[name]) if name in forms else tensor for name, tensor in tensors.items()}
+    return {name: redistribute(tensor, forms[name]) if name in forms else tensor for name, tensor in tensors.items()}
 
 
-def laid_out(tensor: Tensor, form: Tensor) -> Tensor:
+def redistribute(tensor: Tensor, form: Tensor) -> Tensor:
     """A tensor in the layout of another with its shape; the tensor itself where it is laid out so already."""
     if not is_sharded(form):
-        return whole(tensor)
+        return full_tensor(tensor)
     if not is_sharded(tensor):
-        return part_of(tensor, form)
+        return shard_like(tensor, form)
     ours, theirs = cast(Any, tensor)._spec, cast(Any, form)._spec
     if ours is theirs or ours.placements == theirs.placements:
         return tensor

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fts.dtensors import indices, wrapped
+from fts.dtensors import from_local_like, indices
 
 STEP, DATA, EVALUATION = 1, 2, 3
 """The first position of a fold: what the random numbers are for, so that two uses never share a stream."""
@@ -102,7 +102,7 @@ def normal_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
     high = ((bits >> 33) & 0x7FFFFFFF).to(torch.float64)
     low = (bits & 0x7FFFFFFF).to(torch.float64)
     radius = torch.sqrt(-2.0 * torch.log((high + 1.0) / 2147483648.0))
-    return wrapped((radius * torch.cos(low * (2.0 * torch.pi / 2147483648.0))).to(tensor.dtype), tensor)
+    return from_local_like((radius * torch.cos(low * (2.0 * torch.pi / 2147483648.0))).to(tensor.dtype), tensor)
 
 
 def bits_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fts import storage
 from fts.dtensors import copied_into, memory
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
+from fts.messages import some
 from fts.typing import OptState, Params, Transform
-from fts.wording import some
 
 FORMAT = 1
 """Version of the files that `TrainState.save` writes."""
@@ -199,8 +199,8 @@ class TrainState:
         weights, moments = self._saved_tensors(frozen=frozen), _flatten_by_path(self.opt_state)
         options: dict[str, Any] = {"file_size": min(shard_size, PART_SIZE), "handle": handle}
         return {
-            **storage.write_spread(directory, WEIGHTS if frozen else TRAINED, weights, **options),
-            **storage.write_spread(directory, OPTIMIZER, moments, **options),
+            **storage.save_sharded(directory, WEIGHTS if frozen else TRAINED, weights, **options),
+            **storage.save_sharded(directory, OPTIMIZER, moments, **options),
         }
 
     def contents(self, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> storage.Contents:

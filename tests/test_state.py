@@ -452,7 +452,7 @@ def test_real_models_train_save_load_and_take_their_weights_back(make, engine, t
     assert_same(loaded, state)
     fresh = loaded.apply_to(make()).eval()
     model.eval()
-    with torch.no_grad(), steps.module_at(model, state):
+    with torch.no_grad(), steps.eval_module(model, state):
         expected = model(**tokens()).logits
     torch.testing.assert_close(fresh(**tokens()).logits, expected)
 

@@ -52,7 +52,7 @@ def main() -> dict[str, float]:
     step = steps.train_step(steps.module_loss(net, reinforce_loss), optimizer)
     lengths = []
     for _ in range(60):
-        with torch.no_grad(), steps.module_at(net, state) as policy:
+        with torch.no_grad(), steps.eval_module(net, state) as policy:
             episodes = play(policy, draw)
         state, _ = step(state, episodes)
         lengths.append(episodes["alive"].sum(0).mean().item())

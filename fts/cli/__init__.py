@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fts.cli import checkpoints, planning, replaying
+from fts.cli import checkpoints, plan, replay
 from fts.errors import FtsError
 
 
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fts", description="Checkpoints of a run, and what a run would need.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     checkpoints.add_to(commands)
-    replaying.add_to(commands)
-    planning.add_to(commands)
+    replay.add_to(commands)
+    plan.add_to(commands)
     try:
         options = parser.parse_args(words)
     except SystemExit as stop:  # of --help, or of words that argparse does not understand

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.loops.consolidating import consolidate_checkpoint
-from fts.loops.finding import Found, best_of, newest_of, survey
-from fts.loops.rotation import Rated, kept
-from fts.storage.whole import delete
+from fts.loops.checkpoint_list import CheckpointInfo, best_of, list_checkpoints, newest_of
+from fts.loops.consolidation import consolidate_checkpoint
+from fts.loops.retention import CheckpointScore, select_to_keep
+from fts.storage.atomic import delete
 
 QUIET = 2.0
 """Verifying says nothing of its progress for so many seconds."""
@@ -115,26 +115,26 @@ def consolidate(options: argparse.Namespace) -> int:
 
 
 def choose(
-    found: list[Found], keep: int, *, keep_best: bool, now: float
-) -> tuple[list[tuple[Found, str]], list[tuple[Found, str]]]:
+    found: list[CheckpointInfo], keep: int, *, keep_best: bool, now: float
+) -> tuple[list[tuple[CheckpointInfo, str]], list[tuple[CheckpointInfo, str]]]:
     """What is deleted and what is kept, each with the reason.
 
     Args:
-        found: what `survey` found.
+        found: what `list_checkpoints` found.
         keep: how many intact ones stay.
         keep_best: the best one stays.
         now: the time, in seconds since 1970.
 
-    >>> from fts.loops.finding import Found
-    >>> found = [Found(step, Path(f"checkpoint-{step}"), "whole") for step in (1, 2, 3)]
+    >>> from fts.loops.checkpoint_list import CheckpointInfo
+    >>> found = [CheckpointInfo(step, Path(f"checkpoint-{step}"), "whole") for step in (1, 2, 3)]
     >>> [(one.step, reason) for one, reason in choose(found, 2, keep_best=True, now=0.0)[0]]
     [(1, 'older than what is kept')]
     """
     intact = [one for one in found if one.condition in ("whole", "model only")]
     best, newest = best_of(found) if keep_best else None, newest_of(found)
-    stay = kept([Rated(one.step) for one in intact], keep, best=best) | ({newest} - {None})
-    doomed: list[tuple[Found, str]] = []
-    spared: list[tuple[Found, str]] = []
+    stay = select_to_keep([CheckpointScore(one.step) for one in intact], keep, best=best) | ({newest} - {None})
+    doomed: list[tuple[CheckpointInfo, str]] = []
+    spared: list[tuple[CheckpointInfo, str]] = []
     for one in found:
         if one in intact and one.step in stay:
             pins = [name for name, step in (("the newest", newest), ("the best", best)) if one.step == step]
@@ -155,15 +155,15 @@ def choose(
     return doomed, spared
 
 
-def surveyed(directory: Path) -> list[Found]:
-    """As `survey`; its progress goes to standard error, if it takes long.
+def surveyed(directory: Path) -> list[CheckpointInfo]:
+    """As `list_checkpoints`; its progress goes to standard error, if it takes long.
 
     Raises:
         ArgumentError: there is no such directory.
     """
     if not directory.is_dir():
         raise ArgumentError(f"There is no directory {directory}. Give the output directory of a run.")
-    return survey(directory, _progress())
+    return list_checkpoints(directory, _progress())
 
 
 def _progress() -> Callable[[int, int], None]:
@@ -176,7 +176,7 @@ def _progress() -> Callable[[int, int], None]:
     return say
 
 
-def _row(one: Found, best: int | None, newest: int | None) -> tuple[str, str, str, str, str]:
+def _row(one: CheckpointInfo, best: int | None, newest: int | None) -> tuple[str, str, str, str, str]:
     marks = (
         [] if one.condition == "cut off" else [name for name, step in (("newest", newest), ("best", best)) if one.step == step]
     )
@@ -185,7 +185,7 @@ def _row(one: Found, best: int | None, newest: int | None) -> tuple[str, str, st
     return str(one.step), written, _bytes(one.nbytes), ", ".join([one.condition, *marks]), metrics
 
 
-def _last_written(one: Found) -> float:
+def _last_written(one: CheckpointInfo) -> float:
     times = [one.written]
     for path in one.path.rglob("*"):
         try:

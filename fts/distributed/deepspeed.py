@@ -13,14 +13,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fts.distributed.group import Group
+from fts.distributed.process_group import Group
 from fts.errors import ArgumentError, LossError, MissingDependencyError
 from fts.randomness import STEP, fold, seed_generators
 from fts.state import TrainState
-from fts.steps import MicroBatches, ModuleLoss, Weightless
+from fts.steps import MicroBatches, ModuleLoss, PaddingBatch
 from fts.steps.losses import call_loss
 from fts.steps.precision import autocast
-from fts.steps.weighing import total_among, weight_of
+from fts.steps.weighted_mean import total_among, weight_of
 from fts.typing import Batch, LossOutput, Metrics, Number, Params, Transform
 
 
@@ -57,7 +57,7 @@ class DeepSpeedStep:
             raise ArgumentError("This step of DeepSpeed has no engine: it is there to be described. Trainer.train starts one.")
         micro: Sequence[Batch] = batch if isinstance(batch, MicroBatches) else (batch,)
         device, module = group.device, self.loss.module
-        real = sum(not isinstance(part, Weightless) for part in micro)
+        real = sum(not isinstance(part, PaddingBatch) for part in micro)
         total = None if len(micro) == 1 else group.sum(torch.tensor(float(real), device=device))
         outputs: list[LossOutput] = []
         for index, part in enumerate(micro):
@@ -69,7 +69,7 @@ class DeepSpeedStep:
                 of_all = group.sum(torch.as_tensor(weight, dtype=torch.float32, device=device))
             else:
                 of_all = total
-                if not isinstance(part, Weightless) and weight != 1:
+                if not isinstance(part, PaddingBatch) and weight != 1:
                     raise LossError(
                         f"Under DeepSpeed the micro-batches of an update must weigh the same, but one has the weight {weight}. "
                         "Return the loss without a weight, or accumulate nothing."
@@ -92,13 +92,13 @@ class DeepSpeedStep:
         return self._after(state, module), metrics
 
     def _output(self, part: Batch, args: Sequence[Any]) -> LossOutput:
-        batch = part.batch if isinstance(part, Weightless) else part
+        batch = part.batch if isinstance(part, PaddingBatch) else part
         root = self.engine.module
         root.run = lambda: self._loss(batch, args)
         self.engine()
         output = cast(LossOutput, root.output)
         root.output = root.run = None
-        if isinstance(part, Weightless):
+        if isinstance(part, PaddingBatch):
             means = {name: value[0] if isinstance(value, tuple) else value for name, value in output.metrics.items()}
             return output._replace(weight=0, metrics={name: (mean, 0) for name, mean in means.items()})
         return output._replace(weight=weight_of(output, batch, weigh_rows=False))

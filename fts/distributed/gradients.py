@@ -1,4 +1,4 @@
-"""How the gradients of several processes, each with its own micro-batches, become those of all (`fts.steps.Among`)."""
+"""How the gradients of several processes, each with its own micro-batches, become those of all (`fts.steps.Collectives`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import Tensor, distributed, nn
 
-from fts.distributed.group import Group
-from fts.distributed.together import check_alike
+from fts.distributed.error_propagation import check_alike
+from fts.distributed.process_group import Group
 from fts.errors import DistributedError
 from fts.state import TrainState
 from fts.typing import LossOutput, Params
@@ -79,7 +79,7 @@ class _Processes:
 
 
 @attrs.define(eq=False)
-class Averaging(_Processes):
+class AllReduceGradients(_Processes):
     """Gradients of replicated parameters, averaged after the backward pass, all at once: for any engine, loss and graph.
 
     Args:
@@ -198,12 +198,12 @@ _carry: Callable[[Tensor, Tensor, _Loss], Tensor] = _Carry.apply
 
 
 @attrs.define(eq=False)
-class Replicating(Averaging):
+class DDPGradients(AllReduceGradients):
     """Gradients of replicated parameters, which torch's DistributedDataParallel averages while the backward pass runs.
 
     Args:
         group: the processes.
-        same_buffers: see `Averaging`.
+        same_buffers: see `AllReduceGradients`.
         module: the model.
         options: of DistributedDataParallel.
         each_batch: whether gradients are averaged after each micro-batch.
@@ -272,7 +272,7 @@ class Replicating(Averaging):
 
 
 @attrs.define(eq=False)
-class Sharded(_Processes):
+class FSDPGradients(_Processes):
     """Gradients of parameters that `fully_shard` has cut: hooks in the module gather the ones and scatter the others.
 
     Args:

@@ -16,7 +16,7 @@ from fts.errors import ArgumentError
 
 
 @attrs.frozen
-class Single:
+class SingleProcess:
     """One process with at most one device: the step as it is."""
 
     @property
@@ -172,7 +172,7 @@ class DeepSpeed:
         return f"DeepSpeed, ZeRO stage {self.stage}"
 
 
-Strategy = Single | DDP | FSDP | DeepSpeed
+Strategy = SingleProcess | DDP | FSDP | DeepSpeed
 
 
 def _are_units(units: Any) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fts.dtensors import any_sharded, is_sharded, laid_out
+from fts.dtensors import any_sharded, is_sharded, redistribute
 from fts.errors import ArgumentError
-from fts.wording import some
+from fts.messages import some
 
 WORDS = (
     *("colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_rep", "rowwise_split_input"),
@@ -158,4 +158,4 @@ def _lay_out_gradients(module: nn.Module) -> None:
     for parameter in module.parameters():
         if is_sharded(parameter):
             hooked: Any = parameter
-            hooked.register_hook(functools.partial(laid_out, form=parameter))
+            hooked.register_hook(functools.partial(redistribute, form=parameter))

@@ -1,10 +1,13 @@
 """Many steps: the order of the data, events, evaluation, checkpoints and resume."""
 
+from fts.loops.async_checkpointer import AsyncCheckpointer
 from fts.loops.cadence import Cadence, Counters, Due, cadence
+from fts.loops.checkpoint_list import newest_checkpoint
 from fts.loops.checkpoints import load_checkpoint, load_extra, save_checkpoint, verify_checkpoint
-from fts.loops.consolidating import consolidate_checkpoint
-from fts.loops.data import Source, source
-from fts.loops.evaluate import evaluate
+from fts.loops.consolidation import consolidate_checkpoint
+from fts.loops.device_placement import on_device
+from fts.loops.error_context import with_error_context
+from fts.loops.evaluation import evaluate
 from fts.loops.events import (
     EpochBegin,
     EpochEnd,
@@ -18,23 +21,21 @@ from fts.loops.events import (
     StepEnd,
     Stopped,
 )
-from fts.loops.finding import newest_checkpoint
 from fts.loops.fit import fit
-from fts.loops.interrupting import StopRequest, interruptible, stopping
-from fts.loops.locating import locating
-from fts.loops.order import EpochSampler, length_grouped, permutation
-from fts.loops.placement import on_device
+from fts.loops.metric_accumulator import MetricAccumulator
 from fts.loops.position import Position
-from fts.loops.replaying import Replayed, replay
+from fts.loops.preemption import StopRequest, handle_preemption, with_stop
+from fts.loops.replay import Replayed, replay
+from fts.loops.retention import rotate_checkpoints
 from fts.loops.rollback import rolling_back
-from fts.loops.rotation import rotate_checkpoints
-from fts.loops.sharing import share
-from fts.loops.timing import Timer, every_interval
-from fts.loops.window import Window
-from fts.loops.writing import Writer
-from fts.storage.whole import write_whole
+from fts.loops.sampling import EpochSampler, length_grouped, permutation
+from fts.loops.sharded_source import shard_source
+from fts.loops.source import Source, source
+from fts.loops.timer import Timer, every_interval
+from fts.storage.atomic import atomic_directory
 
 __all__ = [
+    "AsyncCheckpointer",
     "Cadence",
     "Counters",
     "Due",
@@ -45,6 +46,7 @@ __all__ = [
     "Evaluated",
     "Event",
     "Logged",
+    "MetricAccumulator",
     "Position",
     "Replayed",
     "RolledBack",
@@ -55,18 +57,16 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "Timer",
-    "Window",
-    "Writer",
+    "atomic_directory",
     "cadence",
     "consolidate_checkpoint",
     "evaluate",
     "every_interval",
     "fit",
-    "interruptible",
+    "handle_preemption",
     "length_grouped",
     "load_checkpoint",
     "load_extra",
-    "locating",
     "newest_checkpoint",
     "on_device",
     "permutation",
@@ -74,9 +74,9 @@ __all__ = [
     "rolling_back",
     "rotate_checkpoints",
     "save_checkpoint",
-    "share",
+    "shard_source",
     "source",
-    "stopping",
     "verify_checkpoint",
-    "write_whole",
+    "with_error_context",
+    "with_stop",
 ]

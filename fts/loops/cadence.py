@@ -11,7 +11,7 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.position import Position
-from fts.loops.timing import Agree, Clock, Timer, alone, every_interval
+from fts.loops.timer import Agree, Clock, Timer, alone, every_interval
 
 Moment: TypeAlias = Literal["step", "epoch", "end", "stop"]
 """When `due` is asked: after a step, after a whole epoch, at the planned end, or where the run was asked to stop early."""

@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import attrs
 import optree
 
-from fts.distributed.group import ALONE, Group
-from fts.distributed.together import together
+from fts.distributed.error_propagation import fail_together
+from fts.distributed.process_group import ALONE, Group
 from fts.dtensors import any_sharded
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops.position import Position
 from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, TrainState
 from fts.storage import SHARD_SIZE, Contents, Written, files_of, has_tensors, read_document, whole_number, write as write_contents
+from fts.storage.atomic import atomic_directory, undo_interrupted
 from fts.storage.manifest import verify_files
-from fts.storage.whole import undo_interrupted, write_whole
 
 PROGRESS = "progress.json"
 
@@ -75,7 +75,7 @@ def save_checkpoint(
         job.fill(hidden)
         return write_contents(hidden, job.contents())
 
-    return write_whole(directory, fill)
+    return atomic_directory(directory, fill)
 
 
 @attrs.frozen
@@ -162,7 +162,7 @@ def _loaded_files(directory: Path) -> list[str]:
 
 
 def load_checkpoint(directory: str | Path, like: State, *, group: Group = ALONE) -> tuple[State, Position]:
-    """Read what `save_checkpoint` or a `Writer` wrote, after verifying every file.
+    """Read what `save_checkpoint` or a `AsyncCheckpointer` wrote, after verifying every file.
 
     It may have been written by another number of processes, and by processes that shared the state in another way.
 
@@ -179,7 +179,7 @@ def load_checkpoint(directory: str | Path, like: State, *, group: Group = ALONE)
         CheckpointError: a file is missing, of the wrong size or damaged, or the state does not fit `like`.
     """
     directory = Path(directory)
-    with together(group):
+    with fail_together(group):
         undo_interrupted(directory)
         _verify(directory, (group.rank, group.size))
     document = read_document(directory, PROGRESS, version=FORMAT)

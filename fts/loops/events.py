@@ -85,7 +85,7 @@ class Evaluated:
 
 @attrs.frozen
 class Saved:
-    """A checkpoint was saved as `path`; a `Writer` may still be writing it."""
+    """A checkpoint was saved as `path`; a `AsyncCheckpointer` may still be writing it."""
 
     counters: Counters
     path: Path

@@ -10,10 +10,10 @@ import attrs
 
 from fts.errors import ArgumentError, DataError
 from fts.loops.cadence import NOTHING, Cadence, Counters, Due, cadence
-from fts.loops.data import Source, source
 from fts.loops.events import EpochBegin, EpochEnd, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
+from fts.loops.metric_accumulator import MetricAccumulator
 from fts.loops.position import Position
-from fts.loops.window import Window
+from fts.loops.source import Source, source
 
 Evaluate: TypeAlias = Callable[[Any], Mapping[str, float] | Iterator[Event]]
 Save: TypeAlias = Callable[[Any, Position], Path]
@@ -32,7 +32,7 @@ def fit(
     save: Save | None = None,
     donate: bool = True,
     skip_nonfinite: bool = False,
-    window: Window | None = None,
+    window: MetricAccumulator | None = None,
 ) -> Iterator[Event]:
     """Fold a step over data and tell what happens, as a generator of events; nothing runs until it is iterated.
 
@@ -52,9 +52,9 @@ def fit(
         due: a function `Counters -> Due`. Its answer's `log`, `evaluate`, `save`, `stop` and `end_epoch` are read in this
             order, each when its turn comes, so an answer may change its mind after an evaluation. The default logs every 50
             steps, and evaluates and saves at the end of each epoch where the functions for that are given.
-        evaluate: `state -> metrics`, or `state -> events` such as those of `fts.loops.evaluate`, which are passed on.
+        evaluate: `state -> metrics`, or `state -> events` such as those of `fts.loops.evaluation`, which are passed on.
         save: `(state, position) -> path`.
-        donate: let the step reuse the storage of old states (`fts.steps.donating`).
+        donate: let the step reuse the storage of old states (`fts.steps.with_donation`).
         skip_nonfinite: leave values that are NaN or infinite out of the logged means, unless all are; the steps are not changed.
         window: collects the metrics between two logs; by default one that nobody else reads, so that those of an error are lost.
 
@@ -78,10 +78,10 @@ def fit(
     _check_arguments(total_steps, epochs, start, plan, evaluate, save)
     batches = data if isinstance(data, Source) else source(data, seed=attribute_of(state, "seed"))
     if donate:
-        from fts.steps import donating
+        from fts.steps import with_donation
 
-        step = donating(step)
-    window = Window(skip_nonfinite=skip_nonfinite) if window is None else window
+        step = with_donation(step)
+    window = MetricAccumulator(skip_nonfinite=skip_nonfinite) if window is None else window
     window.check = getattr(step, "check", None)
     return _fit(step, state, batches, total_steps, epochs, start, plan, evaluate, save, window)
 
@@ -96,7 +96,7 @@ def _fit(
     due: Callable[[Counters], Due],
     evaluate: Evaluate | None,
     save: Save | None,
-    window: Window,
+    window: MetricAccumulator,
 ) -> Iterator[Event]:
     if total_steps is None and epochs is None:
         epochs = start.epoch + 1
@@ -147,7 +147,9 @@ def _fit(
     yield Stopped(counters, state, reason)
 
 
-def _perform(due: Due, at: Counters, state: Any, window: Window, evaluate: Evaluate | None, save: Save | None) -> Iterator[Event]:
+def _perform(
+    due: Due, at: Counters, state: Any, window: MetricAccumulator, evaluate: Evaluate | None, save: Save | None
+) -> Iterator[Event]:
     if due.log:
         means, last, steps = window.read()
         if steps:

@@ -44,7 +44,7 @@ def rolling_back(
 
     Args:
         run: makes the events, from a state and a position: `lambda state, start: loops.fit(step, state, data, start=start, ...)`.
-            It is called again after each fault; its step must raise one, as those of `steps.raise_nonfinite`, or of a
+            It is called again after each fault; its step must raise one, as those of `steps.with_nonfinite_check`, or of a
             transform such as `tx.skip_nonfinite(..., limit=1)` or `tx.skip_spikes(..., limit=1)` do.
         state: the first state.
         start: where in the data to begin.
@@ -67,7 +67,7 @@ def rolling_back(
     ...         raise NonFiniteError
     ...     return state + batch, {}
     >>> data = [1, 2, -1, 4]
-    >>> events = rolling_back(lambda state, start: loops.fit(step, state, data, start=start), 0, every=1)
+    >>> events = rolling_back(lambda state, start: loops.fit(step, state, data, start=init_process_group), 0, every=1)
     >>> [event.state for event in events if isinstance(event, loops.StepEnd)]
     [1, 3, 7]
     """

@@ -1,66 +1,66 @@
 """From `(state, batch)` to `(state, metrics)`: losses, gradient engines, training and evaluation steps."""
 
-from fts.steps.among import Among
-from fts.steps.backward import OwnBackward, own_backward
+from fts.steps.activation_offloading import offload_activations
+from fts.steps.batch_context import WithFullBatch, with_full_batch
+from fts.steps.collectives import Collectives
 from fts.steps.compiled import CompiledStep, compile
-from fts.steps.describing import describe
-from fts.steps.donation import donating
-from fts.steps.engines import Value
-from fts.steps.evaluate import EvalStep, eval_step, module_at
-from fts.steps.exchanging import Exchangeable
-from fts.steps.finite import FiniteGradients, NonFinite, finite_gradients, nonfinite_in, notice_nonfinite
+from fts.steps.description import describe
+from fts.steps.distributed_step import gradients_of, with_collectives
+from fts.steps.donation import with_donation
+from fts.steps.engines import LossAux
+from fts.steps.eval_step import EvalStep, eval_module, eval_step
 from fts.steps.gradients import ValueAndGrad, value_and_grad
-from fts.steps.losses import ModuleLoss, label_count, loss_in, module_loss, shifts_labels
-from fts.steps.microbatches import MicroBatches, Weightless, rows, split
-from fts.steps.offloading import offload_activations
-from fts.steps.passing import Passing, passing
+from fts.steps.inspection import compute_gradients, with_nonfinite_check
+from fts.steps.losses import ModuleLoss, extract_loss, module_loss, num_label_tokens, shifts_labels
+from fts.steps.manual_backward import ManualBackward, manual_backward
+from fts.steps.microbatches import MicroBatches, PaddingBatch, batch_size_of, split_microbatches
+from fts.steps.nonfinite import FiniteGradients, NonFinite, check_after_step, nonfinite_in, raise_if_nonfinite
 from fts.steps.precision import Scaler
-from fts.steps.reaching import gradients_at, raise_nonfinite
-from fts.steps.spreading import gradients_of, spread
-from fts.steps.train import Gradients, TrainStep, gradient_step, seeing_gradients, train_step
+from fts.steps.swappable import SwappableStep
+from fts.steps.train_step import Gradients, TrainStep, gradient_step, train_step, with_gradient_callback
 from fts.steps.updates import apply_gradients
 
 __all__ = [
-    "Among",
+    "Collectives",
     "CompiledStep",
     "EvalStep",
-    "Exchangeable",
     "FiniteGradients",
     "Gradients",
+    "LossAux",
+    "ManualBackward",
     "MicroBatches",
     "ModuleLoss",
     "NonFinite",
-    "OwnBackward",
-    "Passing",
+    "PaddingBatch",
     "Scaler",
+    "SwappableStep",
     "TrainStep",
-    "Value",
     "ValueAndGrad",
-    "Weightless",
+    "WithFullBatch",
     "apply_gradients",
+    "batch_size_of",
+    "check_after_step",
     "compile",
+    "compute_gradients",
     "describe",
-    "donating",
+    "eval_module",
     "eval_step",
-    "finite_gradients",
+    "extract_loss",
     "gradient_step",
-    "gradients_at",
     "gradients_of",
-    "label_count",
-    "loss_in",
-    "module_at",
+    "manual_backward",
     "module_loss",
     "nonfinite_in",
-    "notice_nonfinite",
+    "num_label_tokens",
     "offload_activations",
-    "own_backward",
-    "passing",
-    "raise_nonfinite",
-    "rows",
-    "seeing_gradients",
+    "raise_if_nonfinite",
     "shifts_labels",
-    "split",
-    "spread",
+    "split_microbatches",
     "train_step",
     "value_and_grad",
+    "with_collectives",
+    "with_donation",
+    "with_full_batch",
+    "with_gradient_callback",
+    "with_nonfinite_check",
 ]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fts.errors import ArgumentError, CompileFallbackWarning
 from fts.state import TrainState, mark_donated
-from fts.steps.backward import OwnBackward
 from fts.steps.binding import Binding
-from fts.steps.finite import IN_GRAPH, FiniteGradients
 from fts.steps.gradients import ValueAndGrad
 from fts.steps.graphs import Graph, graph_of, is_compile_error, reason_of
-from fts.steps.train import TrainStep
+from fts.steps.manual_backward import ManualBackward
+from fts.steps.nonfinite import IN_GRAPH, FiniteGradients
+from fts.steps.train_step import TrainStep
 from fts.steps.updates import check
 from fts.typing import Batch, Metrics, StepFn
 
@@ -171,7 +171,7 @@ def compile(step: StepFn[Any], *, donate: bool | None = None, backend: str = "in
             raise ArgumentError(f"compile({name}=...) is fixed: a step is one whole graph for each shape of the batch.")
     if isinstance(step, CompiledStep):
         step = step.step
-    if isinstance(step, TrainStep) and isinstance(step.gradients, OwnBackward):
+    if isinstance(step, TrainStep) and isinstance(step.gradients, ManualBackward):
         raise ArgumentError(
             f"{step.gradients.label} cannot be compiled: a graph of the whole step cannot follow a backward of its own. "
             "Return the loss instead (steps.train_step), or do not compile."

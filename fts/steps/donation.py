@@ -6,11 +6,11 @@ from typing import Any
 
 import attrs
 
-from fts.steps.finite import NoticingStep
-from fts.steps.passing import Passing
+from fts.steps.batch_context import WithFullBatch
+from fts.steps.nonfinite import CheckedStep
 
 
-def donating(step: Any, donate: bool = True) -> Any:
+def with_donation(step: Any, donate: bool = True) -> Any:
     """The same step with `donate` set, or the step itself where it has no such choice.
 
     Args:
@@ -22,11 +22,11 @@ def donating(step: Any, donate: bool = True) -> Any:
         A step.
 
     >>> from fts import steps, transforms as tx
-    >>> donating(steps.train_step(lambda params, batch: params["w"].sum(), tx.sgd(0.1))).donate
+    >>> with_donation(steps.train_step(lambda params, batch: params["w"].sum(), tx.sgd(0.1))).donate
     True
     """
-    if isinstance(step, (Passing, NoticingStep)):
-        return attrs.evolve(step, step=donating(step.step, donate))
+    if isinstance(step, (WithFullBatch, CheckedStep)):
+        return attrs.evolve(step, step=with_donation(step.step, donate))
     if attrs.has(type(step)) and "donate" in attrs.fields_dict(type(step)):
         return attrs.evolve(step, donate=donate)
     return step

@@ -14,23 +14,23 @@ import attrs
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import LossError
 from fts.randomness import STEP, fold, seed_generators
 from fts.state import TrainState
-from fts.steps.among import Among, number_of
 from fts.steps.binding import Binding
+from fts.steps.collectives import Collectives, number_of
 from fts.steps.losses import ModuleLoss, call_loss, name_of
-from fts.steps.microbatches import Weightless
+from fts.steps.microbatches import PaddingBatch
 from fts.steps.precision import autocast, scaled
 from fts.steps.tracing import device_of, in_transform
-from fts.steps.weighing import Total, checked, sums_of, times, total_among, total_of, total_of_sums, weight_of
+from fts.steps.weighted_mean import Total, checked, sums_of, times, total_among, total_of, total_of_sums, weight_of
 from fts.typing import Batch, LossFn, LossOutput, Metrics, Number, Params
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Value(NamedTuple):
+class LossAux(NamedTuple):
     """What a loss gave on a whole batch.
 
     Attributes:
@@ -75,7 +75,7 @@ class Work(NamedTuple):  # which a graph can build
     micro: Sequence[Batch]
     args: Sequence[Any]
     weigh_rows: bool
-    among: Among | None = None
+    among: Collectives | None = None
     scale: Tensor | None = None
 
     @property
@@ -91,7 +91,7 @@ class Work(NamedTuple):  # which a graph can build
     def run(self, forward: Callable[..., LossOutput], params: Any, index: int, device: torch.device) -> LossOutput:
         """The loss of a micro-batch, with its weight."""
         batch = self.micro[index]
-        if isinstance(batch, Weightless):
+        if isinstance(batch, PaddingBatch):
             output = forward(params, batch.batch, self.args, device)
             means = {name: value[0] if isinstance(value, tuple) else value for name, value in output.metrics.items()}
             return output._replace(weight=0, metrics={name: (mean, 0) for name, mean in means.items()})
@@ -105,13 +105,13 @@ class Work(NamedTuple):  # which a graph can build
         return total_among(outputs, self.among, device_of(self.state.params))
 
 
-def module_engine(forward: Forward, work: Work, *, own_buffers: bool) -> tuple[Value, Params]:
+def module_engine(forward: Forward, work: Work, *, own_buffers: bool) -> tuple[LossAux, Params]:
     """Gradients by `loss.backward()` into the `.grad` of the module's own Parameters, or of leaves for a plain function."""
     state, binding = work.state, forward.binding
     if binding is None:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in state.params.items()}
         total = _backward(forward, work, leaves)
-        return Value(total.loss, total.weight, total.metrics, state.buffers), _drain(leaves, total, work.among)
+        return LossAux(total.loss, total.weight, total.metrics, state.buffers), _drain(leaves, total, work.among)
     # where the forward pass may write the state, it still writes only what no checkpoint holds: caches and masks, which can
     # be large; running statistics are exchanged when the step has succeeded
     transient = state.layout.transient if own_buffers else ()
@@ -133,7 +133,7 @@ def module_engine(forward: Forward, work: Work, *, own_buffers: bool) -> tuple[V
             if name in kept or before[name] != (buffer.data_ptr(), buffer._version)
         }
         buffers |= work.among.same(written)
-    return Value(total.loss, total.weight, total.metrics, buffers), grads
+    return LossAux(total.loss, total.weight, total.metrics, buffers), grads
 
 
 def _backward(forward: Forward, work: Work, leaves: Params) -> Total:
@@ -206,7 +206,7 @@ def _is_zero(weight: Number) -> bool:
     return checked(float(weight)) == 0 if not isinstance(weight, Tensor) or weight.is_cpu else False
 
 
-def _weighted_backward(loss: Tensor, weight: Number, leaves: Params, among: Among | None) -> None:
+def _weighted_backward(loss: Tensor, weight: Number, leaves: Params, among: Collectives | None) -> None:
     hooks: list[Any] = []
     # the gradients of a mean over no items are NaN, also times 0
     if isinstance(weight, Tensor) and not weight.is_cpu:  # which nobody may ask whether it is 0
@@ -242,7 +242,7 @@ def _ends(loss: Tensor) -> list[Any]:
     return ends
 
 
-def _drain(leaves: Params, total: Total, among: Among | None) -> Params:
+def _drain(leaves: Params, total: Total, among: Collectives | None) -> Params:
     grads = {}
     for name, leaf in leaves.items():
         # torch.func gives zeros where a parameter was not used
@@ -251,11 +251,11 @@ def _drain(leaves: Params, total: Total, among: Among | None) -> Params:
     if among is not None and not among.reduces:
         grads = among.mean(grads)
     if total.divisor is not None and (isinstance(total.divisor, Tensor) or total.divisor != 1):
-        torch._foreach_div_(here(grads.values()), total.divisor)
+        torch._foreach_div_(local_tensors(grads.values()), total.divisor)
     return grads
 
 
-def func_engine(forward: Forward, work: Work) -> tuple[Value, Params]:
+def func_engine(forward: Forward, work: Work) -> tuple[LossAux, Params]:
     """Gradients by `torch.func.grad_and_value`; pure, so it can be traced, vmapped and differentiated."""
     device, among = device_of(work.state.params), work.among
     outputs: list[LossOutput] = []
@@ -284,7 +284,7 @@ def func_engine(forward: Forward, work: Work) -> tuple[Value, Params]:
         grads = _separate(grads)
     elif not isinstance(weight, Tensor):  # vmap returns tensors only
         weight = torch.full((), float(weight), device=device)
-    return Value(total.loss, weight, total.metrics, buffers), grads
+    return LossAux(total.loss, weight, total.metrics, buffers), grads
 
 
 def _grad_and_value(

@@ -11,11 +11,11 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
-from fts.steps.among import Among
 from fts.steps.binding import Binding
-from fts.steps.engines import Forward, Value, Work, func_engine, module_engine
+from fts.steps.collectives import Collectives
+from fts.steps.engines import Forward, LossAux, Work, func_engine, module_engine
 from fts.steps.losses import ModuleLoss, check_callable
-from fts.steps.microbatches import MicroBatches, Weightless, split
+from fts.steps.microbatches import MicroBatches, PaddingBatch, split_microbatches
 from fts.steps.precision import autocast_dtype, scale_of
 from fts.steps.tracing import differentiated, in_graph, in_transform
 from fts.typing import Batch, LossFn, Params
@@ -34,14 +34,14 @@ class ValueAndGrad:
     engine: Engine
     accumulate: int
     precision: str | None
-    among: Among | None = None
+    among: Collectives | None = None
 
     @property
     def binding(self) -> Binding | None:
         """Where the tensors of the loss's module live; None for a plain function."""
         return self.forward.binding
 
-    def __call__(self, state: TrainState, batch: Batch, *args: Any, own_buffers: bool = False) -> tuple[Value, Params]:
+    def __call__(self, state: TrainState, batch: Batch, *args: Any, own_buffers: bool = False) -> tuple[LossAux, Params]:
         """Gradients at a state.
 
         Args:
@@ -87,15 +87,15 @@ class ValueAndGrad:
             return batch, False
         if self.accumulate == 1:
             return (batch,), True
-        if isinstance(batch, Weightless):
-            return [Weightless(part) for part in self._parts(batch.batch)], True
+        if isinstance(batch, PaddingBatch):
+            return [PaddingBatch(part) for part in self._parts(batch.batch)], True
         return self._parts(batch), True
 
     def _parts(self, batch: Batch) -> Sequence[Batch]:
-        parts = split(batch, self.accumulate)
+        parts = split_microbatches(batch, self.accumulate)
         if self.among is None or len(parts) == self.accumulate:
             return parts
-        return [*parts, *[Weightless(parts[-1])] * (self.accumulate - len(parts))]  # each process takes as many forward passes
+        return [*parts, *[PaddingBatch(parts[-1])] * (self.accumulate - len(parts))]  # each process takes as many forward passes
 
 
 def value_and_grad(

@@ -35,7 +35,7 @@ def module_loss(module: nn.Module, fn: Callable[..., Any] | None = None) -> Modu
         fn: `fn(model, batch)` returns a loss (see `fts.typing.LossFn`); `model` is the module at the state's tensors.
             Without it the module is called as Hugging Face's models are, `module(**batch)`, and must return its loss:
             an object with `.loss`, a dictionary with "loss", or a tuple that begins with it. Its weight is then the
-            number of labels that count where `labels` are tokens (see `label_count`).
+            number of labels that count where `labels` are tokens (see `num_label_tokens`).
 
     Returns:
         The loss.
@@ -155,10 +155,10 @@ def _to_loss_output(result: Any) -> LossOutput:
 
 
 def _loss_of_output(module: nn.Module, output: Any, batch: Mapping[str, Any]) -> LossOutput:
-    return LossOutput(_own_loss(output, batch), label_count(module, batch.get("labels")))
+    return LossOutput(_own_loss(output, batch), num_label_tokens(module, batch.get("labels")))
 
 
-def label_count(module: nn.Module, labels: Any) -> Tensor | None:
+def num_label_tokens(module: nn.Module, labels: Any) -> Tensor | None:
     """Over how many labels a model of tokens takes its mean loss.
 
     Args:
@@ -169,7 +169,7 @@ def label_count(module: nn.Module, labels: Any) -> Tensor | None:
         A 0-d int64 tensor, or None where the labels are not tokens.
 
     >>> import torch
-    >>> label_count(nn.Linear(1, 1), torch.tensor([[1, 2, -100], [3, -100, -100]]))
+    >>> num_label_tokens(nn.Linear(1, 1), torch.tensor([[1, 2, -100], [3, -100, -100]]))
     tensor(3)
     """
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
@@ -199,10 +199,10 @@ def shifts_labels(module: nn.Module) -> bool:
     return kind == "ForCausalLM" or (kind is None and type(module).__name__.endswith("LMHeadModel"))
 
 
-def loss_in(output: Any) -> Any:
+def extract_loss(output: Any) -> Any:
     """The loss that a model returned: its output, `.loss`, "loss", or the first of a tuple; None if there is none.
 
-    >>> loss_in({"loss": 1.0, "logits": 2.0}), loss_in((1.0, 2.0))
+    >>> extract_loss({"loss": 1.0, "logits": 2.0}), extract_loss((1.0, 2.0))
     (1.0, 1.0)
     """
     if isinstance(output, Tensor):
@@ -215,7 +215,7 @@ def loss_in(output: Any) -> Any:
 
 
 def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
-    loss = loss_in(output)
+    loss = extract_loss(output)
     if loss is None:
         raise LossError(
             f"The model returned {type(output).__name__} without a loss for a batch with the keys {sorted(map(str, batch))}. "

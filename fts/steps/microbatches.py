@@ -33,7 +33,7 @@ optree.register_pytree_node(
 )
 
 
-class Weightless(NamedTuple):  # which a graph can build
+class PaddingBatch(NamedTuple):  # which a graph can build
     """A micro-batch that only keeps processes in step: it is computed as the others are, and counts with weight 0.
 
     Where a step has fewer micro-batches than there are places on all processes, the others get one of these, since collective
@@ -42,31 +42,31 @@ class Weightless(NamedTuple):  # which a graph can build
     Args:
         batch: what is computed, usually a micro-batch that counted elsewhere.
 
-    >>> Weightless([1, 2])
+    >>> PaddingBatch([1, 2])
     Weightless(batch=[1, 2])
     """
 
     batch: Batch
 
 
-def rows(batch: Batch) -> int | None:
+def batch_size_of(batch: Batch) -> int | None:
     """How many rows a batch has: the first dimension of its first tensor, or None where it has no such tensor.
 
     >>> import torch
-    >>> rows({"x": torch.zeros(3, 2)})
+    >>> batch_size_of({"x": torch.zeros(3, 2)})
     3
     """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else None
     children = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     for child in children:
-        found = rows(child)
+        found = batch_size_of(child)
         if found is not None:
             return found
     return None
 
 
-def split(batch: Batch, count: int) -> MicroBatches:
+def split_microbatches(batch: Batch, count: int) -> MicroBatches:
     """Cut a batch along its rows into `count` micro-batches of equal size, the last one possibly shorter or absent.
 
     Args:
@@ -81,10 +81,10 @@ def split(batch: Batch, count: int) -> MicroBatches:
         BatchError: the batch has no rows, or its tensors have different numbers of rows.
 
     >>> import torch
-    >>> [part["x"].tolist() for part in split({"x": torch.arange(5)}, 2)]
+    >>> [part["x"].tolist() for part in split_microbatches({"x": torch.arange(5)}, 2)]
     [[0, 1, 2], [3, 4]]
     """
-    total = rows(batch)
+    total = batch_size_of(batch)
     if not total:
         raise BatchError(
             f"A batch of type {type(batch).__name__} with {'no tensor' if total is None else '0 rows'} cannot be cut into "
@@ -107,7 +107,7 @@ def _rows_of(batch: Any, start: int, stop: int, total: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: _rows_of(value, start, stop, total) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        if len(batch) == total and rows(batch) is None:
+        if len(batch) == total and batch_size_of(batch) is None:
             return batch[start:stop]
         parts = [_rows_of(value, start, stop, total) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)

@@ -77,7 +77,7 @@ class Scaler:
     """Multiplies the losses of a function that calls backward itself: `scaler.scale(loss).backward()`, as torch's GradScaler.
 
     Attributes:
-        factor: the scale of the state that a step is at, which `own_backward` sets; None: losses stay as they are.
+        factor: the scale of the state that a step is at, which `manual_backward` sets; None: losses stay as they are.
         used: whether a loss was scaled since.
     """
 

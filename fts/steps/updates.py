@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fts import transforms as tx
-from fts.dtensors import any_sharded, laid_out_like
+from fts.dtensors import any_sharded, redistribute_like
 from fts.errors import LossError, UnknownParameterError
 from fts.state import TrainState, mark_donated
 from fts.steps.tracing import device_of, differentiated, in_transform
@@ -55,7 +55,7 @@ def next_state(
     """As `apply_gradients`, for gradients that nobody else needs: their storage may be overwritten."""
     params, opt_state = state.params, state.opt_state
     # what a transform relies on: a gradient is laid out as its parameter
-    grads = laid_out_like(grads, params) if any_sharded(params.values()) else grads
+    grads = redistribute_like(grads, params) if any_sharded(params.values()) else grads
     written = False
     try:
         if transform.apply is None or in_transform() or differentiated(params, grads):

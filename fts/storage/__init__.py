@@ -1,10 +1,10 @@
 """Tensors, documents and records as files: how they are written so that one notices damage, and read with suspicion."""
 
-from fts.storage.documents import read_document, whole_number
 from fts.storage.files import Written, file_in, flush, measure, write_image
-from fts.storage.image import Image
-from fts.storage.records import checked, record
-from fts.storage.spread import rank_in, write_spread
+from fts.storage.json_io import read_document, whole_number
+from fts.storage.schema import checked, record
+from fts.storage.sharded import rank_in, save_sharded
+from fts.storage.staging import StagingBuffer
 from fts.storage.tensors import (
     SHARD_SIZE,
     Contents,
@@ -25,7 +25,7 @@ from fts.storage.tensors import (
 __all__ = [
     "SHARD_SIZE",
     "Contents",
-    "Image",
+    "StagingBuffer",
     "TensorFile",
     "Written",
     "checked",
@@ -43,10 +43,10 @@ __all__ = [
     "read_into",
     "read_tensors",
     "record",
+    "save_sharded",
     "take_part",
     "whole_number",
     "write",
     "write_image",
-    "write_spread",
     "write_texts",
 ]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import CheckpointError
-from fts.storage.documents import read_document
 from fts.storage.files import Written, file_in, flush, measure
+from fts.storage.json_io import read_document
 
 FORMAT = 1
 """Version of a manifest."""
@@ -21,7 +21,7 @@ CHECKSUM = "xxh3_128"
 """Finds damage at 25 GB/s; it is no protection against a forger, who could as well rewrite the manifest."""
 
 
-def seal(directory: Path, written: Mapping[str, Written] | None = None) -> None:
+def write_manifest(directory: Path, written: Mapping[str, Written] | None = None) -> None:
     """Flush every file, list them in the manifest, and flush that too. Links that lead outside become copies.
 
     Args:

@@ -12,12 +12,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from fts.dtensors import copied_into, whole
+from fts.dtensors import copied_into, full_tensor
 from fts.errors import ArgumentError, CheckpointError
-from fts.storage.documents import read_document
 from fts.storage.dtypes import DTYPES
 from fts.storage.files import Written, file_in, write_parts
-from fts.storage.spread import index_of, read_index, read_spread, remove_spread
+from fts.storage.json_io import read_document
+from fts.storage.sharded import index_of, load_sharded, read_index, remove_sharded
 
 SHARD_SIZE = 50 * 10**9
 """Bytes of tensors that one file holds at most, as in `save_pretrained` of transformers."""
@@ -163,7 +163,7 @@ def map_file(directory: Path, file: TensorFile) -> dict[str, Tensor]:
 
 
 def take_part(contents: Contents) -> None:
-    """Send what this process has of the tensors to the one that writes the same contents, or holds them in an `Image`."""
+    """Send what this process has of the tensors to the one that writes the same contents, or holds them in an `StagingBuffer`."""
     for _ in _gathered(contents.files):
         pass
 
@@ -171,7 +171,7 @@ def take_part(contents: Contents) -> None:
 def _gathered(files: Iterable[TensorFile]) -> Iterator[Tensor]:
     for file in files:
         for tensor in file.tensors:
-            yield whole(tensor)
+            yield full_tensor(tensor)
 
 
 def write_texts(directory: Path, contents: Contents) -> None:
@@ -182,7 +182,7 @@ def write_texts(directory: Path, contents: Contents) -> None:
         for path in directory.iterdir():
             if path.name in (name, _index(name)) or shards.fullmatch(path.name):
                 path.unlink()
-        remove_spread(directory, name)
+        remove_sharded(directory, name)
     for name, text in contents.texts.items():
         (directory / name).write_text(text, encoding="utf-8")
 
@@ -236,7 +236,7 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     if first == index_of(name):
         index = read_index(directory, name)
         found = {key: torch.empty_like(form, device="cpu") for key, form in index.forms.items()} | index.numbers
-        read_spread(directory, name, found)
+        load_sharded(directory, name, found)
         return found
     if first == name:
         return _read_file(file_in(directory, name))
@@ -277,7 +277,7 @@ def read_into(directory: Path, name: str, targets: Mapping[str, Tensor]) -> None
         CheckpointError: as `read_tensors` says it.
     """
     if files_of(directory, name)[0] == index_of(name):
-        read_spread(directory, name, targets)
+        load_sharded(directory, name, targets)
         return
     found = read_tensors(directory, name)
     for key, target in targets.items():

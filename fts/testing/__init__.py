@@ -25,10 +25,10 @@ except ImportError as error:
 
 from fts.testing import strategies
 from fts.testing.chains import chain_is_associative
-from fts.testing.comparing import LawError
-from fts.testing.of_steps import STEP_LAWS, check_step
-from fts.testing.of_transforms import TRANSFORM_LAWS, check_transform
+from fts.testing.comparison import LawError
 from fts.testing.processes import check_sharded_transform
+from fts.testing.step_checks import STEP_LAWS, check_step
+from fts.testing.transform_checks import TRANSFORM_LAWS, check_transform
 
 __all__ = [
     "STEP_LAWS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fts import transforms as tx
-from fts.testing.comparing import copy_of, in_words, law, require_equal
+from fts.testing.comparison import copy_of, in_words, law, require_equal
 from fts.typing import Params, Transform
 
 

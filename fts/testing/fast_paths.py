@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fts.testing.comparing import copy_of, in_words, law, require_close, require_equal, size_of
+from fts.testing.comparison import copy_of, in_words, law, require_close, require_equal, size_of
 from fts.transforms import apply_updates
 from fts.typing import Params, Transform
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fts.state import TrainState
-from fts.testing.comparing import fail, in_words, law, named_tensors, require_equal
+from fts.testing.comparison import fail, in_words, law, named_tensors, require_equal
 from fts.transforms import apply_updates
 from fts.typing import OptState, Params, Transform
 

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.testing.comparing import fail, in_words, law, require_close, size_of
+from fts.testing.comparison import fail, in_words, law, require_close, size_of
 from fts.typing import OptState, Params, Transform
 
 

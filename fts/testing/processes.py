@@ -25,9 +25,9 @@ from hypothesis.strategies import SearchStrategy
 
 from fts.errors import ArgumentError
 from fts.testing import strategies
-from fts.testing.comparing import LawError
-from fts.testing.of_transforms import run_examples
+from fts.testing.comparison import LawError
 from fts.testing.sharded import SPREADS, sharded_equals_whole
+from fts.testing.transform_checks import run_examples
 from fts.typing import Params, Transform
 
 Run: TypeAlias = Callable[..., list[Any]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fts.testing.comparing import copy_of, fail, in_words, law, named_tensors, require_equal, storages, tensors_in
+from fts.testing.comparison import copy_of, fail, in_words, law, named_tensors, require_equal, storages, tensors_in
 from fts.typing import Params, Transform
 
 

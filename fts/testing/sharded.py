@@ -10,9 +10,9 @@ import optree
 import torch
 from torch import Tensor
 
-from fts.dtensors import is_sharded, layout, whole
+from fts.dtensors import full_tensor, is_sharded, layout
 from fts.errors import ArgumentError
-from fts.testing.comparing import copy_of, fail, in_words, law, named_tensors, require_close, size_of
+from fts.testing.comparison import copy_of, fail, in_words, law, named_tensors, require_close, size_of
 from fts.transforms import apply_updates
 from fts.typing import Info, OptState, Params, Transform
 
@@ -131,7 +131,7 @@ def spread_out(tensors: Params, spread: str) -> Params:
 
 def gathered(tree: Any) -> Any:
     """A tree with whole tensors."""
-    return optree.tree_map(lambda leaf: whole(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    return optree.tree_map(lambda leaf: full_tensor(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 @lru_cache(maxsize=16)

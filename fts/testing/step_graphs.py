@@ -11,8 +11,8 @@ import torch
 
 from fts.errors import CompileFallbackWarning
 from fts.state import TrainState
-from fts.steps import CompiledStep, compile, donating
-from fts.testing.comparing import copy_of, fail, law, require_close, require_equal, size_of
+from fts.steps import CompiledStep, compile, with_donation
+from fts.testing.comparison import copy_of, fail, law, require_close, require_equal, size_of
 from fts.testing.step_laws import words_of
 from fts.typing import Batch, StepFn
 
@@ -41,7 +41,7 @@ def compiled_equals_eager(step: Step, state: TrainState, batches: Sequence[Batch
         LawError: the step cannot be one graph, gives something else, or is compiled again for the same shapes.
     """
     with law("compiled_equals_eager", words_of(step)), _whole_graphs():
-        plain = donating(step, donate=False)
+        plain = with_donation(step, donate=False)
         compiled, in_place = (compile(step, donate=donate, backend=using) for donate in (False, True))
         before = copy_of(state)
         # twice, because the second step starts from what the first one counted

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fts.errors import DonatedStateError
 from fts.state import TrainState
-from fts.steps import TrainStep, ValueAndGrad, describe, donating, rows
+from fts.steps import TrainStep, ValueAndGrad, batch_size_of, describe, with_donation
 from fts.steps.losses import ModuleLoss
-from fts.testing.comparing import copy_of, fail, law, named_tensors, require_close, require_equal, size_of
+from fts.testing.comparison import copy_of, fail, law, named_tensors, require_close, require_equal, size_of
 from fts.typing import Batch, StepFn
 
 Step = StepFn[TrainState]
@@ -125,7 +125,7 @@ def module_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) ->
         return
     module = step.gradients.forward.loss.module
     with law("module_unchanged", words_of(step)):
-        for variant in (step, donating(step)):
+        for variant in (step, with_donation(step)):
             before, tensors = _portrait(module), copy_of(module.state_dict())
             run(variant, copy_of(state), batches)
             if _portrait(module) != before:
@@ -166,7 +166,7 @@ def donated_equals_pure(step: Step, state: TrainState, batches: Sequence[Batch])
     Raises:
         LawError: the bits differ, or a consumed state can still be used.
     """
-    if donating(step) is step and not getattr(step, "donate", False):
+    if with_donation(step) is step and not getattr(step, "donate", False):
         return
     with law("donated_equals_pure", words_of(step)):
         expected, metrics = run(_undonated(step), copy_of(state), batches)
@@ -175,7 +175,7 @@ def donated_equals_pure(step: Step, state: TrainState, batches: Sequence[Batch])
         donated_metrics: Any = {}
         for batch in batches:
             before = found
-            found, donated_metrics = donating(step)(before, batch)
+            found, donated_metrics = with_donation(step)(before, batch)
             try:
                 _ = before.params
             except DonatedStateError:
@@ -224,8 +224,8 @@ def accumulated_equals_big_batch(step: Step, state: TrainState, batches: Sequenc
     with law("accumulated_equals_big_batch", words_of(step)):
         for batch in batches:
             whole, said = _undonated(_with(step, accumulate=1))(copy_of(state), batch)
-            for parts in sorted({2, 3, rows(batch) or 1}):
-                if parts > (rows(batch) or 1):
+            for parts in sorted({2, 3, batch_size_of(batch) or 1}):
+                if parts > (batch_size_of(batch) or 1):
                     continue
                 for engine in ("module", "func"):
                     cut, told = _undonated(_with(step, accumulate=parts, engine=engine))(copy_of(state), batch)
@@ -268,7 +268,7 @@ def run(step: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainS
 
 
 def _undonated(step: Step) -> Step:
-    return donating(step, donate=False)  # type: ignore[no-any-return]
+    return with_donation(step, donate=False)  # type: ignore[no-any-return]
 
 
 def _with(step: TrainStep, **changes: Any) -> TrainStep:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fts.steps.graphs import with_own_code
-from fts.testing.comparing import fail, in_words, law, require_close, size_of
+from fts.testing.comparison import fail, in_words, law, require_close, size_of
 from fts.typing import Info, OptState, Params, Transform
 
 

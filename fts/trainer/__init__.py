@@ -1,6 +1,14 @@
 """Trainer and TrainingArguments: the functional core behind Hugging Face's interface."""
 
 from fts.trainer.arguments import AcceleratorConfig, Seq2SeqTrainingArguments, TrainingArguments
+from fts.trainer.arguments.choices import (
+    HPSearchBackend,
+    HubStrategy,
+    IntervalStrategy,
+    OptimizerNames,
+    SaveStrategy,
+    SchedulerType,
+)
 from fts.trainer.callbacks import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -9,13 +17,12 @@ from fts.trainer.callbacks import (
     ProgressCallback,
     TrainerCallback,
 )
-from fts.trainer.choices import HPSearchBackend, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
-from fts.trainer.collate import default_data_collator
-from fts.trainer.outputs import BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
+from fts.trainer.callbacks.state import ExportableState, TrainerControl, TrainerState
+from fts.trainer.data.collator import default_data_collator
+from fts.trainer.evaluation.outputs import BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
+from fts.trainer.run.seed import enable_full_determinism, set_seed
 from fts.trainer.search import default_compute_objective, default_hp_space_optuna, default_hp_space_ray
-from fts.trainer.seeding import enable_full_determinism, set_seed
 from fts.trainer.seq2seq import Seq2SeqTrainer
-from fts.trainer.state import ExportableState, TrainerControl, TrainerState
 from fts.trainer.trackers import TrackerCallback
 from fts.trainer.trainer import Trainer
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fts.distributed.group import is_started
+from fts.distributed.process_group import is_started
 from fts.errors import ArgumentError
 from fts.trainer.arguments import Seq2SeqTrainingArguments
-from fts.trainer.outputs import PredictionOutput
+from fts.trainer.evaluation.outputs import PredictionOutput
 from fts.trainer.trainer import Trainer
 
 DEFAULT_LENGTH = 20

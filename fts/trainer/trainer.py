@@ -17,54 +17,60 @@ from torch.utils.data import DataLoader
 
 from fts import steps
 from fts.distributed import DeepSpeed
-from fts.distributed.exchanging import Exchange
-from fts.distributed.peers import Peers
-from fts.distributed.together import together
+from fts.distributed.error_propagation import fail_together
+from fts.distributed.object_collectives import AllGatherObject
+from fts.distributed.rank_monitor import RankMonitor
 from fts.errors import ArgumentError
 from fts.loops import Replayed, Source, StopRequest
+from fts.loops.device_placement import to_device
 from fts.loops.history import TRAINER_STATE
-from fts.loops.placement import moved
 from fts.randomness import seed_generators
 from fts.steps.precision import autocast, autocast_dtype
-from fts.trainer import cards, evaluation, hub, loading, optimizing, reports, saving
-from fts.trainer.accelerating import make_accelerator
+from fts.trainer import hub
 from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.choices import HPSearchBackend
 from fts.trainer.arguments.processes import started
-from fts.trainer.arguments.strategies import mesh_for
-from fts.trainer.batch_size import halve_until_fits, restorer
-from fts.trainer.best import check_metric
+from fts.trainer.arguments.strategy import mesh_for
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback, close_bars
-from fts.trainer.choices import HPSearchBackend
-from fts.trainer.collate import collator_for
-from fts.trainer.columns import accepted_columns, label_names_of, returns_loss
-from fts.trainer.composing import Across, compose_step, items_by, replaced_by, with_count
-from fts.trainer.constructing import check_parts
-from fts.trainer.deepspeed import check_deepspeed, deepspeed_step, described, propagated
-from fts.trainer.describing import describe_run
-from fts.trainer.figures import check_batch_metrics
-from fts.trainer.finding import find_checkpoint
-from fts.trainer.following import follow
-from fts.trainer.hooks import overridden
-from fts.trainer.losses import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of, weight_by
-from fts.trainer.memory import MemoryMeter
-from fts.trainer.modelling import checkpoint_activations, made_by, prepared_model
-from fts.trainer.optimizers import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
-from fts.trainer.optimizing import Optimizing
-from fts.trainer.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.places import devices, shared
-from fts.trainer.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
-from fts.trainer.predicting import predict_batch
-from fts.trainer.rehearsing import Rehearsal, rehearse
-from fts.trainer.replaying import replay
-from fts.trainer.sampling import data_seed, eval_sampler, train_sampler
+from fts.trainer.callbacks.state import TrainerControl, TrainerState
+from fts.trainer.cards import card
+from fts.trainer.checkpoints import saving
+from fts.trainer.checkpoints.lookup import find_checkpoint
+from fts.trainer.data import loading
+from fts.trainer.data.collator import collator_for
+from fts.trainer.data.columns import accepted_columns, label_names_of, returns_loss
+from fts.trainer.data.sampling import data_seed, eval_sampler, train_sampler
+from fts.trainer.data.shards import devices, shared
+from fts.trainer.data.validation import check_batch, check_evaluation, check_loader, checked
+from fts.trainer.distributed.accelerator import make_accelerator
+from fts.trainer.distributed.deepspeed import check_deepspeed, deepspeed_step, described, propagated
+from fts.trainer.distributed.strategy import cut_model, parallelize_model, spread_step, strategy_for
+from fts.trainer.evaluation import loop
+from fts.trainer.evaluation.best_model import check_metric
+from fts.trainer.evaluation.metrics import check_batch_metrics
+from fts.trainer.evaluation.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
+from fts.trainer.evaluation.prediction import predict_batch
+from fts.trainer.model.loss import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of, weight_by
+from fts.trainer.model.preparation import checkpoint_activations, made_by, prepared_model
+from fts.trainer.optimization import optimizer as optimization
+from fts.trainer.optimization.names import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
+from fts.trainer.optimization.optimizer import Optimizing
+from fts.trainer.reporting import metrics as metric_files
+from fts.trainer.reporting.log_level import apply_log_level
+from fts.trainer.reporting.memory import MemoryMeter
+from fts.trainer.run.batch_size import halve_until_fits, restorer
+from fts.trainer.run.checks import check_parts
+from fts.trainer.run.description import describe_run
+from fts.trainer.run.dry_run import DryRun, dry_run
+from fts.trainer.run.loop import run_training
+from fts.trainer.run.overrides import overridden
+from fts.trainer.run.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
+from fts.trainer.run.preparation import Run, plan_of, prepare, saved_batch_size
+from fts.trainer.run.replay import replay
+from fts.trainer.run.seed import enable_full_determinism, set_seed
+from fts.trainer.run.step import Across, compose_step, items_by, overrides_of, with_count
 from fts.trainer.search import note_trial, search
-from fts.trainer.seeding import enable_full_determinism, set_seed
-from fts.trainer.spreading import cut_model, lay_out, spread_step, strategy_for
-from fts.trainer.state import TrainerControl, TrainerState
 from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
-from fts.trainer.training import Run, plan_of, prepare, saved_batch_size
-from fts.trainer.validating import check_batch, check_evaluation, check_loader, checked
-from fts.trainer.verbosity import apply_log_level
 from fts.typing import Transform
 
 logger = logging.getLogger(__name__)
@@ -143,8 +149,8 @@ class Trainer:
         with self.memory.measuring("init"):
             self.model_init = model_init
             self.model = self._placed(model if model is not None else self.call_model_init())
-        lay_out(self)
-        self._peers = Peers.of(self.world)
+        parallelize_model(self)
+        self._peers = RankMonitor.of(self.world)
         self.model_wrapped = self.model
         self.deepspeed: Any = None
         self.deepspeed_config: dict[str, Any] = {}
@@ -227,7 +233,7 @@ class Trainer:
         check_deepspeed(self, resumes=bool(resume_from_checkpoint))
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), group=self.world)
         check_deepspeed(self, resumes=checkpoint is not None)  # also where torchrun started the processes again
-        with together(self.world):
+        with fail_together(self.world):
             saving.check_output_dir(self.args)
         if self.model_init is not None:
             self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
@@ -255,7 +261,7 @@ class Trainer:
         tell_plan(self.callback_handler.callbacks, run.plan)
         self.is_in_train = True
         try:
-            return follow(self, run, ignore_keys)
+            return run_training(self, run, ignore_keys)
         except BaseException:
             self._uploads.leave()
             close_trackers(self.callback_handler.callbacks)
@@ -299,7 +305,7 @@ class Trainer:
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Operations of a forward and backward pass on a batch; 0 where the model does not tell."""
-        return reports.floating_point_ops(self.model, inputs)
+        return metric_files.floating_point_ops(self.model, inputs)
 
     # The optimizer and its schedule
 
@@ -321,7 +327,7 @@ class Trainer:
         """Make `lr_scheduler`, a torch schedule of the optimizer, unless it is there."""
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = optimizing.torch_scheduler(optimizer, self.args, num_training_steps)
+            self.lr_scheduler = optimization.torch_scheduler(optimizer, self.args, num_training_steps)
         return self.lr_scheduler
 
     @staticmethod
@@ -384,7 +390,7 @@ class Trainer:
             return {name: value for part in parts for name, value in part.items()}
         output = self._evaluate_on(self.get_eval_dataloader(eval_dataset), "eval", ignore_keys, metric_key_prefix)
         if f"{metric_key_prefix}_loss" not in output.metrics:
-            evaluation.warn_of_missing_labels(self.model, self.label_names, metric_key_prefix)
+            loop.warn_of_missing_labels(self.model, self.label_names, metric_key_prefix)
         self.log(output.metrics)
         self.tell("on_evaluate", metrics=output.metrics)
         return output.metrics
@@ -423,7 +429,7 @@ class Trainer:
         loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         self._set_context(eval_dataloader=dataloader)
         logger.info("***** Running %s *****", description)
-        how = evaluation.plan_evaluation(
+        how = loop.plan_evaluation(
             args,
             self.model,
             self.label_names,
@@ -433,15 +439,15 @@ class Trainer:
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             on_batch=self._evaluated_batch,
-            exchange=Exchange(self.group, args.eval_use_gather_object),
-            total=evaluation.rows_in(dataloader),
+            exchange=AllGatherObject(self.group, args.eval_use_gather_object),
+            total=loop.rows_in(dataloader),
         )
 
         def predict(inputs: Any) -> tuple[Any, Any, Any]:
             return self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
 
-        with evaluation.evaluating(self.model, evaluation_dtype(args)):
-            return evaluation.run_evaluation(predict, loading.eval_batches(dataloader, args, data_seed(args)), how=how)
+        with loop.evaluating(self.model, evaluation_dtype(args)):
+            return loop.run_evaluation(predict, loading.eval_batches(dataloader, args, data_seed(args)), how=how)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -467,7 +473,7 @@ class Trainer:
                 loader, description=described, prediction_loss_only=only, ignore_keys=ignore_keys, metric_key_prefix=prefix
             )
             count = -(-output.num_samples // self.args.eval_batch_size)
-            speed = reports.speed_metrics(prefix, start, output.num_samples, count)
+            speed = metric_files.speed_metrics(prefix, start, output.num_samples, count)
             output.metrics.update(speed | figures())
         # what follows from them, such as when to stop, must be the same in each process
         output.metrics.update(self.world.broadcast(output.metrics))
@@ -573,7 +579,7 @@ class Trainer:
         return accepted_columns(self.model, self.label_names) if self.args.remove_unused_columns else None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return moved(inputs, self.args.device)
+        return to_device(inputs, self.args.device)
 
     # Files and reports
 
@@ -608,23 +614,23 @@ class Trainer:
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             if start_time is not None:
                 seen = self.state.num_input_tokens_seen - self._tokens_before
-                logs.update(reports.speed_metrics("train", start_time, num_tokens=seen))
+                logs.update(metric_files.speed_metrics("train", start_time, num_tokens=seen))
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.tell("on_log", logs=logs)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print the figures of a split as a table."""
         if self.is_world_process_zero():
-            reports.log_metrics(split, metrics)
+            metric_files.log_metrics(split, metrics)
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
         """Write the figures of a split to `<split>_results.json`, and to `all_results.json` if `combined`."""
         if self.is_world_process_zero():
-            reports.save_metrics(str(self.args.output_dir), split, metrics, combined)
+            metric_files.save_metrics(str(self.args.output_dir), split, metrics, combined)
 
     def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Figures as people read them."""
-        return reports.metrics_format(metrics)
+        return metric_files.metrics_format(metrics)
 
     # Callbacks
 
@@ -783,7 +789,7 @@ class Trainer:
         """
         if self.is_world_process_zero():
             said = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
-            cards.write_card(self, *said)
+            card.write_card(self, *said)
 
     @property
     def hub_model_id(self) -> str | None:
@@ -812,7 +818,7 @@ class Trainer:
         processes = f"{self.world.size}, {strategy_for(self).name}"
         return describe_run(plan, self.step_of(plan, self.optimizing(plan)), processes)
 
-    def dry_run(self) -> Rehearsal:
+    def dry_run(self) -> DryRun:
         """Try one update, one batch of evaluation and one checkpoint (in a temporary place) before long work.
 
         Nothing is changed: weights, random numbers and files are as before.
@@ -821,7 +827,7 @@ class Trainer:
             Seconds and bytes of each; prints as a table.
         """
         check_deepspeed(self, "dry_run()")
-        return rehearse(self)
+        return dry_run(self)
 
     def replay(self, checkpoint: str | Path, to_step: int) -> Replayed:
         """Run the updates after a checkpoint once more, bit for bit, and look into the last of them.
@@ -858,7 +864,7 @@ class Trainer:
         cut_model(self)
         self.optimizer, self.lr_scheduler = self._given_optimizers
         strategy = strategy_for(self)
-        found = described(strategy, self.args) if isinstance(strategy, DeepSpeed) else optimizing.choose(self, plan)
+        found = described(strategy, self.args) if isinstance(strategy, DeepSpeed) else optimization.choose(self, plan)
         self.optimizer, self.lr_scheduler = found.optimizer, found.scheduler
         return found
 
@@ -871,7 +877,7 @@ class Trainer:
             step = self.step
         else:
             across = Across(self.group, self.args.average_tokens_across_devices, devices(self.args))
-            step = compose_step(self.model, self.loss_rule, plan, chosen.transform, replaced_by(self), across)
+            step = compose_step(self.model, self.loss_rule, plan, chosen.transform, overrides_of(self), across)
         return spread_step(step, self)
 
     # Model
@@ -891,7 +897,7 @@ class Trainer:
     def _evaluated_batch(self) -> None:
         self.tell("on_prediction_step")
         if self.request is not None and self.request.poll():
-            raise evaluation.EvaluationLeft
+            raise loop.EvaluationLeft
 
     def _set_context(self, **changes: Any) -> None:
         own = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.dtensors import here, laid_out_like, local, memory
+from fts.dtensors import local, local_tensors, memory, redistribute_like
 from fts.typing import Info, Number, OptState, Params, Transform
 
 Update: TypeAlias = Callable[[Params, OptState, Params | None], tuple[Params, OptState, Info]]
@@ -43,8 +43,8 @@ def added(update: Update) -> Apply:
 
     def apply(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
         updates, state, info = update(grads, state, params)
-        updates = laid_out_like(updates, params)
-        torch._foreach_add_(here(params.values()), here(updates[name] for name in params))
+        updates = redistribute_like(updates, params)
+        torch._foreach_add_(local_tensors(params.values()), local_tensors(updates[name] for name in params))
         return params, state, info
 
     return apply
@@ -82,7 +82,7 @@ def scale_in_place(tensors: Iterable[Tensor], factor: Any) -> None:
 
     The kernels are two to three times as fast with a 0-d tensor of the tensors' own dtype, on the CPU also for numbers.
     """
-    tensors = here(tensors)
+    tensors = local_tensors(tensors)
     dtypes = set(map(_dtype_of, tensors))
     own = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= WIDE_DTYPES else None
     if isinstance(factor, Tensor):
@@ -107,8 +107,8 @@ def fused_lists(params: Params, grads: Params, *moments: Params, half_on_cpu: bo
     bfloat16 and float16 on the CPU, where torch 2.13's `_fused_sgd_` silently does nothing. Of tensors that are spread over
     processes the lists hold what lies here.
     """
-    weights, slopes = here(params.values()), here(grads[name] for name in params)
-    rest = [here(tensors[name] for name in params) for tensors in moments]
+    weights, slopes = local_tensors(params.values()), local_tensors(grads[name] for name in params)
+    rest = [local_tensors(tensors[name] for name in params) for tensors in moments]
     dtypes = set(map(_dtype_of, concatenate(weights, slopes)))
     if not dtypes <= (_FUSED_DTYPES if half_on_cpu or not weights[0].is_cpu else WIDE_DTYPES):
         return None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fts.dtensors import finished, laid_out, whole
+from fts.dtensors import full_tensor, redistribute, reduce_partial
 from fts.errors import ArgumentError
 
 
@@ -105,7 +105,7 @@ def fitted(tree: Tree, form: Tree, where: str) -> Tree:
     if isinstance(form, Tensor):
         if (tree.shape, tree.dtype, tree.device) != (form.shape, form.dtype, form.device):
             _complain(where, tree, form)
-        return laid_out(tree, form)
+        return redistribute(tree, form)
     if isinstance(form, (*_NUMBERS, Nothing)):
         return tree
     if isinstance(form, dict):
@@ -160,7 +160,7 @@ def copied(value: Any) -> Any:
 
 def _done(tensor: Tensor) -> Tensor:
     """Without sums over processes that are unfinished; a spread tensor of one number is plain."""
-    return whole(tensor) if tensor.ndim == 0 else finished(tensor)
+    return full_tensor(tensor) if tensor.ndim == 0 else reduce_partial(tensor)
 
 
 def _number(value: Any) -> Tree:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.dtensors import any_sharded, finished, here, is_sharded, layout, local, summed
+from fts.dtensors import any_sharded, is_sharded, layout, local, local_tensors, reduce_partial, summed
 from fts.transforms._inplace import WIDE_DTYPES
 from fts.transforms._scalars import widest
 
@@ -27,14 +27,14 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The Euclidean norm of each, 0-d, in its dtype or at least float32."""
     if not any_sharded(tensors):
         return [_norm(tensor) for tensor in tensors]
-    tensors = [finished(tensor) for tensor in tensors]
+    tensors = [reduce_partial(tensor) for tensor in tensors]
     return _over_processes([_norm(local(tensor)) for tensor in tensors], tensors)
 
 
 def norm_now(tensors: Sequence[Tensor]) -> Tensor:
     """As `norm_of`, with one kernel where there is one: for fast paths."""
-    tensors = [finished(tensor) for tensor in tensors] if any_sharded(tensors) else tensors
-    parts = here(tensors)
+    tensors = [reduce_partial(tensor) for tensor in tensors] if any_sharded(tensors) else tensors
+    parts = local_tensors(tensors)
     if not _alike(parts):
         return norm_of(tensors)
     norms = list(torch._foreach_norm(parts))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fts.dtensors import any_sharded, finished, is_sharded, laid_out, replicated_like
+from fts.dtensors import any_sharded, is_sharded, redistribute, reduce_partial, replicated_like
 from fts.typing import Params
 
 
@@ -33,7 +33,7 @@ class _OverProcesses(TorchFunctionMode):
                 args = [_fitted(value, args[0]) for value in args]
                 given = {key: _fitted(value, args[0]) for key, value in given.items()}
         result = func(*args, **given)
-        return finished(result) if isinstance(result, Tensor) else result
+        return reduce_partial(result) if isinstance(result, Tensor) else result
 
 
 def _writes(func: Any) -> bool:
@@ -44,7 +44,7 @@ def _writes(func: Any) -> bool:
 
 def _fitted(value: Any, target: Tensor) -> Any:
     """An argument in the layout of what is written; torch refuses to do it where there are more processes than rows."""
-    return laid_out(value, target) if is_sharded(value) and value.shape == target.shape else value
+    return redistribute(value, target) if is_sharded(value) and value.shape == target.shape else value
 
 
 def _joined(value: Any, spread: Tensor) -> Any:

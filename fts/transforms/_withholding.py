@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.dtensors import any_sharded, here, layout, summed
+from fts.dtensors import any_sharded, layout, local_tensors, summed
 from fts.transforms._infos import values_of
 from fts.transforms._inplace import Apply
 from fts.typing import Info, OptState, Params, Transform
@@ -70,7 +70,7 @@ def all_finite(grads: Params, device: torch.device) -> Tensor:
     """Whether all numbers are finite, also those that lie on other processes; 0-d bool on `device`."""
     flags: dict[Any, list[Tensor]] = {}
     likes: dict[Any, Tensor] = {}
-    for grad, part in zip(grads.values(), here(grads.values()), strict=True):
+    for grad, part in zip(grads.values(), local_tensors(grads.values()), strict=True):
         form = layout(grad)
         likes[form] = grad
         flags.setdefault(form, []).append(part.isfinite().all().to(device))

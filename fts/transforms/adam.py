@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.transforms._arguments import check_number, in_words
 from fts.transforms._inplace import added, fast_update, for_kernel, fused_lists, scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
@@ -70,7 +70,11 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
         return updates, AdamState(count, mu, nu), {}
 
     def update_(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
-        slopes, mu, nu = here(grads.values()), here(state.mu[name] for name in grads), here(state.nu[name] for name in grads)
+        slopes, mu, nu = (
+            local_tensors(grads.values()),
+            local_tensors(state.mu[name] for name in grads),
+            local_tensors(state.nu[name] for name in grads),
+        )
         count = state.step.add_(1)
         torch._foreach_lerp_(mu, slopes, 1 - b1)
         torch._foreach_mul_(nu, b2)

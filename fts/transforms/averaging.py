@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, check_transform, need_params
 from fts.transforms._inplace import fast_apply, is_fast, scale_in_place
@@ -79,7 +79,7 @@ def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transfor
         params, inner_state, info = inner_apply(grads, state.inner, params)
         count = state.step.add_(1)
         share = share_of_new(readable(count))
-        average, latest = here(state.average[name] for name in params), here(params.values())
+        average, latest = local_tensors(state.average[name] for name in params), local_tensors(params.values())
         if isinstance(share, Tensor):
             moves = list(torch._foreach_sub(latest, average))
             scale_in_place(moves, share)

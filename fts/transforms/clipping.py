@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.dtensors import finished, here
+from fts.dtensors import local_tensors, reduce_partial
 from fts.transforms._arguments import check_number, need_params
 from fts.transforms._inplace import scale_in_place
 from fts.transforms._norms import norm_now, norm_of, norms_of
@@ -57,7 +57,7 @@ def clip_by_value(limit: float) -> Transform:
         return {name: g.clamp(-limit, limit) for name, g in grads.items()}, state, {}
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        tensors = here(grads.values())
+        tensors = local_tensors(grads.values())
         torch._foreach_clamp_min_(tensors, -limit)
         torch._foreach_clamp_max_(tensors, limit)
         return grads, state, {}
@@ -182,7 +182,7 @@ def _unit_norms(tensors: Params) -> Params:
     for name, tensor in tensors.items():
         if tensor.ndim > 1:
             # units are whole where rows are spread over processes; else this adds up their parts
-            norms[name] = finished(torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True))
+            norms[name] = reduce_partial(torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True))
     return norms
 
 

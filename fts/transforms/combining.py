@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fts.dtensors import laid_out_like
+from fts.dtensors import redistribute_like
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_transform
 from fts.transforms._infos import merged, merged_by_name, part_of
@@ -30,7 +30,7 @@ def apply_updates(params: Params, updates: Params) -> Params:
     >>> apply_updates({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, -0.5])})
     {'w': tensor([1.5000, 1.5000])}
     """
-    updates = laid_out_like(updates, params)
+    updates = redistribute_like(updates, params)
     return {name: (param + updates[name]).to(param.dtype) for name, param in params.items()}
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_transform
 from fts.transforms._infos import merged_by_name, part_of
@@ -67,7 +67,7 @@ def masked(inner: Transform, mask: Mask) -> Transform:
         inside = chosen(params)
         outside = [name for name in params if name not in inside]
         if outside:
-            torch._foreach_add_(here(params[name] for name in outside), here(grads[name] for name in outside))
+            torch._foreach_add_(local_tensors(params[name] for name in outside), local_tensors(grads[name] for name in outside))
         if not inside:
             return params, state, {}
         changed, state, info = inner_apply(_subset(grads, inside), state, inside)

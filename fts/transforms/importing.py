@@ -117,10 +117,10 @@ def _check_keys(name: str, entry: Mapping[str, Any], wanted: set[str]) -> None:
 
 
 def with_plateau(opt_state: OptState, rate: float, memory: Mapping[str, Any]) -> OptState:
-    """The state of `follow_metric` with `Plateau`, with what torch's `ReduceLROnPlateau` knows.
+    """The state of `reduce_on_plateau` with `Plateau`, with what torch's `ReduceLROnPlateau` knows.
 
     Args:
-        opt_state: the state of a transform with `follow_metric` in it. It is not changed.
+        opt_state: the state of a transform with `reduce_on_plateau` in it. It is not changed.
         rate: the learning rate of the next update.
         memory: has `best`, `num_bad_epochs` and `cooldown_counter`.
 
@@ -128,7 +128,7 @@ def with_plateau(opt_state: OptState, rate: float, memory: Mapping[str, Any]) ->
         ArgumentError: the rule of the state remembers other things.
 
     >>> from fts import transforms as tx
-    >>> state = tx.follow_metric(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})
+    >>> state = tx.reduce_on_plateau(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})
     >>> after = with_plateau(state, 0.05, {"best": 2.0, "num_bad_epochs": 3, "cooldown_counter": 0})
     >>> tx.followed_rate(after).item(), after.memory["bad"].item()
     (0.05, 3)

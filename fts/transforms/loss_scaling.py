@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import ArgumentError, NonFiniteError
 from fts.transforms._arguments import check_count, check_number, check_transform
 from fts.transforms._infos import merged, values_of
@@ -236,6 +236,6 @@ def _unscaled(grad: Tensor, inverse: Tensor) -> Tensor:
 def _unscale_in_place(grads: Params, inverse: Any) -> None:
     wide = {name: grad for name, grad in grads.items() if grad.dtype in WIDE_DTYPES}
     if wide:
-        scale_in_place(here(wide.values()), inverse)
-    for grad in here(grad for name, grad in grads.items() if name not in wide):
+        scale_in_place(local_tensors(wide.values()), inverse)
+    for grad in local_tensors(grad for name, grad in grads.items() if name not in wide):
         grad.copy_(grad.float() * inverse)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here, local, wrapped
+from fts.dtensors import from_local_like, local, local_tensors
 from fts.errors import ArgumentError
 from fts.randomness import bits_like
 from fts.transforms._arguments import check_integer, check_transform, need_params
@@ -89,7 +89,7 @@ def master_weights(inner: Transform) -> Transform:
         after, inner_state, info = inner_apply(_widened(grads), state.inner, {**params, **state.master})
         master = {name: after[name] for name in state.master}
         if master:
-            torch._foreach_copy_(here(params[name] for name in master), here(master.values()))
+            torch._foreach_copy_(local_tensors(params[name] for name in master), local_tensors(master.values()))
         return params, MasterState(inner_state, master), info
 
     fast = apply if is_fast(inner) else None
@@ -137,7 +137,7 @@ def stochastic_rounding(inner: Transform, seed: int = 0) -> Transform:
 
     def rounded(name: str, sums: Tensor, step: Tensor) -> Tensor:
         part = local(sums)
-        return wrapped(_rounded(part, bits_like(sums, seed, step.to(part.device), _number_of(name))), sums)
+        return from_local_like(_rounded(part, bits_like(sums, seed, step.to(part.device), _number_of(name))), sums)
 
     def update(grads: Params, state: RoundingState, params: Params | None) -> tuple[Params, OptState, Info]:
         given = need_params(params, "stochastic_rounding")

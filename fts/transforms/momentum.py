@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import added, for_kernel, fused_lists, scale_in_place
@@ -70,7 +70,7 @@ def trace(decay: float, nesterov: bool = False) -> Transform:
         return updates, TraceState(sums), {}
 
     def update_(grads: Params, state: TraceState, params: Params | None) -> tuple[Params, OptState, Info]:
-        slopes, sums = here(grads.values()), here(state.trace[name] for name in grads)
+        slopes, sums = local_tensors(grads.values()), local_tensors(state.trace[name] for name in grads)
         torch._foreach_mul_(sums, decay)
         torch._foreach_add_(sums, slopes)
         if nesterov:
@@ -136,10 +136,10 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
 
     def update_(grads: Params, state: SgdState, params: Params | None) -> tuple[Params, OptState, Info]:
         rate = rate_now(lr, state.step)
-        slopes, sums = here(grads.values()), here(state.trace[name] for name in grads) if momentum else []
+        slopes, sums = local_tensors(grads.values()), local_tensors(state.trace[name] for name in grads) if momentum else []
         if weight_decay:
             weights = need_params(params, "sgd with weight_decay")
-            torch._foreach_add_(slopes, here(weights[name] for name in grads), alpha=weight_decay)
+            torch._foreach_add_(slopes, local_tensors(weights[name] for name in grads), alpha=weight_decay)
         if momentum:
             torch._foreach_mul_(sums, momentum)
             if dampening:

@@ -1,7 +1,7 @@
 """Learning rates that follow a metric: the rate is part of the optimizer's state, and an evaluation changes it.
 
-A rule says how: `Plateau` or `Greedy`. `follow_metric` makes a transform whose rate is that of its state;
-`observe_metric` gives the state after one more value of the metric.
+A rule says how: `Plateau` or `Greedy`. `reduce_on_plateau` makes a transform whose rate is that of its state;
+`update_on_metric` gives the state after one more value of the metric.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fts.typing import Info, OptState, Params, Transform
 
 
 class FollowState(NamedTuple):
-    """State of `follow_metric`.
+    """State of `reduce_on_plateau`.
 
     Attributes:
         inner: the state of the inner transform.
@@ -67,10 +67,10 @@ class Plateau:
 
     >>> from fts import transforms as tx
     >>> rule = Plateau(patience=0, factor=0.5)
-    >>> transform = follow_metric(tx.sgd, 0.1, rule)
+    >>> transform = reduce_on_plateau(tx.sgd, 0.1, rule)
     >>> state = transform.init({"w": torch.zeros(1)})
     >>> for loss in (1.0, 0.5, 0.7):
-    ...     state = observe_metric(state, loss, rule)
+    ...     state = update_on_metric(state, loss, rule)
     >>> followed_rate(state).item()
     0.05
     """
@@ -127,8 +127,8 @@ class Greedy:
 
     >>> from fts import transforms as tx
     >>> rule = Greedy(patience=0, factor=0.5, min_lr=0.0)
-    >>> transform = follow_metric(tx.sgd, 0.1, rule)
-    >>> state = observe_metric(transform.init({"w": torch.zeros(1)}), 0.5, rule)
+    >>> transform = reduce_on_plateau(tx.sgd, 0.1, rule)
+    >>> state = update_on_metric(transform.init({"w": torch.zeros(1)}), 0.5, rule)
     >>> followed_rate(state).item()
     0.2
 
@@ -206,14 +206,14 @@ class Greedy:
         return memory["sum"] / memory["seen"].clamp(max=self.window_size)
 
 
-def follow_metric(make: Callable[[Any], Transform], lr: float, rule: RateRule) -> Transform:
-    """A transform whose learning rate is in its state, where `observe_metric` changes it.
+def reduce_on_plateau(make: Callable[[Any], Transform], lr: float, rule: RateRule) -> Transform:
+    """A transform whose learning rate is in its state, where `update_on_metric` changes it.
 
     Args:
         make: the inner transform for a learning rate, which is a number or a 0-d tensor: `tx.sgd`, or
             `lambda lr: tx.adamw(lr, weight_decay=0.1)`. The structure of its state must not depend on the rate.
         lr: the first rate.
-        rule: what `observe_metric` will be called with, such as `Plateau()`.
+        rule: what `update_on_metric` will be called with, such as `Plateau()`.
 
     Returns:
         A transform with `FollowState`. It reports what the inner one reports, so `lr` is the rate in use.
@@ -223,18 +223,18 @@ def follow_metric(make: Callable[[Any], Transform], lr: float, rule: RateRule) -
 
     >>> from fts import transforms as tx
     >>> rule = tx.Plateau(patience=1)
-    >>> transform = tx.follow_metric(tx.sgd, 0.1, rule)
+    >>> transform = tx.reduce_on_plateau(tx.sgd, 0.1, rule)
     >>> params = {"w": torch.tensor([1.0])}
     >>> updates, state, info = transform.update({"w": torch.tensor([2.0])}, transform.init(params), params)
     >>> updates["w"], info["lr"].item()
     (tensor([-0.2000]), 0.1)
     """
-    check_number("follow_metric: lr", lr)
-    _check_is_rule("follow_metric", rule)
+    check_number("reduce_on_plateau: lr", lr)
+    _check_is_rule("reduce_on_plateau", rule)
     if not callable(make) or isinstance(make, Transform):
-        raise ArgumentError(f"follow_metric takes a function that makes a transform for a rate, as tx.sgd, not {make!r}.")
+        raise ArgumentError(f"reduce_on_plateau takes a function that makes a transform for a rate, as tx.sgd, not {make!r}.")
     first = make(lr)
-    check_transform("follow_metric", first)
+    check_transform("reduce_on_plateau", first)
     latest: dict[float, Transform] = {}  # the rate seldom changes
 
     def now(rate: Tensor) -> Transform:
@@ -270,39 +270,39 @@ def follow_metric(make: Callable[[Any], Transform], lr: float, rule: RateRule) -
         apply if is_fast(first) else None,
         update_ if first.update_ else None,
         first.check,
-        f"follow_metric({in_words(lr)}, {type(rule).__name__})",
+        f"reduce_on_plateau({in_words(lr)}, {type(rule).__name__})",
         (first,),
     )
 
 
-def observe_metric(opt_state: OptState, metric: float | Tensor, rule: RateRule) -> OptState:
-    """The state after one more value of the metric: `follow_metric` finds its next rate in it.
+def update_on_metric(opt_state: OptState, metric: float | Tensor, rule: RateRule) -> OptState:
+    """The state after one more value of the metric: `reduce_on_plateau` finds its next rate in it.
 
     Args:
-        opt_state: the state of a transform that contains `follow_metric`, anywhere. It is not written.
+        opt_state: the state of a transform that contains `reduce_on_plateau`, anywhere. It is not written.
         metric: a number or a 0-d tensor.
-        rule: that of `follow_metric`.
+        rule: that of `reduce_on_plateau`.
 
     Returns:
         A new state that shares all tensors but those of the rule.
 
     Raises:
-        ArgumentError: there is no `follow_metric` in it, the metric is no number, or the rule is none.
+        ArgumentError: there is no `reduce_on_plateau` in it, the metric is no number, or the rule is none.
 
     >>> from fts import transforms as tx
     >>> rule = tx.Plateau(patience=0)
-    >>> transform = tx.chain(tx.clip_by_global_norm(1.0), tx.follow_metric(tx.sgd, 0.1, rule))
-    >>> state = tx.observe_metric(transform.init({"w": torch.zeros(1)}), 3.0, rule)
-    >>> state = tx.observe_metric(state, 3.0, rule)
+    >>> transform = tx.chain(tx.clip_by_global_norm(1.0), tx.reduce_on_plateau(tx.sgd, 0.1, rule))
+    >>> state = tx.update_on_metric(transform.init({"w": torch.zeros(1)}), 3.0, rule)
+    >>> state = tx.update_on_metric(state, 3.0, rule)
     >>> round(tx.followed_rate(state).item(), 6)
     0.01
     """
-    _check_is_rule("observe_metric", rule)
+    _check_is_rule("update_on_metric", rule)
     if not isinstance(metric, Tensor):
         try:
             metric = float(metric)
         except (TypeError, ValueError) as error:
-            raise ArgumentError(f"observe_metric: the metric must be a number, not {metric!r}.") from error
+            raise ArgumentError(f"update_on_metric: the metric must be a number, not {metric!r}.") from error
     if not follows_metric(opt_state):
         raise ArgumentError(_NONE_HERE)
 
@@ -317,16 +317,16 @@ def followed_rate(opt_state: OptState) -> Tensor:
     """The learning rate of the next update, where a metric decides.
 
     Args:
-        opt_state: the state of a transform that contains `follow_metric`, anywhere.
+        opt_state: the state of a transform that contains `reduce_on_plateau`, anywhere.
 
     Returns:
         A 0-d tensor, the state's own.
 
     Raises:
-        ArgumentError: there is no `follow_metric` in it.
+        ArgumentError: there is no `reduce_on_plateau` in it.
 
     >>> from fts import transforms as tx
-    >>> tx.followed_rate(tx.follow_metric(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})).item()
+    >>> tx.followed_rate(tx.reduce_on_plateau(tx.sgd, 0.1, tx.Plateau()).init({"w": torch.zeros(1)})).item()
     0.1
     """
     states = states_in(opt_state, FollowState)
@@ -337,7 +337,7 @@ def followed_rate(opt_state: OptState) -> Tensor:
 
 
 def follows_metric(opt_state: OptState) -> bool:
-    """Whether `followed_rate` and `observe_metric` find something in a state.
+    """Whether `followed_rate` and `update_on_metric` find something in a state.
 
     >>> from fts import transforms as tx
     >>> tx.follows_metric(tx.sgd(0.1).init({"w": torch.zeros(1)}))
@@ -346,7 +346,7 @@ def follows_metric(opt_state: OptState) -> bool:
     return bool(states_in(opt_state, FollowState))
 
 
-_NONE_HERE = "No rate in this state follows a metric: make the transform with follow_metric(make, lr, rule)."
+_NONE_HERE = "No rate in this state follows a metric: make the transform with reduce_on_plateau(make, lr, rule)."
 
 
 def _worst(mode: str) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, in_words, need_params
 from fts.transforms._inplace import scale_in_place
@@ -70,7 +70,7 @@ def set_to_zero() -> Transform:
         return {name: torch.zeros_like(g) for name, g in grads.items()}, state, {}
 
     def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        torch._foreach_zero_(here(grads.values()))
+        torch._foreach_zero_(local_tensors(grads.values()))
         return grads, state, {}
 
     def apply(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
@@ -190,7 +190,9 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Transf
         weights = need_params(params, "add_decayed_weights")
         names = [name for name in grads if decays(name, weights[name])]
         if names:
-            torch._foreach_add_(here(grads[name] for name in names), here(weights[name] for name in names), alpha=weight_decay)
+            torch._foreach_add_(
+                local_tensors(grads[name] for name in names), local_tensors(weights[name] for name in names), alpha=weight_decay
+            )
         return grads, state, {}
 
     words = in_words(weight_decay) if mask is None else f"{in_words(weight_decay)}, mask={mask_in_words(mask)}"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import here
+from fts.dtensors import local_tensors
 from fts.errors import NonFiniteError
 from fts.transforms._arguments import check_count, check_transform
 from fts.transforms._infos import merged, values_of
@@ -172,8 +172,8 @@ def multi_steps(inner: Transform, every: int) -> Transform:
     def apply(grads: Params, state: MultiStepsState, params: Params) -> tuple[Params, OptState, Info]:
         if not state.gathered.is_cpu:
             return slow_apply(grads, state, params)
-        sums = here([state.sums[name] for name in grads])
-        torch._foreach_add_(sums, here(grads.values()))
+        sums = local_tensors([state.sums[name] for name in grads])
+        torch._foreach_add_(sums, local_tensors(grads.values()))
         if int(state.gathered.add_(1)) == every:
             torch._foreach_div_(sums, every)
             params, inner_state, info = inner_apply(state.sums, state.inner, params)

@@ -9,11 +9,11 @@ import time
 import torch
 
 from fts import loops
-from fts.distributed import group as processes
-from fts.distributed.agreeing import Agreement
+from fts.distributed import process_group as processes
+from fts.distributed.async_reduce import AsyncAllReduceMax
 from fts.errors import DistributedError
-from fts.loops.interrupting import StopRequest
-from fts.loops.timing import every_interval
+from fts.loops.preemption import StopRequest
+from fts.loops.timer import every_interval
 
 found = {}
 
@@ -30,16 +30,16 @@ def said(call):
 
 def main(file):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the survivor; it is to say something first
-    group = processes.start(device="cpu")
+    group = processes.init_process_group(device="cpu")
 
     # the second process asks at its third call; then both ask
-    with Agreement(group) as agree:
+    with AsyncAllReduceMax(group) as agree:
         asked = [0, 0, 143 * group.rank, 0, 0, 3 + group.rank, 0, 0, 0]
         found["answers"] = [agree(number) for number in asked]
         found["pending"] = agree.pending is not None
     found["closed"] = agree.pending is None and agree.handle is None
 
-    agree = Agreement(group)
+    agree = AsyncAllReduceMax(group)
     time.sleep(1.0 * group.rank)
     started = time.perf_counter()
     agree(0)
@@ -57,14 +57,14 @@ def main(file):
     agree.close()
 
     # one process is asked to stop: both stop at the same step
-    request = StopRequest(agree=Agreement(group))
+    request = StopRequest(agree=AsyncAllReduceMax(group))
 
     def step(state, batch):
         if group.rank == 1 and state == 4:
             request.ask()
         return state + 1, {}
 
-    *_, last = loops.fit(step, 0, range(100), due=loops.stopping(loops.cadence(), request))
+    *_, last = loops.fit(step, 0, range(100), due=loops.with_stop(loops.cadence(), request))
     found["stopped"] = [last.state, request.reason]
     request.agree.close()
 
@@ -76,12 +76,12 @@ def main(file):
         now += (3.0, 2.0)[group.rank]
         return state + 1, {}
 
-    timer_agree = Agreement(group)
+    timer_agree = AsyncAllReduceMax(group)
     due = loops.cadence(save="10s", clock=lambda: now, agree=timer_agree)
     events = loops.fit(tick, 0, range(16), due=due, save=lambda state, position: str(state))
     found["saved"] = [str(event.path) for event in events if isinstance(event, loops.Saved)]
     timer_agree.close()
-    assert every_interval("10s", agree=Agreement(processes.Group())).due() is False
+    assert every_interval("10s", agree=AsyncAllReduceMax(processes.Group())).due() is False
 
     everyone = group.gather(found)
     first, second = everyone
@@ -89,7 +89,7 @@ def main(file):
     assert first | times == second | times, everyone
 
     # the second hangs longer than the timeout
-    impatient, patient = Agreement(group, timeout=1.0), Agreement(group)
+    impatient, patient = AsyncAllReduceMax(group, timeout=1.0), AsyncAllReduceMax(group)
     impatient(0), patient(0)
     impatient(0), patient(0)
     if group.rank == 1:

@@ -10,11 +10,11 @@ from torch import nn
 
 import fts
 from fts import steps, transforms as tx
-from fts.distributed import FSDP, distribute, start, stop
-from fts.distributed.mesh import Mesh, data_group, data_place, mesh_of
-from fts.distributed.sharding import shard
+from fts.distributed import FSDP, destroy_process_group, distribute, init_process_group
+from fts.distributed.device_mesh import Mesh, data_group, data_place, mesh_of
+from fts.distributed.fsdp import shard
 from fts.distributed.tensor_parallel import parallelize
-from fts.dtensors import local, whole
+from fts.dtensors import full_tensor, local
 from fts.errors import ArgumentError
 
 ROWS = 2
@@ -94,7 +94,7 @@ def differences(model, reference, place=(0, 1)):
         assert one.requires_grad == two.requires_grad
         assert (one.grad is None) == (two.grad is None), name
         if two.grad is not None:
-            worst = max(worst, (whole(one.grad).float() - two.grad).abs().max().item())
+            worst = max(worst, (full_tensor(one.grad).float() - two.grad).abs().max().item())
     mean = group.sum(loss.detach()) / group.size
     return {"loss": abs(mean.item() - expected.item()), "gradients": worst}
 
@@ -219,9 +219,9 @@ def of_errors():
 
 
 if __name__ == "__main__":
-    group = start("gloo", device="cpu")
+    group = init_process_group("gloo", device="cpu")
     found = of_both() if group.size == 4 else {"shards": of_shards(), "matrices": of_matrices(), "errors": of_errors()}
     if group.rank == 0:
         with open(sys.argv[1], "w", encoding="utf-8") as file:
             json.dump(found, file)
-    stop()
+    destroy_process_group()

@@ -15,12 +15,12 @@ from torch import nn
 
 import fts
 from fts import distributed, loops, steps, transforms as tx
-from fts.distributed.mesh import Mesh, mesh_of
-from fts.distributed.sharding import shard
+from fts.distributed.device_mesh import Mesh, mesh_of
+from fts.distributed.fsdp import shard
 from fts.dtensors import is_sharded, local
 from fts.errors import CheckpointError
 from fts.loops import Position
-from fts.loops.judging import judge
+from fts.loops.validation import checkpoint_status
 from fts.storage import has_tensors, is_spread
 
 MIB = 2**20
@@ -68,10 +68,10 @@ def fails(block, words):
 
 
 def written(group, root, state, name, **options):
-    with loops.Writer(group=group, **options) as writer:
+    with loops.AsyncCheckpointer(group=group, **options) as writer:
         path = writer.save(root / name, state, Position(1, 2), extra={"a": 1})
         list(writer.watch([STOPPED]))  # which all wait for
-    assert judge(path) == ("whole", None)
+    assert checkpoint_status(path) == ("whole", None)
     return path
 
 
@@ -113,7 +113,7 @@ def errors_end_all(group, root, state):
     before = {path.name for path in root.iterdir()}
     group.wait()
     for state_dict, background, unlucky in (("full", True, 0), ("full", False, 0), ("sharded", True, 1), ("sharded", True, 0)):
-        writer = loops.Writer(background, group=group, state_dict=state_dict)
+        writer = loops.AsyncCheckpointer(background, group=group, state_dict=state_dict)
         with_limit(group.rank == unlucky, partial(fails, partial(save_once, writer, root, state), "could not be written"))
         group.wait()
         assert {path.name for path in root.iterdir()} == before, state_dict
@@ -123,7 +123,7 @@ def errors_end_all(group, root, state):
         if group.rank == 1:
             raise ValueError("no room for a tokenizer")
 
-    writer = loops.Writer(group=group)
+    writer = loops.AsyncCheckpointer(group=group)
     fails(lambda: writer.save(root / "other", state, write=refuse), "no room for a tokenizer")
     group.wait()
     assert {path.name for path in root.iterdir()} == before
@@ -158,7 +158,7 @@ def damage_is_told(group, root, state):
         part.write_bytes(content)
     group.wait()
     fails(lambda: loops.load_checkpoint(path, like=state, group=group), part.name)
-    assert judge(path)[0] == "damaged"
+    assert checkpoint_status(path)[0] == "damaged"
 
 
 def peak_while(block):
@@ -182,7 +182,7 @@ def memory(group, root):
     found = {}
 
     def save(state_dict):
-        with loops.Writer(group=group, state_dict=state_dict) as writer:
+        with loops.AsyncCheckpointer(group=group, state_dict=state_dict) as writer:
             writer.save(root / f"large-{state_dict}", state, shard_size=16 * MIB)
             list(writer.watch([STOPPED]))
 
@@ -201,7 +201,7 @@ STOPPED = loops.Stopped(loops.Counters(), None)
 
 def main():
     results, root = map(Path, sys.argv[1:])
-    group = distributed.start(timeout=60)
+    group = distributed.init_process_group(timeout=60)
     state, plain = state_of(net(), group, cut=True), state_of(net(), group, cut=False)
     whole_and_in_parts(group, root, state, plain)
     each_machine_has_its_own(group, root, state, plain)
@@ -209,7 +209,7 @@ def main():
     damage_is_told(group, root, state)
     peaks = memory(group, root)
     (results / f"{group.rank}.json").write_text(json.dumps({"peaks": peaks}))
-    distributed.stop()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fts import transforms as tx
-from fts.distributed.sharding import shard
+from fts.distributed.fsdp import shard
 from fts.distributed.strategies import FSDP
 
 ROWS, TOKENS = 2, 12

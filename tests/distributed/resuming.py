@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from fts.dtensors import whole
+from fts.dtensors import full_tensor
 from fts.errors import FtsError
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
 from tests.trainer.helpers import rows
@@ -69,7 +69,7 @@ def trainer_of(out, strategy, **more):
 def figures_of(trainer):
     """Losses by step, and the weights at the end, as exact text."""
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    weights = {name: whole(tensor.detach()).tolist() for name, tensor in trainer.model.named_parameters()}
+    weights = {name: full_tensor(tensor.detach()).tolist() for name, tensor in trainer.model.named_parameters()}
     return {"losses": losses, "weights": weights}
 
 
@@ -90,7 +90,7 @@ def run(job):
     trainer = trainer_of(job["out"], job["strategy"], **job.get("args", {}))
     if rank in job.get("callback", ()):
         trainer.add_callback(Raising())
-    with patch("fts.loops.writing.write_image", is_full) if rank == 0 and job.get("full disk") else nullcontext():
+    with patch("fts.loops.async_checkpointer.write_image", is_full) if rank == 0 and job.get("full disk") else nullcontext():
         try:
             trainer.train(resume_from_checkpoint=job.get("resume"))
         except FtsError as error:

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 import fts
 from fts import distributed, steps, transforms as tx
-from fts.dtensors import whole
-from fts.steps import MicroBatches, Weightless
+from fts.dtensors import full_tensor
+from fts.steps import MicroBatches, PaddingBatch
 
 STEPS = {"ddp": 50, "fsdp": 50}  # the ways that the Trainer goes; the others take 10
 OPTIMIZERS = {
@@ -88,7 +88,7 @@ def mine(parts, micro, group):
     found = []
     for index in range(micro // group.size):
         number = index * group.size + group.rank
-        found.append(parts[number] if number < len(parts) else Weightless(parts[0]))
+        found.append(parts[number] if number < len(parts) else PaddingBatch(parts[0]))
     return MicroBatches(found)
 
 
@@ -128,10 +128,10 @@ def case(way, optimizer, dtype, accumulate, group):
             lambda params, batch: loss(lambda t: torch.func.functional_call(net, params, (t,)), batch)
         )
         step = steps.gradient_step(gradients, transform)
-    step = distributed.distribute(steps.donating(step), group, OPTIONS.get(way), each_batch=way.endswith("each"))
+    step = distributed.distribute(steps.with_donation(step), group, OPTIONS.get(way), each_batch=way.endswith("each"))
     found, own = trained(step, state, [mine(part, micro, group) for part in data(micro, count, one_shape=compiled)])
     figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
-    pairs = [(whole(found.params[name]), tensor) for name, tensor in expected.params.items()]
+    pairs = [(full_tensor(found.params[name]), tensor) for name, tensor in expected.params.items()]
     return {"figures": figures, "params": max((a - b).abs().max().item() for a, b in pairs)}
 
 
@@ -161,7 +161,7 @@ def without_labels(way, group):
     expected, reported = steps.train_step(steps.module_loss(alone, mean), tx.sgd(0.1))(
         fts.TrainState.create(alone, tx.sgd(0.1), seed=0), MicroBatches(parts)
     )
-    difference = max((whole(after.params[name]) - tensor).abs().max().item() for name, tensor in expected.params.items())
+    difference = max((full_tensor(after.params[name]) - tensor).abs().max().item() for name, tensor in expected.params.items())
     return {"figures": abs(float(metrics["loss"] - reported["loss"])), "params": difference}
 
 
@@ -195,7 +195,7 @@ def after_an_error(way, group):
 
 
 def main(folder, *chosen):
-    group = distributed.start(device="cpu")
+    group = distributed.init_process_group(device="cpu")
     found = {}
     for way, optimizer in itertools.product(WAYS, OPTIMIZERS):
         if chosen and way not in chosen:
@@ -209,7 +209,7 @@ def main(folder, *chosen):
     for way in ("ddp", "ddp-static"):
         found[f"{way} after an error"] = after_an_error(way, group)
     Path(folder, f"{group.rank}.json").write_text(json.dumps(found))
-    distributed.stop()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fts import loops
 from fts.cli import main as command
 from fts.errors import ArgumentError
-from fts.loops.finding import survey
+from fts.loops.checkpoint_list import list_checkpoints
 from fts.storage import is_spread
 from tests.distributed import resuming
 from tests.torchrun import results
@@ -122,10 +122,10 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path, kind):
 def test_what_two_processes_wrote(runs):
     found, root = runs
     for kind in ("ddp", "fsdp"):
-        assert [(one.step, one.condition) for one in survey(root / kind)] == [(4, "whole"), (8, "whole"), (12, "whole")]
+        assert [(one.step, one.condition) for one in list_checkpoints(root / kind)] == [(4, "whole"), (8, "whole"), (12, "whole")]
         assert command(["checkpoints", str(root / kind)]) == 0
     assert is_spread(root / "fsdp" / "checkpoint-4", "model.safetensors")
-    assert {one.condition for one in survey(root / "full")} == {"model only"}
+    assert {one.condition for one in list_checkpoints(root / "full")} == {"model only"}
     for path in (root / "model", root / "full" / "checkpoint-12"):
         weights = load_file(path / "model.safetensors")
         assert weights.keys() == found["fsdp"]["weights"].keys()
@@ -150,9 +150,9 @@ def test_a_disk_that_is_full_for_the_first_process_ends_all_soon(runs):
 def test_after_an_error_the_first_process_saves_what_it_has_whole(runs):
     found, root = runs
     assert any("checkpoint-6" in note and "goes on" in note for note in found["callback"]["error"]), found["callback"]
-    assert [(one.step, one.condition) for one in survey(root / "callback")] == [(4, "whole"), (6, "whole")]
+    assert [(one.step, one.condition) for one in list_checkpoints(root / "callback")] == [(4, "whole"), (6, "whole")]
     assert any("the other parts" in note for note in found["callback fsdp"]["error"]), found["callback fsdp"]
-    assert [one.step for one in survey(root / "callback-fsdp")] == [4]
+    assert [one.step for one in list_checkpoints(root / "callback-fsdp")] == [4]
 
 
 @pytest.mark.fuzz
@@ -172,4 +172,4 @@ def test_a_run_of_two_processes_goes_on_in_four(runs, tmp_path):
 
 def test_parts_on_disks_that_are_not_shared_are_refused():
     with pytest.raises(ArgumentError, match="share"):
-        loops.Writer(each_node=True, state_dict="sharded")
+        loops.AsyncCheckpointer(each_node=True, state_dict="sharded")

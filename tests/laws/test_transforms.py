@@ -8,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 
 import fts.testing
 from fts import transforms as tx
-from fts.testing.comparing import in_words
+from fts.testing.comparison import in_words
 from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_update
 from fts.testing.forms import structure_is_stable
-from fts.testing.of_transforms import run_examples
 from fts.testing.purity import inputs_unchanged, state_owns_its_memory
+from fts.testing.transform_checks import run_examples
 
 NAMES = ("w", "b", "layers.10.norm.weight")
 
@@ -74,7 +74,7 @@ REGISTRY = [
     tx.master_weights(tx.dynamic_loss_scale(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.1, momentum=0.9)), 4.0)),
     tx.stochastic_rounding(tx.adamw(0.1), seed=1),
     tx.multi_steps(tx.adamw(COSINE), every=2),
-    tx.follow_metric(tx.adamw, 0.1, tx.Plateau()),
+    tx.reduce_on_plateau(tx.adamw, 0.1, tx.Plateau()),
     tx.multi_steps(tx.chain(tx.clip_by_global_norm(1.0), tx.trace(0.9)), every=3),
     tx.ema_params(tx.adamw(0.1), decay=0.9),
     tx.ema_params(tx.sgd(COSINE, momentum=0.9), decay=0.9, debias=True),
@@ -131,7 +131,7 @@ EAGER_REGISTRY = [
 
 NOT_TRANSFORMS = {
     "apply_updates", "averaged_params", "eval_params", "global_norm", "loss_scale",
-    "followed_rate", "follows_metric", "observe_metric", "torch_moments",
+    "followed_rate", "follows_metric", "update_on_metric", "torch_moments",
     "constant_schedule", "cosine_restarts_schedule", "cosine_schedule", "inverse_sqrt_schedule", "join_schedules",
     "linear_schedule", "polynomial_schedule", "shift_schedule", "warmup", "warmup_stable_decay_schedule",
 }  # fmt: skip

@@ -46,8 +46,8 @@ def main(root, way):
         return request.until(loops.evaluate(slow, state, data * 100))
 
     every = 4 if way == "evaluation" else None
-    with loops.interruptible(patience=0.1) as request:
-        due = loops.stopping(loops.cadence(save=2, evaluate=every), request)
+    with loops.handle_preemption(patience=0.1) as request:
+        due = loops.with_stop(loops.cadence(save=2, evaluate=every), request)
         source = loops.source(data, workers=2 if way == "workers" else 0)
         for event in loops.fit(step, first_state(), source, due=due, save=save, evaluate=evaluate):
             if isinstance(event, loops.StepEnd):

@@ -30,7 +30,7 @@ def save(root: Path, step: int, history: list | None = None, **told) -> Path:
 
 def save_model(root: Path, step: int) -> Path:
     """As `save_only_model` writes it."""
-    return loops.write_whole(root / f"checkpoint-{step}", lambda hidden: (hidden / WEIGHTS).write_bytes(b"weights") and None)
+    return loops.atomic_directory(root / f"checkpoint-{step}", lambda hidden: (hidden / WEIGHTS).write_bytes(b"weights") and None)
 
 
 def names_in(root: Path) -> set[str]:

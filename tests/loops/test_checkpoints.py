@@ -18,8 +18,8 @@ from fts import transforms as tx
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from fts.loops.checkpoints import load_extra, verify_checkpoint
-from fts.loops.judging import is_whole
-from fts.storage.manifest import seal
+from fts.loops.validation import is_whole
+from fts.storage.manifest import write_manifest
 
 OPTIMIZER = tx.adamw(1e-3)
 
@@ -232,7 +232,7 @@ def test_deeply_nested_json_is_a_damaged_checkpoint(tmp_path, name):
     (path / name).write_text('{"format": 1, "extra": ' + "[" * 100_000)
     if name == "progress.json":
         (path / "manifest.json").unlink()
-        seal(path)
+        write_manifest(path)
         with pytest.raises(CheckpointError, match="cannot be read"):
             load_extra(path)
     else:
@@ -265,7 +265,7 @@ def test_progress_is_checked_even_if_the_manifest_fits(tmp_path, document):
     path = saved(tmp_path, 1)
     (path / "progress.json").write_text(document)
     (path / "manifest.json").unlink()
-    seal(path)
+    write_manifest(path)
     with pytest.raises(CheckpointError, match=r"progress\.json"):
         load_checkpoint(path, like=state_at(0))
 
@@ -446,11 +446,11 @@ def test_planted_pickles_are_never_loaded(tmp_path):
         (path / name).write_bytes(bomb)
         if name != "manifest.json":  # as an attacker would
             (path / "manifest.json").unlink()
-            seal(path)
+            write_manifest(path)
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             load_checkpoint(path, like=state_at(0))
         (path / name).write_bytes(content)
-        seal(path)
+        write_manifest(path)
     assert not exploded.exists()
     pickle.loads(bomb)  # noqa: S301
     assert exploded.exists()  # it would have worked

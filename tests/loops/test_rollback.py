@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 import fts
 from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
-from fts.loops import Position, RolledBack, StepEnd, cadence, fit, locating, rolling_back, source
+from fts.loops import Position, RolledBack, StepEnd, cadence, fit, rolling_back, source, with_error_context
 
 NAN = float("nan")
 BAD = 5
@@ -33,7 +33,7 @@ def parts(raises="step"):
     net = network()
     optimizer = tx.adamw(0.1) if raises == "step" else tx.skip_nonfinite(tx.adamw(0.1), limit=1)
     step = steps.train_step(steps.module_loss(net, loss), optimizer)
-    return steps.raise_nonfinite(step) if raises == "step" else step, fts.TrainState.create(net, optimizer, seed=2)
+    return steps.with_nonfinite_check(step) if raises == "step" else step, fts.TrainState.create(net, optimizer, seed=2)
 
 
 def last_of(events):
@@ -91,7 +91,9 @@ def test_beyond_the_limit_the_error_says_where_and_how_often():
     data = source(
         TensorDataset(torch.cat(batches(bad=[2, 4, 6]))), batch_size=4, collate=lambda rows: torch.stack([r for (r,) in rows])
     )
-    run = rolling_back(lambda state, start: locating(fit(step, state, data, start=start), data), state, every=1, limit=2)
+    run = rolling_back(
+        lambda state, start: with_error_context(fit(step, state, data, start=start), data), state, every=1, limit=2
+    )
     with pytest.raises(NonFiniteError, match=r"In step 5 .*: 0\.weight \(") as caught:
         list(run)
     place, limit = caught.value.__notes__

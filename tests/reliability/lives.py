@@ -113,7 +113,7 @@ def on_the_thread(root: Path, tell: Tell) -> tuple[Any, Any]:
 
 
 def with_rotation(root: Path, tell: Tell) -> tuple[Any, Any]:
-    """`loops.fit` with a `Writer` and a checkpoint of each second step, of which two stay."""
+    """`loops.fit` with a `AsyncCheckpointer` and a checkpoint of each second step, of which two stay."""
     net, step, state, data = _core()
     newest, position = loops.newest_checkpoint(root), loops.Position()
     if newest is not None:
@@ -128,7 +128,7 @@ def with_rotation(root: Path, tell: Tell) -> tuple[Any, Any]:
 
         return writer.save(path, state, position, then=then)
 
-    with loops.Writer() as writer:
+    with loops.AsyncCheckpointer() as writer:
         return _fit(net, step, state, data, position, save, tell, writer.watch)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import hf_storage
 
-from fts.storage import whole
+from fts.storage import atomic
 from fts.trainer import TrainerCallback
 from tests.distributed.resuming import figures_of, trainer_of
 
@@ -53,7 +53,7 @@ def in_sealing():
             die()
         return seal(directory, written)
 
-    seal, whole.seal = whole.seal, cut_off
+    seal, atomic.write_manifest = atomic.write_manifest, cut_off
 
 
 def main():

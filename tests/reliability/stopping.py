@@ -1,4 +1,4 @@
-"""One of two processes that train until one of them is asked to stop, for test_stopping: `stopping.py FILE RANK`."""
+"""One of two processes that train until one of them is asked to stop, for test_stopping: `with_stop.py FILE RANK`."""
 
 import sys
 import time
@@ -23,8 +23,8 @@ def main(file: str, rank: int) -> None:
 
     saved = []
     try:
-        with loops.interruptible(agree=agree) as request:
-            due = loops.stopping(loops.cadence(save=1000), request)
+        with loops.handle_preemption(agree=agree) as request:
+            due = loops.with_stop(loops.cadence(save=1000), request)
             for event in loops.fit(step, 0, range(100_000), due=due, save=lambda state, position: saved.append(state)):
                 if isinstance(event, loops.StepEnd) and event.counters.step == 5:
                     print("running", flush=True)

@@ -38,7 +38,7 @@ from hypothesis import given, settings, strategies as st
 from fts import loops
 from fts.errors import ArgumentError, CallbackError, CheckpointError, FtsError
 from fts.trainer import Trainer
-from fts.trainer.collate import collator_for
+from fts.trainer.data.collator import collator_for
 from tests.reliability.ways import LAST, SETTINGS, WAYS, Rows, by_trainer, ending
 from tests.trainer.helpers import Regression, arguments, make_trainer, rows
 

@@ -23,13 +23,13 @@ from hypothesis import given, settings, strategies as st
 import fts
 from fts import cli, loops, transforms as tx
 from fts.errors import CheckpointError, FtsError
-from fts.loops.finding import survey
-from fts.storage.manifest import seal
+from fts.loops.checkpoint_list import list_checkpoints
+from fts.storage.manifest import write_manifest
 from fts.trainer import EarlyStoppingCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
-from fts.trainer.resuming import cut_of, saved_arguments
-from fts.trainer.resuming_hf import read_torch_file
-from fts.trainer.weights import load_weights
+from fts.trainer.checkpoints.from_transformers import read_torch_file
+from fts.trainer.checkpoints.resume import cut_of, saved_arguments
+from fts.trainer.model.weights import load_weights
 from tests.reliability.ways import SETTINGS, Rows
 from tests.trainer.helpers import Regression, make_trainer
 
@@ -88,7 +88,7 @@ def read_everything(root, checkpoint, *, resume=True):
         lambda: loops.load_extra(checkpoint),
         lambda: loops.verify_checkpoint(checkpoint),
         lambda: loops.newest_checkpoint(root),
-        lambda: survey(root),
+        lambda: list_checkpoints(root),
         lambda: cli.main(["checkpoints", str(root)]),
         lambda: cli.main(["checkpoints", "prune", str(root), "--keep", "1", "--dry-run"]),
         lambda: TrainerState.load_from_json(checkpoint / "trainer_state.json"),
@@ -131,7 +131,7 @@ def test_a_planted_pickle_is_never_run(name, sealed, content, root, tmp_path):
     exploded, checkpoint = tmp_path / "exploded", root / "checkpoint-6"
     (checkpoint / name).write_bytes(content(Bomb(exploded)))
     if sealed and name != "manifest.json":
-        seal(checkpoint)
+        write_manifest(checkpoint)
     read_everything(root, checkpoint)
     assert not exploded.exists()
 
@@ -216,7 +216,7 @@ def test_any_bytes_in_a_file(name, content, whole, data, finished, played):
         (checkpoint / name).write_bytes(content if whole else before[:start] + content + before[start + len(content) :])
         read_everything(played, checkpoint, resume=False)
         if name != "manifest.json":
-            seal(checkpoint)
+            write_manifest(checkpoint)
         read_everything(played, checkpoint, resume=data.draw(st.integers(0, 3)) == 0)
 
 
@@ -230,7 +230,7 @@ def test_any_json_in_a_file_with_the_right_checksum(name, data, finished, played
         document = json.loads((checkpoint / name).read_text())
         (checkpoint / name).write_text(json.dumps(data.draw(changed(document), label="document")))
         if name != "manifest.json":
-            seal(checkpoint)
+            write_manifest(checkpoint)
         read_everything(played, checkpoint)
 
 
@@ -303,7 +303,7 @@ def test_rotation_deletes_nothing_that_a_checkpoint_names(best, root, tmp_path):
     state = json.loads(path.read_text())
     state["best_model_checkpoint"] = str(other) if best == "nowhere" else best
     path.write_text(json.dumps(state))
-    seal(path.parent)
+    write_manifest(path.parent)
     with contextlib.suppress(FtsError):
         make_trainer(root, train_dataset=Rows(), save_total_limit=1, **SETTINGS).train(resume_from_checkpoint=True)
     assert other.is_dir()

@@ -70,13 +70,13 @@ def by_fit(root: Path, act: Act | None = None, data: Any = None, workers: int = 
     data = Rows() if data is None else data
     source = loops.source(data, batch_size=4, shuffle=True, seed=1, workers=workers)
     step = steps.train_step(steps.module_loss(net), optimizer)
-    with loops.Writer() as writer:
+    with loops.AsyncCheckpointer() as writer:
 
         def save(state: fts.TrainState, position: loops.Position) -> Path:
             return writer.save(root / f"checkpoint-{int(state.step)}", state, position)
 
         events = loops.fit(step, state, source, epochs=2, start=start, due=loops.cadence(save=3), save=save)
-        for event in writer.watch(loops.locating(events, source)):
+        for event in writer.watch(loops.with_error_context(events, source)):
             if act is not None and isinstance(event, loops.StepEnd):
                 writer.wait()
                 act(event.counters.step)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import fts
 from fts import steps, transforms as tx
 from fts.errors import ArgumentError, CompileFallbackWarning, NonFiniteError
-from fts.steps import offloading
+from fts.steps import activation_offloading
 
 ENGINES = ["module", "func"]
 SCALE = {"init_scale": 2.0**12, "growth_interval": 3}
@@ -55,7 +55,7 @@ def by_torch(data, accumulate=1):
     for batch in data:
         scales.append(scaler._init_scale if scaler._scale is None else scaler.get_scale())
         total = 0.0
-        for part in steps.split(batch, accumulate):
+        for part in steps.split_microbatches(batch, accumulate):
             with torch.autocast("cpu", torch.float16):
                 loss = loss_fn(net, part) / accumulate
             scaler.scale(loss).backward()
@@ -145,7 +145,7 @@ def test_small_gradients_arrive():
 
     def grads_of(transform, precision):
         step = steps.train_step(steps.module_loss(net, tiny), transform, precision=precision)
-        return steps.gradients_at(step, fts.TrainState.create(net, transform), x)[1]["weight"]
+        return steps.compute_gradients(step, fts.TrainState.create(net, transform), x)[1]["weight"]
 
     assert torch.equal(grads_of(tx.dynamic_loss_scale(tx.sgd(0.1)), "fp16"), torch.full((1, 4), 2.0**-30))
     assert torch.equal(grads_of(tx.dynamic_loss_scale(tx.sgd(0.1), 1.0), "fp16"), torch.zeros(1, 4))
@@ -189,18 +189,18 @@ def test_gradients_are_shown_without_the_scale():
 
     plain = tx.sgd(0.1)
     step = steps.train_step(steps.module_loss(net, loss_fn), plain)
-    expected, _ = run(steps.seeing_gradients(step, halve), fts.TrainState.create(net, plain), data)
+    expected, _ = run(steps.with_gradient_callback(step, halve), fts.TrainState.create(net, plain), data)
     without, seen = seen, []
     scaled = tx.dynamic_loss_scale(plain)
     step = steps.train_step(steps.module_loss(net, loss_fn), scaled)
-    found, _ = run(steps.seeing_gradients(step, halve), fts.TrainState.create(net, scaled), data)
+    found, _ = run(steps.with_gradient_callback(step, halve), fts.TrainState.create(net, scaled), data)
     torch.testing.assert_close(seen, without)
     torch.testing.assert_close(found.params, expected.params)
 
 
 @pytest.mark.parametrize(
     "careful",
-    [steps.raise_nonfinite, steps.notice_nonfinite, lambda s: steps.notice_nonfinite(steps.compile(s, backend="eager"))],
+    [steps.with_nonfinite_check, steps.check_after_step, lambda s: steps.check_after_step(steps.compile(s, backend="eager"))],
 )
 def test_an_overflow_by_the_scale_raises_nothing_and_a_bad_loss_does(careful):
     net, data, transform = Net(), batches(4, overflow=(0, 1)), optimizer()
@@ -233,7 +233,7 @@ def test_backward_of_ones_own_is_scaled():
         data,
     )
     scaler = steps.Scaler()
-    gradients = steps.own_backward(net, own(scaler, lambda scaler, loss: scaler.scale(loss)), scaler=scaler)
+    gradients = steps.manual_backward(net, own(scaler, lambda scaler, loss: scaler.scale(loss)), scaler=scaler)
     found, _ = run(steps.gradient_step(gradients, transform), fts.TrainState.create(net, transform), data)
     torch.testing.assert_close(found.params, expected.params, rtol=0, atol=0)
     plain = tx.adamw(0.01)  # without a scale it multiplies by nothing
@@ -246,9 +246,9 @@ def test_backward_of_ones_own_without_the_scale_is_an_error():
     state, scaler = fts.TrainState.create(net, transform), steps.Scaler()
     unscaled = own(scaler, lambda scaler, loss: loss)
     with pytest.raises(ArgumentError, match=r"scaler = steps.Scaler\(\)"):
-        steps.gradient_step(steps.own_backward(net, unscaled), transform)(state, batch)
+        steps.gradient_step(steps.manual_backward(net, unscaled), transform)(state, batch)
     with pytest.raises(ArgumentError, match=r"did not scale its loss.*accelerator.backward\(loss\)"):
-        steps.gradient_step(steps.own_backward(net, unscaled, scaler=scaler), transform)(state, batch)
+        steps.gradient_step(steps.manual_backward(net, unscaled, scaler=scaler), transform)(state, batch)
 
 
 # ---- activations
@@ -279,7 +279,7 @@ def test_activations_are_computed_anew_in_float16(engine, reentrant):
 def moved(monkeypatch):
     """Which shapes are copied to the memory of the CPU."""
     shapes = []
-    original = offloading._packer
+    original = activation_offloading._packer
 
     def packer(least):
         pack = original(least)
@@ -292,7 +292,7 @@ def moved(monkeypatch):
 
         return look
 
-    monkeypatch.setattr(offloading, "_packer", packer)
+    monkeypatch.setattr(activation_offloading, "_packer", packer)
     return shapes
 
 
@@ -385,7 +385,7 @@ def test_bfloat16_parameters_are_trained(engine, around):
     state, found = run(step, fts.TrainState.create(net, transform), data)
     assert {tensor.dtype for tensor in state.params.values()} == {torch.bfloat16}
     assert found[-1]["loss"] < 0.5 * found[0]["loss"]
-    donated, _ = run(steps.donating(step), fts.TrainState.create(net, transform), data)
+    donated, _ = run(steps.with_donation(step), fts.TrainState.create(net, transform), data)
     torch.testing.assert_close(donated.params, state.params, rtol=0, atol=0)
 
 

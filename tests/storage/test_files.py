@@ -6,7 +6,7 @@ import pytest
 import xxhash
 
 from fts.errors import CheckpointError
-from fts.storage import Image, file_in, lay_out, measure, write_image
+from fts.storage import StagingBuffer, file_in, lay_out, measure, write_image
 from fts.storage.files import CHUNK, DIRECT, write_parts
 
 
@@ -14,7 +14,7 @@ def image_of(size):
     """Random bytes from a page boundary on, and what fills the last page."""
     import torch
 
-    image = Image()
+    image = StagingBuffer()
     (view,) = image.hold(lay_out("a", {"x": torch.randint(0, 256, (size,), dtype=torch.uint8)}).files)
     return view, lay_out("a", {"x": torch.empty(size, dtype=torch.uint8)}).files[0].size, image
 

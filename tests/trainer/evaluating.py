@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from fts import loops, steps, transforms as tx
-from fts.distributed import start, stop
-from fts.distributed.exchanging import Exchange
+from fts.distributed import destroy_process_group, init_process_group
+from fts.distributed.object_collectives import AllGatherObject
 from fts.state import TrainState
 from fts.trainer import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -158,9 +158,9 @@ def core(data):
     net = Tagger()
     step = steps.eval_step(steps.module_loss(net))
     state = TrainState.create(net, tx.identity())
-    group = start(device="cpu")
+    group = init_process_group(device="cpu")
     whole = loops.source(data, batch_size=4, collate=pad)
-    shared = loops.share(whole, group.rank, group.size)
+    shared = loops.shard_source(whole, group.rank, group.size)
     *_, last = loops.evaluate(step, state, shared, group=group if group.size > 1 else None)
     return {name: value.hex() for name, value in last.metrics.items()}
 
@@ -169,7 +169,7 @@ def check_exchange(group):
     """What each process has arrives as it is, whatever it is."""
     kinds = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint8, torch.complex64]
     for by_objects in (False, True):
-        exchange = Exchange(group, by_objects)
+        exchange = AllGatherObject(group, by_objects)
         mine = {
             "rank": group.rank,
             "tensors": [torch.arange(group.rank + 3).to(kind) for kind in kinds],
@@ -201,7 +201,7 @@ def with_split_batches():
 
 if __name__ == "__main__":
     found = dict(evaluations())
-    group = start(device="cpu")
+    group = init_process_group(device="cpu")
     if group.size > 1:
         check_exchange(group)
     everyone = group.gather(found)
@@ -210,4 +210,4 @@ if __name__ == "__main__":
     if group.is_first:
         with open(sys.argv[1], "w") as file:
             json.dump({"same": found, "split": split}, file)
-    stop()
+    destroy_process_group()

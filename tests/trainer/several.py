@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fts import Trainer, TrainerCallback, TrainingArguments
-from fts.distributed import stop
+from fts.distributed import destroy_process_group
 
 NAN_AT = 4  # in the first row of the third update, which the second process does not have
 LENGTHS = (6, 2)
@@ -115,7 +115,7 @@ def main(folder):
         found[f"save {each}"] = (own / "checkpoint-1" / "model.safetensors").is_file()
     found["asked"] = asked_by_one(folder / "asked", rank)
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

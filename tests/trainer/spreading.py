@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fts import Trainer, TrainingArguments
-from fts.distributed import distributing, stop
+from fts.distributed import destroy_process_group, distribution
 from fts.dtensors import local
 from fts.errors import ArgumentError
 
@@ -100,13 +100,13 @@ def main(file):
 
     ddp = torch.nn.parallel.DistributedDataParallel
     ddp.__init__ = noting(ddp.__init__, "DDP")
-    replicating = distributing.Replicating
+    replicating = distribution.DDPGradients
 
     def noted(group, same_buffers, **options):
         given.setdefault("buffers", same_buffers)
         return replicating(group, same_buffers, **options)
 
-    distributing.Replicating = noted
+    distribution.DDPGradients = noted
     torch.distributed.init_process_group = noting(torch.distributed.init_process_group, "group")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def main(file):
     if os.environ.get("RANK", "0") == "0":
         with open(file, "w", encoding="utf-8") as handle:
             json.dump(found, handle)
-    stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from fts import transforms as tx
 from fts.state import TrainState
 from fts.trainer import TrainerCallback, TrainerState
-from fts.trainer.best import note_best
-from fts.trainer.optimizers import make_transform
-from fts.trainer.weights import load_best
+from fts.trainer.evaluation.best_model import note_best
+from fts.trainer.model.weights import load_best
+from fts.trainer.optimization.names import make_transform
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 BEST = {
@@ -115,7 +115,7 @@ def test_a_best_evaluation_without_a_checkpoint_is_told(scores, loaded, text, tm
     trainer.train()
     path = None if loaded is None else str(tmp_path / f"checkpoint-{loaded}")
     assert trainer.state.best_model_checkpoint == path
-    warned = [record.message for record in caplog.records if record.name == "fts.trainer.best"]
+    warned = [record.message for record in caplog.records if record.name == "fts.trainer.evaluation.best_model"]
     assert len(warned) == (text is not None)
     assert text is None or text in warned[0]
     if loaded is not None:

@@ -6,7 +6,7 @@ import torch
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from fts.trainer.weights import load_weights
+from fts.trainer.model.weights import load_weights
 from tests.trainer.helpers import make_trainer
 
 TIMES = ("runtime", "per_second")

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fts import transforms as tx
 from fts.errors import Interrupted
 from fts.trainer import EarlyStoppingCallback, TrainerCallback
-from fts.trainer.state import ExportableState
+from fts.trainer.callbacks.state import ExportableState
 from tests.trainer.helpers import Linear, Regression, make_trainer, rows
 
 ROWS = 22

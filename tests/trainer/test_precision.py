@@ -10,7 +10,7 @@ from torch import nn
 from fts import TrainState, steps, transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
-from fts.trainer.float8 import check_float8, convert_to_float8
+from fts.trainer.model.float8 import check_float8, convert_to_float8
 from tests.trainer.helpers import Regression, arguments, losses, make_trainer, rows
 
 
@@ -136,7 +136,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path, caplog, before, after):
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "logging_steps": 1}
     make_trainer(tmp_path, **options, **before).train()
     again = make_trainer(tmp_path / "again", **options, **after)
-    with caplog.at_level(logging.INFO, "fts.trainer.restoring"):
+    with caplog.at_level(logging.INFO, "fts.trainer.checkpoints.state_loading"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.state.global_step == 8
     assert ("The loss scale begins at 65536" in caplog.text) == after["fp16"]

@@ -69,7 +69,7 @@ def test_what_a_callback_asks_for_in_one_process_all_do(found):
 def test_the_processes_are_joined_by_what_the_arguments_name(monkeypatch):
     asked = []
     note = lambda backend, timeout, device: asked.append((backend, timeout.seconds))  # noqa: E731
-    monkeypatch.setattr("fts.distributed.group.start", note)
+    monkeypatch.setattr("fts.distributed.process_group.init_process_group", note)
     started(TrainingArguments(use_cpu=True, ddp_backend="gloo", ddp_timeout=7))
     started(TrainingArguments(use_cpu=True))
     with TrainingArguments(use_cpu=True, ddp_backend="gloo").main_process_first():

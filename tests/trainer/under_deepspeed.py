@@ -88,9 +88,9 @@ def resumed(trainer):
 def main(folder, place):
     sys.path.append(place)
     found = {name: run(folder / name, config, bf16=name == "bf16") for name, config in CASES.items()}
-    group = distributed.start()
+    group = distributed.init_process_group()
     (folder / f"{group.rank}.json").write_text(json.dumps(found))
-    distributed.stop()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

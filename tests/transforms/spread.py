@@ -24,11 +24,11 @@ from transformers.optimization import Adafactor
 
 import fts
 from fts import steps, transforms as tx
-from fts.dtensors import is_sharded, whole
+from fts.dtensors import full_tensor, is_sharded
 from fts.errors import ArgumentError
 from fts.randomness import normal_like
-from fts.steps.finite import NonFinite, nonfinite_in
-from fts.testing.comparing import in_words, require_close, require_equal
+from fts.steps.nonfinite import NonFinite, nonfinite_in
+from fts.testing.comparison import in_words, require_close, require_equal
 from fts.testing.sharded import SPREADS, gathered, sharded_equals_whole, spread_out
 from fts.typing import Params, Transform
 from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
@@ -100,7 +100,7 @@ def noise_is_that_of_the_whole() -> None:
     tree = tensors(tuple(SHAPES), torch.float64, 0)
     for spread in SPREADS:
         for name, tensor in spread_out(tree, spread).items():
-            require_equal(name, whole(normal_like(tensor, 3, 7)), normal_like(tree[name], 3, 7))
+            require_equal(name, full_tensor(normal_like(tensor, 3, 7)), normal_like(tree[name], 3, 7))
 
 
 def bad_numbers_are_counted_once() -> None:
@@ -133,9 +133,9 @@ def as_torch(make_optimizer: Callable[..., torch.optim.Optimizer], transform: Tr
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         optimizer.step()
         state, info = steps.apply_gradients(state, grads, full, donate=bool(i % 2))
-        require_close("grad_norm", info["grad_norm"], whole(norm), looser=0.01)
+        require_close("grad_norm", info["grad_norm"], full_tensor(norm), looser=0.01)
         for name, parameter in theirs.named_parameters():
-            require_close(name, whole(state.params[name]), whole(parameter.detach()), looser=0.01)
+            require_close(name, full_tensor(state.params[name]), full_tensor(parameter.detach()), looser=0.01)
 
 
 def states_hold_shards() -> None:
@@ -146,7 +146,7 @@ def states_hold_shards() -> None:
     assert "3 tensors with 18 numbers" in repr(spread)
     grads = tensors(KNOWN, torch.float32, 1)
     plain, _ = steps.apply_gradients(plain, grads, transform)
-    kept = {name: whole(tensor) for name, tensor in spread.params.items()}
+    kept = {name: full_tensor(tensor) for name, tensor in spread.params.items()}
     after, _ = steps.apply_gradients(spread, spread_out(grads, "shards"), transform)
     require_equal("the old state", gathered(spread.params), kept)
     require_close("params", gathered(after.params), plain.params)

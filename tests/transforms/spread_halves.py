@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from fts import transforms as tx
-from fts.dtensors import whole
-from fts.testing.comparing import require_close, require_equal
+from fts.dtensors import full_tensor
+from fts.testing.comparison import require_close, require_equal
 from fts.testing.sharded import SPREADS, gathered, spread_out
 
 SHAPES = {"w": (3, 4), "b": (1,), "kernel": (2, 3, 2, 2), "temperature": ()}
@@ -45,7 +45,9 @@ def halves_are_those_of_the_whole() -> None:
                 # bit for bit: the same numbers are rounded up everywhere
                 require_equal(f"{transform.label}, {spread}: params", gathered(two), one)
                 require_close(f"{transform.label}, {spread}: state", gathered(own), state)
-                require_close(f"{transform.label}, {spread}: info", {key: whole(value) for key, value in told.items()}, info)
+                require_close(
+                    f"{transform.label}, {spread}: info", {key: full_tensor(value) for key, value in told.items()}, info
+                )
 
 
 def what_overflows_in_one_process_is_skipped_in_all() -> None:

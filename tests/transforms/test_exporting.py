@@ -24,9 +24,9 @@ def by_torch(cls, **options):
         (tx.chain(tx.scale(1.0), tx.adam(0.1)), torch.optim.Adam, {"lr": 0.1}),
         (tx.skip_nonfinite(tx.sgd(0.1, momentum=0.9)), torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
         (tx.from_torch(torch.optim.Adagrad, lr=0.1), torch.optim.Adagrad, {"lr": 0.1}),
-        (tx.follow_metric(tx.adamw, 0.1, tx.Plateau()), torch.optim.AdamW, {"lr": 0.1}),
+        (tx.reduce_on_plateau(tx.adamw, 0.1, tx.Plateau()), torch.optim.AdamW, {"lr": 0.1}),
     ],
-    ids=["adamw", "adam", "sgd", "from_torch", "follow_metric"],
+    ids=["adamw", "adam", "sgd", "from_torch", "reduce_on_plateau"],
 )
 def test_moments_are_those_of_torch(transform, cls, options):
     _, state, _ = by_update(transform, PARAMS, GRADIENTS)

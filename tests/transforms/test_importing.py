@@ -87,6 +87,6 @@ def test_the_state_of_another_optimizer_is_refused(descent, entry, words):
 
 
 def test_another_rule_is_refused():
-    state = tx.follow_metric(tx.sgd, 0.1, tx.Greedy()).init({"w": torch.zeros(1)})
+    state = tx.reduce_on_plateau(tx.sgd, 0.1, tx.Greedy()).init({"w": torch.zeros(1)})
     with pytest.raises(ArgumentError, match="the rule remembers"):
         with_plateau(state, 0.1, {"best": 1.0, "num_bad_epochs": 0, "cooldown_counter": 0})

@@ -24,10 +24,10 @@ def metrics_of(seed, count=60):
 
 
 def rates_by_rule(rule, metrics):
-    state = tx.follow_metric(tx.sgd, RATE, rule).init({"w": torch.zeros(1)})
+    state = tx.reduce_on_plateau(tx.sgd, RATE, rule).init({"w": torch.zeros(1)})
     rates = []
     for metric in metrics:
-        state = tx.observe_metric(state, metric, rule)
+        state = tx.update_on_metric(state, metric, rule)
         rates.append(tx.followed_rate(state).item())
     return rates
 
@@ -108,11 +108,11 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_laws(name):
-    check_transform(tx.follow_metric(MAKERS[name], RATE, tx.Plateau()))
+    check_transform(tx.reduce_on_plateau(MAKERS[name], RATE, tx.Plateau()))
 
 
 def test_laws_with_the_memory_of_greedy():
-    check_transform(tx.follow_metric(tx.sgd, RATE, tx.Greedy(smooth=True)))
+    check_transform(tx.reduce_on_plateau(tx.sgd, RATE, tx.Greedy(smooth=True)))
 
 
 @pytest.mark.parametrize("run", [by_update, by_apply])
@@ -120,7 +120,7 @@ def test_laws_with_the_memory_of_greedy():
 def test_updates_have_the_rate_of_the_state(name, run):
     rule = tx.Plateau(patience=0, factor=0.5)
     params, gradients = make_params(), make_gradients(6)
-    transform = tx.chain(tx.scale(1.0), tx.follow_metric(MAKERS[name], RATE, rule))
+    transform = tx.chain(tx.scale(1.0), tx.reduce_on_plateau(MAKERS[name], RATE, rule))
     found, state = params, transform.init(params)
     plain, plain_state = params, MAKERS[name](RATE).init(params)
     for i, grads in enumerate(gradients):
@@ -129,7 +129,7 @@ def test_updates_have_the_rate_of_the_state(name, run):
         found, state, info = step(transform, run, grads, state, found)
         assert info["lr"].item() == pytest.approx(rate, rel=1e-12)
         if i % 2 == 1:
-            state = tx.observe_metric(tx.observe_metric(state, 1.0, rule) if i == 1 else state, 1.0, rule)
+            state = tx.update_on_metric(tx.update_on_metric(state, 1.0, rule) if i == 1 else state, 1.0, rule)
     assert_close(found, plain)
 
 
@@ -143,17 +143,17 @@ def step(transform, run, grads, state, params):
 
 def test_the_state_is_found_anywhere_and_stays_valid():
     rule = tx.Plateau(patience=0, factor=0.5)
-    following = tx.follow_metric(tx.sgd, RATE, rule)
+    following = tx.reduce_on_plateau(tx.sgd, RATE, rule)
     for transform in (
         following,
         tx.chain(tx.scale(1.0), last=following),
         tx.skip_nonfinite(tx.multi_steps(following, 2)),
         tx.ema_params(following, 0.9),
         tx.partition({1: following, 2: following}, lambda name, p: 1 + (p.ndim > 1)),
-        tx.follow_metric(lambda lr: following, RATE, rule),
+        tx.reduce_on_plateau(lambda lr: following, RATE, rule),
     ):
         before = transform.init(make_params())
-        after = tx.observe_metric(tx.observe_metric(before, 1.0, rule), torch.tensor(1.0), rule)
+        after = tx.update_on_metric(tx.update_on_metric(before, 1.0, rule), torch.tensor(1.0), rule)
         assert tx.follows_metric(before)
         assert tx.followed_rate(before).item() == RATE
         assert tx.followed_rate(after).item() == RATE / 2
@@ -164,21 +164,21 @@ def test_the_state_is_found_anywhere_and_stays_valid():
 
 def test_errors():
     state = tx.sgd(0.1).init({"w": torch.zeros(1)})
-    with pytest.raises(ArgumentError, match=r"No rate in this state follows a metric: make .* follow_metric"):
-        tx.observe_metric(state, 1.0, tx.Plateau())
+    with pytest.raises(ArgumentError, match=r"No rate in this state follows a metric: make .* reduce_on_plateau"):
+        tx.update_on_metric(state, 1.0, tx.Plateau())
     assert not tx.follows_metric(state)
     with pytest.raises(ArgumentError, match="No rate in this state"):
         tx.followed_rate(state)
     with pytest.raises(ArgumentError, match="the metric must be a number, not 'loss'"):
-        tx.observe_metric(state, "loss", tx.Plateau())
+        tx.update_on_metric(state, "loss", tx.Plateau())
     with pytest.raises(ArgumentError, match="takes a rule such as Plateau"):
-        tx.follow_metric(tx.sgd, 0.1, tx.Plateau)
+        tx.reduce_on_plateau(tx.sgd, 0.1, tx.Plateau)
     with pytest.raises(ArgumentError, match=r"lr must be a number in \[0, inf\), not -1"):
-        tx.follow_metric(tx.sgd, -1, tx.Plateau())
+        tx.reduce_on_plateau(tx.sgd, -1, tx.Plateau())
     with pytest.raises(ArgumentError, match="takes a function that makes a transform for a rate"):
-        tx.follow_metric(tx.sgd(0.1), 0.1, tx.Plateau())
-    with pytest.raises(ArgumentError, match="follow_metric takes transforms"):
-        tx.follow_metric(float, 0.1, tx.Plateau())
+        tx.reduce_on_plateau(tx.sgd(0.1), 0.1, tx.Plateau())
+    with pytest.raises(ArgumentError, match="reduce_on_plateau takes transforms"):
+        tx.reduce_on_plateau(float, 0.1, tx.Plateau())
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,6 @@ def test_rules_are_checked(make, words):
 
 
 def test_label():
-    transform = tx.follow_metric(tx.sgd, 0.1, tx.Plateau())
-    assert transform.label == "follow_metric(0.1, Plateau)"
+    transform = tx.reduce_on_plateau(tx.sgd, 0.1, tx.Plateau())
+    assert transform.label == "reduce_on_plateau(0.1, Plateau)"
     assert transform.children[0].label == "sgd(lr=0.1)"

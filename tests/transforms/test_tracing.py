@@ -47,8 +47,8 @@ TRANSFORMS = {
     "ema_params, debias": lambda: tx.ema_params(tx.adamw(COSINE), 0.9, debias=True),
     "add_noise": lambda: tx.add_noise(0.1, 0.55, seed=0),
     "centralize": tx.centralize,
-    "follow_metric": lambda: tx.follow_metric(lambda lr: tx.chain(tx.trace(0.9), tx.adamw(lr)), 0.1, tx.Plateau()),
-    "follow_metric, greedy": lambda: tx.follow_metric(tx.sgd, 0.1, tx.Greedy(smooth=True)),
+    "reduce_on_plateau": lambda: tx.reduce_on_plateau(lambda lr: tx.chain(tx.trace(0.9), tx.adamw(lr)), 0.1, tx.Plateau()),
+    "reduce_on_plateau, greedy": lambda: tx.reduce_on_plateau(tx.sgd, 0.1, tx.Greedy(smooth=True)),
 }
 
 PARAMS, GRADIENTS = make_params(), make_gradients(3)
@@ -57,7 +57,7 @@ PARAMS, GRADIENTS = make_params(), make_gradients(3)
 def test_every_transform_is_here():
     public = {name for name in tx.__all__ if name.islower()}
     functions = {"apply_updates", "averaged_params", "eval_params", "global_norm", "join_schedules", "warmup"}
-    functions |= {"followed_rate", "follows_metric", "loss_scale", "observe_metric", "torch_moments"}
+    functions |= {"followed_rate", "follows_metric", "loss_scale", "update_on_metric", "torch_moments"}
     functions |= {"from_torch"}  # runs eagerly only
     schedules = {name for name in public if name.endswith("_schedule") and not name.startswith("scale")}
     assert public - functions - schedules <= {name.split(",")[0] for name in TRANSFORMS}

@@ -10,10 +10,10 @@ import torch
 
 from fts.distributed.strategies import FSDP
 from fts.errors import ArgumentError
-from fts.trainer.arguments.fsdp_settings import DTYPES, SETTINGS, plain
-from fts.trainer.arguments.texts import ON
-from fts.trainer.checks import check_choice, check_names
-from fts.trainer.choices import FSDPOption
+from fts.trainer.arguments.checks import check_choice, check_names
+from fts.trainer.arguments.choices import FSDPOption
+from fts.trainer.arguments.fsdp_config import DTYPES, SETTINGS, plain
+from fts.trainer.arguments.parsing import ON
 
 OFF = ("0", "false", "no", "off", "n", "f")
 KINDS = {

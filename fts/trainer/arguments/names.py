@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.checks import near_name
+from fts.trainer.arguments.checks import near_name
 
 SYNONYMS = {
     "batch_size": "per_device_train_batch_size",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed
 
-from fts.distributed.group import is_started
-from fts.trainer.arguments.texts import ON
-from fts.trainer.choices import ParallelMode
-from fts.trainer.verbosity import LEVELS
+from fts.distributed.process_group import is_started
+from fts.trainer.arguments.choices import ParallelMode
+from fts.trainer.arguments.parsing import ON
+from fts.trainer.reporting.log_level import LEVELS
 
 if TYPE_CHECKING:
     from fts.distributed import Group
-    from fts.trainer.arguments.training import TrainingArguments
+    from fts.trainer.arguments.training_arguments import TrainingArguments
 
 
 def _of_launcher(variable: str, default: int) -> int:
@@ -88,9 +88,9 @@ def started(args: TrainingArguments) -> Group:
     >>> started(TrainingArguments(use_cpu=True)).size
     1
     """
-    from fts.distributed.group import start
+    from fts.distributed.process_group import init_process_group
 
-    return start(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
+    return init_process_group(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
 
 
 def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextManager[None]:
@@ -102,10 +102,10 @@ def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextMan
         what: the work, in words.
 
     >>> from fts.trainer.arguments import TrainingArguments
-    >>> with first(TrainingArguments(use_cpu=True), True, "tokenizing"):
+    >>> with main_process_first(TrainingArguments(use_cpu=True), True, "tokenizing"):
     ...     pass
     """
-    from fts.distributed.turns import first as goes_first
+    from fts.distributed.main_process_first import main_process_first as goes_first
 
     started(args)
     is_first = (args.local_process_index if local else args.process_index) == 0

@@ -10,11 +10,11 @@ import attrs
 import torch
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.arguments.multiplying import has_tf32
+from fts.trainer.arguments.tf32 import has_tf32
 from fts.trainer.arguments.trackers import KUBEFLOW, PACKAGES, in_kubeflow
 
 if TYPE_CHECKING:
-    from fts.trainer.arguments.training import TrainingArguments
+    from fts.trainer.arguments.training_arguments import TrainingArguments
 
 
 @attrs.frozen

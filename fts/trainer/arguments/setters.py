@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fts.errors import ArgumentError
-from fts.trainer.choices import HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
+from fts.trainer.arguments.choices import HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 
 if TYPE_CHECKING:
-    from fts.trainer.arguments.training import TrainingArguments
+    from fts.trainer.arguments.training_arguments import TrainingArguments
 
 Self = TypeVar("Self", bound="TrainingArguments")
 

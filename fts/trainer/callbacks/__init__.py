@@ -1,9 +1,9 @@
 """Callbacks: the events of a run as method calls."""
 
 from fts.trainer.callbacks.base import EVENTS, TrainerCallback, overrides
+from fts.trainer.callbacks.callback_state import export_callbacks, restore_callbacks, states_to_save
 from fts.trainer.callbacks.early_stopping import EarlyStoppingCallback
-from fts.trainer.callbacks.exporting import export_callbacks, restore_callbacks, states_to_save
-from fts.trainer.callbacks.failing import callback_error
+from fts.trainer.callbacks.errors import callback_error
 from fts.trainer.callbacks.flow import DefaultFlowCallback
 from fts.trainer.callbacks.handler import CallbackHandler
 from fts.trainer.callbacks.printer import PrinterCallback, readable

@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.best import is_better
+from fts.trainer.arguments.choices import IntervalStrategy
 from fts.trainer.callbacks.base import TrainerCallback
-from fts.trainer.choices import IntervalStrategy
-from fts.trainer.figures import best_metric_name
-from fts.trainer.state import ExportableState
+from fts.trainer.callbacks.state import ExportableState
+from fts.trainer.evaluation.best_model import is_better
+from fts.trainer.evaluation.metrics import best_metric_name
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fts.trainer.arguments.choices import IntervalStrategy, SaveStrategy
 from fts.trainer.callbacks.base import TrainerCallback
-from fts.trainer.choices import IntervalStrategy, SaveStrategy
 
 
 class DefaultFlowCallback(TrainerCallback):

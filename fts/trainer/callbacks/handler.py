@@ -9,7 +9,7 @@ from typing import Any
 
 from fts.errors import ArgumentError, CallbackError
 from fts.trainer.callbacks.base import EVENTS, overrides
-from fts.trainer.callbacks.failing import callback_error
+from fts.trainer.callbacks.errors import callback_error
 
 logger = logging.getLogger(__name__)
 

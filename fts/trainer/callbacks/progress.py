@@ -9,8 +9,8 @@ from fts.trainer.callbacks.base import TrainerCallback
 from fts.trainer.callbacks.displays import open_display
 from fts.trainer.callbacks.printer import readable
 from fts.trainer.callbacks.shown import BESIDE, Shown
-from fts.trainer.figures import best_metric_name
-from fts.trainer.plan import rows_per_update
+from fts.trainer.evaluation.metrics import best_metric_name
+from fts.trainer.run.plan import rows_per_update
 
 
 class ProgressCallback(TrainerCallback):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts.errors import HubError
-from fts.trainer.hub.faults import REFUSED, is_refusal, reason, status_of
+from fts.trainer.hub.errors import REFUSED, is_refusal, reason, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

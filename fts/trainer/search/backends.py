@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.checks import near_name
-from fts.trainer.choices import HPSearchBackend
+from fts.trainer.arguments.checks import near_name
+from fts.trainer.arguments.choices import HPSearchBackend
 
 INSTALL = {HPSearchBackend.OPTUNA: "pip install optuna", HPSearchBackend.RAY: "pip install 'ray[tune]'"}
 """Backend -> how to get it, the preferred one first."""

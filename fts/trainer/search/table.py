@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fts.trainer.search.objectives import Objective
+from fts.trainer.search.objective import Objective
 
 HEAD = f"{'trial':>5}  {'state':<8}  {'objective':<12}  parameters"
 

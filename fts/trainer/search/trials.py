@@ -13,14 +13,14 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.batch_size import empty_cache
+from fts.trainer.callbacks.state import TrainerControl, TrainerState
 from fts.trainer.hub import Uploads
-from fts.trainer.losses import smoothing_of
-from fts.trainer.memory import MemoryMeter
-from fts.trainer.modelling import takes_trial
-from fts.trainer.search.objectives import Objective, Reports
+from fts.trainer.model.loss import smoothing_of
+from fts.trainer.model.preparation import takes_trial
+from fts.trainer.reporting.memory import MemoryMeter
+from fts.trainer.run.batch_size import empty_cache
+from fts.trainer.search.objective import Objective, Reports
 from fts.trainer.search.space import arguments_with
-from fts.trainer.state import TrainerControl, TrainerState
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer

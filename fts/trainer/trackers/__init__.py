@@ -2,6 +2,6 @@
 
 from fts.trainer.trackers.callback import TrackerCallback, close_trackers, tell_plan
 from fts.trainer.trackers.flyte import FlyteCallback
-from fts.trainer.trackers.reporting import tracker_callbacks
+from fts.trainer.trackers.report_to import tracker_callbacks
 
 __all__ = ["FlyteCallback", "TrackerCallback", "close_trackers", "tell_plan", "tracker_callbacks"]

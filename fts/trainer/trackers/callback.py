@@ -6,33 +6,33 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fts.distributed.group import is_started
+from fts.distributed.process_group import is_started
 from fts.errors import ArgumentError, FtsError
 from fts.trainer.arguments import processes
 from fts.trainer.callbacks.base import TrainerCallback
-from fts.trainer.state import ExportableState
-from fts.trainer.trackers import kubeflow, of_accelerate, of_others
-from fts.trainer.trackers.facts import facts_of
+from fts.trainer.callbacks.state import ExportableState
+from fts.trainer.trackers import accelerate_trackers, kubeflow, other_trackers
 from fts.trainer.trackers.names import numbers
-from fts.trainer.trackers.tracking import Opening, Tracking
+from fts.trainer.trackers.run_config import facts_of
+from fts.trainer.trackers.tracker import Opening, Tracking
 
 logger = logging.getLogger(__name__)
 
 OPENERS: dict[str, Callable[[Opening], Tracking]] = {
-    "aim": of_accelerate.aim,
-    "azure_ml": of_others.azure_ml,
-    "clearml": of_accelerate.clearml,
-    "codecarbon": of_others.codecarbon,
-    "comet_ml": of_accelerate.comet_ml,
-    "dagshub": of_accelerate.dagshub,
-    "dvclive": of_accelerate.dvclive,
+    "aim": accelerate_trackers.aim,
+    "azure_ml": other_trackers.azure_ml,
+    "clearml": accelerate_trackers.clearml,
+    "codecarbon": other_trackers.codecarbon,
+    "comet_ml": accelerate_trackers.comet_ml,
+    "dagshub": accelerate_trackers.dagshub,
+    "dvclive": accelerate_trackers.dvclive,
     "kubeflow": kubeflow.kubeflow,
-    "mlflow": of_accelerate.mlflow,
-    "neptune": of_others.neptune,
-    "swanlab": of_accelerate.swanlab,
-    "tensorboard": of_accelerate.tensorboard,
-    "trackio": of_accelerate.trackio,
-    "wandb": of_accelerate.wandb,
+    "mlflow": accelerate_trackers.mlflow,
+    "neptune": other_trackers.neptune,
+    "swanlab": accelerate_trackers.swanlab,
+    "tensorboard": accelerate_trackers.tensorboard,
+    "trackio": accelerate_trackers.trackio,
+    "wandb": accelerate_trackers.wandb,
 }
 """How each tracker is opened. `flyte` has a callback of its own."""
 
@@ -180,7 +180,7 @@ def tell_plan(callbacks: Iterable[Any], plan: Any) -> None:
 
     Args:
         callbacks: any.
-        plan: a `fts.trainer.plan.Plan`.
+        plan: a `fts.trainer.run.plan.Plan`.
     """
     for callback in callbacks:
         if isinstance(callback, TrackerCallback):

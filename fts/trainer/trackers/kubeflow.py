@@ -16,7 +16,7 @@ import attrs
 
 from fts.trainer.arguments.trackers import KUBEFLOW
 from fts.trainer.trackers.names import as_they_are
-from fts.trainer.trackers.tracking import Opening, Tracking
+from fts.trainer.trackers.tracker import Opening, Tracking
 
 CERTIFICATE = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fts.trainer.arguments import AcceleratorConfig, Seq2SeqTrainingArguments, TrainingArguments
-from fts.trainer.arguments.values import VALUES
+from fts.trainer.arguments.value_checks import VALUES
 
 with open(Path(__file__).with_name("documented.tsv")) as table:
     DOCUMENTED = list(csv.DictReader(table, delimiter="\t"))

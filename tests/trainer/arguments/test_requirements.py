@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError, FtsError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments, not_yet, trackers
-from fts.trainer.arguments.not_yet import NOT_YET
+from fts.trainer.arguments import TrainingArguments, trackers, unsupported
 from fts.trainer.arguments.requirements import REQUIREMENTS
+from fts.trainer.arguments.unsupported import NOT_YET
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -69,9 +69,9 @@ def test_every_row_of_the_table_is_an_argument_with_a_remedy():
     assert set(NOT_YET) <= names
     assert set(REQUIREMENTS) <= names
     assert all(row.remedy.endswith(".") for row in NOT_YET.values())
-    for row in not_yet.NOT_YET:
+    for row in unsupported.NOT_YET:
         default = getattr(Seq2SeqTrainingArguments(), row)
-        not_yet.check_is_there(row, default)
+        unsupported.check_is_there(row, default)
 
 
 @without_cuda
@@ -81,7 +81,7 @@ def test_tf32_needs_a_gpu():
 
 
 def test_tf32_is_applied(monkeypatch):
-    monkeypatch.setattr("fts.trainer.arguments.multiplying.has_tf32", lambda: True)
+    monkeypatch.setattr("fts.trainer.arguments.tf32.has_tf32", lambda: True)
     monkeypatch.setattr("fts.trainer.arguments.requirements.has_tf32", lambda: True)
     monkeypatch.setattr(torch.backends, "fp32_precision", "none")
     TrainingArguments()

@@ -5,7 +5,7 @@ import pytest
 
 from fts.errors import ArgumentError
 from fts.trainer import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
-from fts.trainer.best import note_best
+from fts.trainer.evaluation.best_model import note_best
 from tests.trainer.helpers import make_trainer
 
 transformers = pytest.importorskip("transformers")

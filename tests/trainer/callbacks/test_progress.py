@@ -159,11 +159,11 @@ def test_the_latest_evaluation_and_checkpoint_stay_in_view(terminal):
 
 
 def test_a_display_does_not_make_the_run_wait_for_its_checkpoints(tmp_path, monkeypatch):
-    from fts.loops import Writer
+    from fts.loops import AsyncCheckpointer
 
     waits = []
-    wait = Writer.wait
-    monkeypatch.setattr(Writer, "wait", lambda self: (waits.append(sys._getframe(1).f_code.co_name), wait(self))[1])
+    wait = AsyncCheckpointer.wait
+    monkeypatch.setattr(AsyncCheckpointer, "wait", lambda self: (waits.append(sys._getframe(1).f_code.co_name), wait(self))[1])
 
     class Reads(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 
 from fts import Trainer, TrainingArguments
-from fts.distributed import stop
+from fts.distributed import destroy_process_group
 from fts.errors import FtsError
 from fts.trainer import TrainerCallback
 from tests.trainer.helpers import Linear, rows
@@ -107,7 +107,7 @@ def main(folder, failing=None):
     found["ray"] = refused(folder, world, backend="ray")
     found["again"] = searched(folder, world)["best"]
     Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

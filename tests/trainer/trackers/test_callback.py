@@ -9,7 +9,7 @@ import pytest
 from fts.errors import ArgumentError, CallbackError, CheckpointError, Interrupted
 from fts.trainer import TrainerCallback, TrainerState
 from fts.trainer.trackers import TrackerCallback, callback as room, tracker_callbacks
-from fts.trainer.trackers.tracking import Tracking
+from fts.trainer.trackers.tracker import Tracking
 from tests.trainer.helpers import arguments, make_trainer
 
 SHORT = {"max_steps": 6, "logging_steps": 1}

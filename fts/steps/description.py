@@ -1,0 +1,88 @@
+"""A composed step, printed as a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from fts.steps.batch_context import WithFullBatch
+from fts.steps.compiled import CompiledStep
+from fts.steps.eval_step import EvalStep
+from fts.steps.gradients import ValueAndGrad
+from fts.steps.losses import ModuleLoss, name_of
+from fts.steps.manual_backward import ManualBackward
+from fts.steps.nonfinite import FiniteGradients
+from fts.steps.train_step import TrainStep
+from fts.typing import Transform
+
+Node: TypeAlias = tuple[str, list[Any]]
+
+
+def describe(step: Any) -> str:
+    """Print what a step, a transform or a loss is made of.
+
+    Args:
+        step: a step of `fts.steps`, a Transform, a module loss, or any function.
+
+    Returns:
+        A tree of text, one part a line.
+
+    >>> from fts import steps, transforms as tx
+    >>> optimizer = tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.1))
+    >>> print(describe(steps.train_step(lambda params, batch: params["w"].sum(), optimizer, accumulate=4)))
+    train_step
+    ├── gradients: module engine, accumulate x4
+    │   └── loss: <lambda>
+    └── chain
+        ├── clip_by_global_norm(1.0)
+        └── sgd(lr=0.1)
+    """
+    label, children = _node(step)
+    return "\n".join([label, *_branches(children)])
+
+
+def _branches(children: list[Any]) -> list[str]:
+    lines = []
+    for index, child in enumerate(children):
+        last = index == len(children) - 1
+        label, below = child if isinstance(child, tuple) and not isinstance(child, Transform) else _node(child)
+        lines.append(("└── " if last else "├── ") + label)
+        lines += [("    " if last else "│   ") + line for line in _branches(below)]
+    return lines
+
+
+def _node(part: Any) -> Node:
+    for kind, node in _NODES.items():
+        if isinstance(part, kind):
+            return node(part)
+    return _name(part), []
+
+
+def _of_gradients(part: ValueAndGrad) -> Node:
+    accumulate = f", accumulate x{part.accumulate}" if part.accumulate > 1 else ""
+    label = f"gradients: {part.engine} engine{accumulate}{_with_precision(part.precision)}"
+    return label, [("loss: " + _name(part.forward.loss), [])]
+
+
+def _donates(part: Any) -> str:
+    return ", donates" if part.donate else ""
+
+
+def _name(part: Any) -> str:
+    return part.label if isinstance(part, ModuleLoss) else name_of(part)
+
+
+def _with_precision(precision: str | None) -> str:
+    return f", {precision}" if precision else ""
+
+
+_NODES: dict[type, Callable[[Any], Node]] = {
+    TrainStep: lambda part: ("train_step" + _donates(part), [part.gradients, part.transform]),
+    CompiledStep: lambda part: (f"compiled to one graph, {part.backend}{_donates(part)}", [part.traced]),
+    EvalStep: lambda part: ("eval_step" + _with_precision(part.precision), [("loss: " + _name(part.forward.loss), [])]),
+    WithFullBatch: lambda part: (f"passing {name_of(part.fn)}(batch) to the loss", [part.step]),
+    ValueAndGrad: _of_gradients,
+    FiniteGradients: lambda part: ("gradients that must be finite", [part.gradients]),
+    ManualBackward: lambda part: ("gradients: " + part.label, []),
+    Transform: lambda part: (part.label, list(part.children)),
+}

@@ -1,0 +1,95 @@
+"""All laws of a step, on given or generated batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TypeAlias
+
+from hypothesis.strategies import SearchStrategy
+
+from fts.errors import ArgumentError
+from fts.state import TrainState
+from fts.testing.step_graphs import compiled_equals_eager, compiled_replays
+from fts.testing.step_laws import (
+    accumulated_equals_big_batch,
+    donated_equals_pure,
+    engines_agree,
+    metrics_are_flat,
+    module_unchanged,
+    replayed_equals_first,
+    resumed_equals_uninterrupted,
+    state_moves_on,
+    step_inputs_unchanged,
+)
+from fts.testing.transform_checks import chosen_laws, run_examples
+from fts.typing import Batch, StepFn
+
+StepLaw: TypeAlias = Callable[[StepFn[TrainState], TrainState, Sequence[Batch]], None]
+
+QUICK_LAWS: tuple[StepLaw, ...] = (
+    metrics_are_flat,
+    state_moves_on,
+    step_inputs_unchanged,
+    module_unchanged,
+    replayed_equals_first,
+    donated_equals_pure,
+    engines_agree,
+    accumulated_equals_big_batch,
+    resumed_equals_uninterrupted,
+)
+SLOW_LAWS: tuple[StepLaw, ...] = (compiled_equals_eager, compiled_replays)
+
+STEP_LAWS: dict[str, StepLaw] = {law.__name__: law for law in (*QUICK_LAWS, *SLOW_LAWS)}
+"""Every law of a step, `law(step, state, batches)`, by name."""
+
+_SHARES = {QUICK_LAWS: 4, SLOW_LAWS: 20}
+"""One in how many of the profile's examples a group of laws gets."""
+
+
+def check_step(
+    step: StepFn[TrainState],
+    state: TrainState,
+    batches: Sequence[Batch] | SearchStrategy[Sequence[Batch]],
+    *,
+    laws: Collection[str] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """Check every law of a step.
+
+    Args:
+        step: from `train_step`, or any function `(state, batch) -> (state, metrics)`. Laws of engines, donation and
+            accumulation are checked on the first kind alone, since a composition decides about these by itself.
+        state: the first state; it is not consumed.
+        batches: of successive steps, at least one; or a strategy of such sequences, a quarter as many as
+            Hypothesis's active profile says, and a twentieth for laws that compile.
+        laws: check these alone; the names are those of `STEP_LAWS`.
+        skip: leave these out: `accumulated_equals_big_batch` and `engines_agree` for what mixes or draws at random
+            within a batch (BatchNorm, dropout), `compiled_equals_eager` for what draws at random.
+
+    Raises:
+        LawError: a law does not hold. The message names it, the step, the parameter and both values.
+        ArgumentError: there is no law of a given name, or there are no batches.
+
+    >>> import torch
+    >>> from fts import steps, transforms as tx
+    >>> state = TrainState.create({"w": torch.tensor([1.0])}, tx.sgd(0.1))
+    >>> step = steps.train_step(lambda params, batch: (params["w"] - batch).square().mean(), tx.sgd(0.1))
+    >>> check_step(step, state, [torch.tensor([1.0, 2.0])], skip=["compiled_equals_eager", "compiled_replays"])
+    """
+    if not callable(step):
+        raise ArgumentError(f"check_step needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
+    chosen = chosen_laws(STEP_LAWS, laws, skip)
+    for group, share in _SHARES.items():
+        wanted = [law for law in group if law.__name__ in chosen]
+        if not isinstance(batches, SearchStrategy):
+            _check_all(wanted, step, state, batches)
+        elif wanted:
+            run_examples(partial(_check_all, wanted, step, state), batches, share=share, shrink=group is not SLOW_LAWS)
+
+
+def _check_all(laws: Sequence[StepLaw], step: StepFn[TrainState], state: TrainState, batches: Sequence[Batch]) -> None:
+    if not batches:
+        raise ArgumentError("check_step needs at least one batch.")
+    for law in laws:
+        law(step, state, batches)

@@ -1,0 +1,120 @@
+"""What accelerate's Accelerator is told."""
+
+# ruff: noqa: RUF009 - arg() makes a dataclass field
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fts.errors import ArgumentError
+from fts.trainer.arguments.checks import check_flag, check_names, check_whole
+from fts.trainer.arguments.fields import arg
+from fts.trainer.arguments.parsing import dict_from_text
+
+
+class NotAnInstanceError(ArgumentError, NotImplementedError):
+    """A class was given where an instance belongs."""
+
+
+@dataclass
+class AcceleratorConfig:
+    """How batches are shared between processes, and how gradients are accumulated, with Hugging Face's names and defaults.
+
+    Raises:
+        ArgumentError: a value cannot work.
+
+    >>> AcceleratorConfig(split_batches=True).to_dict()["split_batches"]
+    True
+    """
+
+    split_batches: bool = arg(False, "Whether the batch size is that of all processes together, so that each takes a part.")
+    dispatch_batches: bool | None = arg(None, "Whether one process reads the data for all; None: if the data is iterable only.")
+    even_batches: bool = arg(True, "Whether rows are repeated so that each process gets as many; in fts they weigh nothing.")
+    use_seedable_sampler: bool = arg(True, "Whether the order of the data is a function of the seed; it always is in fts.")
+    non_blocking: bool = arg(False, "For loaders that accelerate makes; fts always copies batches to the device while it works.")
+    gradient_accumulation_kwargs: dict[str, Any] | None = arg(
+        None, "sync_each_batch: exchange gradients after each micro-batch; others for accelerate."
+    )
+    use_configured_state: bool = arg(False, "Whether to use the process state that accelerate already has.")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AcceleratorConfig:
+        check_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for item in fields(AcceleratorConfig):
+            if isinstance(item.default, bool):
+                check_flag(f"accelerator_config: {item.name}", getattr(self, item.name))
+        check_flag("accelerator_config: dispatch_batches", self.dispatch_batches, or_none=True)
+        given = self.gradient_accumulation_kwargs
+        if given is not None and not isinstance(given, dict):
+            raise ArgumentError(f"accelerator_config: gradient_accumulation_kwargs={given!r} must be a dict.")
+        if given and given.get("num_steps") is not None:
+            check_whole("accelerator_config: num_steps", given["num_steps"], 1)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> AcceleratorConfig:
+        """Read it from a JSON file."""
+        try:
+            values = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                f"accelerator_config={str(json_file)!r} is no readable JSON file ({error}). Give the path of one, or a dict."
+            ) from error
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return copy.deepcopy(asdict(self))
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """Take a value out, as from a dictionary; the class's default shows again."""
+        return self.__dict__.pop(key, default)
+
+
+def accelerator_config(name: str, value: Any) -> AcceleratorConfig:
+    """A configuration from what may be given for one: nothing, a dict, JSON text, a path, or an instance.
+
+    >>> accelerator_config("accelerator_config", '{"even_batches": false}').even_batches
+    False
+    """
+    if isinstance(value, type):
+        raise NotAnInstanceError(
+            f"Tried passing in a callable to `accelerator_config`: the class {value.__name__}. "
+            f"Give an instance: {value.__name__}()."
+        )
+    if isinstance(value, AcceleratorConfig):
+        return value
+    if value is None:
+        return AcceleratorConfig()
+    if isinstance(value, Path) or (isinstance(value, str) and not value.lstrip().startswith("{")):
+        return AcceleratorConfig.from_json_file(value)
+    if isinstance(value, str):
+        return AcceleratorConfig(**dict_from_text(name, value))
+    if isinstance(value, dict):
+        return AcceleratorConfig(**value)
+    if hasattr(value, "to_dict") and hasattr(value, "split_batches"):  # transformers' own
+        return AcceleratorConfig(**value.to_dict())
+    raise ArgumentError(f"{name}={value!r} must be a dict, the path of a JSON file, or an AcceleratorConfig.")
+
+
+def check_accumulation(given: Mapping[str, Any] | None, steps: int) -> None:
+    """Raise ArgumentError if accelerate's configuration wants another number of micro-batches in an update.
+
+    Args:
+        given: its `gradient_accumulation_kwargs`, whose `num_steps` may be 1, or the same number.
+        steps: `gradient_accumulation_steps`.
+
+    >>> check_accumulation({"num_steps": 4}, 4)
+    """
+    wanted = (given or {}).get("num_steps", 1)
+    if wanted not in (1, steps):
+        raise ArgumentError(
+            f"The `AcceleratorConfig`'s `num_steps` is set but to {wanted}, where gradient_accumulation_steps={steps}. Leave "
+            f"num_steps out and use gradient_accumulation_steps={wanted}."
+        )

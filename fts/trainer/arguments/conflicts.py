@@ -1,0 +1,127 @@
+"""Arguments that cannot be asked for together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fts.errors import ArgumentError
+from fts.trainer.arguments.choices import IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
+
+if TYPE_CHECKING:
+    from fts.trainer.arguments.training_arguments import TrainingArguments
+
+
+def check_contradictions(args: TrainingArguments) -> None:
+    """Raise ArgumentError for the first contradiction between arguments; change nothing.
+
+    It is called when the arguments are made, and again when a run begins, so that two of them
+    can be changed one after the other.
+
+    >>> from fts.trainer.arguments import TrainingArguments
+    >>> args = TrainingArguments()
+    >>> args.fp16, args.bf16 = True, True
+    >>> check_contradictions(args)
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: fp16=True and bf16=True: at most one of them can be True. ...
+    """
+    for find in _ALL:
+        text = find(args)
+        if text is not None:
+            raise ArgumentError(text)
+
+
+def _two_precisions(args: TrainingArguments) -> str | None:
+    if args.fp16 and args.bf16:
+        return "fp16=True and bf16=True: at most one of them can be True. bf16 needs no loss scaling; prefer it where it works."
+    if args.fp16_full_eval and args.bf16_full_eval:
+        return "fp16_full_eval=True and bf16_full_eval=True: at most one of them can be True."
+    return None
+
+
+def _no_steps(args: TrainingArguments) -> str | None:
+    for what in ("logging", "eval", "save"):
+        steps = getattr(args, f"{what}_steps")
+        if getattr(args, f"{what}_strategy") == "steps" and steps == 0:
+            return f"{what}_steps={steps} with {what}_strategy='steps': it must be above 0. Use {what}_strategy='no' for never."
+    return None
+
+
+def _best_without_figures(args: TrainingArguments) -> str | None:
+    if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
+        return "`args.metric_for_best_model` must be provided with save_strategy='best': it says what is best."
+    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
+        return "save_strategy='best' needs evaluations, but eval_strategy='no'. Use 'epoch' or 'steps'."
+    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY) and args.eval_strategy == "no":
+        kind = args.lr_scheduler_type
+        return f"lr_scheduler_type='{kind}' needs evaluations, but eval_strategy='no'. Use 'epoch' or 'steps'."
+    return None
+
+
+def _best_not_saved(args: TrainingArguments) -> str | None:
+    if not args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+        return None
+    if args.eval_strategy == IntervalStrategy.NO or str(args.eval_strategy) != str(args.save_strategy):
+        return (
+            f"load_best_model_at_end=True needs a checkpoint for each evaluation, but eval_strategy='{args.eval_strategy}' and "
+            f"save_strategy='{args.save_strategy}'. Give both the same value ('steps' or 'epoch'), or use save_strategy='best'."
+        )
+    if args.eval_strategy != IntervalStrategy.STEPS or not args.eval_steps:
+        return None
+    ratio = args.save_steps / args.eval_steps
+    if (args.save_steps < 1) != (args.eval_steps < 1) or abs(ratio - round(ratio)) > 1e-9 or ratio < 1:
+        return (
+            f"load_best_model_at_end=True needs save_steps to be a multiple of eval_steps, so that what is saved was evaluated; "
+            f"save_steps={args.save_steps} and eval_steps={args.eval_steps} are not."
+        )
+    return None
+
+
+def _workers(args: TrainingArguments) -> str | None:
+    if args.dataloader_num_workers:
+        return None
+    for name in ("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_persistent_workers"):
+        value = getattr(args, name)
+        if value:
+            return f"{name}={value!r} needs worker processes, but dataloader_num_workers=0. Use at least 1, or leave {name} out."
+    return None
+
+
+def _sampling(args: TrainingArguments) -> str | None:
+    if args.group_by_length and args.train_sampling_strategy not in ("random", "group_by_length"):
+        kind = args.train_sampling_strategy
+        return f"group_by_length=True and train_sampling_strategy={kind!r} ask for two orders of the data. Give one of them."
+    return None
+
+
+def _batch_size(args: TrainingArguments) -> str | None:
+    if args.auto_find_batch_size and args.world_size > 1:
+        return (
+            f"auto_find_batch_size=True in {args.world_size} processes: one whose memory does not suffice leaves the others in "
+            "the middle of an exchange, from which they cannot come back to try again. Find the size in one process, and give it "
+            "as per_device_train_batch_size."
+        )
+    return None
+
+
+def _target_modules(args: TrainingArguments) -> str | None:
+    name = OptimizerNames(args.optim).value
+    if args.optim_target_modules and not name.startswith(("galore", "apollo")):
+        return (
+            f"optim_target_modules={args.optim_target_modules!r} is for the galore and apollo optimizers, but optim={name!r}. "
+            "Leave it out, or freeze the other parameters with requires_grad_(False)."
+        )
+    return None
+
+
+_ALL = (_two_precisions, _no_steps, _best_without_figures, _best_not_saved, _workers, _sampling, _batch_size, _target_modules)
+
+
+def sampling_of(args: TrainingArguments) -> str:
+    """How the training rows are ordered: "random", "sequential" or "group_by_length".
+
+    >>> from fts.trainer.arguments import TrainingArguments
+    >>> sampling_of(TrainingArguments(group_by_length=True))
+    'group_by_length'
+    """
+    return "group_by_length" if args.group_by_length else args.train_sampling_strategy

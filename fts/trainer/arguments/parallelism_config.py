@@ -1,0 +1,54 @@
+"""`parallelism_config` and what `accelerate launch` says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from fts.errors import ArgumentError
+from fts.trainer.arguments.checks import check_names
+from fts.trainer.arguments.parsing import ON
+
+PARALLELISM = {
+    "dp_replicate_size": "replicate",
+    "dp_shard_size": "shard",
+    "cp_size": "context",
+    "sp_size": "sequence",
+    "tp_size": "tensor",
+}
+"""Attribute of accelerate's ParallelismConfig -> direction of the mesh."""
+
+
+def parallelism_config(name: str, value: Any) -> Any:
+    """The value of `parallelism_config` as it is kept: accelerate's ParallelismConfig, also from a dictionary; None for nothing.
+
+    >>> parallelism_config("parallelism_config", {"tp_size": 2}).tp_size
+    2
+    """
+    if isinstance(value, dict):
+        from accelerate import ParallelismConfig
+
+        check_names(name, value, [item.name for item in fields(ParallelismConfig)])
+        try:
+            value = ParallelismConfig(**value)
+        except ValueError as error:
+            raise ArgumentError(f"{name}={value!r}: {error}") from error
+    if value is None or all(hasattr(value, size) for size in PARALLELISM):
+        return value
+    raise ArgumentError(
+        f"{name}={value!r} must be accelerate's ParallelismConfig, or a dict of its sizes, such as {{'tp_size': 2}}."
+    )
+
+
+def sizes_of(config: Any, environ: Mapping[str, str]) -> dict[str, int]:
+    """The sizes that a ParallelismConfig says, or else the environment of `accelerate launch`; 1 where neither does.
+
+    >>> sizes_of(None, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"})["tensor"]
+    2
+    """
+    if config is not None:
+        return {direction: int(getattr(config, name)) for name, direction in PARALLELISM.items()}
+    if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ON:
+        return dict.fromkeys(PARALLELISM.values(), 1)
+    return {direction: int(environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name, direction in PARALLELISM.items()}

@@ -1,0 +1,55 @@
+"""Arguments that this version of fts has no code for: turning one on is an error, so that none is silently ignored.
+
+What merely says how such a thing would work (`run_name`, `ddp_bucket_cap_mb` …) is kept as given: without its
+switch it has no effect in Hugging Face's Trainer either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from fts.errors import ArgumentError
+from fts.trainer.arguments.choices import DebugOption
+
+
+@attrs.frozen
+class Missing:
+    """What is missing.
+
+    Attributes:
+        on: whether a value asks for it.
+        remedy: what to do instead.
+    """
+
+    on: Callable[[Any], bool]
+    remedy: str
+
+
+NOT_YET: dict[str, Missing] = {
+    "debug": Missing(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
+    "train_sampling_strategy": Missing(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
+    "sortish_sampler": Missing(bool, "Use group_by_length=True, which also puts rows of like length together."),
+}
+"""Argument -> what is missing. A row goes when its code comes."""
+
+
+def check_is_there(name: str, value: Any, *, given: Any = None) -> None:
+    """Raise ArgumentError if the value of an argument turns on what this version does not have.
+
+    Args:
+        name: the argument.
+        value: as it would be kept.
+        given: as it was given, for the message.
+
+    >>> check_is_there("sortish_sampler", True)
+    Traceback (most recent call last):
+        ...
+    fts.errors.ArgumentError: sortish_sampler=True is not yet in this version of fts. Use group_by_length=True, which ...
+    """
+    missing = NOT_YET.get(name)
+    if missing is not None and missing.on(value):
+        shown = value if given is None else given
+        raise ArgumentError(f"{name}={getattr(shown, 'value', shown)!r} is not yet in this version of fts. {missing.remedy}")

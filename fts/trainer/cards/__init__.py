@@ -1,0 +1,1 @@
+"""Model cards: README.md with what a run knows of its model."""

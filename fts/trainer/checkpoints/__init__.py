@@ -1,0 +1,1 @@
+"""Checkpoints of the Trainer: saving, finding, resuming, retention."""

@@ -1,0 +1,79 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import cast
+
+from fts import loops
+from fts.distributed.error_propagation import fail_together
+from fts.distributed.process_group import Group, restarts
+from fts.errors import ArgumentError
+from fts.state import OPTIMIZER, TRAINED, WEIGHTS
+from fts.storage import has_tensors
+from fts.storage.atomic import undo_interrupted
+from fts.trainer.checkpoints.transformers_files import can_be_resumed, is_transformers_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(resume: bool | str | Path | None, root: str | Path, *, group: Group | None = None) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means; of several processes the first one decides for all.
+
+    Where torchrun has started the processes again, after one of them failed, and nothing is said, it is the newest whole one.
+
+    Args:
+        resume: True for the newest whole one in `root`, a path, False for none, or None where nothing is said; transformers'
+            Trainer may have written it, too.
+        root: the directory of the checkpoints.
+        group: the processes.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if group is None or group.size == 1:
+        return _found(resume, root)
+    with fail_together(group):
+        found = _found(resume, root) if group.is_first else None
+    return cast("Path | None", group.broadcast(found))
+
+
+def _found(resume: bool | str | Path | None, root: str | Path) -> Path | None:
+    if resume is False:
+        return None
+    if resume is None:
+        return _newest_after_restart(root) if restarts() else None
+    if resume is True:
+        newest = loops.newest_checkpoint(root, also=can_be_resumed)
+        if newest is None:
+            raise ArgumentError(
+                f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
+                "first, or give the path of a checkpoint."
+            )
+        return newest
+    path = Path(resume)
+    undo_interrupted(path)
+    if is_transformers_checkpoint(path):
+        return path
+    if not has_tensors(path, WEIGHTS) and not has_tensors(path, TRAINED):
+        there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
+        raise ArgumentError(
+            f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
+        )
+    if not has_tensors(path, OPTIMIZER):
+        raise ArgumentError(
+            f"{path} has a model, but no {OPTIMIZER}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
+            "on from it. Begin a new run with its model: from_pretrained(path)."
+        )
+    return path
+
+
+def _newest_after_restart(root: str | Path) -> Path | None:
+    newest = loops.newest_checkpoint(root, also=can_be_resumed)
+    goes_on = f"begins anew: there is no whole checkpoint in {root}" if newest is None else f"goes on from {newest}"
+    logger.warning(
+        "torchrun has started the processes again (restart %s), so the run %s. Say resume_from_checkpoint=False to begin anew.",
+        *(restarts(), goes_on),
+    )
+    return newest

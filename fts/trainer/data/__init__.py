@@ -1,0 +1,1 @@
+"""Data of the Trainer: loaders, samplers, columns, the collator, validation."""

@@ -1,0 +1,1 @@
+"""The Trainer's strategy, accelerator and DeepSpeed engine."""

@@ -1,0 +1,134 @@
+"""Which evaluation is the best so far."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fts.errors import ArgumentError
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.choices import IntervalStrategy, SaveStrategy
+from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.evaluation.metrics import GIVEN, best_metric_name
+
+logger = logging.getLogger(__name__)
+
+
+def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:
+    """Raise ArgumentError before training where no evaluation can have the metric that decides.
+
+    Args:
+        args: say which metric decides.
+        eval_dataset: a dictionary of several gives the figures of each its name.
+        computes: whether there is a compute_metrics, whose names are not known before it is called.
+
+    >>> check_metric(TrainingArguments(metric_for_best_model="f1", eval_strategy="epoch"), None, computes=True)
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    name = best_metric_name(args)
+    prefixes = [f"eval_{key}_" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
+    known = [prefix + figure for prefix in prefixes for figure in GIVEN]
+    if name not in known and not (computes and name.startswith(tuple(prefixes))):
+        raise _unknown(args, known)
+
+
+def metric_of(args: TrainingArguments, metrics: dict[str, float]) -> float:
+    """The figure of an evaluation that `metric_for_best_model` names.
+
+    Raises:
+        ArgumentError: the evaluation has no such figure.
+
+    >>> metric_of(TrainingArguments(metric_for_best_model="loss"), {"eval_loss": 0.5})
+    0.5
+    """
+    name = best_metric_name(args)
+    if name not in metrics:
+        raise _unknown(args, metrics)
+    return metrics[name]
+
+
+def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
+    """Record an evaluation in the state if it is the best so far; one that is NaN never is.
+
+    Args:
+        args: say which metric decides.
+        told: is changed if the evaluation is the best.
+        metrics: those of the evaluation.
+
+    Returns:
+        Whether it is.
+
+    Raises:
+        ArgumentError: the metric that decides is not among them.
+
+    >>> args, told = TrainingArguments(metric_for_best_model="loss"), TrainerState(global_step=5)
+    >>> note_best(args, told, {"eval_loss": 0.5}), told.best_metric, told.best_global_step
+    (True, 0.5, 5)
+    """
+    if args.metric_for_best_model is None:
+        return False
+    value = metric_of(args, metrics)
+    is_best = is_better(args, value, told.best_metric)
+    if is_best:
+        told.best_metric = value
+        if args.save_strategy != SaveStrategy.NO:
+            told.best_global_step = told.global_step
+    return is_best
+
+
+def is_better(args: TrainingArguments, value: float, best: float | None, threshold: float = 0.0) -> bool:
+    """Whether a figure is better than the best so far.
+
+    Args:
+        args: `greater_is_better`.
+        value: the figure. NaN is never better, and anything else is better than NaN.
+        best: the best so far; None where there is none.
+        threshold: by how much it must be better.
+
+    >>> args = TrainingArguments(metric_for_best_model="loss")
+    >>> is_better(args, 0.4, 0.5), is_better(args, math.nan, None), is_better(args, 0.5, math.nan)
+    (True, False, True)
+    """
+    if math.isnan(value) or best is None or math.isnan(best):
+        return not math.isnan(value)
+    return (value - best if args.greater_is_better else best - value) > threshold
+
+
+def checkpoint_of_best(args: TrainingArguments, told: TrainerState) -> str | None:
+    """The checkpoint whose weights a run ends with; a warning says where it is not that of the best evaluation.
+
+    Args:
+        args: `load_best_model_at_end`, and which metric decides.
+        told: the state at the end of training.
+
+    Returns:
+        Its path; None where the last weights stay.
+
+    >>> checkpoint_of_best(TrainingArguments(), TrainerState(best_model_checkpoint="run/checkpoint-5"))
+    """
+    if not args.load_best_model_at_end:
+        return None
+    step, path = told.best_global_step, told.best_model_checkpoint
+    if args.metric_for_best_model is not None and told.best_metric is None:
+        if args.eval_strategy != IntervalStrategy.NO:
+            logger.warning("No evaluation had a finite %s: the last weights stay.", best_metric_name(args))
+    elif step is not None and (path is None or Path(path).name != f"checkpoint-{step}"):
+        logger.warning(
+            "The best evaluation (%s=%s) was at step %s, of which there is no checkpoint: %s. Set save_steps to eval_steps "
+            "(save_steps=%s, eval_steps=%s now), or save_strategy='best'.",
+            *(best_metric_name(args), told.best_metric, step),
+            *("the last weights stay" if path is None else f"those of {path}, the best that was saved, are loaded",),
+            *(args.save_steps, args.eval_steps),
+        )
+    return path
+
+
+def _unknown(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:
+    return ArgumentError(
+        f"metric_for_best_model={args.metric_for_best_model!r} is not among the figures of the evaluation: {', '.join(names)}. "
+        "Name one of them, or return it from compute_metrics."
+    )

@@ -1,0 +1,198 @@
+"""The optimizer and the schedule as scripts and callbacks expect them: torch objects that show the state of the functional step.
+
+They compute nothing: `step` is an error. What they show is read from the training state when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fts import transforms as tx
+from fts.errors import ArgumentError
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.optimization.names import optimizer_and_groups, with_parameters
+from fts.typing import OptState, Schedule
+
+Read = Callable[[], OptState]
+"""Gives the optimizer's state as it is now, or None before there is one."""
+
+
+class OptimizerProxy(torch.optim.Optimizer):
+    """A torch optimizer that shows a transform and its state.
+
+    `param_groups` holds the model's Parameters, the rate of the next update and the other hyper-parameters; `state` and
+    `state_dict()` have torch's form and are read from the transform's state. `zero_grad` works. What is written into the
+    groups is reported by `changed`.
+
+    Args:
+        model: names and Parameters.
+        groups: `[{"params": names, "lr": number, **options}, ...]`.
+        read: gives the transform's state, or None.
+
+    >>> view = OptimizerProxy(nn.Linear(2, 1), [{"params": ["weight", "bias"], "lr": 0.1}], lambda: None)
+    >>> view.show(0.05)
+    >>> view.param_groups[0]["lr"], view.param_groups[0]["initial_lr"], dict(view.state)
+    (0.05, 0.1, {})
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Mapping[str, Any]], read: Read) -> None:
+        self.read = read
+        self._named = dict(model.named_parameters())
+        self._known: list[dict[str, Any]] | None = None
+        made = with_parameters(groups, model)
+        for group in made:
+            group.setdefault("initial_lr", group["lr"])
+        super().__init__(made, {key: value for key, value in made[0].items() if key not in ("params", "initial_lr")})
+        self.settle()
+
+    def show(self, lr: float) -> None:
+        """Set the rate of the next update in all groups, each in its relation to the first group's `initial_lr`.
+
+        Args:
+            lr: that of the first group.
+        """
+        base = self.param_groups[0]["initial_lr"]
+        for group, known in zip(self.param_groups, self._known or [], strict=True):
+            own = group["initial_lr"]
+            group["lr"] = known["lr"] = lr if own == base or not base else lr * own / base
+
+    def changed(self) -> dict[int, dict[str, Any]] | None:
+        """What was written into the groups since the last `show` or `settle`.
+
+        Returns:
+            By the group's index the new values by name; None if there are none.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for index, (group, known) in enumerate(zip(self.param_groups, self._known or [], strict=True)):
+            for key, value in group.items():
+                if key != "params" and value is not known.get(key) and (key not in known or value != known[key]):
+                    found.setdefault(index, {})[key] = value
+        return found or None
+
+    def settle(self) -> None:
+        """Take the groups as they are for known: `changed` then tells what is written from now on."""
+        self._known = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+
+    @property
+    def state(self) -> Any:
+        """What torch's optimizer would keep, by Parameter; a new dictionary with the training state's tensors."""
+        opt_state = self.read()
+        moments = {} if opt_state is None else tx.torch_moments(opt_state)
+        found = {self._named[name]: entry for name, entry in moments.items() if name in self._named}
+        return MappingProxyType(found)  # the tensors are the state's own; entries cannot be exchanged
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        if value:  # torch's base class sets an empty one
+            raise ArgumentError(
+                "The optimizer's state is part of the training state and cannot be set here; resume from a checkpoint."
+            )
+
+    def step(self, closure: Any = None) -> NoReturn:
+        """Raise: the Trainer's step updates the weights."""
+        raise ArgumentError(
+            "optimizer.step() of this view would do nothing: the Trainer's functional step updates the weights itself. To update "
+            "them in another way pass a torch optimizer, Trainer(optimizers=(optimizer, None)), or a transform, "
+            "Trainer(step=transform)."
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise once the view is made: the groups of a run are fixed when it begins."""
+        if self._known is not None:
+            raise ArgumentError(
+                "add_param_group: the groups of a run are fixed when it begins. Override Trainer.create_optimizer, or pass "
+                "Trainer(optimizers=(optimizer, None))."
+            )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: Any) -> NoReturn:
+        """Raise: the state is part of the training state."""
+        raise ArgumentError(
+            "load_state_dict: the optimizer's state comes from a checkpoint, Trainer.train(resume_from_checkpoint=path)."
+        )
+
+
+class SchedulerProxy(torch.optim.lr_scheduler.LRScheduler):
+    """A torch scheduler that shows a schedule.
+
+    Args:
+        optimizer: the view whose groups it is for.
+        schedule: the rate of the first group by the number of updates. Where a metric decides, the state has the rate.
+        count: gives the number of updates so far.
+
+    >>> view = OptimizerProxy(nn.Linear(2, 1), [{"params": ["weight", "bias"], "lr": 0.1}], lambda: None)
+    >>> scheduler = SchedulerProxy(view, tx.linear_schedule(0.1, 0.0, 4), lambda: 1)
+    >>> [round(rate, 3) for rate in scheduler.get_last_lr()], scheduler.last_epoch
+    ([0.075], 1)
+    """
+
+    def __init__(self, optimizer: OptimizerProxy, schedule: Schedule, count: Callable[[], int]) -> None:
+        # without torch's constructor, which takes a first step and patches the optimizer's
+        self.optimizer: OptimizerProxy = optimizer
+        self.base_lrs: list[float | Tensor] = [group["initial_lr"] for group in optimizer.param_groups]
+        self._schedule, self._count = schedule, count
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """The number of updates so far, under torch's name."""
+        return self._count()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The rate of the next update for each group."""
+        state, base = self.optimizer.read(), self.base_lrs[0]
+        followed = state is not None and tx.follows_metric(state)
+        rate = float(tx.followed_rate(state) if followed else self._schedule(self.last_epoch))
+        return [rate if own == base or not base else rate * own / base for own in self.base_lrs]
+
+    def get_lr(self) -> list[float | Tensor]:
+        """As `get_last_lr`."""
+        return self.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What torch's schedulers keep; plain numbers."""
+        count = self.last_epoch
+        return {"base_lrs": self.base_lrs, "last_epoch": count, "_step_count": count + 1, "_last_lr": self.get_last_lr()}
+
+    def step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise: the rate is a function of the updates."""
+        raise ArgumentError(
+            "lr_scheduler.step() of this view would do nothing: the learning rate is a function of the updates so far. For a "
+            "schedule of your own pass torch's, Trainer(optimizers=(optimizer, scheduler)), or override Trainer.create_scheduler."
+        )
+
+    def load_state_dict(self, state_dict: Any) -> NoReturn:
+        """Raise: the count is part of the training state."""
+        raise ArgumentError(
+            "load_state_dict: the schedule's place comes from a checkpoint, Trainer.train(resume_from_checkpoint=path)."
+        )
+
+
+def optimizer_proxy(args: TrainingArguments, model: nn.Module, read: Read) -> OptimizerProxy:
+    """The optimizer that `make_transform` makes for these arguments, as torch has it.
+
+    Args:
+        args: as for `make_transform`.
+        model: its Parameters are in the groups.
+        read: gives the transform's state, or None.
+
+    Returns:
+        A view with the groups and hyper-parameters of the torch optimizer that `optim` names.
+
+    >>> view = optimizer_proxy(TrainingArguments(weight_decay=0.1), nn.Linear(2, 1), lambda: None)
+    >>> [group["weight_decay"] for group in view.param_groups], view.param_groups[0]["betas"]
+    ([0.1, 0.0], (0.9, 0.999))
+    """
+    cls, groups, kwargs = optimizer_and_groups(args, model)
+    options = {key: value for key, value in kwargs.items() if key != "fused"}  # which would check devices
+    made = cls(with_parameters(groups, model), **options)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    shown = [
+        {**group, "lr": float(group["lr"]), "params": [names[id(parameter)] for parameter in group["params"]]}
+        for group in made.param_groups
+    ]
+    return OptimizerProxy(model, shown, read)

@@ -1,0 +1,1 @@
+"""Logs, metrics files, memory, log level."""

@@ -1,0 +1,109 @@
+"""Training with the largest batch that fits (`auto_find_batch_size`)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fts.errors import ArgumentError
+from fts.trainer.callbacks import export_callbacks, restore_callbacks
+from fts.trainer.model.weights import tensors_of
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+CPU_MESSAGES = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
+DEVICE_MESSAGES = ("out of memory", "CUDNN_STATUS_NOT_SUPPORTED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted, on an accelerator or on the CPU.
+
+    >>> is_out_of_memory(torch.OutOfMemoryError("full")), is_out_of_memory(RuntimeError("shape"))
+    (True, False)
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(message in text for message in (*CPU_MESSAGES, *DEVICE_MESSAGES))
+
+
+def halve_until_fits(run: Callable[[int], Result], size: int, restore: Callable[[], None]) -> Result:
+    """Run with a batch size, and again with half of it for as long as memory does not suffice.
+
+    Args:
+        run: is given the batch size.
+        size: the first one.
+        restore: called before each further try; brings everything back to where it was before the first one.
+
+    Returns:
+        What `run` returned.
+
+    Raises:
+        ArgumentError: not even one row fits.
+
+    >>> def run(size):
+    ...     if size > 2:
+    ...         raise torch.OutOfMemoryError
+    ...     return size
+    >>> halve_until_fits(run, 8, lambda: None)
+    2
+    """
+    first = size
+    while True:
+        try:
+            return run(size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise ArgumentError(
+                    f"auto_find_batch_size=True: memory does not even suffice for one row in a batch (it began with {first}). "
+                    "Use a smaller model, shorter rows, or gradient_checkpointing=True."
+                ) from error
+        # outside the handler, whose traceback holds the tensors that did not fit
+        size //= 2
+        gc.collect()
+        empty_cache()
+        logger.warning("Memory does not suffice for a batch of %s rows: trying again from the start with %s.", 2 * size, size)
+        restore()
+
+
+def restorer(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
+    """A function that brings a model's weights and the callbacks' states back to what they are now.
+
+    Args:
+        model: a copy of its tensors is kept on the CPU.
+        callbacks: those that have a state.
+        optimizers: the user's torch optimizer and schedule, or None in their places.
+    """
+    torch_states = [None if part is None else copy.deepcopy(part.state_dict()) for part in optimizers]
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
+    states = copy.deepcopy(export_callbacks(callbacks))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, tensor in tensors_of(model).items():
+                tensor.copy_(kept[name])
+        restore_callbacks(callbacks, states)
+        for part, state in zip(optimizers, torch_states, strict=True):
+            if part is not None:
+                part.load_state_dict(copy.deepcopy(state))
+
+    return restore
+
+
+def empty_cache(device: Any = None) -> None:
+    """Give memory that torch keeps for reuse back to the accelerator; nothing happens on the CPU."""
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+    elif kind == "mps":
+        torch.mps.empty_cache()

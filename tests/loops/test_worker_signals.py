@@ -1,0 +1,123 @@
+"""Signals that reach the workers, too, as schedulers send them to every process of a job."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import attrs
+import pytest
+import torch
+
+from fts import loops
+from tests.loops import preempted
+from tests.loops.test_preemption import started, wait_for
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(preempted.__file__).partition("/tests/")[0], "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_all_processes_of_a_job_ends_it_after_its_step_with_a_checkpoint(name, tmp_path):
+    number = getattr(signal, name)
+    process = started(tmp_path, "workers")
+    wait_for(process, "step 3")
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"stopped by {name}" in out and "Traceback" not in err
+    state, position = loops.load_checkpoint(loops.newest_checkpoint(tmp_path), like=preempted.first_state())
+    assert 3 <= int(state.step) <= 4 and position.batch == int(state.step)
+    with pytest.raises(ProcessLookupError):  # nobody is left of the group
+        os.killpg(process.pid, 0)
+
+
+class Signalled:
+    """A signal comes to the worker while it fetches each item, and a program that it starts gets the same."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        program.terminate()
+        return torch.tensor([index, program.wait()])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_worker_passes_it_over_and_what_it_starts_does_not(start):
+    with loops.handle_preemption():
+        batches = list(loops.source(Signalled(), batch_size=1, workers=1, multiprocessing_context=start).epoch(0))
+    assert [batch[0].tolist() for batch in batches] == [[index, -signal.SIGTERM] for index in range(2)]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+@attrs.define
+class Stuck:
+    """Its second item takes for ever, in Python or, as it were, in a library that hears no signal."""
+
+    deaf: bool
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if self.deaf:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        while index:
+            time.sleep(1)
+        return index
+
+
+@pytest.mark.parametrize(("deaf", "code"), [(False, 0), (True, -signal.SIGKILL)])
+def test_a_worker_that_does_not_end_by_itself_is_ended(deaf, code):
+    with loops.handle_preemption():
+        batches = iter(loops.source(Stuck(deaf), batch_size=1, workers=1).epoch(0))
+        assert next(batches).tolist() == [0]
+        (worker,) = multiprocessing.active_children()
+        batches.close()
+        del batches
+        worker.join(20)
+    assert worker.exitcode == code
+
+
+LASTING = """
+from torch.utils.data import DataLoader
+from fts import loops
+from fts.loops.worker_signals import sheltered
+
+loader = DataLoader(range(4), num_workers=2, persistent_workers=True)
+with loops.handle_preemption():
+    print(len(list(sheltered(loader))))
+"""
+
+
+def test_a_program_ends_quietly_with_workers_that_live_on():
+    run = subprocess.run([sys.executable, "-c", LASTING], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "4\n", "")
+
+
+class Marked:
+    mark = None
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return Marked.mark, callable(signal.getsignal(signal.SIGUSR1)), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def mark(worker):
+    Marked.mark = f"worker {worker}"
+
+
+def test_the_function_that_workers_begin_with_is_called_and_without_a_request_they_are_as_torch_starts_them():
+    options = {"batch_size": 1, "workers": 1, "collate": list, "worker_init_fn": mark}
+    (found,) = loops.source(Marked(), **options).epoch(0)
+    assert found == [("worker 0", False, set())]
+    with loops.handle_preemption():
+        (found,) = loops.source(Marked(), **options).epoch(0)
+    assert found == [("worker 0", True, set())]
