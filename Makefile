@@ -68,7 +68,7 @@ bench: $(VENV)/.dev ## Measure steps, prediction, checkpoints, two processes and
 fuzz: $(VENV)/.dev ## Kill training processes 200 times, run the laws with many more generated examples, and the long tests
 	$(PY) -m tests.reliability.kills --kills $(KILLS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz $(or $(TESTS),tests/laws tests/reliability tests/distributed \
-	  tests/transforms/test_sharded.py tests/testing/test_processes.py)
+	  tests/transforms/test_sharded.py tests/testing/test_process_pool.py)
 
 clean: ## Remove .venv, caches and built pages (runs/, with trained models, stays)
 	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

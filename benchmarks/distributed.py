@@ -26,17 +26,17 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import fsdp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import fts
 from fts import loops, steps, transforms as tx
 from fts.distributed import DDP, FSDP, Group, destroy_process_group, distribute, init_process_group
-from fts.distributed.fsdp import shard
+from fts.distributed.fsdp import fully_shard
 
 RATE, DECAY, CLIP, ROWS = 1e-3, 0.01, 1.0, 32
-"""`ROWS` are those of one process."""
+"""`MAX_EXAMPLES` are those of one process."""
 
 
 @attrs.frozen
@@ -103,8 +103,8 @@ def new_model(task: Task) -> nn.Module:
 def cut(model: nn.Module, unit: str) -> nn.Module:
     for module in reversed(list(model.modules())):
         if type(module).__name__ == unit:
-            fully_shard(module)
-    return fully_shard(model, reshard_after_forward=False)
+            fsdp.fully_shard(module)
+    return fsdp.fully_shard(model, reshard_after_forward=False)
 
 
 def hand_written(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> Callable[[], None]:
@@ -137,7 +137,7 @@ def hand_written(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> 
 def with_fts(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> Callable[[], None]:
     model = new_model(task)
     if isinstance(strategy, FSDP):
-        shard(model, dist.init_device_mesh("cpu", (group.size,)), strategy)
+        fully_shard(model, dist.init_device_mesh("cpu", (group.size,)), strategy)
     optimizer = tx.chain(
         tx.clip_by_global_norm(CLIP),
         tx.adamw(tx.linear_schedule(RATE, 0.0, total), weight_decay=DECAY),
@@ -179,7 +179,7 @@ def measure(task: Task, rounds: int, group: Group) -> dict[str, list[tuple[float
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            group.wait()
+            group.barrier()
             wall, processor = time.perf_counter(), time.process_time()
             turns[name]()
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
@@ -209,12 +209,12 @@ def main() -> None:
         sys.exit(subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode)
     torch.set_num_threads(1)
     group = init_process_group(device="cpu")
-    if group.is_first:
+    if group.is_main_process:
         print(f"torch {torch.__version__}, {group.size} processes of one thread, {options.rounds} rounds")
     for task in tasks():
         if options.only in (None, task.name):
             seconds = measure(task, options.rounds, group)
-            if group.is_first:
+            if group.is_main_process:
                 print(f"\n{task.name}: {task.steps} steps a turn")
                 report(seconds)
     destroy_process_group()

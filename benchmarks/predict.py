@@ -63,14 +63,16 @@ def hand_written(model: nn.Module, rows: Rows) -> np.ndarray:
 
 
 def fts_functions(model: nn.Module, rows: Rows) -> np.ndarray:
-    from fts.trainer.evaluation.loop import EvaluationPlan, evaluating, run_evaluation
-    from fts.trainer.evaluation.prediction import predict_batch
+    from fts.trainer.evaluation import (EvaluationConfig)
+    from fts.trainer.model import (evaluation_mode)
+    from fts.trainer.evaluation import (run_evaluation)
+    from fts.trainer.evaluation import (PredictionConfig, predict_batch)
 
     def predict(inputs: Any) -> Any:
-        return predict_batch(model, inputs, compute_loss=lambda model, inputs: (None, None), label_names=["labels"])
+        return predict_batch(model, inputs, PredictionConfig(lambda model, inputs: (None, None), ["labels"]))
 
-    with evaluating(model):
-        output = run_evaluation(predict, DataLoader(rows, BATCH), how=EvaluationPlan())
+    with evaluation_mode(model):
+        output = run_evaluation(predict, DataLoader(rows, BATCH), config=EvaluationConfig())
     return output.predictions
 
 

@@ -16,28 +16,28 @@ from torch import Tensor
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is spread over processes.
 
-    >>> is_sharded(torch.zeros(2))
+    >>> is_dtensor(torch.zeros(2))
     False
     """
     return hasattr(type(tensor), "full_tensor")
 
 
-def any_sharded(tensors: Iterable[Any]) -> bool:
+def any_dtensor(tensors: Iterable[Any]) -> bool:
     """Whether any of them is; quick for many."""
     return any(hasattr(kind, "full_tensor") for kind in set(map(type, tensors)))
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """What lies here of a tensor: shares its memory, and passes derivatives on. It may be empty.
 
     >>> weight = torch.zeros(2)
-    >>> local(weight) is weight
+    >>> to_local(weight) is weight
     True
     """
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     sharded = cast(Any, tensor)
     found: Tensor = sharded.to_local() if tensor.requires_grad and torch.is_grad_enabled() else sharded._local_tensor
@@ -47,7 +47,7 @@ def local(tensor: Tensor) -> Tensor:
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What lies here of each tensor, for kernels on lists, which take no mixture of plain and spread tensors."""
     found = list(tensors)
-    return [local(tensor) for tensor in found] if any_sharded(found) else found
+    return [to_local(tensor) for tensor in found] if any_dtensor(found) else found
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -57,17 +57,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
     >>> full_tensor(weight) is weight
     True
     """
-    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+    return cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
 
 
-def memory(tensor: Tensor) -> int:
+def local_storage_ptr(tensor: Tensor) -> int:
     """The address of the memory that a tensor has here."""
-    return (cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor).untyped_storage().data_ptr()
+    return (cast(Any, tensor)._local_tensor if is_dtensor(tensor) else tensor).untyped_storage().data_ptr()
 
 
 def from_local_like(part: Tensor, like: Tensor) -> Tensor:
     """What lies here, as a tensor of the shape and layout of `like`."""
-    if not is_sharded(like):
+    if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -77,7 +77,7 @@ def from_local_like(part: Tensor, like: Tensor) -> Tensor:
 
 def shard_like(source: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, in the layout of `like`; nothing is sent."""
-    if not is_sharded(like):
+    if not is_dtensor(like):
         return source
     from torch.distributed.tensor import distribute_tensor
 
@@ -85,7 +85,7 @@ def shard_like(source: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(source, form.device_mesh, form.placements, src_data_rank=None)
 
 
-def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
+def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A plain tensor that is the same on every process, to be used with `like`; it shares its memory."""
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -93,7 +93,7 @@ def replicated_like(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def copied_into(target: AnyTensor, source: Tensor) -> AnyTensor:
+def copy_into(target: AnyTensor, source: Tensor) -> AnyTensor:
     """Copy into a tensor, each of the two spread or not. All processes must call it.
 
     Args:
@@ -103,18 +103,18 @@ def copied_into(target: AnyTensor, source: Tensor) -> AnyTensor:
     Returns:
         `target`.
 
-    >>> copied_into(torch.zeros(2), torch.ones(2))
+    >>> copy_into(torch.zeros(2), torch.ones(2))
     tensor([1., 1.])
     """
-    if is_sharded(source) and not (is_sharded(target) and _mesh(source) == _mesh(target)):
+    if is_dtensor(source) and not (is_dtensor(target) and _mesh(source) == _mesh(target)):
         source = full_tensor(source)
-    target.copy_(source if is_sharded(source) else shard_like(source, target))
+    target.copy_(source if is_dtensor(source) else shard_like(source, target))
     return target
 
 
 def reduce_partial(tensor: Tensor) -> Tensor:
     """The same numbers, where they are an unfinished sum over processes as one that is done."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     sharded = cast(Any, tensor)
     if not any(placement.is_partial() for placement in sharded.placements):
@@ -135,16 +135,16 @@ def redistribute_like(tensors: Mapping[str, Tensor], forms: Mapping[str, Tensor]
     Returns:
         A new dictionary.
     """
-    if not any_sharded(tensors.values()) and not any_sharded(forms.values()):
+    if not any_dtensor(tensors.values()) and not any_dtensor(forms.values()):
         return dict(tensors)
     return {name: redistribute(tensor, forms[name]) if name in forms else tensor for name, tensor in tensors.items()}
 
 
 def redistribute(tensor: Tensor, form: Tensor) -> Tensor:
     """A tensor in the layout of another with its shape; the tensor itself where it is laid out so already."""
-    if not is_sharded(form):
+    if not is_dtensor(form):
         return full_tensor(tensor)
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return shard_like(tensor, form)
     ours, theirs = cast(Any, tensor)._spec, cast(Any, form)._spec
     if ours is theirs or ours.placements == theirs.placements:
@@ -153,7 +153,7 @@ def redistribute(tensor: Tensor, form: Tensor) -> Tensor:
     return moved
 
 
-def summed(values: Tensor, like: Tensor) -> Tensor:
+def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
     """The sum of what each process computed from its part of `like`, on every process.
 
     Args:
@@ -173,12 +173,12 @@ def summed(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-def layout(tensor: Tensor) -> Any:
+def mesh_and_placements(tensor: Tensor) -> Any:
     """What tells tensors that are spread in another way apart; None for those that are not."""
-    return (_mesh(tensor), cast(Any, tensor).placements) if is_sharded(tensor) else None
+    return (_mesh(tensor), cast(Any, tensor).placements) if is_dtensor(tensor) else None
 
 
-def indices(tensor: Tensor) -> Tensor:
+def global_indices(tensor: Tensor) -> Tensor:
     """The place of each number that lies here in the whole tensor, as if it were flattened.
 
     Args:
@@ -187,11 +187,11 @@ def indices(tensor: Tensor) -> Tensor:
     Returns:
         int64, in the shape of what lies here, on its device.
 
-    >>> indices(torch.zeros(2, 3))
+    >>> global_indices(torch.zeros(2, 3))
     tensor([[0, 1, 2],
             [3, 4, 5]])
     """
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device).reshape(tensor.shape)
     from torch.distributed.tensor import distribute_tensor
 
@@ -199,7 +199,7 @@ def indices(tensor: Tensor) -> Tensor:
     for axis in reversed(range(tensor.ndim)):
         along = torch.arange(tensor.shape[axis], dtype=torch.int64, device=tensor.device) * stride
         parts = distribute_tensor(along, _mesh(tensor), _along(tensor, axis), src_data_rank=None)
-        place = place + local(parts).reshape(-1, *[1] * (tensor.ndim - 1 - axis))
+        place = place + to_local(parts).reshape(-1, *[1] * (tensor.ndim - 1 - axis))
         stride *= tensor.shape[axis]
     return place
 
@@ -217,14 +217,14 @@ def _along(tensor: Tensor, axis: int) -> list[Any]:
     return [cut(placement) for placement in cast(Any, tensor).placements]
 
 
-def point_to(parameter: Tensor, tensor: Tensor) -> None:
+def set_data(parameter: Tensor, tensor: Tensor) -> None:
     """Let a Parameter live in the memory of another tensor; it stays the same object.
 
     Args:
         parameter: `.data =` has no effect on the part of a DTensor that lies here, so that is exchanged itself.
         tensor: spread if the parameter is.
     """
-    if is_sharded(parameter):
+    if is_dtensor(parameter):
         ours, theirs = cast(Any, parameter), cast(Any, tensor)
         ours._local_tensor, ours._spec = theirs._local_tensor, theirs._spec
     else:

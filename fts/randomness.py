@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fts.dtensors import from_local_like, indices
+from fts.dtensors import from_local_like, global_indices
 
 STEP, DATA, EVALUATION = 1, 2, 3
 """The first position of a fold: what the random numbers are for, so that two uses never share a stream."""
@@ -17,17 +17,17 @@ STEP, DATA, EVALUATION = 1, 2, 3
 _MASK = (1 << 64) - 1
 
 
-def fold(seed: int, *position: int) -> int:
+def fold_in(seed: int, *position: int) -> int:
     """Mix a seed with integers that say where in a run we are, into a new 64-bit seed.
 
     Args:
         seed: any integer.
-        position: integers that say where: `STEP`, `DATA` or `EVALUATION`, then for instance the step and the micro-batch.
+        position: integers that say where: `GLOBAL_STEP`, `DATA` or `EVALUATION`, then for instance the step and the micro-batch.
 
     Returns:
         A non-negative integer below 2**63, different for different positions.
 
-    >>> fold(0, STEP, 2) == fold(0, STEP, 2), fold(0, STEP, 2) == fold(0, DATA, 2)
+    >>> fold_in(0, GLOBAL_STEP, 2) == fold_in(0, GLOBAL_STEP, 2), fold_in(0, GLOBAL_STEP, 2) == fold_in(0, DATA, 2)
     (True, False)
 
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators").
@@ -47,7 +47,7 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
     `torch.manual_seed` would visit every backend (139 us on a machine where this takes 7).
 
     Args:
-        seed: a non-negative integer, usually from `fold`.
+        seed: a non-negative integer, usually from `fold_in`.
         device: the device on which the next random numbers are drawn; None means the CPU.
     """
     torch.default_generator.manual_seed(seed)
@@ -57,15 +57,15 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
         _device_generator(device).manual_seed(seed)
 
 
-def generator_states(device: torch.device) -> tuple[Any, ...]:
-    """The states of all generators that `seed_generators` seeds, to be compared by `same_states`."""
+def get_rng_states(device: torch.device) -> tuple[Any, ...]:
+    """The states of all generators that `seed_generators` seeds, to be compared by `rng_states_equal`."""
     own = () if device.type == "cpu" else (_device_generator(device).get_state(),)
     numpy = np.random.get_state(legacy=False)["state"]
     return (torch.default_generator.get_state(), *own, numpy["key"], numpy["pos"], random.getstate())
 
 
-def same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether nothing was drawn between two calls of `generator_states`."""
+def rng_states_equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether nothing was drawn between two calls of `get_rng_states`."""
     return all(np.array_equal(a, b) if isinstance(a, (Tensor, np.ndarray)) else a == b for a, b in zip(one, other, strict=True))
 
 
@@ -79,7 +79,7 @@ def _device_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-def normal_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
+def randn_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
     """Standard normal numbers that are a pure function of a seed and counters: no generator is read or moved.
 
     Args:
@@ -92,12 +92,12 @@ def normal_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
         under vmap.
 
     >>> like = torch.zeros(2)
-    >>> torch.equal(normal_like(like, 0, 3), normal_like(like, 0, 3))
+    >>> torch.equal(randn_like(like, 0, 3), randn_like(like, 0, 3))
     True
 
     Source: SplitMix64 as a counter-based generator; the Box-Muller transform (1958).
     """
-    bits = bits_like(tensor, seed, *counters)
+    bits = random_bits_like(tensor, seed, *counters)
     # 31 bits for the radius (never 0, so that the logarithm is finite), 31 bits for the angle
     high = ((bits >> 33) & 0x7FFFFFFF).to(torch.float64)
     low = (bits & 0x7FFFFFFF).to(torch.float64)
@@ -105,8 +105,8 @@ def normal_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
     return from_local_like((radius * torch.cos(low * (2.0 * torch.pi / 2147483648.0))).to(tensor.dtype), tensor)
 
 
-def bits_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
-    """64 random bits for each number of a tensor, as a pure function of a seed and counters, as in `normal_like`.
+def random_bits_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
+    """64 random bits for each number of a tensor, as a pure function of a seed and counters, as in `randn_like`.
 
     Args:
         tensor: gives the shape and device.
@@ -116,11 +116,11 @@ def bits_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
     Returns:
         int64; of a tensor that is spread over processes the bits of what lies here.
 
-    >>> bits_like(torch.zeros(2), 0, 3).dtype
+    >>> random_bits_like(torch.zeros(2), 0, 3).dtype
     torch.int64
     """
-    index = indices(tensor)
-    key: Tensor = torch.full((), _signed(fold(seed)), dtype=torch.int64, device=index.device)
+    index = global_indices(tensor)
+    key: Tensor = torch.full((), _signed(fold_in(seed)), dtype=torch.int64, device=index.device)
     for counter in counters:
         counter = counter if isinstance(counter, Tensor) else torch.full_like(key, counter)
         key = _mix(key + (counter + 1) * _signed(0x9E3779B97F4A7C15))

@@ -15,34 +15,34 @@ from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor, nn
 
 from fts import storage
-from fts.dtensors import copied_into, memory
+from fts.dtensors import copy_into, local_storage_ptr
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
-from fts.messages import some
+from fts.messages import abbreviate
 from fts.typing import OptState, Params, Transform
 
-FORMAT = 1
+FORMAT_VERSION = 1
 """Version of the files that `TrainState.save` writes."""
 
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME = "model.safetensors", "optimizer.safetensors", "state.json"
 
-PART_SIZE = 4 * 10**9
+MAX_SHARD_FILE_SIZE = 4 * 10**9
 """Bytes of tensors in the files of all processes with one number: what a process holds of them, it copies to write it."""
 
-TRAINED = "trained.safetensors"
-"""Takes the place of `WEIGHTS` where the frozen parameters are left out, so that nobody takes it for a model."""
+TRAINABLE_NAME = "trained.safetensors"
+"""Takes the place of `WEIGHTS_NAME` where the frozen parameters are left out, so that nobody takes it for a model."""
 
 
 @attrs.frozen
-class Layout:
+class ModuleMetadata:
     """What the names of a state mean in the module that it came from.
 
     Attributes:
         ties: (alias, name) pairs: `alias` is a second name of the tensor that the state holds under `name`.
-        transient: names of the buffers that a checkpoint omits (`persistent=False`).
+        non_persistent: names of the buffers that a checkpoint omits (`persistent=False`).
     """
 
     ties: tuple[tuple[str, str], ...] = ()
-    transient: frozenset[str] = frozenset()
+    non_persistent: frozenset[str] = frozenset()
 
 
 @attrs.frozen(slots=False, eq=False, repr=False)
@@ -59,7 +59,7 @@ class TrainState:
         opt_state: the transform's state.
         step: 0-d int64 tensor on the CPU: how many steps were taken, also those whose update was skipped.
         seed: the integer that all randomness of the run is folded from.
-        layout: aliases of tied tensors, and which buffers a checkpoint omits.
+        metadata: aliases of tied tensors, and which buffers a checkpoint omits.
 
     >>> from fts import transforms as tx
     >>> state = TrainState.create({"w": torch.zeros(2)}, tx.sgd(0.1), seed=0)
@@ -73,7 +73,7 @@ class TrainState:
     opt_state: OptState
     step: Tensor
     seed: int = 0
-    layout: Layout = Layout()
+    metadata: ModuleMetadata = ModuleMetadata()
 
     @classmethod
     def create(
@@ -96,9 +96,9 @@ class TrainState:
             ArgumentError: there is nothing to train, or a parameter is not a floating-point tensor.
         """
         if isinstance(model_or_params, nn.Module):
-            params, frozen, buffers, layout = _tensors_of(model_or_params)
+            params, frozen, buffers, metadata = _tensors_of(model_or_params)
         elif isinstance(model_or_params, Mapping):
-            params, frozen, buffers, layout = dict(model_or_params), {}, {}, Layout()
+            params, frozen, buffers, metadata = dict(model_or_params), {}, {}, ModuleMetadata()
         else:
             raise ArgumentError(
                 f"TrainState.create takes a torch.nn.Module or a dictionary of tensors, not {type(model_or_params).__name__}."
@@ -110,9 +110,11 @@ class TrainState:
         frozen = {name: tensor.detach() for name, tensor in frozen.items()}
         step = torch.zeros((), dtype=torch.int64)
         # what a transform keeps of the parameters must not change with them
-        owners = {memory(tensor) for tensor in params.values()}
-        opt_state = optree.tree_map(lambda tensor: tensor.clone() if memory(tensor) in owners else tensor, transform.init(params))
-        return cls(params, frozen, buffers, opt_state, step, int(seed), layout)
+        owners = {local_storage_ptr(tensor) for tensor in params.values()}
+        opt_state = optree.tree_map(
+            lambda tensor: tensor.clone() if local_storage_ptr(tensor) in owners else tensor, transform.init(params)
+        )
+        return cls(params, frozen, buffers, opt_state, step, int(seed), metadata)
 
     def replace(self, **changes: Any) -> TrainState:
         """A new state with some attributes exchanged; it shares the others, so a step that consumes one consumes both.
@@ -155,10 +157,10 @@ class TrainState:
                 )
         with torch.no_grad():
             for name, source in sources.items():
-                copied_into(targets[name], source)
+                copy_into(targets[name], source)
         return module
 
-    def save(self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> Path:
+    def save(self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.MAX_SHARD_SIZE) -> Path:
         """Write the state to `model.safetensors`, `optimizer.safetensors` and `state.json`.
 
         Args:
@@ -173,19 +175,19 @@ class TrainState:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        storage.write(directory, self.contents(frozen=frozen, shard_size=shard_size))
+        storage.write_contents(directory, self.checkpoint_contents(frozen=frozen, shard_size=shard_size))
         return directory
 
-    def save_parts(
-        self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE, handle: Any = None
-    ) -> dict[str, storage.Written]:
+    def save_sharded(
+        self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.MAX_SHARD_SIZE, process_group: Any = None
+    ) -> dict[str, storage.FileChecksum]:
         """Write the state as several processes have it: each what it has of each tensor. All of them call it.
 
         Args:
             directory: is there, in a file system that all processes share.
             frozen: see `save`.
             shard_size: see `save`; of all processes taken together.
-            handle: torch's process group; by default that of all processes, or of this one alone where there is none.
+            process_group: torch's process group; by default that of all processes, or of this one alone where there is none.
 
         Returns:
             The files of tensors that this process wrote, relative to the directory, with their checksums.
@@ -194,16 +196,18 @@ class TrainState:
             CheckpointError: a process could not write.
         """
         directory = Path(directory)
-        if storage.rank_in(handle) == 0:
-            storage.write_texts(directory, self._texts(frozen=frozen, names=(STATE, TRAINED, WEIGHTS, OPTIMIZER)))
+        if storage.get_rank(process_group) == 0:
+            storage.write_text_files(
+                directory, self._text_files(frozen=frozen, names=(STATE_NAME, TRAINABLE_NAME, WEIGHTS_NAME, OPTIMIZER_NAME))
+            )
         weights, moments = self._saved_tensors(frozen=frozen), _flatten_by_path(self.opt_state)
-        options: dict[str, Any] = {"file_size": min(shard_size, PART_SIZE), "handle": handle}
+        options: dict[str, Any] = {"file_size": min(shard_size, MAX_SHARD_FILE_SIZE), "process_group": process_group}
         return {
-            **storage.save_sharded(directory, WEIGHTS if frozen else TRAINED, weights, **options),
-            **storage.save_sharded(directory, OPTIMIZER, moments, **options),
+            **storage.save_sharded(directory, WEIGHTS_NAME if frozen else TRAINABLE_NAME, weights, **options),
+            **storage.save_sharded(directory, OPTIMIZER_NAME, moments, **options),
         }
 
-    def contents(self, *, frozen: bool = True, shard_size: int = storage.SHARD_SIZE) -> storage.Contents:
+    def checkpoint_contents(self, *, frozen: bool = True, shard_size: int = storage.MAX_SHARD_SIZE) -> storage.DirectoryContents:
         """What `save` writes, laid out but not written: it holds the tensors of the state, not copies.
 
         Args:
@@ -213,23 +217,25 @@ class TrainState:
         Raises:
             CheckpointError: the state of the transform has parts that are no tensors.
         """
-        weights = storage.lay_out(WEIGHTS if frozen else TRAINED, self._saved_tensors(frozen=frozen), shard_size)
-        optimizer = storage.lay_out(OPTIMIZER, _flatten_by_path(self.opt_state), shard_size)
-        return weights + optimizer + self._texts(frozen=frozen, names=(STATE, TRAINED))
+        weights = storage.split_into_shards(
+            WEIGHTS_NAME if frozen else TRAINABLE_NAME, self._saved_tensors(frozen=frozen), shard_size
+        )
+        optimizer = storage.split_into_shards(OPTIMIZER_NAME, _flatten_by_path(self.opt_state), shard_size)
+        return weights + optimizer + self._text_files(frozen=frozen, names=(STATE_NAME, TRAINABLE_NAME))
 
-    def _texts(self, *, frozen: bool, names: tuple[str, ...]) -> storage.Contents:
+    def _text_files(self, *, frozen: bool, names: tuple[str, ...]) -> storage.DirectoryContents:
         document = {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "step": int(self.step),
             "seed": self.seed,
             "frozen": frozen,
-            "ties": [list(pair) for pair in self.layout.ties],
+            "ties": [list(pair) for pair in self.metadata.ties],
         }
-        return storage.Contents(texts={STATE: json.dumps(document, indent=2) + "\n"}, names=names)
+        return storage.DirectoryContents(texts={STATE_NAME: json.dumps(document, indent=2) + "\n"}, base_names=names)
 
     @classmethod
     def load(cls, directory: str | Path, *, like: TrainState) -> TrainState:
-        """Read what `save` or `save_parts` wrote, in any number of processes; each reads what it is to have.
+        """Read what `save` or `save_sharded` wrote, in any number of processes; each reads what it is to have.
 
         Args:
             directory: where it was written.
@@ -246,8 +252,8 @@ class TrainState:
         directory = Path(directory)
         document = _read_document(directory)
         frozen = document["frozen"]
-        saved = _read_tensors(directory, WEIGHTS if frozen else TRAINED, like._saved_tensors(frozen=frozen))
-        optimizer = _read_tensors(directory, OPTIMIZER, _flatten_by_path(like.opt_state))
+        saved = _read_tensors(directory, WEIGHTS_NAME if frozen else TRAINABLE_NAME, like._saved_tensors(frozen=frozen))
+        optimizer = _read_tensors(directory, OPTIMIZER_NAME, _flatten_by_path(like.opt_state))
         return like.replace(
             params={name: saved[name] for name in like.params},
             frozen={name: saved.get(name, tensor) for name, tensor in like.frozen.items()},
@@ -258,7 +264,7 @@ class TrainState:
         )
 
     def _saved_tensors(self, *, frozen: bool) -> dict[str, Tensor]:
-        persistent = {name: tensor for name, tensor in self.buffers.items() if name not in self.layout.transient}
+        persistent = {name: tensor for name, tensor in self.buffers.items() if name not in self.metadata.non_persistent}
         return self.params | (self.frozen if frozen else {}) | persistent
 
     def __repr__(self) -> str:
@@ -298,7 +304,7 @@ def is_donated(state: Any) -> bool:
     return "donated_to" in state.__dict__
 
 
-def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, Layout]:
+def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, ModuleMetadata]:
     params: Params = {}
     frozen: Params = {}
     for name, tensor in module.named_parameters():
@@ -314,7 +320,7 @@ def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, Layout]:
         for prefix, child in module.named_modules()
         for name in child._non_persistent_buffers_set
     }
-    return params, frozen, buffers, Layout(ties, frozenset(transient & buffers.keys()))
+    return params, frozen, buffers, ModuleMetadata(ties, frozenset(transient & buffers.keys()))
 
 
 def _check_params(params: Params) -> None:
@@ -337,7 +343,7 @@ def _check_names(who: str, *, have: Iterable[str], want: Iterable[str]) -> None:
     if have != want:
         missing, extra = sorted(want - have), sorted(have - want)
         raise UnknownParameterError(
-            f"{who} does not fit the state: missing {some(missing)}, unexpected {some(extra)}. "
+            f"{who} does not fit the state: missing {abbreviate(missing)}, unexpected {abbreviate(extra)}. "
             "Use the module (or a copy of the module) that the state was created from."
         )
 
@@ -358,8 +364,8 @@ def _flatten_by_path(tree: Any) -> dict[str, Tensor]:
 
 
 def _read_document(directory: Path) -> dict[str, Any]:
-    document, path = storage.read_document(directory, STATE, version=FORMAT), directory / STATE
-    storage.whole_number(path, document, "step")
+    document, path = storage.read_json(directory, STATE_NAME, version=FORMAT_VERSION), directory / STATE_NAME
+    storage.get_int(path, document, "step")
     seed, frozen = document.get("seed"), document.setdefault("frozen", True)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise CheckpointError(f"{path} has seed = {seed!r}; an integer is needed.")
@@ -369,11 +375,11 @@ def _read_document(directory: Path) -> dict[str, Any]:
 
 
 def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    found, path = storage.forms_of(directory, file), directory / file
+    found, path = storage.read_tensor_specs(directory, file), directory / file
     missing, extra = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
     if missing or extra:
         raise CheckpointError(
-            f"{path} does not fit the state it is loaded into: missing {some(missing)}, unexpected {some(extra)}. "
+            f"{path} does not fit the state it is loaded into: missing {abbreviate(missing)}, unexpected {abbreviate(extra)}. "
             "It was saved from another model or transform."
         )
     for name, target in like.items():
@@ -388,11 +394,11 @@ def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[s
     return targets
 
 
-def _flatten(state: TrainState) -> tuple[tuple[Any, ...], tuple[int, Layout]]:
-    return (state.params, state.frozen, state.buffers, state.opt_state, state.step), (state.seed, state.layout)
+def _flatten(state: TrainState) -> tuple[tuple[Any, ...], tuple[int, ModuleMetadata]]:
+    return (state.params, state.frozen, state.buffers, state.opt_state, state.step), (state.seed, state.metadata)
 
 
-def _unflatten(metadata: tuple[int, Layout], children: Iterable[Any]) -> TrainState:
+def _unflatten(metadata: tuple[int, ModuleMetadata], children: Iterable[Any]) -> TrainState:
     params, frozen, buffers, opt_state, step = children
     return TrainState(params, frozen, buffers, opt_state, step, *metadata)
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import fts
+from fts.messages import DISTRIBUTION
 
 HEAVY = (
     "accelerate",
@@ -84,4 +85,4 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_version_is_that_of_the_installed_package() -> None:
     from importlib.metadata import version
 
-    assert fts.__version__ == version("fts")
+    assert fts.__version__ == version(DISTRIBUTION)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from fts.randomness import DATA, EVALUATION, STEP, fold, normal_like, seed_generators
+from fts.randomness import DATA, EVALUATION, STEP, fold_in, randn_like, seed_generators
 
 try:  # scikit-learn brings it, and only the examples need that
     from scipy import stats
@@ -20,7 +20,7 @@ small = st.integers(0, 2**40)
 
 def test_no_two_positions_of_a_run_share_a_seed():
     seen = {
-        fold(seed, use, step, micro)
+        fold_in(seed, use, step, micro)
         for seed in range(5)
         for use in (STEP, DATA, EVALUATION)
         for step in range(200)
@@ -31,24 +31,24 @@ def test_no_two_positions_of_a_run_share_a_seed():
 
 def test_shorter_and_longer_positions_differ():
     positions = [(), (0,), (0, 0), (0, 0, 0), (1,), (0, 1), (1, 0), (0, 0, 1)]
-    assert len({fold(0, *position) for position in positions}) == len(positions)
+    assert len({fold_in(0, *position) for position in positions}) == len(positions)
 
 
 @given(seeds, st.lists(small, max_size=4))
 def test_a_fold_is_a_seed_that_every_generator_takes(seed, position):
-    value = fold(seed, *position)
-    assert 0 <= value < 2**63 and value == fold(seed, *position)
+    value = fold_in(seed, *position)
+    assert 0 <= value < 2**63 and value == fold_in(seed, *position)
     torch.Generator().manual_seed(value)
 
 
 @given(seeds, small, small)
 def test_neighbouring_folds_look_unrelated(seed, step, micro):
-    one, two = fold(seed, STEP, step, micro), fold(seed, STEP, step + 1, micro)
+    one, two = fold_in(seed, STEP, step, micro), fold_in(seed, STEP, step + 1, micro)
     assert 8 <= (one ^ two).bit_count() <= 56
 
 
 def test_one_bit_of_the_seed_changes_half_of_the_fold():
-    flips = [(fold(n, STEP, 0) ^ fold(n ^ (1 << bit), STEP, 0)).bit_count() for n in range(50) for bit in range(0, 64, 7)]
+    flips = [(fold_in(n, STEP, 0) ^ fold_in(n ^ (1 << bit), STEP, 0)).bit_count() for n in range(50) for bit in range(0, 64, 7)]
     assert 31 <= sum(flips) / len(flips) <= 32
 
 
@@ -70,14 +70,14 @@ def test_torch_numpy_and_python_are_all_seeded(seed):
 def test_numpy_is_seeded_by_all_bits_that_differ_in_practice():
     firsts = set()
     for step in range(1000):
-        seed_generators(fold(0, STEP, step, 0))
+        seed_generators(fold_in(0, STEP, step, 0))
         firsts.add(np.random.random())
     assert len(firsts) == 1000
 
 
 @pytest.mark.parametrize("counters", [(), (0,), (1, 7)])
 def test_normal_numbers_are_standard_normal(counters):
-    x = normal_like(torch.empty(100_000, dtype=torch.float64), 3, *counters)
+    x = randn_like(torch.empty(100_000, dtype=torch.float64), 3, *counters)
     n = len(x)
     assert x.isfinite().all()
     assert abs(float(x.mean())) < 5 / n**0.5
@@ -89,7 +89,7 @@ def test_normal_numbers_are_standard_normal(counters):
 
 def test_one_number_over_many_counters_is_standard_normal_too():
     """What add_noise draws for a 0-d parameter over a run."""
-    x = np.array([float(normal_like(torch.empty((), dtype=torch.float64), 0, step)) for step in range(5_000)])
+    x = np.array([float(randn_like(torch.empty((), dtype=torch.float64), 0, step)) for step in range(5_000)])
     assert stats is None or stats.kstest(x, "norm").pvalue > 1e-3
     assert abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < 5 / len(x) ** 0.5
 
@@ -99,14 +99,14 @@ def test_one_number_over_many_counters_is_standard_normal_too():
 )
 def test_streams_of_different_seeds_and_counters_are_unrelated(one, two):
     like = torch.empty(20_000, dtype=torch.float64)
-    x, y = normal_like(like, *one), normal_like(like, *two)
+    x, y = randn_like(like, *one), randn_like(like, *two)
     assert abs(float(torch.corrcoef(torch.stack([x, y]))[0, 1])) < 5 / len(x) ** 0.5
     # no stream is a shifted copy of another
     assert not set(x[:2000].tolist()) & set(y.tolist())
 
 
 def test_neighbours_in_a_tensor_are_unrelated():
-    x = normal_like(torch.empty(100_000, dtype=torch.float64), 1, 1)
+    x = randn_like(torch.empty(100_000, dtype=torch.float64), 1, 1)
     for lag in (1, 2, 3, 64):
         assert abs(float((x[:-lag] * x[lag:]).mean())) < 5 / len(x) ** 0.5
 
@@ -120,21 +120,21 @@ def test_neighbours_in_a_tensor_are_unrelated():
 def test_normal_numbers_are_a_function_of_their_arguments(seed, counters, shape, dtype):
     like = torch.empty(shape, dtype=dtype)
     before = torch.get_rng_state()
-    x = normal_like(like, seed, *counters)
+    x = randn_like(like, seed, *counters)
     assert torch.equal(torch.get_rng_state(), before)
     assert x.shape == like.shape and x.dtype == dtype and x.isfinite().all()
-    assert torch.equal(x, normal_like(like, seed, *map(torch.tensor, counters)))
+    assert torch.equal(x, randn_like(like, seed, *map(torch.tensor, counters)))
 
 
 def test_a_prefix_does_not_depend_on_the_length():
-    assert torch.equal(normal_like(torch.empty(5), 0, 1), normal_like(torch.empty(50), 0, 1)[:5])
+    assert torch.equal(randn_like(torch.empty(5), 0, 1), randn_like(torch.empty(50), 0, 1)[:5])
 
 
 def test_normal_numbers_under_vmap():
     like, steps = torch.zeros(3, 4), torch.arange(5)
-    many = torch.vmap(lambda step: normal_like(like, 7, step))(steps)
-    assert torch.equal(many, torch.stack([normal_like(like, 7, int(step)) for step in steps]))
-    over_both = torch.vmap(lambda x, step: normal_like(x, 7, step))(torch.zeros(5, 3, 4), steps)
+    many = torch.vmap(lambda step: randn_like(like, 7, step))(steps)
+    assert torch.equal(many, torch.stack([randn_like(like, 7, int(step)) for step in steps]))
+    over_both = torch.vmap(lambda x, step: randn_like(x, 7, step))(torch.zeros(5, 3, 4), steps)
     assert torch.equal(over_both, many)
 
 
@@ -145,8 +145,8 @@ def test_normal_numbers_in_a_graph_that_is_made_once():
         graphs.append(graph)
         return graph.forward
 
-    traced = torch.compile(lambda x, step: normal_like(x, 7, step), fullgraph=True, dynamic=False, backend=backend)
+    traced = torch.compile(lambda x, step: randn_like(x, 7, step), fullgraph=True, dynamic=False, backend=backend)
     like = torch.zeros(3, 4)
     for step in range(4):
-        assert torch.equal(traced(like, torch.tensor(step)), normal_like(like, 7, step))
+        assert torch.equal(traced(like, torch.tensor(step)), randn_like(like, 7, step))
     assert len(graphs) == 1

@@ -14,7 +14,7 @@ from torch import nn
 import fts
 from fts import steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, DonatedStateError, UnknownParameterError
-from fts.state import OPTIMIZER, STATE, TRAINED, WEIGHTS, mark_donated
+from fts.state import OPTIMIZER_NAME, STATE_NAME, TRAINABLE_NAME, WEIGHTS_NAME, mark_donated
 
 ENGINES = ["module", "func"]
 
@@ -70,8 +70,8 @@ def test_what_a_state_holds():
     assert set(state.params) == {"embedding.weight", "temperature", "norm.weight", "norm.bias"}
     assert list(state.frozen) == ["position"]
     assert set(state.buffers) == {"scale", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
-    assert state.layout.ties == (("out.weight", "embedding.weight"),)
-    assert state.layout.transient == {"scale"}
+    assert state.metadata.ties == (("out.weight", "embedding.weight"),)
+    assert state.metadata.non_persistent == {"scale"}
     assert state.step.dtype == torch.int64 and state.step.ndim == 0 and int(state.step) == 0 and state.seed == 5
     assert not any(tensor.requires_grad for tensor in optree.tree_leaves(state))
 
@@ -94,7 +94,7 @@ def test_a_transform_that_keeps_the_parameters_gets_copies():
 
 def test_parameters_may_be_any_mapping_of_floating_tensors():
     state = fts.TrainState.create({"w": torch.ones(2), "b": torch.zeros((), dtype=torch.bfloat16)}, tx.sgd(0.1))
-    assert state.layout.ties == () and state.frozen == {} and state.buffers == {}
+    assert state.metadata.ties == () and state.frozen == {} and state.buffers == {}
 
 
 def test_creation_explains_what_it_cannot_take():
@@ -164,7 +164,7 @@ def test_optree_and_torch_know_a_state_as_a_tree():
     state = trained()
     for tree_map, leaves in ((optree.tree_map, optree.tree_leaves), (torch_pytree.tree_map, torch_pytree.tree_leaves)):
         doubled = tree_map(lambda tensor: tensor * 2, state)
-        assert isinstance(doubled, fts.TrainState) and doubled.seed == 5 and doubled.layout == state.layout
+        assert isinstance(doubled, fts.TrainState) and doubled.seed == 5 and doubled.metadata == state.metadata
         assert torch.equal(doubled.params["embedding.weight"], 2 * state.params["embedding.weight"])
         assert int(doubled.step) == 4
         assert len(leaves(state)) == len(optree.tree_leaves(state))
@@ -250,7 +250,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     fresh = fts.TrainState.create(net_of(), optimizer(), seed=0)
     loaded = fts.TrainState.load(state.save(tmp_path / "a" / "b"), like=fresh)
     assert_same(loaded, state)
-    assert loaded.seed == 5 and loaded.layout == state.layout
+    assert loaded.seed == 5 and loaded.metadata == state.metadata
     assert list(loaded.params) == list(state.params)
     assert int(fresh.step) == 0
 
@@ -261,7 +261,7 @@ def test_a_state_in_shards_comes_back_bit_for_bit(tmp_path, shard_size):
     state.save(tmp_path)
     state.save(tmp_path, shard_size=shard_size)
     assert {"model.safetensors.index.json", "optimizer.safetensors.index.json"} < {path.name for path in tmp_path.iterdir()}
-    assert not (tmp_path / WEIGHTS).exists() and not (tmp_path / OPTIMIZER).exists()
+    assert not (tmp_path / WEIGHTS_NAME).exists() and not (tmp_path / OPTIMIZER_NAME).exists()
     fresh = fts.TrainState.create(net_of(), optimizer(), seed=0)
     assert_same(fts.TrainState.load(tmp_path, like=fresh), state)
     (tmp_path / "model-00002-of-00001.safetensors").write_bytes(b"never read")
@@ -276,17 +276,17 @@ def test_frozen_parameters_can_be_left_out_and_are_those_of_like(tmp_path):
     state = trained()
     state.save(tmp_path)
     state.save(tmp_path / "trained", frozen=False)
-    assert not (tmp_path / "trained" / WEIGHTS).exists()  # nobody takes it for a model
-    assert load_file(tmp_path / "trained" / TRAINED).keys() == load_file(tmp_path / WEIGHTS).keys() - {"position"}
+    assert not (tmp_path / "trained" / WEIGHTS_NAME).exists()  # nobody takes it for a model
+    assert load_file(tmp_path / "trained" / TRAINABLE_NAME).keys() == load_file(tmp_path / WEIGHTS_NAME).keys() - {"position"}
     fresh = fts.TrainState.create(net_of(), optimizer(), seed=0)
     assert_same(fts.TrainState.load(tmp_path / "trained", like=fresh), state)
     other = fresh.replace(frozen={"position": torch.zeros(4)})
     assert torch.equal(fts.TrainState.load(tmp_path / "trained", like=other).frozen["position"], torch.zeros(4))
     assert torch.equal(fts.TrainState.load(tmp_path, like=other).frozen["position"], state.frozen["position"])
     state.save(tmp_path / "trained")
-    assert not (tmp_path / "trained" / TRAINED).exists()
-    document = json.loads((tmp_path / STATE).read_text())
-    (tmp_path / STATE).write_text(json.dumps(document | {"frozen": False}))
+    assert not (tmp_path / "trained" / TRAINABLE_NAME).exists()
+    document = json.loads((tmp_path / STATE_NAME).read_text())
+    (tmp_path / STATE_NAME).write_text(json.dumps(document | {"frozen": False}))
     with pytest.raises(CheckpointError, match=r"trained\.safetensors is missing"):
         fts.TrainState.load(tmp_path, like=fresh)
 
@@ -304,10 +304,10 @@ def test_the_weights_file_is_what_the_model_itself_would_save(tmp_path):
     from safetensors.torch import load_file
 
     net = net_of()
-    weights = load_file(trained(net).save(tmp_path) / WEIGHTS)
+    weights = load_file(trained(net).save(tmp_path) / WEIGHTS_NAME)
     assert set(weights) == set(net.state_dict()) - {"out.weight"}
     assert "scale" not in weights
-    document = json.loads((tmp_path / STATE).read_text())
+    document = json.loads((tmp_path / STATE_NAME).read_text())
     assert document["step"] == 2 and document["seed"] == 5 and document["ties"] == [["out.weight", "embedding.weight"]]
 
 
@@ -333,7 +333,7 @@ def test_a_state_of_python_numbers_is_refused(tmp_path):
         fts.TrainState.create({"w": torch.ones(2)}, counting).save(tmp_path)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE])
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME])
 def test_a_missing_or_damaged_file_is_named(name, tmp_path):
     state = trained()
     state.save(tmp_path)
@@ -350,12 +350,12 @@ def test_a_missing_or_damaged_file_is_named(name, tmp_path):
 def test_counters_in_the_document_are_checked(tmp_path):
     state = trained()
     state.save(tmp_path)
-    document = json.loads((tmp_path / STATE).read_text())
+    document = json.loads((tmp_path / STATE_NAME).read_text())
     for key, value in (
         *(("step", "2"), ("step", -1), ("step", True), ("step", 2**63), ("step", 10**4000), ("step", float("nan"))),
         *(("seed", None), ("seed", 1.5), ("seed", False), ("frozen", 1), ("frozen", None)),
     ):
-        (tmp_path / STATE).write_text(json.dumps(document | {key: value}))
+        (tmp_path / STATE_NAME).write_text(json.dumps(document | {key: value}))
         with pytest.raises(CheckpointError, match=key):
             fts.TrainState.load(tmp_path, like=state)
 
@@ -617,12 +617,12 @@ def bert():
 @pytest.mark.parametrize("make", [bert, gpt2, t5])
 def test_from_pretrained_loads_a_tied_model_without_a_word(make, shard_size, tmp_path):
     state = fts.TrainState.create(make(), tx.sgd(0.1))
-    assert state.layout.ties
+    assert state.metadata.ties
     state = state.replace(params={name: tensor + 1.0 for name, tensor in state.params.items()})
     state.save(tmp_path, shard_size=shard_size)
     model = make()
     model.config.save_pretrained(tmp_path)
-    assert (tmp_path / WEIGHTS).exists() == (shard_size == 10**9)
+    assert (tmp_path / WEIGHTS_NAME).exists() == (shard_size == 10**9)
     loaded, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values()), said
     for name, tensor in state.apply_to(model).state_dict().items():

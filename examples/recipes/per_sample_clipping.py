@@ -1,11 +1,11 @@
 """Per-sample clipping: bound what any single sample can do to the weights.
 
-`vmap` gives the gradient of every sample of a batch at once. Each is scaled down to a norm of at most LIMIT before they are
+`vmap` gives the gradient of every sample of a batch at once. Each is scaled down to a norm of at most MAX_PENDING_STEPS before they are
 averaged, and noise is added to the average, which makes it DP-SGD.
 
 Paper: Abadi et al. 2016, "Deep Learning with Differential Privacy". https://arxiv.org/abs/1607.00133
 Shows: putting a gross outlier in the place of one sample moves the weights after a step by at most
-2 * RATE * LIMIT / SAMPLES, but those after a plain step far more; and the other samples are learned beside the outlier.
+2 * RATE * MAX_PENDING_STEPS / SAMPLES, but those after a plain step far more; and the other samples are learned beside the outlier.
 """
 
 import torch

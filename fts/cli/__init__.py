@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fts.cli import checkpoints, plan, replay
 from fts.errors import FtsError
+from fts.messages import check_installation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["checkpoints", "/nowhere"])
     2
     """
+    check_installation()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["checkpoints", "prune"]:
         words[:2] = ["checkpoints prune"]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.loops.checkpoint_list import CheckpointInfo, best_of, list_checkpoints, newest_of
+from fts.loops.checkpoint_list import CheckpointInfo, best_checkpoint_step, list_checkpoints, newest_checkpoint_step
 from fts.loops.consolidation import consolidate_checkpoint
 from fts.loops.retention import CheckpointScore, select_to_keep
-from fts.storage.atomic import delete
+from fts.storage.atomic import delete_atomically
 
 QUIET = 2.0
 """Verifying says nothing of its progress for so many seconds."""
@@ -67,7 +67,7 @@ def show(options: argparse.Namespace) -> int:
     if not found:
         print(f"No checkpoints in {options.directory}.")
         return 0
-    best, newest = best_of(found), newest_of(found)
+    best, newest = best_checkpoint_step(found), newest_checkpoint_step(found)
     rows = [("step", "written", "size", "state", "evaluation"), *(_row(one, best, newest) for one in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row, one in zip(rows, [None, *found], strict=True):
@@ -76,7 +76,7 @@ def show(options: argparse.Namespace) -> int:
         print(line.rstrip())
         if one is not None and one.problem is not None:
             print(f"{'':{widths[0]}}  {one.problem}")
-    return int(any(one.condition == "damaged" for one in found))
+    return int(any(one.status == "damaged" for one in found))
 
 
 def prune(options: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def prune(options: argparse.Namespace) -> int:
     for one, reason in doomed:
         try:
             if not options.dry_run:
-                delete(one.path)
+                delete_atomically(one.path)
         except OSError as error:
             failed = True
             print(f"fts: {one.path} could not be deleted: {error}", file=sys.stderr)
@@ -127,23 +127,23 @@ def choose(
 
     >>> from fts.loops.checkpoint_list import CheckpointInfo
     >>> found = [CheckpointInfo(step, Path(f"checkpoint-{step}"), "whole") for step in (1, 2, 3)]
-    >>> [(one.step, reason) for one, reason in choose(found, 2, keep_best=True, now=0.0)[0]]
+    >>> [(one.step, reason) for one, reason in make_optimizer(found, 2, keep_best=True, now=0.0)[0]]
     [(1, 'older than what is kept')]
     """
-    intact = [one for one in found if one.condition in ("whole", "model only")]
-    best, newest = best_of(found) if keep_best else None, newest_of(found)
+    intact = [one for one in found if one.status in ("whole", "model only")]
+    best, newest = best_checkpoint_step(found) if keep_best else None, newest_checkpoint_step(found)
     stay = select_to_keep([CheckpointScore(one.step) for one in intact], keep, best=best) | ({newest} - {None})
     doomed: list[tuple[CheckpointInfo, str]] = []
     spared: list[tuple[CheckpointInfo, str]] = []
     for one in found:
         if one in intact and one.step in stay:
             pins = [name for name, step in (("the newest", newest), ("the best", best)) if one.step == step]
-            spared.append((one, " and ".join(pins) or one.condition))
+            spared.append((one, " and ".join(pins) or one.status))
         elif one in intact:
             doomed.append((one, "older than what is kept"))
-        elif one.condition == "unknown":
+        elif one.status == "unknown":
             spared.append((one, f"it cannot be judged. {one.problem}"))
-        elif one.condition == "cut off":
+        elif one.status == "cut off":
             if now - _last_written(one) < STILL:
                 spared.append((one, "it was written to in the last ten minutes: perhaps a save is under way."))
             else:
@@ -178,11 +178,11 @@ def _progress() -> Callable[[int, int], None]:
 
 def _row(one: CheckpointInfo, best: int | None, newest: int | None) -> tuple[str, str, str, str, str]:
     marks = (
-        [] if one.condition == "cut off" else [name for name, step in (("newest", newest), ("best", best)) if one.step == step]
+        [] if one.status == "cut off" else [name for name, step in (("newest", newest), ("best", best)) if one.step == step]
     )
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.written))
     metrics = "  ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in one.metrics.items())
-    return str(one.step), written, _bytes(one.nbytes), ", ".join([one.condition, *marks]), metrics
+    return str(one.step), written, _bytes(one.nbytes), ", ".join([one.status, *marks]), metrics
 
 
 def _last_written(one: CheckpointInfo) -> float:

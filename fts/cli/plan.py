@@ -10,10 +10,11 @@ from typing import Any
 
 import attrs
 
-from fts.distributed.fsdp import blocks_of
-from fts.distributed.model_shapes import ModelShapes, counted, elements, of_module
-from fts.distributed.resource_plan import OPTIMIZERS, PRECISIONS, STRATEGIES, Memory, Plan, Setup, plan
+from fts.distributed.fsdp import no_split_modules
+from fts.distributed.model_shapes import ModelShapes, numel, shapes_from_counts, shapes_from_module
+from fts.distributed.resource_plan import OPTIMIZERS, PRECISIONS, STRATEGIES, Memory, ResourcePlan, TrainingSetup, plan_resources
 from fts.errors import ArgumentError, MissingDependencyError
+from fts.messages import install_hint
 
 REDUCE = {"fp32": 4, "bf16": 2}
 
@@ -30,21 +31,21 @@ def add_to(commands: Any) -> None:
     )
     size = parser.add_argument_group("the model")
     known = size.add_mutually_exclusive_group(required=True)
-    known.add_argument("--params", type=whole, metavar="N", help="how many parameters, such as 7e9")
+    known.add_argument("--params", type=integer, metavar="N", help="how many parameters, such as 7e9")
     known.add_argument("--model", metavar="DIR", help="a directory with a config.json of transformers: weights are not read")
-    size.add_argument("--layers", type=whole, default=0, metavar="N", help="blocks of the transformer")
-    size.add_argument("--hidden", type=whole, default=0, metavar="N", help="its width")
-    size.add_argument("--heads", type=whole, default=0, metavar="N", help="of attention (default: one for each 128 of the width)")
-    size.add_argument("--vocabulary", type=whole, default=0, metavar="N", help="tokens that it tells apart")
+    size.add_argument("--layers", type=integer, default=0, metavar="N", help="blocks of the transformer")
+    size.add_argument("--hidden", type=integer, default=0, metavar="N", help="its width")
+    size.add_argument("--heads", type=integer, default=0, metavar="N", help="of attention (default: one for each 128 of the width)")
+    size.add_argument("--vocabulary", type=integer, default=0, metavar="N", help="tokens that it tells apart")
 
     spread = parser.add_argument_group("the processes")
     spread.add_argument("--strategy", choices=STRATEGIES, help="how the model is spread (default: show all)")
-    spread.add_argument("--world", type=whole, default=1, metavar="N", help="processes (default: 1)")
+    spread.add_argument("--world", type=integer, default=1, metavar="N", help="processes (default: 1)")
     spread.add_argument(
-        "--shard", type=whole, default=8, metavar="N", help="processes that hold a model among them, for hsdp (default: 8)"
+        "--shard", type=integer, default=8, metavar="N", help="processes that hold a model among them, for hsdp (default: 8)"
     )
     spread.add_argument(
-        "--tensor", type=whole, metavar="N", help="processes that share each matrix (default: 1; all of them for tp)"
+        "--tensor", type=integer, metavar="N", help="processes that share each matrix (default: 1; all of them for tp)"
     )
     spread.add_argument(
         "--reshard-after-forward",
@@ -72,11 +73,11 @@ def add_to(commands: Any) -> None:
         "--precision", choices=list(PRECISIONS), default="bf16", help="(default: bf16, cast from float32 parameters)"
     )
     step.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(default: adamw)")
-    step.add_argument("--batch", type=whole, default=1, metavar="N", help="rows of a micro-batch of one process (default: 1)")
+    step.add_argument("--batch", type=integer, default=1, metavar="N", help="rows of a micro-batch of one process (default: 1)")
     step.add_argument(
-        "--sequence", type=whole, default=0, metavar="N", help="tokens of a row; without it, activations are not counted"
+        "--sequence", type=integer, default=0, metavar="N", help="tokens of a row; without it, activations are not counted"
     )
-    step.add_argument("--accumulate", type=whole, default=1, metavar="N", help="micro-batches of a step (default: 1)")
+    step.add_argument("--accumulate", type=integer, default=1, metavar="N", help="micro-batches of a step (default: 1)")
     step.add_argument("--checkpointing", action="store_true", help="keep the inputs of layers only, and compute them again")
     step.add_argument(
         "--attention", choices=["fused", "eager"], default="fused", help="eager keeps the weights of attention (default: fused)"
@@ -86,10 +87,10 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     """A whole number, which may be written as 7e9 or 7B.
 
-    >>> whole("7e9"), whole("350M")
+    >>> integer("7e9"), integer("350M")
     (7000000000, 350000000)
     """
     digits, unit = (text[:-1], UNITS[text[-1:]]) if text[-1:] in UNITS else (text, 1)
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({name: as_dict(found) for name, found in plans.items()}, indent=2))
         return 0
     lines = detailed(plans[options.strategy]) if options.strategy else compared(plans)
-    params = elements(model.shapes)
+    params = numel(model.shapes)
     print(f"{params:,} parameters, {options.world} processes, {options.precision}, {options.optimizer}")
     print("\n".join(lines))
     if not (options.sequence and model.layers and model.hidden):
@@ -120,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def as_dict(found: Plan) -> dict[str, Any]:
+def as_dict(found: ResourcePlan) -> dict[str, Any]:
     """A plan as JSON has it.
 
     Args:
@@ -130,14 +131,14 @@ def as_dict(found: Plan) -> dict[str, Any]:
     return {"memory": memory, "traffic": [attrs.asdict(one) | {"sent": one.sent} for one in found.traffic], "sent": found.sent}
 
 
-def detailed(found: Plan) -> Iterator[str]:
+def detailed(found: ResourcePlan) -> Iterator[str]:
     """Each part of a plan, in lines.
 
     Args:
         found: the plan.
 
-    >>> from fts.distributed.resource_plan import Setup, plan
-    >>> print(*detailed(plan(counted(7_000_000_000), Setup("fsdp", world=64))), sep=chr(10))
+    >>> from fts.distributed.resource_plan import TrainingSetup, plan_resources
+    >>> print(*detailed(plan_resources(shapes_from_counts(7_000_000_000), TrainingSetup("fsdp", world=64))), sep=chr(10))
     memory of a process, in GB
       parameters     0.438
       gradients      0.438
@@ -160,15 +161,15 @@ def detailed(found: Plan) -> Iterator[str]:
     yield f"  {'total':<53}{found.sent / 1e9:>9.3f}"
 
 
-def compared(plans: dict[str, Plan]) -> Iterator[str]:
+def compared(plans: dict[str, ResourcePlan]) -> Iterator[str]:
     """Plans in the lines of a table.
 
     Args:
         plans: by the names of their strategies.
 
-    >>> from fts.distributed.resource_plan import Setup, plan
-    >>> model = counted(7_000_000_000)
-    >>> print(*compared({name: plan(model, Setup(name, world=64)) for name in ("ddp", "fsdp")}), sep=chr(10))
+    >>> from fts.distributed.resource_plan import TrainingSetup, plan_resources
+    >>> model = shapes_from_counts(7_000_000_000)
+    >>> print(*compared({name: plan_resources(model, TrainingSetup(name, world=64)) for name in ("ddp", "fsdp")}), sep=chr(10))
     GB a process parameters gradients moments master copies buckets gathered activations  total   sent
     ddp              28.000    28.000  56.000  0.000  0.000   0.000    0.000       0.000 112.000 55.125
     fsdp              0.438     0.438   0.875  0.000  0.000   0.000   84.000       0.000  85.750 82.688
@@ -183,7 +184,7 @@ def compared(plans: dict[str, Plan]) -> Iterator[str]:
         yield " ".join([f"{first:<{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))])
 
 
-def _plans(model: ModelShapes, options: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
+def _plans(model: ModelShapes, options: argparse.Namespace) -> Iterator[tuple[str, ResourcePlan]]:
     taken = (
         "world",
         "shard",
@@ -208,7 +209,7 @@ def _plans(model: ModelShapes, options: argparse.Namespace) -> Iterator[tuple[st
         if options.strategy is None and name == "single":
             own, tensor = {"world": 1}, 1
         try:
-            yield name, plan(model, Setup(name, **(given | {"tensor": tensor} | own)))
+            yield name, plan_resources(model, TrainingSetup(name, **(given | {"tensor": tensor} | own)))
         except ArgumentError:
             if options.strategy is not None or name != "hsdp":  # of all, what cannot be is left out
                 raise
@@ -216,7 +217,7 @@ def _plans(model: ModelShapes, options: argparse.Namespace) -> Iterator[tuple[st
 
 def _counted(options: argparse.Namespace) -> ModelShapes:
     sizes = ("layers", "hidden", "heads", "vocabulary")
-    return counted(options.params, **{name: getattr(options, name) for name in sizes})
+    return shapes_from_counts(options.params, **{name: getattr(options, name) for name in sizes})
 
 
 def _of_transformers(options: argparse.Namespace) -> ModelShapes:
@@ -227,7 +228,7 @@ def _of_transformers(options: argparse.Namespace) -> ModelShapes:
         import torch
         import transformers
     except ImportError as error:
-        raise MissingDependencyError("--model needs transformers. Install it: pip install 'fts[trainer]'.") from error
+        raise MissingDependencyError(f"--model needs transformers. Install it: {install_hint('trainer')}.") from error
     config = transformers.AutoConfig.from_pretrained(options.model)
     name = (config.architectures or [None])[0]
     kind = getattr(transformers, name or "", None)
@@ -241,4 +242,4 @@ def _of_transformers(options: argparse.Namespace) -> ModelShapes:
     text = config.get_text_config()
     found = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "vocabulary": "vocab_size"}
     sizes = {own: getattr(options, own) or getattr(text, foreign, None) or 0 for own, foreign in found.items()}
-    return of_module(module, blocks_of(module), **sizes)
+    return shapes_from_module(module, no_split_modules(module), **sizes)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fts.errors import ArgumentError
 from fts.loops.error_context import SHOWN
-from fts.loops.replay import Replayed, replay
-from fts.messages import some
+from fts.loops.replay import ReplayedStep, replay
+from fts.messages import abbreviate
 
 HEADINGS = {
     "batch": "the batch",
@@ -39,9 +39,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the number of the step to look into")
     parser.add_argument(
         "--run",
-        dest="made_by",
+        dest="call_model_init",
         required=True,
-        metavar="FILE.py:FUNCTION",
+        metavar="CARD_FILE.py:FUNCTION",
         help="a function (or module:function) without arguments, which makes the run but does not start it: it returns a "
         "Trainer, or (step, state, data). The file is run as Python, so give only one that you trust",
     )
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     return int(found.equal is False)
 
 
-def replayed(made: Any, checkpoint: Path, step: int, name: str) -> Replayed:
+def replayed(made: Any, checkpoint: Path, step: int, name: str) -> ReplayedStep:
     """Replay what a function of the user's returned.
 
     Args:
@@ -74,20 +74,20 @@ def replayed(made: Any, checkpoint: Path, step: int, name: str) -> Replayed:
     if isinstance(made, tuple) and len(made) == 3:
         return replay(*made, checkpoint, step)
     if callable(getattr(made, "replay", None)):
-        found: Replayed = made.replay(checkpoint, step)
+        found: ReplayedStep = made.replay(checkpoint, step)
         return found
     raise ArgumentError(f"{name} returned {type(made).__name__}; it must return a Trainer, or (step, state, data).")
 
 
 def made_by(text: str) -> Any:
-    """What the function that `FILE.py:FUNCTION` or `module:function` names returns.
+    """What the function that `CARD_FILE.py:FUNCTION` or `module:function` names returns.
 
     Raises:
         ArgumentError: there is no such file, module or function.
     """
     place, _, name = text.rpartition(":")
     if not place or not name.isidentifier():
-        raise ArgumentError(f"--run {text!r} names no function: write FILE.py:FUNCTION or module:function.")
+        raise ArgumentError(f"--run {text!r} names no function: write CARD_FILE.py:FUNCTION or module:function.")
     module = _module(place)
     function = getattr(module, name, None)
     if not callable(function):
@@ -104,7 +104,7 @@ def _module(place: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{place}.".startswith(f"{error.name}."):
                 raise  # the module is there, and something that it imports is not
-            raise ArgumentError(f"There is no module {place!r} here. Give a file as FILE.py:FUNCTION.") from error
+            raise ArgumentError(f"There is no module {place!r} here. Give a file as CARD_FILE.py:FUNCTION.") from error
     path = Path(place)
     name = path.stem if path.stem not in sys.modules else f"run_of_{path.stem}"  # a module of that name may be in use
     spec = importlib.util.spec_from_file_location(name, path)
@@ -117,7 +117,7 @@ def _module(place: str) -> ModuleType:
     return module
 
 
-def report(found: Replayed, checkpoint: Path, top: int = 20) -> Iterator[str]:
+def report(found: ReplayedStep, checkpoint: Path, top: int = 20) -> Iterator[str]:
     """What was found, in lines.
 
     Args:
@@ -127,7 +127,7 @@ def report(found: Replayed, checkpoint: Path, top: int = 20) -> Iterator[str]:
     """
     yield f"Step {found.step}, from {checkpoint}: epoch {found.position.epoch}, batch {found.position.batch} (from 0)"
     if found.items is not None:
-        yield f"items    {some(found.items, SHOWN)}"
+        yield f"items    {abbreviate(found.items, SHOWN)}"
     yield f"loss     {'not told' if found.loss is None else f'{found.loss:.9g}'}"
     figures = {name: float(value) for name, value in found.metrics.items() if name != "loss" and _is_number(value)}
     width = max(map(len, [*figures, "metric"]))
@@ -154,24 +154,24 @@ def _gradients(gradients: Mapping[str, Tensor] | None, top: int) -> Iterator[str
         yield f"  and {len(ordered) - top} more"
 
 
-def _faults(found: Replayed) -> Iterator[str]:
+def _faults(found: ReplayedStep) -> Iterator[str]:
     if not found.nonfinite:
         yield "All numbers of the batch, the gradients and the parameters are finite."
     for part, names in found.nonfinite.items():
         yield f"Not finite in {HEADINGS[part]}:"
         yield from (f"  {name}: {counts}" for name, counts in names.items())
-    if found.bad_items:
-        yield f"The items with such numbers: {some(found.bad_items, SHOWN)}"
+    if found.nonfinite_examples:
+        yield f"The items with such numbers: {abbreviate(found.nonfinite_examples, SHOWN)}"
 
 
-def _comparison(found: Replayed) -> str:
+def _comparison(found: ReplayedStep) -> str:
     number = f"checkpoint-{found.step}"
-    if found.compared is None:
+    if found.compared_with is None:
         why = "the step raised" if found.after is None else f"there is no whole {number} beside the checkpoint"
         return f"The state after the step is compared with nothing: {why}."
     if found.equal:
         return f"The state after the step equals {number}, bit for bit."
-    return f"The state after the step DIFFERS from {number} in {some(found.differing, 10)}."
+    return f"The state after the step DIFFERS from {number} in {abbreviate(found.differences, 10)}."
 
 
 def _is_number(value: Any) -> bool:

@@ -1,9 +1,9 @@
-"""How one step becomes that of many processes: groups, replicas, shards."""
+"""Distributed training: process groups, DDP, FSDP2, tensor parallelism, DeepSpeed, and the memory and traffic that each needs."""
 
 from fts.distributed.async_reduce import AsyncAllReduceMax
-from fts.distributed.device_mesh import Mesh, mesh_of
-from fts.distributed.distribution import distribute, synchronize
-from fts.distributed.fsdp import shard
+from fts.distributed.device_mesh import Mesh, init_device_mesh
+from fts.distributed.distributed_step import broadcast_state, distribute
+from fts.distributed.fsdp import fully_shard
 from fts.distributed.process_group import Group, destroy_process_group, init_process_group
 from fts.distributed.rank_monitor import RankMonitor
 from fts.distributed.strategies import DDP, FSDP, DeepSpeed, SingleProcess, Strategy
@@ -18,10 +18,10 @@ __all__ = [
     "RankMonitor",
     "SingleProcess",
     "Strategy",
+    "broadcast_state",
     "destroy_process_group",
     "distribute",
+    "fully_shard",
+    "init_device_mesh",
     "init_process_group",
-    "mesh_of",
-    "shard",
-    "synchronize",
 ]

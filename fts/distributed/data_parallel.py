@@ -1,4 +1,4 @@
-"""Several GPUs in one process: each computes the loss of a part of the batch (torch's DataParallel)."""
+"""Data parallelism over several GPUs of one process (torch's DataParallel)."""
 
 from __future__ import annotations
 
@@ -8,97 +8,97 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fts.randomness import fold
+from fts.randomness import fold_in
 from fts.steps.losses import as_loss_output
 from fts.typing import LossOutput, Number
 
 
-class _Part(nn.Module):
-    """The loss of a part of the batch, as a module that DataParallel copies to each device."""
+class _ReplicaLoss(nn.Module):
+    """The loss of a chunk of the batch, as a module that DataParallel replicates on each device."""
 
-    def __init__(self, module: nn.Module, loss: Callable[..., Any], weigh: Callable[[Any], Number]) -> None:
+    def __init__(self, module: nn.Module, loss: Callable[..., Any], weight_fn: Callable[[Any], Number]) -> None:
         super().__init__()
         self.module = module
         self.loss = loss
-        self.weigh = weigh
+        self.weight_fn = weight_fn
 
-    def forward(self, batch: Any, count: Tensor | None, kind: str, dtype: torch.dtype, autocasts: bool) -> Any:
-        with torch.autocast(kind, dtype, enabled=autocasts):  # each device has a thread, which knows of no dtype
+    def forward(self, batch: Any, count: Tensor | None, device_type: str, dtype: torch.dtype, autocast: bool) -> Any:
+        with torch.autocast(device_type, dtype, enabled=autocast):  # autocast is thread-local, and each device has its own thread
             output = as_loss_output(self.loss(self.module, batch, None if count is None else count[0]))
-        weight = _number(self.weigh(batch), output.loss)
-        # a mean over no items is NaN, also backwards
-        value = output.loss if weight else torch.zeros_like(output.loss)
+        weight = _scalar(self.weight_fn(batch), output.loss)
+        # a mean over no examples is NaN, and so is its gradient
+        loss = output.loss if weight else torch.zeros_like(output.loss)
         metrics = {
-            name: tuple(_number(part, weight)[None] for part in (given if isinstance(given, tuple) else (given, weight)))
-            for name, given in output.metrics.items()
+            name: tuple(_scalar(number, weight)[None] for number in (value if isinstance(value, tuple) else (value, weight)))
+            for name, value in output.metrics.items()
         }
-        return value[None], weight[None], metrics
+        return loss[None], weight[None], metrics
 
 
-def _number(value: Any, like: Tensor) -> Tensor:
+def _scalar(value: Any, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=like.device).detach()
 
 
-def combined(
-    losses: Tensor, weights: Tensor, metrics: Mapping[str, tuple[Tensor, Tensor]], *, adds_up: bool
+def combine_losses(
+    losses: Tensor, weights: Tensor, metrics: Mapping[str, tuple[Tensor, Tensor]], *, is_sum: bool
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """The loss and the metrics of a batch, of those of its parts.
+    """The loss and the metrics of a batch from those of its chunks.
 
     Args:
-        losses: of the parts, [parts].
-        weights: over how many items these are means, [parts].
-        metrics: by name the means of the parts and their weights, each [parts].
-        adds_up: whether the losses are parts of a sum rather than means.
+        losses: of the chunks, [chunks].
+        weights: over how many examples these are means, [chunks].
+        metrics: by name the means of the chunks and their weights, each [chunks].
+        is_sum: whether the losses are terms of a sum rather than means.
 
     Returns:
         The loss, `sum(w l) / sum(w)` or the plain sum, and by name the mean of a metric and its weight.
 
-    >>> combined(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]), {}, adds_up=False)
+    >>> combine_losses(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]), {}, is_sum=False)
     (tensor(2.), {})
     """
     means = {}
-    for name, (values, items) in metrics.items():
-        means[name] = (torch.where(items == 0, 0, values * items).sum() / items.sum(), items.sum())
-    total = losses.sum() if adds_up else ((losses * weights).sum() / weights.sum()).to(losses.dtype)
+    for name, (values, counts) in metrics.items():
+        means[name] = (torch.where(counts == 0, 0, values * counts).sum() / counts.sum(), counts.sum())
+    total = losses.sum() if is_sum else ((losses * weights).sum() / weights.sum()).to(losses.dtype)
     return total, means
 
 
 def data_parallel_loss(
     module: nn.Module,
     loss: Callable[[nn.Module, Any, Tensor | None], Any],
-    weigh: Callable[[Any], Number],
-    adds_up: Callable[[Tensor | None], bool],
+    weight_fn: Callable[[Any], Number],
+    is_sum: Callable[[Tensor | None], bool],
     devices: Sequence[int],
 ) -> Callable[[nn.Module, Any, Tensor | None], LossOutput]:
-    """The same loss of a module, each part of whose batch is computed on a GPU of its own.
+    """The loss of a module, with each chunk of the batch on its own GPU.
 
     Args:
-        module: lies on the first device; the others get a copy for each pass.
+        module: on the first device; the others get a copy for each pass.
         loss: `(model, batch, count)` -> a loss in any of the forms of `fts.typing.LossFn`; batches are dictionaries.
-        weigh: from a part of a batch to the number of items that its loss is a mean over.
-        adds_up: whether losses that were told so many items are parts of a sum.
-        devices: the numbers of the GPUs.
+        weight_fn: from a chunk of a batch to the number of examples that its loss is a mean over.
+        is_sum: from the count that the loss gets to whether the losses are terms of a sum.
+        devices: the indices of the GPUs.
     """
-    parallel = nn.DataParallel(_Part(module, loss, weigh), device_ids=list(devices))
+    parallel = nn.DataParallel(_ReplicaLoss(module, loss, weight_fn), device_ids=list(devices))
 
-    def whole(model: nn.Module, batch: Any, count: Tensor | None) -> LossOutput:
-        kind = next(module.parameters()).device.type
-        if kind == "cuda":
-            _seed_others(devices)
-        each = None if count is None else torch.as_tensor(count).reshape(1).expand(len(devices))
+    def parallel_loss(model: nn.Module, batch: Any, count: Tensor | None) -> LossOutput:
+        device_type = next(module.parameters()).device.type
+        if device_type == "cuda":
+            _seed_other_devices(devices)
+        counts = None if count is None else torch.as_tensor(count).reshape(1).expand(len(devices))
         losses, weights, metrics = parallel(
-            dict(batch), each, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            dict(batch), counts, device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
         )
-        total, means = combined(losses, weights, metrics, adds_up=adds_up(count))
+        total, means = combine_losses(losses, weights, metrics, is_sum=is_sum(count))
         return LossOutput(total, None, means)
 
-    whole.__name__ = f"{getattr(loss, '__name__', 'loss')} on {len(devices)} GPUs"
-    return whole
+    parallel_loss.__name__ = f"{getattr(loss, '__name__', 'loss')} on {len(devices)} GPUs"
+    return parallel_loss
 
 
-def _seed_others(devices: Sequence[int]) -> None:
-    """What the other devices draw follows from the seed of the first, which the step has set."""
+def _seed_other_devices(devices: Sequence[int]) -> None:
+    """Seed the other devices from the seed of the first, which the step has set."""
     generators: Any = torch.cuda.default_generators
     seed = generators[devices[0]].initial_seed()
     for number, device in enumerate(devices[1:], 1):
-        generators[device].manual_seed(fold(seed, number))
+        generators[device].manual_seed(fold_in(seed, number))

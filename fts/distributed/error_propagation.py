@@ -1,4 +1,4 @@
-"""What fails in one process fails in all, so that none waits for one that has given up."""
+"""Errors that reach all ranks: when one fails, the others raise too, and do not wait for it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Result = TypeVar("Result")
 
 @contextmanager
 def fail_together(group: Group) -> Iterator[None]:
-    """A block that all processes go through, and that ends with an error in all of them where it does in one.
+    """A block that all ranks run, and that raises on all ranks if it raises on one.
 
-    Inside, nobody may wait for another one that could have failed before it came there.
+    Do not call collectives inside that another rank may not reach after an error.
 
     Args:
         group: the processes.
 
     Raises:
-        CheckpointError: in those that met no error themselves; it says which process did, and what.
+        CheckpointError: on the ranks that had no error; it names the rank that failed, and its error.
 
     >>> with fail_together(Group()):
     ...     pass
@@ -33,56 +33,56 @@ def fail_together(group: Group) -> Iterator[None]:
     own: Exception | None = None
     try:
         yield
-    except Exception as error:  # noqa: BLE001  # raised below, when the others know
+    except Exception as error:  # noqa: BLE001  # raised below, when the other ranks know
         own = error
-    told = group.gather(None if own is None else (type(own).__name__, str(own)))
+    errors = group.all_gather_object(None if own is None else (type(own).__name__, str(own)))
     if own is not None:
         raise own
-    for rank, problem in enumerate(told):
-        if problem is not None:
-            raise CheckpointError(f"Process {rank} failed, so this one ends, too. {problem[0]}: {problem[1]}")
+    for rank, failure in enumerate(errors):
+        if failure is not None:
+            raise CheckpointError(f"Process {rank} failed, so this one ends, too. {failure[0]}: {failure[1]}")
 
 
-def check_alike(group: Group, facts: Mapping[str, Any]) -> None:
-    """Raise DistributedError where the processes do not all have the same values.
+def check_same_on_all_ranks(group: Group, values: Mapping[str, Any]) -> None:
+    """Raise DistributedError where the ranks have different values; collective.
 
     Args:
-        group: the processes; all must come here.
-        facts: by name; can be pickled and compared.
+        group: the processes.
+        values: by name; can be pickled and compared.
 
-    >>> check_alike(Group(), {"seed": 0})
+    >>> check_same_on_all_ranks(Group(), {"seed": 0})
     """
-    for rank, told in enumerate(group.gather(dict(facts))):
-        for name, value in facts.items():
-            if told.get(name) != value:
+    for rank, others in enumerate(group.all_gather_object(dict(values))):
+        for name, value in values.items():
+            if others.get(name) != value:
                 raise DistributedError(
-                    f"Process {rank} has {name}={told.get(name)!r}, and process {group.rank} has {name}={value!r}. Start all "
+                    f"Process {rank} has {name}={others.get(name)!r}, and process {group.rank} has {name}={value!r}. Start all "
                     "processes with the same script, arguments, data and seed."
                 )
 
 
 def broadcast_from_main(group: Group, function: Callable[[], Result]) -> Result:
-    """What a function gives in the first process, in all of them.
+    """The result of a function that the main process calls, on all ranks; collective.
 
     Args:
-        group: the processes; all must come here.
-        function: called in the first one alone; its result can be pickled.
+        group: the processes.
+        function: called on the main process only; its result can be pickled.
 
     Raises:
-        DistributedError: in the others, if it failed; the first one raises its own error.
+        DistributedError: on the other ranks, if it failed; the main process raises the error itself.
 
     >>> broadcast_from_main(Group(), lambda: 3)
     3
     """
-    if not group.is_first:
-        found, problem = group.broadcast(None)
-        if problem is not None:
-            raise DistributedError(f"The first process failed, so this one ends, too. {problem}")
-        return found  # type: ignore[no-any-return]
+    if not group.is_main_process:
+        result, failure = group.broadcast_object(None)
+        if failure is not None:
+            raise DistributedError(f"The main process failed, so this one ends, too. {failure}")
+        return result  # type: ignore[no-any-return]
     try:
-        found = function()
+        result = function()
     except BaseException as error:
-        group.broadcast((None, f"{type(error).__name__}: {error}"))
+        group.broadcast_object((None, f"{type(error).__name__}: {error}"))
         raise
-    group.broadcast((found, None))
-    return found
+    group.broadcast_object((result, None))
+    return result

@@ -1,4 +1,4 @@
-"""A module whose parameters are cut into shards, one for each process (FSDP2)."""
+"""Fully sharded data parallelism (FSDP2): parameters in shards, one on each rank."""
 
 from __future__ import annotations
 
@@ -11,97 +11,96 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fts.distributed.device_mesh import Mesh, mesh_of
-from fts.distributed.process_group import Group, is_started
+from fts.distributed.device_mesh import Mesh, init_device_mesh
+from fts.distributed.process_group import Group, is_initialized
 from fts.distributed.strategies import FSDP
-from fts.dtensors import is_sharded, local
+from fts.dtensors import is_dtensor, to_local
 from fts.errors import ArgumentError
-from fts.messages import some
-from fts.steps.activation_offloading import kept_on_cpu
+from fts.messages import abbreviate
+from fts.steps.activation_offloading import save_on_cpu
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Nobody calls them, so that nothing would gather their parameters."""
+"""Modules without a forward pass, in which their parameters would be gathered."""
 
-LEAVES = (nn.MultiheadAttention,)
-"""They read the weights of their children without calling them."""
+OPAQUE_MODULES = (nn.MultiheadAttention,)
+"""Modules that read the weights of their children without calling them."""
 
 
-def shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
-    """Cut the parameters of a module into shards, in place, and let it gather them where it computes.
+def fully_shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Module:
+    """Shard the parameters of a module, in place; its forward and backward passes gather them.
 
-    All processes begin with the weights of the first, which are scattered one tensor after the other; what the others held may
-    lie on the meta device. Names, ties and frozen parameters stay. A step of `steps.train_step` becomes that of all processes by
-    `distribute`.
+    All ranks start with the weights of the main process, which are scattered one tensor after the other; those of the other ranks
+    may be on the meta device. Names, ties and frozen parameters stay. Make a step of `steps.train_step` distributed by `distribute`.
 
     Args:
         module: any whose forward passes are calls of modules. Parameters become DTensors on the mesh's device.
-        mesh: the group, or torch's DeviceMesh of one dimension, or of two: replicas, and shards within each. Of one process, too.
-        strategy: what is gathered as one, in which precision, and the rest.
+        mesh: the group, or torch's DeviceMesh of one dimension, or of two: replicas, and shards within each. Also of one process.
+        strategy: the FSDP units, the precision, and other options.
 
     Returns:
         The module.
 
     Raises:
-        ArgumentError: a class or a name that the strategy names is not there, the mesh has another form than `replicate` says, or
-            the module has what cannot be cut: a parameter without a dimension, or of several dtypes in one unit.
+        ArgumentError: the strategy names a class or module that does not exist, the mesh does not fit `replicate`, or the module
+            cannot be sharded: a parameter has no dimension, or a unit has several dtypes.
 
     Source: Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", and torch's `fully_shard`.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed import fsdp
 
     if isinstance(mesh, Group):
-        if not is_started():
+        if not is_initialized():
             raise ArgumentError(
-                "shard needs a group of processes that was started, also of one. Start the script by 'torchrun "
-                "--nproc-per-node 1 script.py', or leave shard out."
+                "fully_shard needs an initialized process group, also for one process. Start the script by 'torchrun "
+                "--nproc-per-node 1 script.py', or leave fully_shard out."
             )
         layout = Mesh(replicate=strategy.replicate, shard=max(1, mesh.size // strategy.replicate))
-        mesh = mesh_of(mesh, layout)["replicate", "shard"]
+        mesh = init_device_mesh(mesh, layout)["replicate", "shard"]
     device = torch.device(mesh.device_type)
-    mesh = _fitting(mesh, strategy)
-    ignored = _ignored(module, strategy.ignored)
-    units = units_of(module, strategy.units, skip=ignored)
-    _check(module, units, ignored)
-    _share_parts(module, mesh)
-    whole: dict[str, Tensor | None]
-    whole = {name: tensor.detach() for name, tensor in _tensors(module) if not is_sharded(tensor)}
+    mesh = _check_mesh(mesh, strategy)
+    ignored = _ignored_params(module, strategy.ignored_modules)
+    units = find_fsdp_units(module, strategy.units, skip=ignored)
+    _check_params(module, units, ignored)
+    _broadcast_local_shards(module, mesh)
+    full_tensors: dict[str, Tensor | None]
+    full_tensors = {name: tensor.detach() for name, tensor in _named_tensors(module) if not is_dtensor(tensor)}
     if mesh.get_rank() != int(mesh.mesh.flatten()[0]):
-        whole = dict.fromkeys(whole)  # comes from the first
+        full_tensors = dict.fromkeys(full_tensors)  # scattered from the first rank
     if strategy.activation_checkpointing:
         for unit in units or [module]:
-            _recompute(unit, offload=strategy.activation_checkpointing_offload)
-    options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored, "offload_policy": _offloading(strategy, device)}
-    inner, outer = _policies(strategy)
+            _checkpoint_activations(unit, offload=strategy.activation_checkpointing_offload)
+    options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored, "offload_policy": _offload_policy(strategy, device)}
+    inner, outer = _mixed_precision_policies(strategy)
     for unit in units:
-        fully_shard(unit, reshard_after_forward=strategy.reshard_after_forward, mp_policy=inner, **options)
-    # What is left to the root is needed first in the backward pass, so that freeing it would gather it again at once.
-    fully_shard(module, reshard_after_forward=strategy.reshard_after_forward and not units, mp_policy=outer, **options)
+        fsdp.fully_shard(unit, reshard_after_forward=strategy.reshard_after_forward, mp_policy=inner, **options)
+    # The backward pass needs the root's own parameters first, so freeing them would gather them again at once.
+    fsdp.fully_shard(module, reshard_after_forward=strategy.reshard_after_forward and not units, mp_policy=outer, **options)
     for part in [*units, module]:
-        part.register_forward_hook(_free_without_backward)
+        part.register_forward_hook(_reshard_without_backward)
     _materialize(module, torch.device("cpu") if strategy.cpu_offload else device)
     for tensor in (*ignored, *module.buffers()):
         tensor.data = tensor.data.to(device)
-    _scatter(module, mesh, whole)
+    _scatter_full_tensors(module, mesh, full_tensors)
     return module
 
 
-def units_of(
+def find_fsdp_units(
     module: nn.Module, units: tuple[str, ...] | int | str | None, *, skip: Iterable[nn.Parameter] = ()
 ) -> list[nn.Module]:
-    """The submodules that are gathered as one each, inner ones first; the module itself is not among them.
+    """The submodules that become FSDP units, inner ones first, without the module itself.
 
     Args:
-        module: of which they are parts.
+        module: the root.
         units: as in `FSDP`.
         skip: parameters that do not count.
 
     Raises:
-        ArgumentError: no submodule is of a class that is named.
+        ArgumentError: no submodule is of a given class.
 
     >>> net = nn.Sequential(nn.Linear(9, 9), nn.Sequential(nn.Linear(9, 9), nn.ReLU()))
-    >>> units_of(net, 90) == [net[0], net[1][0]]
+    >>> find_fsdp_units(net, 90) == [net[0], net[1][0]]
     True
-    >>> units_of(net, ("Liner",))
+    >>> find_fsdp_units(net, ("Liner",))
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: Sequential has no submodule of the class 'Liner'. It has: Linear, ReLU, Sequential.
@@ -110,23 +109,23 @@ def units_of(
         return []
     skipped = {id(parameter) for parameter in skip}
     if isinstance(units, int):
-        found = _by_size(module, units, skipped)
+        found = _find_by_size(module, units, skipped)
     else:
-        names = blocks_of(module) if isinstance(units, str) else units
-        found = _by_class(module, names, must_be_there=not isinstance(units, str))
-    return [unit for unit in found if any(id(p) not in skipped for p in unit.parameters()) and not _shares(module, unit)]
+        names = no_split_modules(module) if isinstance(units, str) else units
+        found = _find_by_class(module, names, must_be_there=not isinstance(units, str))
+    return [unit for unit in found if any(id(p) not in skipped for p in unit.parameters()) and not _is_used_outside(module, unit)]
 
 
-def blocks_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the classes that a transformers model, or one inside of it, says are to stay in one piece.
+def no_split_modules(module: nn.Module) -> tuple[str, ...]:
+    """The class names in `_no_split_modules` of a transformers model, or of models inside it.
 
-    >>> blocks_of(nn.Linear(1, 1))
+    >>> no_split_modules(nn.Linear(1, 1))
     ()
     """
     return tuple(sorted({name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}))
 
 
-def _by_class(module: nn.Module, names: Iterable[str], *, must_be_there: bool) -> list[nn.Module]:
+def _find_by_class(module: nn.Module, names: Iterable[str], *, must_be_there: bool) -> list[nn.Module]:
     inside = [part for part in module.modules() if part is not module]
     classes = {type(part).__name__ for part in inside}
     for name in names:
@@ -137,16 +136,16 @@ def _by_class(module: nn.Module, names: Iterable[str], *, must_be_there: bool) -
     return [part for part in reversed(inside) if type(part).__name__ in set(names)]
 
 
-def _by_size(module: nn.Module, least: int, skipped: set[int]) -> list[nn.Module]:
-    """The smallest ones with at least so many parameters, beside those of the units inside of them."""
+def _find_by_size(module: nn.Module, least: int, skipped: set[int]) -> list[nn.Module]:
+    """The smallest submodules with at least so many parameters, not counting those of units inside them."""
     found: list[nn.Module] = []
     seen = set(skipped)
 
     def visit(part: nn.Module) -> int:
-        own = [p for p in part.parameters(recurse=isinstance(part, LEAVES)) if id(p) not in seen]
+        own = [p for p in part.parameters(recurse=isinstance(part, OPAQUE_MODULES)) if id(p) not in seen]
         seen.update(map(id, own))
         count = sum(p.numel() for p in own)
-        if not isinstance(part, LEAVES):
+        if not isinstance(part, OPAQUE_MODULES):
             count += sum(map(visit, part.children()))
         if count < least or part is module or isinstance(part, CONTAINERS):
             return count
@@ -157,8 +156,8 @@ def _by_size(module: nn.Module, least: int, skipped: set[int]) -> list[nn.Module
     return found
 
 
-def _shares(module: nn.Module, unit: nn.Module) -> bool:
-    """Whether a parameter of a unit is also used outside of it: then it must be gathered with what uses it, further out."""
+def _is_used_outside(module: nn.Module, unit: nn.Module) -> bool:
+    """Whether a parameter of a unit is also used outside it: then an outer unit must gather it."""
     inside = set(unit.modules())
     own = {id(p) for p in unit.parameters()}
     return any(
@@ -166,27 +165,27 @@ def _shares(module: nn.Module, unit: nn.Module) -> bool:
     )
 
 
-def _ignored(module: nn.Module, patterns: tuple[str, ...]) -> set[nn.Parameter]:
+def _ignored_params(module: nn.Module, patterns: tuple[str, ...]) -> set[nn.Parameter]:
     found: set[nn.Parameter] = set()
     for pattern in patterns:
         parts = {name: part for name, part in module.named_modules() if name and re.fullmatch(pattern, name)}
         if not parts:
             raise ArgumentError(
-                f"FSDP: ignored={pattern!r} fits no module of {type(module).__name__}. Correct it, or leave it out."
+                f"FSDP: ignored_modules={pattern!r} fits no module of {type(module).__name__}. Correct it, or leave it out."
             )
         for name, part in parts.items():
             trained = [key for key, parameter in part.named_parameters() if parameter.requires_grad]
             if trained:
                 raise ArgumentError(
-                    f"FSDP: ignored={pattern!r} fits {name!r}, where {some(trained)} is trained: nobody would sum its gradients "
-                    "over processes. Freeze it by requires_grad_(False), or leave it out."
+                    f"FSDP: ignored_modules={pattern!r} fits {name!r}, where {abbreviate(trained)} is trained: its "
+                    "gradients would not be reduced over ranks. Freeze it by requires_grad_(False), or leave it out."
                 )
             found.update(part.parameters())
     return found
 
 
-def _fitting(mesh: Any, strategy: FSDP) -> Any:
-    """The mesh; of one dimension where there is one replica."""
+def _check_mesh(mesh: Any, strategy: FSDP) -> Any:
+    """The mesh, of one dimension where there is one replica."""
     replicas = mesh.size(0) if mesh.ndim == 2 else 1
     if mesh.ndim > 2 or replicas != strategy.replicate:
         raise ArgumentError(
@@ -196,11 +195,11 @@ def _fitting(mesh: Any, strategy: FSDP) -> Any:
     return mesh[mesh.mesh_dim_names[1]] if mesh.ndim == 2 and replicas == 1 else mesh
 
 
-def _check(module: nn.Module, units: list[nn.Module], ignored: set[nn.Parameter]) -> None:
+def _check_params(module: nn.Module, units: list[nn.Module], ignored: set[nn.Parameter]) -> None:
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0 and parameter not in ignored:
             raise ArgumentError(
-                f"FSDP cannot cut {name!r}, which has no dimension. Give it the shape (1,), or freeze and ignore it."
+                f"FSDP cannot shard {name!r}, which has no dimension. Give it the shape (1,), or freeze and ignore it."
             )
     taken = {id(parameter) for parameter in ignored}
     for unit in [*units, module]:
@@ -210,21 +209,21 @@ def _check(module: nn.Module, units: list[nn.Module], ignored: set[nn.Parameter]
         if len(dtypes) > 1:
             shown = ", ".join(f"{name!r} {dtype}" for dtype, name in dtypes.items())
             raise ArgumentError(
-                f"FSDP gathers the parameters of a unit together, so they need one dtype, but {type(unit).__name__} has {shown}. "
+                f"FSDP gathers the parameters of a unit as one, so they need one dtype, but {type(unit).__name__} has {shown}. "
                 "Convert the model by .to(dtype), or make what differs a unit of its own."
             )
 
 
-def _offloading(strategy: FSDP, device: torch.device) -> Any:
+def _offload_policy(strategy: FSDP, device: torch.device) -> Any:
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
     if not strategy.cpu_offload:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=strategy.pin_memory and device.type != "cpu")  # the CPU's own memory needs no pins
+    return CPUOffloadPolicy(pin_memory=strategy.pin_memory and device.type != "cpu")  # only copies to a GPU need pinned memory
 
 
-def _policies(strategy: FSDP) -> tuple[Any, Any]:
-    """Of the units, and of the module as a whole, whose output alone is cast."""
+def _mixed_precision_policies(strategy: FSDP) -> tuple[Any, Any]:
+    """The policies of the units and of the root, whose output alone is cast."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = functools.partial(
@@ -233,64 +232,64 @@ def _policies(strategy: FSDP) -> tuple[Any, Any]:
     return policy(), policy(output_dtype=strategy.output_dtype)
 
 
-def _recompute(unit: nn.Module, *, offload: bool = False) -> None:
-    """Let a module keep its inputs only, and on the CPU if asked, and compute the rest again; its parameters' names stay."""
+def _checkpoint_activations(unit: nn.Module, *, offload: bool = False) -> None:
+    """Checkpoint the activations of a module, with its inputs on the CPU if `offload`; the names of its parameters stay."""
     from torch.utils.checkpoint import checkpoint
 
     forward: Callable[..., Any] = unit.forward
 
     @functools.wraps(forward)
-    def again(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        with kept_on_cpu() if offload else nullcontext():
+        with save_on_cpu() if offload else nullcontext():
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    unit.forward = again
+    unit.forward = checkpointed
 
 
-def _free_without_backward(module: Any, args: Any, output: Any) -> None:
-    """Where no backward pass follows, free what stays gathered for it: the next forward pass is to see new parameters."""
+def _reshard_without_backward(module: Any, args: Any, output: Any) -> None:
+    """Free parameters that stay gathered for a backward pass, if none follows: the next forward pass must see new parameters."""
     if not torch.is_grad_enabled():
         module.reshard()
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
 
 
 def _materialize(module: nn.Module, device: torch.device) -> None:
-    """Allocate what lies on the meta device; `_scatter` fills it."""
-    if any(tensor.is_meta for _, tensor in _tensors(module)):
+    """Allocate tensors that are on the meta device; `_scatter_full_tensors` fills them."""
+    if any(tensor.is_meta for _, tensor in _named_tensors(module)):
         module.to_empty(device=device)
 
 
 @torch.no_grad()
-def _share_parts(module: nn.Module, mesh: Any) -> None:
-    """Where tensor parallelism has cut a parameter, give each process the part that the first one of the mesh has."""
-    for parameter in filter(is_sharded, module.parameters()):
+def _broadcast_local_shards(module: nn.Module, mesh: Any) -> None:
+    """Broadcast the local shards of tensor-parallel parameters from the first rank of the mesh."""
+    for parameter in filter(is_dtensor, module.parameters()):
         for axis in range(mesh.ndim):
-            distributed.broadcast(local(parameter), group_src=0, group=mesh.get_group(axis))
+            distributed.broadcast(to_local(parameter), group_src=0, group=mesh.get_group(axis))
 
 
 @torch.no_grad()
-def _scatter(module: nn.Module, mesh: Any, whole: dict[str, Tensor | None]) -> None:
-    """Give each process its part of the first one's tensors, one after the other.
+def _scatter_full_tensors(module: nn.Module, mesh: Any, full_tensors: dict[str, Tensor | None]) -> None:
+    """Scatter the tensors of the first rank, one after the other.
 
     Args:
-        module: has been cut.
-        mesh: of the processes.
-        whole: the tensors of the first process by their names; of the others the names alone.
+        module: after `fully_shard`.
+        mesh: its device mesh.
+        full_tensors: of the first rank by name; on the other ranks the names alone.
     """
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     device = torch.device(mesh.device_type)
-    for name, tensor in _tensors(module):
-        if name not in whole:
+    for name, tensor in _named_tensors(module):
+        if name not in full_tensors:
             continue
-        source = whole.pop(name)
+        source = full_tensors.pop(name)
         source = torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if source is None else source.to(device)
         placements = getattr(tensor, "placements", [Replicate()] * mesh.ndim)
-        part = distribute_tensor(source, mesh, placements, src_data_rank=0)
-        local(tensor).copy_(local(part))
+        sharded = distribute_tensor(source, mesh, placements, src_data_rank=0)
+        to_local(tensor).copy_(to_local(sharded))

@@ -1,4 +1,4 @@
-"""One process before the others, without a collective operation: these have a time limit, and the work may take long."""
+"""The main process first, without a collective: collectives have a timeout, and the work may take long."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from typing import Any
 
 from torch import distributed
 
-from fts.distributed.process_group import is_started
+from fts.distributed.process_group import is_initialized
 from fts.errors import DistributedError
 
 DONE = "done"
-LONGEST_PAUSE = 0.5
-"""Seconds between two looks at whether the first one is done."""
+MAX_POLL_SECONDS = 0.5
+"""Longest time between two checks of whether the main process is done."""
 
-_numbers = itertools.count()
+_call_numbers = itertools.count()
 
 
 @contextmanager
-def main_process_first(is_first: bool, what: str, *, among: str = "") -> Iterator[None]:
-    """A block that one process goes through before the others, which wait for it as long as it takes.
+def main_process_first(is_main_process: bool, desc: str, *, scope: str = "") -> Iterator[None]:
+    """A block that the main process runs before the other ranks, which wait for it as long as it takes.
 
-    Every process of torch's group has to come here, and as often as the others. Without a group nobody waits.
+    All ranks of torch's default process group must call it, equally often. Without a process group nothing waits.
 
     Args:
-        is_first: whether this is the one.
-        what: the work, in words.
-        among: which processes wait for the same one, if not all do: the name of their machine, for instance.
+        is_main_process: whether this rank runs the block first.
+        desc: the work, in words.
+        scope: the ranks that wait for the same process, if not all do: the name of their machine, for instance.
 
     Raises:
-        DistributedError: to those that wait, if the first one failed.
+        DistributedError: on the ranks that wait, if the main process failed.
 
     >>> with main_process_first(True, "tokenizing"):
     ...     pass
     """
-    if not is_started() or distributed.get_world_size() == 1:
+    if not is_initialized() or distributed.get_world_size() == 1:
         yield
         return
     store = distributed.distributed_c10d._get_default_store()
-    key = f"fts/first/{next(_numbers)}/{among}"
-    if not is_first:
-        _wait(store, key, what)
+    key = f"fts/first/{next(_call_numbers)}/{scope}"
+    if not is_main_process:
+        _wait_for_main(store, key, desc)
         yield
         return
     try:
@@ -54,16 +54,16 @@ def main_process_first(is_first: bool, what: str, *, among: str = "") -> Iterato
     store.set(key, DONE)
 
 
-def _wait(store: Any, key: str, what: str) -> None:
+def _wait_for_main(store: Any, key: str, desc: str) -> None:
     pause = 0.001
     try:
-        while not store.check([key]):  # in steps, since a wait inside of torch does not hear of signals
+        while not store.check([key]):  # polled, since a wait inside torch does not react to signals
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-        answer = store.get(key).decode()
+            pause = min(2 * pause, MAX_POLL_SECONDS)
+        status = store.get(key).decode()
     except RuntimeError as error:
         raise DistributedError(
-            f"The process that was to finish {what!r} first is gone, or what connects the processes is."
+            f"The process that was to finish {desc!r} first is gone, or the store that connects the processes is."
         ) from error
-    if answer != DONE:
-        raise DistributedError(f"The process that was to finish {what!r} first failed, so this one ends, too. {answer}")
+    if status != DONE:
+        raise DistributedError(f"The process that was to finish {desc!r} first failed, so this one ends, too. {status}")

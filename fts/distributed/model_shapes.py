@@ -1,4 +1,4 @@
-"""How large a model is, as far as a plan of its training asks: shapes without tensors."""
+"""The shapes of a model's parameters, without tensors, for a resource plan."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class FSDPUnit:
     """Parameters that `fully_shard` gathers and frees as one.
 
     Attributes:
-        trained: the shapes of those that are trained.
-        frozen: the shapes of the others.
+        trained: the shapes of the trained parameters.
+        frozen: the shapes of the frozen ones.
 
-    >>> FSDPUnit(trained=((3, 4), (4,))).count
+    >>> FSDPUnit(trained=((3, 4), (4,))).numel
     16
     """
 
@@ -31,13 +31,13 @@ class FSDPUnit:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """All of them."""
+        """The shapes of all parameters."""
         return self.trained + self.frozen
 
     @property
-    def count(self) -> int:
-        """How many numbers they have."""
-        return elements(self.shapes)
+    def numel(self) -> int:
+        """The number of elements of all parameters."""
+        return numel(self.shapes)
 
 
 @attrs.frozen
@@ -45,11 +45,11 @@ class ModelShapes:
     """The dimensions of a transformer, or of any model where `layers` is 0.
 
     Attributes:
-        units: what is gathered as one under FSDP; first that of the model as a whole, with what lies outside of its layers.
-        layers: how many blocks there are.
-        hidden: the width between blocks.
+        units: the FSDP units; first that of the root, with the parameters outside its layers.
+        layers: the number of blocks.
+        hidden: the hidden size.
         heads: of attention, in each block.
-        vocabulary: how many tokens the model tells apart.
+        vocabulary: the vocabulary size.
     """
 
     units: tuple[FSDPUnit, ...]
@@ -69,69 +69,69 @@ class ModelShapes:
         return tuple(shape for unit in self.units for shape in unit.shapes)
 
 
-def elements(shapes: Iterable[Shape]) -> int:
-    """How many numbers tensors of these shapes have.
+def numel(shapes: Iterable[Shape]) -> int:
+    """The number of elements of tensors of these shapes.
 
-    >>> elements([(2, 3), (5,), ()])
+    >>> numel([(2, 3), (5,), ()])
     12
     """
     return sum(map(math.prod, shapes))
 
 
-def part(shape: Shape, processes: int) -> Shape:
-    """What one of several processes has of a tensor that is cut along its first axis; the last ones may have less.
+def local_shape(shape: Shape, processes: int) -> Shape:
+    """The shape of the local shard of a tensor that is sharded along its first axis; on the last ranks it may be smaller.
 
-    >>> part((5, 3), 2), part((), 2)
+    >>> local_shape((5, 3), 2), local_shape((), 2)
     ((3, 3), ())
     """
     return (-(-shape[0] // processes), *shape[1:]) if shape else shape
 
 
-def parts(shapes: Iterable[Shape], processes: int) -> tuple[Shape, ...]:
-    """`part` of each."""
-    return tuple(part(shape, processes) for shape in shapes)
+def local_shapes(shapes: Iterable[Shape], processes: int) -> tuple[Shape, ...]:
+    """`local_shape` of each."""
+    return tuple(local_shape(shape, processes) for shape in shapes)
 
 
-def split(model: ModelShapes, processes: int) -> ModelShapes:
-    """What one process of a tensor-parallel group has.
+def shard_matrices(model: ModelShapes, processes: int) -> ModelShapes:
+    """The local shapes on one rank of a tensor-parallel group.
 
-    As under the plans of transformers, it is a part of each matrix of the layers, and of an output matrix that is as large as the
-    embedding; the embedding and all vectors are whole.
+    As under the plans of transformers, each matrix of the layers is sharded, and so is an output matrix that is as large as the
+    embedding; the embedding and all vectors are replicated.
 
     Args:
-        model: all of it.
+        model: the full shapes.
         processes: of the group.
 
-    >>> [unit.trained for unit in split(ModelShapes((FSDPUnit(((6, 2), (6, 2), (2,))), FSDPUnit(((4, 2), (4,))))), 2).units]
+    >>> [unit.trained for unit in shard_matrices(ModelShapes((FSDPUnit(((6, 2), (6, 2), (2,))), FSDPUnit(((4, 2), (4,))))), 2).units]
     [((6, 2), (3, 2), (2,)), ((2, 2), (4,))]
     """
 
-    def cut(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-        return tuple(part(shape, processes) if len(shape) > 1 else shape for shape in shapes)
+    def sharded(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        return tuple(local_shape(shape, processes) if len(shape) > 1 else shape for shape in shapes)
 
-    def cut_output(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-        return tuple(cut((shape,))[0] if shape in shapes[:index] else shape for index, shape in enumerate(shapes))
+    def output_sharded(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        return tuple(sharded((shape,))[0] if shape in shapes[:index] else shape for index, shape in enumerate(shapes))
 
-    first, *layers = model.units
-    outside = FSDPUnit(cut_output(first.trained), cut_output(first.frozen))
-    return attrs.evolve(model, units=(outside, *(FSDPUnit(cut(layer.trained), cut(layer.frozen)) for layer in layers)))
+    root, *layers = model.units
+    units = [FSDPUnit(sharded(layer.trained), sharded(layer.frozen)) for layer in layers]
+    return attrs.evolve(model, units=(FSDPUnit(output_sharded(root.trained), output_sharded(root.frozen)), *units))
 
 
-def counted(params: int, *, layers: int = 0, hidden: int = 0, heads: int = 0, vocabulary: int = 0) -> ModelShapes:
-    """A model of which only these numbers are known: two matrices for the vocabulary, the rest shared among the layers.
+def shapes_from_counts(params: int, *, layers: int = 0, hidden: int = 0, heads: int = 0, vocabulary: int = 0) -> ModelShapes:
+    """A model of which only these numbers are known: two matrices for the vocabulary, the rest divided evenly over the layers.
 
     Args:
-        params: how many parameters it has.
-        layers: how many blocks; 0 for a model without, which is one unit.
-        hidden: the width between blocks.
-        heads: of attention; 0 for one for each 128 of the width.
-        vocabulary: how many tokens; 0 if embeddings are not to be told apart.
+        params: the number of parameters.
+        layers: the number of blocks; 0 for a model without blocks, which is one unit.
+        hidden: the hidden size.
+        heads: of attention; 0 for one for each 128 of the hidden size.
+        vocabulary: the vocabulary size; 0 to count embeddings like other parameters.
 
     Raises:
         ArgumentError: a number is below 0, or the embeddings are larger than the model.
 
-    >>> model = counted(1_000, layers=2, hidden=10, vocabulary=20)
-    >>> [unit.count for unit in model.units]
+    >>> model = shapes_from_counts(1_000, layers=2, hidden=10, vocabulary=20)
+    >>> [unit.numel for unit in model.units]
     [400, 300, 300]
     """
     given = {"params": params, "layers": layers, "hidden": hidden, "heads": heads, "vocabulary": vocabulary}
@@ -144,11 +144,11 @@ def counted(params: int, *, layers: int = 0, hidden: int = 0, heads: int = 0, vo
             f"{params} parameters are fewer than the {embedding} of two matrices of {vocabulary} tokens by {hidden}. "
             "Correct the numbers, or leave the vocabulary out."
         )
-    of_layer = (params - embedding) // layers if layers else 0
-    of_root = params - embedding - layers * of_layer
-    root = FSDPUnit(((vocabulary, hidden),) * 2 * bool(embedding) + _matrices(of_root, hidden))
+    per_layer = (params - embedding) // layers if layers else 0
+    rest = params - embedding - layers * per_layer
+    root = FSDPUnit(((vocabulary, hidden),) * 2 * bool(embedding) + _matrices(rest, hidden))
     return ModelShapes(
-        (root, *[FSDPUnit(_matrices(of_layer, hidden))] * layers), layers, hidden, heads or -(-hidden // 128), vocabulary
+        (root, *[FSDPUnit(_matrices(per_layer, hidden))] * layers), layers, hidden, heads or -(-hidden // 128), vocabulary
     )
 
 
@@ -161,35 +161,35 @@ def _matrices(count: int, hidden: int) -> tuple[Shape, ...]:
     return ((hidden, hidden),) * squares + ((rows, hidden),) * bool(rows) + ((rest,),) * bool(rest)
 
 
-def of_module(
+def shapes_from_module(
     module: nn.Module, units: Collection[str], *, layers: int = 0, hidden: int = 0, heads: int = 0, vocabulary: int = 0
 ) -> ModelShapes:
-    """The dimensions of a module, which may lie on torch's meta device.
+    """The dimensions of a module, which may be on the meta device.
 
     Args:
         module: is not changed.
-        units: names of the classes of its submodules that FSDP gathers as one.
+        units: class names of the submodules that are FSDP units.
         layers: as in `ModelShapes`; so are the others.
-        hidden: the width between blocks.
+        hidden: the hidden size.
         heads: of attention.
-        vocabulary: how many tokens.
+        vocabulary: the vocabulary size.
 
     Raises:
         ArgumentError: it has no parameters.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    >>> [unit.trained for unit in of_module(net, ["Linear"]).units]
+    >>> [unit.trained for unit in shapes_from_module(net, ["Linear"]).units]
     [(), ((4, 3), (4,)), ((1, 4), (1,))]
     """
-    owner: dict[str, str] = {}  # from the names of modules to those of their units
+    unit_of: dict[str, str] = {}  # from the names of modules to those of their units
     for name, child in module.named_modules():
-        above = owner[name.rpartition(".")[0]] if name else ""
-        owner[name] = name if type(child).__name__ in units else above
-    trained: dict[str, list[Shape]] = {unit: [] for unit in owner.values()}  # first that of the module itself
+        parent_unit = unit_of[name.rpartition(".")[0]] if name else ""
+        unit_of[name] = name if type(child).__name__ in units else parent_unit
+    trained: dict[str, list[Shape]] = {unit: [] for unit in unit_of.values()}  # first that of the root
     frozen: dict[str, list[Shape]] = {unit: [] for unit in trained}
     for name, parameter in module.named_parameters():
-        kind = trained if parameter.requires_grad else frozen
-        kind[owner[name.rpartition(".")[0]]].append(tuple(parameter.shape))
+        shapes = trained if parameter.requires_grad else frozen
+        shapes[unit_of[name.rpartition(".")[0]]].append(tuple(parameter.shape))
     if not any(trained.values()) and not any(frozen.values()):
         raise ArgumentError(f"{type(module).__name__} has no parameters: there is nothing to plan.")
     found = tuple(FSDPUnit(tuple(trained[name]), tuple(frozen[name])) for name in trained)

@@ -1,4 +1,4 @@
-"""What each of several processes has, brought to all of them: tensors of any number and shape, and what can be pickled."""
+"""All-gather of objects: tensors of any number and shape, and anything that can be pickled."""
 
 from __future__ import annotations
 
@@ -12,58 +12,58 @@ from torch import Tensor
 
 from fts.distributed.process_group import Group
 
-ALIGNED = 16
-"""Each tensor begins at a multiple of so many bytes, so that it can be seen as numbers of any type."""
+ALIGNMENT = 16
+"""Bytes to which each tensor is aligned, so that the buffer can be viewed in any dtype."""
 
-Form: TypeAlias = tuple[torch.Size, torch.dtype, str]
-"""Shape, type and kind of device of a tensor."""
+TensorSpec: TypeAlias = tuple[torch.Size, torch.dtype, str]
+"""Shape, dtype and device type of a tensor."""
 
 
-def alone(value: Any) -> list[Any]:
-    """The exchange of a process that has no others."""
+def single_process_gather(value: Any) -> list[Any]:
+    """`AllGatherObject` for a single process."""
     return [] if value is None else [value]
 
 
 @attrs.frozen
 class AllGatherObject:
-    """Gives every process what each of them has, in the order of their ranks.
+    """Gathers an object from all ranks, on all ranks, in the order of the ranks; collective.
 
     Args:
-        group: the processes; all of them call it as often.
-        by_objects: send tensors with everything else, by way of the CPU and pickled, instead of from device to device.
+        group: the processes.
+        use_gather_object: pickle tensors with the rest of the object, through the CPU, instead of from device to device.
 
     >>> AllGatherObject(Group())({"logits": torch.ones(1), "text": "a"})
     [{'logits': tensor([1.]), 'text': 'a'}]
     """
 
     group: Group
-    by_objects: bool = False
+    use_gather_object: bool = False
 
     def __call__(self, value: Any) -> list[Any]:
-        """What all processes have.
+        """The objects of all ranks.
 
         Args:
-            value: anything that can be pickled; None is left out of what comes back. Tensors may differ in number and shape.
+            value: anything that can be pickled; None is left out of the result. Tensors may differ in number and shape.
 
         Returns:
-            One for each process that has one.
+            One object for each rank whose object is not None.
         """
         if self.group.size == 1:
-            return alone(value)
+            return single_process_gather(value)
         tensors: list[Tensor] = []
-        frame = _frame_of(value, tensors)
-        if self.by_objects:
-            every = self.group.gather((frame, [tensor.cpu() for tensor in tensors]))
+        pickled = _dumps_without_tensors(value, tensors)
+        if self.use_gather_object:
+            gathered = self.group.all_gather_object((pickled, [tensor.cpu() for tensor in tensors]))
         else:
-            forms: list[Form] = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
-            frames, every_form = zip(*self.group.gather((frame, forms)), strict=True)
-            every = list(zip(frames, _gathered(self.group, tensors, every_form), strict=True))
-        values = [_filled(frame, found) for frame, found in every]
-        return [found for found in values if found is not None]
+            own_specs: list[TensorSpec] = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
+            pickles, specs = zip(*self.group.all_gather_object((pickled, own_specs)), strict=True)
+            gathered = list(zip(pickles, _all_gather_tensors(self.group, tensors, specs), strict=True))
+        values = [_loads_with_tensors(data, own_tensors) for data, own_tensors in gathered]
+        return [value for value in values if value is not None]
 
 
-class _Taking(pickle.Pickler):
-    """Leaves the tensors out of what is pickled."""
+class _TensorPickler(pickle.Pickler):
+    """Pickles an object without its tensors, which are collected in a list."""
 
     def __init__(self, file: Any, tensors: list[Tensor]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -76,8 +76,8 @@ class _Taking(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-class _Giving(pickle.Unpickler):
-    """Puts tensors in their places. What is read was written by another process of this run."""
+class _TensorUnpickler(pickle.Unpickler):
+    """Unpickles what `_TensorPickler` of another rank of this run wrote, with its tensors from a list."""
 
     def __init__(self, file: Any, tensors: list[Tensor]) -> None:
         super().__init__(file)
@@ -87,44 +87,45 @@ class _Giving(pickle.Unpickler):
         return self.tensors[pid]
 
 
-def _frame_of(value: Any, tensors: list[Tensor]) -> bytes:
-    """A value without its tensors, which are appended to a list."""
+def _dumps_without_tensors(value: Any, tensors: list[Tensor]) -> bytes:
+    """Pickle an object without its tensors, which are appended to a list."""
     file = io.BytesIO()
-    _Taking(file, tensors).dump(value)
+    _TensorPickler(file, tensors).dump(value)
     return file.getvalue()
 
 
-def _filled(frame: bytes, tensors: list[Tensor]) -> Any:
-    return _Giving(io.BytesIO(frame), tensors).load()
+def _loads_with_tensors(pickled: bytes, tensors: list[Tensor]) -> Any:
+    return _TensorUnpickler(io.BytesIO(pickled), tensors).load()
 
 
-def _gathered(group: Group, own: list[Tensor], every: tuple[list[Form], ...]) -> list[list[Tensor]]:
-    """The tensors of each process, whose forms are known: for each kind of device one collective operation over all bytes."""
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(forms) for forms in every]
-    for kind in sorted({form[2] for forms in every for form in forms}):
-        device = group.device if group.device.type == kind else torch.device(kind)
-        ends = [_ends(forms, kind) for forms in every]
-        sent = torch.empty(max(end[-1] for end in ends), dtype=torch.uint8, device=device)
-        for tensor, end in zip((tensor for tensor in own if tensor.device.type == kind), ends[group.rank], strict=False):
+def _all_gather_tensors(group: Group, own: list[Tensor], specs: tuple[list[TensorSpec], ...]) -> list[list[Tensor]]:
+    """The tensors of each rank, whose specs are known: one all-gather of bytes for each device type."""
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(rank_specs) for rank_specs in specs]
+    for device_type in sorted({spec[2] for rank_specs in specs for spec in rank_specs}):
+        device = group.device if group.device.type == device_type else torch.device(device_type)
+        offsets = [_offsets(rank_specs, device_type) for rank_specs in specs]
+        buffer = torch.empty(max(starts[-1] for starts in offsets), dtype=torch.uint8, device=device)
+        local_tensors = (tensor for tensor in own if tensor.device.type == device_type)
+        for tensor, start in zip(local_tensors, offsets[group.rank], strict=False):
             flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            sent[end : end + flat.numel()] = flat
-        gathered = group.gather_tensor(sent) if sent.numel() else [sent] * group.size
-        for forms, starts, got, bytes_ in zip(every, ends, found, gathered, strict=True):
-            here = [index for index, form in enumerate(forms) if form[2] == kind]
-            for index, start in zip(here, starts, strict=False):
-                shape, dtype, _ = forms[index]
-                got[index] = bytes_[start : start + _size(shape, dtype)].view(dtype).reshape(shape)
+            buffer[start : start + flat.numel()] = flat
+        buffers = group.all_gather(buffer) if buffer.numel() else [buffer] * group.size
+        for rank_specs, starts, tensors, received in zip(specs, offsets, found, buffers, strict=True):
+            indices = [index for index, spec in enumerate(rank_specs) if spec[2] == device_type]
+            for index, start in zip(indices, starts, strict=False):
+                shape, dtype, _ = rank_specs[index]
+                tensors[index] = received[start : start + _nbytes(shape, dtype)].view(dtype).reshape(shape)
     return found
 
 
-def _ends(forms: list[Form], kind: str) -> list[int]:
-    """Where each tensor of a kind of device begins among the bytes, and where the last one ends."""
-    ends = [0]
-    for shape, dtype, own in forms:
-        if own == kind:
-            ends.append(ends[-1] + -(-_size(shape, dtype) // ALIGNED) * ALIGNED)
-    return ends
+def _offsets(specs: list[TensorSpec], device_type: str) -> list[int]:
+    """The offset in bytes of each tensor of a device type, and the end of the last one."""
+    offsets = [0]
+    for shape, dtype, own_type in specs:
+        if own_type == device_type:
+            offsets.append(offsets[-1] + -(-_nbytes(shape, dtype) // ALIGNMENT) * ALIGNMENT)
+    return offsets
 
 
-def _size(shape: torch.Size, dtype: torch.dtype) -> int:
+def _nbytes(shape: torch.Size, dtype: torch.dtype) -> int:
     return shape.numel() * dtype.itemsize

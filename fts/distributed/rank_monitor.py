@@ -1,4 +1,4 @@
-"""What is said where a process of a group is gone: torch's messages name an address, or no more than a time."""
+"""Clear errors when a rank has died or hangs: torch's messages name only an address or a time."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ import attrs
 
 from fts.distributed.process_group import Group
 from fts.errors import DistributedError
-from fts.messages import some
+from fts.messages import abbreviate
 
-OF_TORCH = re.compile(r"gloo|nccl|TCPStore|c10d|ProcessGroup", re.IGNORECASE)
-CLOSED = re.compile(
+TORCH_DISTRIBUTED = re.compile(r"gloo|nccl|TCPStore|c10d|ProcessGroup", re.IGNORECASE)
+CONNECTION_CLOSED = re.compile(
     r"closed by peer|reset by peer|pair closure|Broken pipe|Connection refused|Socket closed|remote process exited|"
     r"ncclRemoteError|communicator was aborted|failed to (connect|recv|send)",
     re.IGNORECASE,
 )
-WAITED = re.compile(r"timed out|timeout", re.IGNORECASE)
+TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
 
-RESTART = (
-    "Start all processes again; with resume_from_checkpoint=True they go on from the newest whole checkpoint. "
+RESTART_ADVICE = (
+    "Start all processes again; with resume_from_checkpoint=True they resume from the newest valid checkpoint. "
     "torchrun --max-restarts does so by itself."
 )
 
-PATIENCE = 0.5
-"""For so many seconds a process whose connections are closed may still be there."""
+GRACE_SECONDS = 0.5
+"""How long a process may still be running after its connections were closed."""
 
 
 @attrs.frozen(eq=False)
 class RankMonitor:
-    """The other processes, for messages that name the one that is gone.
+    """Finds ranks that have ended, for error messages that name them.
 
     Attributes:
         group: the processes.
-        ids: the process ids of those on the same machine, by rank.
+        pids: the process ids of the other ranks on the same machine, by rank.
 
-    >>> with Peers.of(Group()).clear_errors():
+    >>> with RankMonitor.create(Group()).translate_errors():
     ...     raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:30091")
     Traceback (most recent call last):
         ...
@@ -49,78 +49,79 @@ class RankMonitor:
     """
 
     group: Group
-    ids: Mapping[int, int] = attrs.field(factory=dict)
+    pids: Mapping[int, int] = attrs.field(factory=dict)
 
     @classmethod
-    def of(cls, group: Group) -> RankMonitor:
-        """Ask each process where it runs; all must ask.
+    def create(cls, group: Group) -> RankMonitor:
+        """Gather the hosts and process ids of all ranks; collective.
 
         Args:
             group: the processes.
         """
-        here = socket.gethostname()
-        told = group.gather((here, os.getpid()))
-        return cls(group, {rank: own for rank, (host, own) in enumerate(told) if host == here and rank != group.rank})
+        own_host = socket.gethostname()
+        processes = group.all_gather_object((own_host, os.getpid()))
+        pids = {rank: pid for rank, (host, pid) in enumerate(processes) if host == own_host and rank != group.rank}
+        return cls(group, pids)
 
     @contextmanager
-    def clear_errors(self) -> Iterator[None]:
-        """A block in which torch's errors about lost processes become a `DistributedError`: which one, and what to do."""
+    def translate_errors(self) -> Iterator[None]:
+        """A block in which torch's errors about lost processes become a `DistributedError` that says which one, and what to do."""
         try:
             yield
         except RuntimeError as error:
-            message = self.message(str(error))
+            message = self.error_message(str(error))
             if message is None:
                 raise
             raise DistributedError(message) from error
 
-    def message(self, text: str) -> str | None:
-        """What to say instead of an error of torch's.
+    def error_message(self, text: str) -> str | None:
+        """The message that replaces one of torch's.
 
         Args:
-            text: its message.
+            text: torch's message.
 
         Returns:
-            The words; None if the error has another reason than a process that is gone, or hangs.
+            The message; None if the error has another cause than a process that has ended, or hangs.
         """
-        closed = CLOSED.search(text)
-        if not OF_TORCH.search(text) or not (closed or WAITED.search(text)):
+        closed = CONNECTION_CLOSED.search(text)
+        if not TORCH_DISTRIBUTED.search(text) or not (closed or TIMED_OUT.search(text)):
             return None
         group = self.group
-        gone = self.gone(PATIENCE if closed else 0.0)
-        if gone:
-            which = f"Process {some(gone)} of {group.size} is gone"
-            return f"{which}: process {group.rank} has lost the connection; the others stop. Look at its last messages. {RESTART}"
+        dead = self.dead_ranks(GRACE_SECONDS if closed else 0.0)
+        if dead:
+            reason = f"process {group.rank} has lost the connection; the others stop. Look at its last messages."
+            return f"Process {abbreviate(dead)} of {group.size} is gone: {reason} {RESTART_ADVICE}"
         if closed:
-            how = "has lost another one: a connection was closed. Look at what the others wrote last."
+            reason = "has lost another one: a connection was closed. Look at what the others wrote last."
         else:
-            how = "has waited for another one longer than the timeout (ddp_timeout): that one hangs, or is far behind."
-        return f"Process {group.rank} of {group.size} {how} {RESTART}"
+            reason = "has waited for another one longer than the timeout (ddp_timeout): that one hangs, or is far behind."
+        return f"Process {group.rank} of {group.size} {reason} {RESTART_ADVICE}"
 
-    def gone(self, patience: float = 0.0) -> list[int]:
-        """The ranks of those on this machine that have ended.
+    def dead_ranks(self, patience: float = 0.0) -> list[int]:
+        """The ranks on this machine that have ended.
 
         Args:
-            patience: for how many seconds to look again if none has.
+            patience: for how many seconds to keep checking if none has.
         """
-        end = time.monotonic() + patience * bool(self.ids)
+        end = time.monotonic() + patience * bool(self.pids)
         while True:
-            found = [rank for rank, own in self.ids.items() if not _is_alive(own)]
-            if found or time.monotonic() >= end:
-                return found
+            dead = [rank for rank, pid in self.pids.items() if not _is_alive(pid)]
+            if dead or time.monotonic() >= end:
+                return dead
             time.sleep(0.01)
 
 
-def _is_alive(own: int) -> bool:
+def _is_alive(pid: int) -> bool:
     if Path("/proc/self/stat").exists():
         try:
-            state = Path(f"/proc/{own}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
         except OSError:
             return False
-        return state not in ("Z", "X")  # ended, and not yet asked after by its parent
-    if os.name != "posix":  # nobody can tell without harm
+        return state not in ("Z", "X")  # zombie, dead
+    if os.name != "posix":  # no harmless check
         return True
     try:
-        os.kill(own, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:

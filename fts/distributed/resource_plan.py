@@ -14,7 +14,7 @@ from typing import Literal
 
 import attrs
 
-from fts.distributed.model_shapes import ModelShapes, Shape, elements, parts, split
+from fts.distributed.model_shapes import ModelShapes, Shape, local_shapes, numel, shard_matrices
 from fts.errors import ArgumentError
 
 DEEPSPEED_BUCKET = 500_000_000
@@ -55,18 +55,18 @@ PRECISIONS = MappingProxyType(
 )
 
 
-def _factored(shape: Shape) -> int:
-    return sum(shape[-2:]) * elements([shape[:-2]]) if len(shape) > 1 else elements([shape])
+def _adafactor_moments(shape: Shape) -> int:
+    return sum(shape[-2:]) * numel([shape[:-2]]) if len(shape) > 1 else numel([shape])
 
 
 OPTIMIZERS: MappingProxyType[str, Callable[[Shape], float]] = MappingProxyType(
     {
-        "adamw": lambda shape: 2 * elements([shape]),
+        "adamw": lambda shape: 2 * numel([shape]),
         "sgd": lambda shape: 0,
-        "momentum": lambda shape: elements([shape]),
-        "lion": lambda shape: elements([shape]),
-        "adafactor": _factored,
-        "adamw-8bit": lambda shape: 2 * elements([shape]) / 4,  # of the 4 bytes of a float32
+        "momentum": lambda shape: numel([shape]),
+        "lion": lambda shape: numel([shape]),
+        "adafactor": _adafactor_moments,
+        "adamw-8bit": lambda shape: 2 * numel([shape]) / 4,  # of the 4 bytes of a float32
     }
 )
 """How many numbers an optimizer keeps for a parameter of a shape."""
@@ -75,7 +75,7 @@ STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "tp", "deepspeed-1", "deepspeed-2
 
 
 @attrs.frozen
-class Setup:
+class TrainingSetup:
     """How a model is trained.
 
     Attributes:
@@ -99,7 +99,7 @@ class Setup:
     Raises:
         ArgumentError: a value is unknown, or numbers of processes do not divide.
 
-    >>> Setup("ddp", world=6, tensor=4)
+    >>> TrainingSetup("ddp", world=6, tensor=4)
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: 6 processes cannot be cut into groups of 4 that share matrices. Choose a divisor of 6.
@@ -141,32 +141,32 @@ class Setup:
                 f"{self.world} processes cannot be cut into groups of {self.tensor} that share matrices. "
                 f"Choose a divisor of {self.world}."
             )
-        if self.strategy == "hsdp" and self.data % self.shard:
+        if self.strategy == "hsdp" and self.data_parallel_size % self.shard:
             raise ArgumentError(
-                f"{self.data} processes cannot be cut into groups of {self.shard} that each hold the model. "
-                f"Choose a divisor of {self.data}."
+                f"{self.data_parallel_size} processes cannot be cut into groups of {self.shard} that each hold the model. "
+                f"Choose a divisor of {self.data_parallel_size}."
             )
 
     @property
-    def data(self) -> int:
+    def data_parallel_size(self) -> int:
         """How many processes, or tensor-parallel groups, see different rows."""
         return self.world // self.tensor
 
     @property
-    def sharded(self) -> int:
+    def num_shards(self) -> int:
         """Over how many processes something is sharded."""
-        return {"single": 1, "ddp": 1, "tp": 1, "hsdp": self.shard}.get(self.strategy, self.data)
+        return {"single": 1, "ddp": 1, "tp": 1, "hsdp": self.shard}.get(self.strategy, self.data_parallel_size)
 
     @property
-    def bytes(self) -> Precision:
+    def dtype_bytes(self) -> Precision:
         """Bytes for each number. DeepSpeed has master weights wherever it computes in 16 bits."""
         deepspeed = self.strategy.startswith("deepspeed") and self.precision in ("bf16", "fp16")
         return PRECISIONS["bf16-master" if deepspeed else self.precision]
 
     @property
-    def reduced(self) -> int:
+    def reduce_bytes(self) -> int:
         """Bytes of each number in which gradients are summed over processes."""
-        return self.reduce or self.bytes.gradients
+        return self.reduce or self.dtype_bytes.gradients
 
 
 @attrs.frozen
@@ -228,7 +228,7 @@ class Collective:
 
 
 @attrs.frozen
-class Plan:
+class ResourcePlan:
     """What a training needs on each process.
 
     Attributes:
@@ -245,65 +245,65 @@ class Plan:
         return sum(one.sent for one in self.traffic)
 
 
-def plan(model: ModelShapes, setup: Setup) -> Plan:
+def plan_resources(model: ModelShapes, setup: TrainingSetup) -> ResourcePlan:
     """What a training needs.
 
     Args:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.model_shapes import counted
-    >>> found = plan(counted(7_500_000_000), Setup("deepspeed-3", world=64, precision="bf16"))
+    >>> from fts.distributed.model_shapes import shapes_from_counts
+    >>> found = plan_resources(shapes_from_counts(7_500_000_000), TrainingSetup("deepspeed-3", world=64, precision="bf16"))
     >>> sum((found.memory.parameters, found.memory.gradients, found.memory.master, found.memory.moments)) / 1e9
     1.875
 
     which is figure 1 of Rajbhandari et al. 2020: 1.9 GB.
     """
-    return Plan(memory(model, setup), traffic(model, setup))
+    return ResourcePlan(estimate_memory(model, setup), estimate_traffic(model, setup))
 
 
-def memory(model: ModelShapes, setup: Setup) -> Memory:
+def estimate_memory(model: ModelShapes, setup: TrainingSetup) -> Memory:
     """The bytes of one process.
 
     Args:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.model_shapes import counted
-    >>> memory(counted(1000), Setup("fsdp", world=4)).moments
+    >>> from fts.distributed.model_shapes import shapes_from_counts
+    >>> estimate_memory(shapes_from_counts(1000), TrainingSetup("fsdp", world=4)).moments
     2000
     """
-    own, size, strategy = split(model, setup.tensor), setup.bytes, setup.strategy
-    of_parameters = setup.sharded if strategy in ("fsdp", "hsdp", "deepspeed-3") else 1
-    of_gradients = setup.sharded if strategy in ("fsdp", "hsdp", "deepspeed-2", "deepspeed-3") else 1
-    trained = elements(own.trained)
-    updated = parts(own.trained, setup.sharded)
+    own, size, strategy = shard_matrices(model, setup.tensor), setup.dtype_bytes, setup.strategy
+    of_parameters = setup.num_shards if strategy in ("fsdp", "hsdp", "deepspeed-3") else 1
+    of_gradients = setup.num_shards if strategy in ("fsdp", "hsdp", "deepspeed-2", "deepspeed-3") else 1
+    trained = numel(own.trained)
+    updated = local_shapes(own.trained, setup.num_shards)
     copied = size.compute < size.parameters and strategy in ("single", "ddp", "tp")
     return Memory(
-        parameters=size.parameters * elements(parts(own.shapes, of_parameters)),
-        gradients=size.gradients * elements(parts(own.trained, of_gradients)),
+        parameters=size.parameters * numel(local_shapes(own.shapes, of_parameters)),
+        gradients=size.gradients * numel(local_shapes(own.trained, of_gradients)),
         moments=round(size.moments * sum(map(OPTIMIZERS[setup.optimizer], updated))),
-        master=size.master * elements(updated),
-        copies=size.compute * elements(own.shapes) * copied,
-        buckets=size.gradients * _bucket(trained, setup),
-        gathered=_gathered(own, setup),
-        activations=activations(model, setup),
+        master=size.master * numel(updated),
+        copies=size.compute * numel(own.shapes) * copied,
+        buckets=size.gradients * _bucket_size(trained, setup),
+        gathered=_gathered_bytes(own, setup),
+        activations=estimate_activations(model, setup),
     )
 
 
-def _bucket(trained: int, setup: Setup) -> int:
+def _bucket_size(trained: int, setup: TrainingSetup) -> int:
     if setup.strategy.startswith("deepspeed"):
         return min(trained, DEEPSPEED_BUCKET)
-    return trained if setup.strategy in ("ddp", "tp") and setup.data > 1 and not setup.bucket_view else 0
+    return trained if setup.strategy in ("ddp", "tp") and setup.data_parallel_size > 1 and not setup.bucket_view else 0
 
 
-def _gathered(own: ModelShapes, setup: Setup) -> int:
+def _gathered_bytes(own: ModelShapes, setup: TrainingSetup) -> int:
     """What is whole at a time: parameters of a layer, the next, and outside of layers; gradients that are new, and being sent."""
-    if setup.strategy not in ("fsdp", "hsdp", "deepspeed-3") or setup.sharded == 1:
+    if setup.strategy not in ("fsdp", "hsdp", "deepspeed-3") or setup.num_shards == 1:
         return 0
-    compute, n = setup.bytes.compute, setup.sharded
-    whole = [n * elements(parts(unit.shapes, n)) for unit in own.units]
-    trained = [n * elements(parts(unit.trained, n)) for unit in own.units]
+    compute, n = setup.dtype_bytes.compute, setup.num_shards
+    whole = [n * numel(local_shapes(unit.shapes, n)) for unit in own.units]
+    trained = [n * numel(local_shapes(unit.trained, n)) for unit in own.units]
     if setup.strategy == "deepspeed-3":
         parameters = compute * min(2, len(whole)) * max(whole)
     elif setup.reshard:
@@ -312,10 +312,10 @@ def _gathered(own: ModelShapes, setup: Setup) -> int:
     else:
         parameters = compute * sum(whole)
     waiting = sum(trained) if setup.strategy != "deepspeed-3" and setup.no_sync and setup.accumulate > 1 else 0
-    return parameters + compute * max(trained) + setup.reduced * (max(trained) + waiting)
+    return parameters + compute * max(trained) + setup.reduce_bytes * (max(trained) + waiting)
 
 
-def activations(model: ModelShapes, setup: Setup) -> int:
+def estimate_activations(model: ModelShapes, setup: TrainingSetup) -> int:
     """Bytes that the forward pass of a transformer keeps (Korthikanti et al. 2022, equation 2, for any width of numbers).
 
     A layer keeps `s b h (4 c + 2 + 12 c / t)` bytes, and `a s^2 b (2 c + 1) / t` more for weights of attention, with `s` tokens,
@@ -327,12 +327,12 @@ def activations(model: ModelShapes, setup: Setup) -> int:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.model_shapes import counted
-    >>> model = counted(1_000_000, layers=2, hidden=64, heads=4)
-    >>> activations(model, Setup(precision="bf16-pure", batch=3, sequence=10)) == 2 * 10 * 3 * 64 * 34
+    >>> from fts.distributed.model_shapes import shapes_from_counts
+    >>> model = shapes_from_counts(1_000_000, layers=2, hidden=64, heads=4)
+    >>> estimate_activations(model, TrainingSetup(precision="bf16-pure", batch=3, sequence=10)) == 2 * 10 * 3 * 64 * 34
     True
     """
-    c, t, tokens = setup.bytes.compute, setup.tensor, setup.batch * setup.sequence
+    c, t, tokens = setup.dtype_bytes.compute, setup.tensor, setup.batch * setup.sequence
     layer = tokens * model.hidden * (4 * c + 2) + tokens * model.hidden * 12 * c // t
     if setup.attention == "eager":
         layer += model.heads * setup.sequence * tokens * (2 * c + 1) // t
@@ -340,27 +340,27 @@ def activations(model: ModelShapes, setup: Setup) -> int:
     return (kept if model.layers else 0) + 4 * tokens * model.vocabulary
 
 
-def traffic(model: ModelShapes, setup: Setup) -> tuple[Collective, ...]:
+def estimate_traffic(model: ModelShapes, setup: TrainingSetup) -> tuple[Collective, ...]:
     """What is exchanged in a step. Sums of a few numbers (norms, metrics, flags) are left out.
 
     Args:
         model: its dimensions.
         setup: how it is trained.
 
-    >>> from fts.distributed.model_shapes import counted
-    >>> [(one.kind, one.times, one.sent) for one in traffic(counted(1000), Setup("fsdp", world=4, accumulate=2))]
+    >>> from fts.distributed.model_shapes import shapes_from_counts
+    >>> [(one.kind, one.times, one.sent) for one in estimate_traffic(shapes_from_counts(1000), TrainingSetup("fsdp", world=4, accumulate=2))]
     [('all-gather', 4, 12000), ('reduce-scatter', 1, 3000)]
     """
-    own, size, data = split(model, setup.tensor), setup.bytes, setup.data
-    gradients, parameters, micro = elements(own.trained), elements(own.shapes), setup.accumulate
+    own, size, data = shard_matrices(model, setup.tensor), setup.dtype_bytes, setup.data_parallel_size
+    gradients, parameters, micro = numel(own.trained), numel(own.shapes), setup.accumulate
     each = 1 if setup.no_sync else micro
     found: list[Collective] = []
     if setup.strategy in ("ddp", "tp"):  # with `no_sync`, as fts runs it
         found = [Collective("all-reduce", "gradients", 1, size.gradients * gradients, data)]
     elif setup.strategy in ("fsdp", "hsdp"):
-        n = setup.sharded
-        outside, *layers = (size.compute * n * elements(parts(unit.shapes, n)) for unit in own.units)
-        reduced = setup.reduced * n * elements(parts(own.trained, n))
+        n = setup.num_shards
+        outside, *layers = (size.compute * n * numel(local_shapes(unit.shapes, n)) for unit in own.units)
+        reduced = setup.reduce_bytes * n * numel(local_shapes(own.trained, n))
         found = [
             Collective("all-gather", "parameters of layers", micro * (1 + setup.reshard), sum(layers), n),
             Collective("all-gather", "other parameters", micro * (1 + (setup.reshard and not layers)), outside, n),

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fts.dtensors import any_sharded, is_sharded, redistribute
+from fts.dtensors import any_dtensor, is_dtensor, redistribute
 from fts.errors import ArgumentError
-from fts.messages import some
+from fts.messages import abbreviate
 
-WORDS = (
+PLAN_STYLES = (
     *("colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_rep", "rowwise_split_input"),
     *("embedding_rowwise", "replicated_with_grad_allreduce", "replicate"),
 )
 """What a plan may say: with the names of transformers."""
 
-HEADS = ("num_attention_heads", "num_key_value_heads")
+HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
-def parallelize(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = None) -> nn.Module:
+def parallelize_module(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = None) -> nn.Module:
     """Cut matrices of a module among processes that see the same rows, in place.
 
     All processes begin with the weights of the first. Matrices that are cut become DTensors; the rest is the same in each
-    process, and has the same gradients. The forward pass of each process has the whole output. `shard` may then cut what each
+    process, and has the same gradients. The forward pass of each process has the whole output. `fully_shard` may then cut what each
     has among those that see other rows.
 
     Args:
@@ -46,10 +46,10 @@ def parallelize(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = N
 
     Source: Shoeybi et al. 2019, "Megatron-LM", and torch's `parallelize_module`.
     """
-    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.distributed.tensor import parallel
 
-    if any_sharded(module.parameters()):  # transformers has loaded it so
-        _lay_out_gradients(module)
+    if any_dtensor(module.parameters()):  # transformers has loaded it so
+        _redistribute_gradients(module)
         return module
     plan = dict(getattr(module, "tp_plan", None) or {}) if plan is None else dict(plan)
     if not plan:
@@ -59,35 +59,37 @@ def parallelize(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = N
         )
     size = int(mesh.size())
     _check_heads(module, size)
-    planned = _planned(module, plan)
-    styles = {name: _style(name, what, module.get_submodule(name), size) for name, what in planned.items()}
-    ties = _ties(module)
-    _broadcast(module, mesh, except_for={f"{name}." for name, style in styles.items() if style is not None})
-    parallelize_module(module, mesh, {name: style for name, style in styles.items() if style is not None})
-    _tie(module, ties)
-    _lay_out_gradients(module)
+    planned = _match_plan(module, plan)
+    styles = {name: _parallel_style(name, what, module.get_submodule(name), size) for name, what in planned.items()}
+    ties = _find_tied_parameters(module)
+    _broadcast_replicated(module, mesh, except_for={f"{name}." for name, style in styles.items() if style is not None})
+    parallel.parallelize_module(module, mesh, {name: style for name, style in styles.items() if style is not None})
+    _restore_tied_parameters(module, ties)
+    _redistribute_gradients(module)
     return module
 
 
-def _planned(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
+def _match_plan(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan, with the names that are there in the places of patterns."""
     found: dict[str, Any] = {}
     names = [name for name, _ in module.named_modules() if name]
     for pattern, what in plan.items():
         expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
         fitting = [name for name in names if expression.fullmatch(name)]
-        if isinstance(what, str) and what not in WORDS:
+        if isinstance(what, str) and what not in PLAN_STYLES:
             raise ArgumentError(
                 f"The plan for tensor parallelism says {what!r} for {pattern!r}, which fts cannot do; it can do "
-                f"{', '.join(WORDS)}. Share this model's parameters by FSDP, or load it with transformers' DistributedConfig."
+                f"{', '.join(PLAN_STYLES)}. Share this model's parameters by FSDP, or load it with transformers' DistributedConfig."
             )
         found.update(dict.fromkeys(fitting, what))
     if not found:
-        raise ArgumentError(f"The plan for tensor parallelism fits no module of {type(module).__name__}: {some(list(plan))}.")
+        raise ArgumentError(
+            f"The plan for tensor parallelism fits no module of {type(module).__name__}: {abbreviate(list(plan))}."
+        )
     return found
 
 
-def _style(name: str, what: Any, part: nn.Module, size: int) -> Any:
+def _parallel_style(name: str, what: Any, part: nn.Module, size: int) -> Any:
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
@@ -113,7 +115,7 @@ def _style(name: str, what: Any, part: nn.Module, size: int) -> Any:
 
 def _check_heads(module: nn.Module, size: int) -> None:
     config = getattr(module, "config", None)
-    for name in HEADS:
+    for name in HEAD_COUNTS:
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:
             raise ArgumentError(
@@ -121,7 +123,7 @@ def _check_heads(module: nn.Module, size: int) -> None:
             )
 
 
-def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+def _find_tied_parameters(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     """Where each parameter lives that lives in several places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
@@ -131,7 +133,7 @@ def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return [found for found in places.values() if len(found) > 1]
 
 
-def _tie(module: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
+def _restore_tied_parameters(module: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
     for places in ties:
         forms = {str(getattr(part._parameters[key], "placements", "whole")) for part, key in places}
         if len(forms) > 1:
@@ -146,16 +148,16 @@ def _tie(module: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
 
 
 @torch.no_grad()
-def _broadcast(module: nn.Module, mesh: Any, except_for: set[str]) -> None:
+def _broadcast_replicated(module: nn.Module, mesh: Any, except_for: set[str]) -> None:
     """Give all processes the first one's tensors; those that are cut are scattered from it anyway."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if not name.startswith(tuple(except_for)):
             distributed.broadcast(tensor, group_src=0, group=mesh.get_group())
 
 
-def _lay_out_gradients(module: nn.Module) -> None:
+def _redistribute_gradients(module: nn.Module) -> None:
     """Cut each gradient as its parameter is: autograd gives that of an embedding whole, and that of a norm as terms of a sum."""
     for parameter in module.parameters():
-        if is_sharded(parameter):
+        if is_dtensor(parameter):
             hooked: Any = parameter
             hooked.register_hook(functools.partial(redistribute, form=parameter))

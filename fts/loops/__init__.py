@@ -25,12 +25,13 @@ from fts.loops.fit import fit
 from fts.loops.metric_accumulator import MetricAccumulator
 from fts.loops.position import Position
 from fts.loops.preemption import StopRequest, handle_preemption, with_stop
-from fts.loops.replay import Replayed, replay
+from fts.loops.replay import (ReplayedStep, replay)
 from fts.loops.retention import rotate_checkpoints
-from fts.loops.rollback import rolling_back
-from fts.loops.sampling import EpochSampler, length_grouped, permutation
+from fts.loops.rollback import RollbackPolicy, with_rollback
+from fts.loops.sampling import (EpochSampler, length_grouped_indices, permutation)
 from fts.loops.sharded_source import shard_source
-from fts.loops.source import Source, source
+from fts.loops.source import Source
+from fts.loops.source_factory import source
 from fts.loops.timer import Timer, every_interval
 from fts.storage.atomic import atomic_directory
 
@@ -48,7 +49,8 @@ __all__ = [
     "Logged",
     "MetricAccumulator",
     "Position",
-    "Replayed",
+    "ReplayedStep",
+    "RollbackPolicy",
     "RolledBack",
     "Saved",
     "Source",
@@ -64,14 +66,14 @@ __all__ = [
     "every_interval",
     "fit",
     "handle_preemption",
-    "length_grouped",
+    "length_grouped_indices",
     "load_checkpoint",
     "load_extra",
     "newest_checkpoint",
     "on_device",
     "permutation",
     "replay",
-    "rolling_back",
+    "with_rollback",
     "rotate_checkpoints",
     "save_checkpoint",
     "shard_source",

@@ -11,7 +11,7 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.position import Position
-from fts.loops.timer import Agree, Clock, Timer, alone, every_interval
+from fts.loops.timer import (Agree, Clock, Timer, single_process, every_interval)
 
 Moment: TypeAlias = Literal["step", "epoch", "end", "stop"]
 """When `due` is asked: after a step, after a whole epoch, at the planned end, or where the run was asked to stop early."""
@@ -124,7 +124,7 @@ def cadence(
     stop: Callable[[Counters], bool] | None = None,
     *,
     clock: Clock = time.monotonic,
-    agree: Agree = alone,
+    agree: Agree = single_process,
 ) -> Cadence:
     """Regular logging, evaluation and saving, each at a pace of its own.
 

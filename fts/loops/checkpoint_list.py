@@ -1,4 +1,4 @@
-"""The checkpoints of a directory, and which of them are whole."""
+"""The checkpoints of a directory, and which of them are complete."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal, TypeAlias
 
 import attrs
 
-from fts.loops.history import best_step, history_in, metrics_at
-from fts.loops.validation import Condition, checkpoint_status
-from fts.storage.atomic import undo_interrupted
+from fts.loops.trainer_state import (best_step, read_trainer_state, metrics_at)
+from fts.loops.checkpoint_status import (CheckpointStatus, checkpoint_status)
+from fts.storage.atomic import recover_interrupted
 
 logger = logging.getLogger(__name__)
 
-Doing: TypeAlias = Literal["writing", "deleting"]
+Operation: TypeAlias = Literal["writing", "deleting"]
 
-INTERRUPTED: dict[Doing, str] = {"writing": "save", "deleting": "deletion"}
-"""What leaves something behind where a run dies in it, in words."""
+OPERATION_NAMES: dict[Operation, str] = {"writing": "save", "deleting": "deletion"}
+"""Operations that leave a hidden directory where a run dies during them, in words."""
 
 
 @attrs.frozen
@@ -27,19 +27,19 @@ class CheckpointInfo:
     """A checkpoint as `list_checkpoints` finds it.
 
     Attributes:
-        step: that of its name.
+        step: the step in its name.
         path: its directory.
-        condition: what it is good for.
-        problem: what is wrong with it; None if it is whole.
+        status: see `CheckpointStatus`.
+        problem: what is wrong with it; None if it is complete.
         nbytes: the size of its files.
         written: when, in seconds since 1970; 0 if that cannot be read.
-        metrics: the evaluation at its step, if its run tells.
-        best: the step that was the best when it was written, if its run tells.
+        metrics: of the evaluation at its step, if there is a `trainer_state.json`.
+        best: the step of the best evaluation when it was written, if there is a `trainer_state.json`.
     """
 
     step: int
     path: Path
-    condition: Condition
+    status: CheckpointStatus
     problem: str | None = None
     nbytes: int = 0
     written: float = 0.0
@@ -48,17 +48,17 @@ class CheckpointInfo:
 
 
 STEP = r"(0|[1-9][0-9]*)"
-"""A step in the name of a checkpoint, as it is written: a copy under `checkpoint-009` is none."""
+"""A step in the name of a checkpoint; a directory named `checkpoint-009` is not a checkpoint."""
 
 
 def checkpoints_in(root: str | Path) -> dict[int, Path]:
-    """The checkpoints of a directory by step, in order; whole or not."""
+    """The checkpoints of a directory by step, in order; complete or not."""
     return dict(_named(root, rf"checkpoint-{STEP}"))
 
 
-def leftovers_in(root: str | Path, doing: Doing) -> list[tuple[int, Path]]:
-    """What runs left that died while they wrote or deleted a checkpoint, with its step, in order."""
-    return _named(root, rf"\.checkpoint-{STEP}(?:\.[0-9a-f]+)?\.{doing}")
+def leftovers_in(root: str | Path, operation: Operation) -> list[tuple[int, Path]]:
+    """The hidden directories of saves or deletions that were interrupted, with their steps, in order."""
+    return _named(root, rf"\.checkpoint-{STEP}(?:\.[0-9a-f]+)?\.{operation}")
 
 
 def _named(root: str | Path, pattern: str) -> list[tuple[int, Path]]:
@@ -70,12 +70,12 @@ def _named(root: str | Path, pattern: str) -> list[tuple[int, Path]]:
 
 
 def list_checkpoints(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[CheckpointInfo]:
-    """Every checkpoint of a directory, verified by its checksums, and what interrupted runs left.
+    """Every checkpoint of a directory, verified by its checksums, and what interrupted saves and deletions left.
 
     Args:
         root: a directory with `checkpoint-<step>` directories; it need not exist. Where a save died while it replaced a
             checkpoint, that is undone; nothing else is changed.
-        progress: told how many were verified, and how many there are, before each.
+        progress: called before each with the number of verified ones and the number of all.
 
     Returns:
         By step, the oldest first.
@@ -83,69 +83,69 @@ def list_checkpoints(root: str | Path, progress: Callable[[int, int], None] | No
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as root:
     ...     Path(root, "checkpoint-7").mkdir()
-    ...     [(found.step, found.condition) for found in list_checkpoints(root)]
-    [(7, 'damaged')]
+    ...     [(one.step, one.status) for one in list_checkpoints(root)]
+    [(7, 'corrupt')]
     """
-    _undo_interrupted_in(Path(root))
+    _recover_interrupted_in(Path(root))
     there = checkpoints_in(root)
     found = []
     for number, (step, path) in enumerate(there.items()):
         if progress is not None:
             progress(number, len(there))
         found.append(_examined(path, step))
-    for doing, what in INTERRUPTED.items():
-        for step, path in leftovers_in(root, doing):
-            problem = f"{path} is what is left of a {what} that was cut off."
-            found.append(CheckpointInfo(step, path, "cut off", problem, _size(path), _time(path)))
+    for operation, name in OPERATION_NAMES.items():
+        for step, path in leftovers_in(root, operation):
+            problem = f"{path} was left by a {name} that was interrupted."
+            found.append(CheckpointInfo(step, path, "interrupted", problem, _size(path), _time(path)))
     return sorted(found, key=lambda one: one.step)
 
 
 def _examined(path: Path, step: int) -> CheckpointInfo:
-    condition, problem = checkpoint_status(path)
-    history = history_in(path)
-    return CheckpointInfo(step, path, condition, problem, _size(path), _time(path), metrics_at(history, step), best_step(history))
+    status, problem = checkpoint_status(path)
+    trainer_state = read_trainer_state(path)
+    return CheckpointInfo(step, path, status, problem, _size(path), _time(path), metrics_at(trainer_state, step), best_step(trainer_state))
 
 
 def newest_checkpoint(root: str | Path, *, also: Callable[[Path], bool] | None = None) -> Path | None:
-    """The checkpoint of the highest step that is whole; a warning says of each newer one why it is passed over.
+    """The complete checkpoint of the highest step; for each newer one, a warning says why it is skipped.
 
     Args:
         root: a directory with `checkpoint-<step>` directories; it need not exist.
-        also: whether one that cannot be judged, such as that of another program, is good enough all the same.
+        also: whether to accept one of unknown status, such as that of another program.
 
     Returns:
-        Its path; None if there is none. Damaged and incomplete ones are passed over.
+        Its path; None if there is none. Corrupt and incomplete ones are skipped.
     """
-    _undo_interrupted_in(Path(root))
+    _recover_interrupted_in(Path(root))
     for _, path in leftovers_in(root, "writing"):
-        logger.warning("%s is what is left of a save that was cut off; `fts checkpoints prune` deletes it.", path)
+        logger.warning("%s was left by a save that was interrupted; `fts checkpoints prune` deletes it.", path)
     for path in reversed(checkpoints_in(root).values()):
-        condition, problem = checkpoint_status(path)
-        if condition == "whole" or (condition == "unknown" and also is not None and also(path)):
+        status, problem = checkpoint_status(path)
+        if status == "complete" or (status == "unknown" and also is not None and also(path)):
             return path
-        logger.warning("%s is passed over (%s): %s", path, condition, problem)
+        logger.warning("%s is skipped (%s): %s", path, status, problem)
     return None
 
 
-def newest_of(found: list[CheckpointInfo]) -> int | None:
-    """The step of the newest checkpoint that is whole."""
-    return max((one.step for one in found if one.condition == "whole"), default=None)
+def newest_checkpoint_step(checkpoints: list[CheckpointInfo]) -> int | None:
+    """The step of the newest complete checkpoint."""
+    return max((one.step for one in checkpoints if one.status == "complete"), default=None)
 
 
-def best_of(found: list[CheckpointInfo]) -> int | None:
-    """The step of the best checkpoint, as the newest that tells has it; None if none tells, or it is not there."""
-    told = next((one.best for one in reversed(found) if one.best is not None), None)
-    return told if any(one.step == told and one.condition != "cut off" for one in found) else None
+def best_checkpoint_step(checkpoints: list[CheckpointInfo]) -> int | None:
+    """The step of the best checkpoint by the newest `trainer_state.json`; None if none names it, or it does not exist."""
+    best = next((one.best for one in reversed(checkpoints) if one.best is not None), None)
+    return best if any(one.step == best and one.status != "interrupted" for one in checkpoints) else None
 
 
-def _undo_interrupted_in(root: Path) -> None:
+def _recover_interrupted_in(root: Path) -> None:
     for entry in list(root.iterdir()) if root.is_dir() else []:
         aside = re.fullmatch(rf"\.(checkpoint-{STEP})\.replaced", entry.name)
         if aside:
             try:
-                undo_interrupted(root / aside[1])
+                recover_interrupted(root / aside[1])
             except OSError as error:
-                logger.warning("%s is a whole checkpoint that was being replaced; it cannot be moved back: %s", entry, error)
+                logger.warning("%s is a complete checkpoint that was being replaced; it cannot be moved back: %s", entry, error)
 
 
 def _size(path: Path) -> int:

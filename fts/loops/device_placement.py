@@ -33,22 +33,22 @@ def on_device(source: Source, device: torch.device | str) -> Source:
         return source
 
     def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
-        return (to_device(batch, place) for batch in source.batches(epoch, start, **how))
+        return (send_to_device(batch, place) for batch in source.batches(epoch, start, **how))
 
     return attrs.evolve(source, batches=batches)
 
 
-def to_device(tree: Any, device: torch.device) -> Any:
+def send_to_device(tree: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device, in the same containers; a mapping becomes a dictionary."""
     if isinstance(tree, Tensor):
         return tree.to(device, non_blocking=True)
     if isinstance(tree, Mapping):
-        return {key: to_device(value, device) for key, value in tree.items()}
+        return {key: send_to_device(value, device) for key, value in tree.items()}
     if isinstance(tree, PaddingBatch):
-        return PaddingBatch(to_device(tree.batch, device))
+        return PaddingBatch(send_to_device(tree.batch, device))
     if isinstance(tree, MicroBatches):
-        return MicroBatches(to_device(value, device) for value in tree)
+        return MicroBatches(send_to_device(value, device) for value in tree)
     if isinstance(tree, (list, tuple)):
-        parts = [to_device(value, device) for value in tree]
+        parts = [send_to_device(value, device) for value in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     return tree

@@ -15,7 +15,7 @@ _WITH_UNITS = re.compile(rf"(?:\d+(?:\.\d+)?(?:{_UNIT}))+")
 _CLOCK = re.compile(r"(?:(\d+)[-:])?(\d+):(\d\d):(\d\d)")
 
 
-def seconds_of(time: float | str | timedelta) -> float:
+def parse_duration(time: float | str | timedelta) -> float:
     """A length of time in seconds.
 
     Args:
@@ -28,7 +28,7 @@ def seconds_of(time: float | str | timedelta) -> float:
     Raises:
         ArgumentError: it cannot be read, or is negative.
 
-    >>> seconds_of("2h30m"), seconds_of("20min"), seconds_of("1-00:00:10"), seconds_of(90)
+    >>> parse_duration("2h30m"), parse_duration("20min"), parse_duration("1-00:00:10"), parse_duration(90)
     (9000.0, 1200.0, 86410.0, 90.0)
     """
     seconds: Any = _seconds_in(time) if isinstance(time, str) else time.total_seconds() if isinstance(time, timedelta) else time

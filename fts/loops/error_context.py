@@ -11,7 +11,7 @@ from fts.loops.cadence import Counters
 from fts.loops.events import Event, Saved, StepBegin
 from fts.loops.position import Position
 from fts.loops.source import Source
-from fts.messages import some
+from fts.messages import abbreviate
 
 SHOWN = 64
 """So many items of a batch a note lists."""
@@ -60,4 +60,4 @@ def describe_batch(data: Any, position: Position) -> str:
     """
     text = f"epoch {position.epoch}, batch {position.batch} (from 0)"
     items = data.items(*attrs.astuple(position)) if isinstance(data, Source) else None
-    return f"{text}, items {some(items, SHOWN)} of the data" if items else text
+    return f"{text}, items {abbreviate(items, SHOWN)} of the data" if items else text

@@ -11,7 +11,8 @@ from torch import Tensor
 from fts.errors import ArgumentError, BatchError, DataError
 from fts.loops.cadence import Counters
 from fts.loops.events import EvalBatch, Evaluated, Event
-from fts.loops.source import Source, source
+from fts.loops.source import Source
+from fts.loops.source_factory import source
 from fts.steps.microbatches import PaddingBatch
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _add(totals: Totals, amounts: Totals) -> None:
 def _means_of_all(kept: list[Totals], group: Group) -> dict[str, float]:
     """The means over the batches of all processes, which take turns."""
     totals: Totals = {}
-    for batches in zip(*group.gather(_read(kept)), strict=True):
+    for batches in zip(*group.all_gather_object(_read(kept)), strict=True):
         for amounts in batches:
             _add(totals, amounts)
     return _means({name: (torch.tensor(total, dtype=torch.float64), weight) for name, (total, weight) in totals.items()})

@@ -1,4 +1,4 @@
-"""The loop: many steps, told as events."""
+"""The training loop, as a generator of events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fts.loops.cadence import NOTHING, Cadence, Counters, Due, cadence
 from fts.loops.events import EpochBegin, EpochEnd, Evaluated, Event, Logged, Saved, StepBegin, StepEnd, Stopped
 from fts.loops.metric_accumulator import MetricAccumulator
 from fts.loops.position import Position
-from fts.loops.source import Source, source
+from fts.loops.source import Source
+from fts.loops.source_factory import source
 
 Evaluate: TypeAlias = Callable[[Any], Mapping[str, float] | Iterator[Event]]
 Save: TypeAlias = Callable[[Any, Position], Path]
@@ -32,38 +33,38 @@ def fit(
     save: Save | None = None,
     donate: bool = True,
     skip_nonfinite: bool = False,
-    window: MetricAccumulator | None = None,
+    accumulator: MetricAccumulator | None = None,
 ) -> Iterator[Event]:
-    """Fold a step over data and tell what happens, as a generator of events; nothing runs until it is iterated.
+    """Fold a step over data, as a generator of events; nothing runs until it is iterated.
 
     The order is, in each epoch, `EpochBegin`, then for each batch `StepBegin`, `StepEnd`, and as due `Logged`,
-    `Evaluated`, `Saved`; then `EpochEnd`, and again what is due. `Stopped` is the last event. `due` is asked after an
+    `Evaluated`, `Saved`; then `EpochEnd`, and again what is due. `Stopped` is the last event. `due` is called after an
     event was handled, so it may depend on what the consumer decided there.
 
     Args:
-        step: `(state, batch) -> (state, metrics)`. What else a step needs, a function of the state gives it:
+        step: `(state, batch) -> (state, metrics)`. Bind further arguments of a step in a function of the state:
             `lambda state, batch: step(state, batch, tx.averaged_params(state.opt_state))`.
-        state: the first state; its `step` is where counting starts. It is consumed if states are donated.
+        state: the first state; steps are counted from its `step`. It is consumed if states are donated.
         data: a `source`, or what `source` accepts without further arguments, such as a DataLoader or a list of batches;
             its order then follows from `state.seed`.
         total_steps: stop when this many steps were taken since the state was created, over as many epochs as that needs.
         epochs: stop after this many epochs, counted from epoch 0. With neither, one epoch.
-        start: where in the data to begin, such as the position that a checkpoint holds.
+        start: where in the data to begin, such as the position in a checkpoint.
         due: a function `Counters -> Due`. Its answer's `log`, `evaluate`, `save`, `stop` and `end_epoch` are read in this
-            order, each when its turn comes, so an answer may change its mind after an evaluation. The default logs every 50
+            order, each right before it is done, so an attribute may change after an evaluation. The default logs every 50
             steps, and evaluates and saves at the end of each epoch where the functions for that are given.
-        evaluate: `state -> metrics`, or `state -> events` such as those of `fts.loops.evaluation`, which are passed on.
+        evaluate: `state -> metrics`, or `state -> events` such as those of `fts.loops.evaluate`, which are yielded here.
         save: `(state, position) -> path`.
         donate: let the step reuse the storage of old states (`fts.steps.with_donation`).
         skip_nonfinite: leave values that are NaN or infinite out of the logged means, unless all are; the steps are not changed.
-        window: collects the metrics between two logs; by default one that nobody else reads, so that those of an error are lost.
+        accumulator: collects the metrics between two logs; by default a new one. Give one to read its metrics after an error.
 
     Returns:
         An iterator of events.
 
     Raises:
         ArgumentError: a limit is not positive, or something is due that no function was given for.
-        DataError: an epoch holds no batch, or the position lies beyond its end.
+        DataError: an epoch has no batch, or the position is beyond its end.
 
     >>> import torch
     >>> def step(state, batch):
@@ -74,39 +75,70 @@ def fit(
     >>> events[-1].state, events[-2].metrics
     (tensor(3), {'sum': 2.0})
     """
-    plan = due if due is not None else cadence(50, evaluate and "epoch", save and "epoch")
-    _check_arguments(total_steps, epochs, start, plan, evaluate, save)
-    batches = data if isinstance(data, Source) else source(data, seed=attribute_of(state, "seed"))
+    due = due if due is not None else cadence(50, evaluate and "epoch", save and "epoch")
+    _check_arguments(total_steps, epochs, start, due, evaluate, save)
+    batches = data if isinstance(data, Source) else source(data, seed=state_attribute(state, "seed"))
     if donate:
         from fts.steps import with_donation
 
         step = with_donation(step)
-    window = MetricAccumulator(skip_nonfinite=skip_nonfinite) if window is None else window
-    window.check = getattr(step, "check", None)
-    return _fit(step, state, batches, total_steps, epochs, start, plan, evaluate, save, window)
-
-
-def _fit(
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    state: Any,
-    data: Source,
-    total_steps: int | None,
-    epochs: int | None,
-    start: Position,
-    due: Callable[[Counters], Due],
-    evaluate: Evaluate | None,
-    save: Save | None,
-    window: MetricAccumulator,
-) -> Iterator[Event]:
+    accumulator = MetricAccumulator(skip_nonfinite=skip_nonfinite) if accumulator is None else accumulator
+    accumulator.check = getattr(step, "check", None)
     if total_steps is None and epochs is None:
         epochs = start.epoch + 1
-    per_epoch = data.steps_per_epoch
-    number, epoch, batch_number = int(attribute_of(state, "step")), start.epoch, start.batch
-    planned = _planned_total(number, start, total_steps, epochs, per_epoch)
-    counters = Counters(number, epoch, batch_number, planned, per_epoch)
-    reason = _reason(number, epoch, total_steps, epochs)
+    return _fit(state, _Loop(step, batches, total_steps, epochs, start, due, evaluate, save, accumulator))
 
-    if reason is not None:  # a finished run was resumed: nothing is left to do
+
+@attrs.frozen
+class _Loop:
+    """The arguments of `fit`, with their defaults filled in.
+
+    Attributes:
+        step: `(state, batch) -> (state, metrics)`.
+        data: the source.
+        total_steps: a limit on the number of steps.
+        epochs: a limit on the number of epochs; one of the limits is given.
+        start: where in the data to begin.
+        due: `Counters -> Due`.
+        evaluate: see `fit`.
+        save: see `fit`.
+        accumulator: of the metrics between two logs.
+    """
+
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    data: Source
+    total_steps: int | None
+    epochs: int | None
+    start: Position
+    due: Callable[[Counters], Due]
+    evaluate: Evaluate | None
+    save: Save | None
+    accumulator: MetricAccumulator
+
+    def planned_total(self, step: int) -> int | None:
+        """The step at which the run ends as planned; None where that is not known."""
+        per_epoch = self.data.steps_per_epoch
+        if self.epochs is None or per_epoch is None:
+            return self.total_steps
+        by_epochs = step + max(0, (self.epochs - self.start.epoch) * per_epoch - self.start.batch)
+        return by_epochs if self.total_steps is None else min(self.total_steps, by_epochs)
+
+    def stop_reason(self, step: int, epoch: int) -> Literal["total_steps", "epochs", "due"] | None:
+        """The limit that is reached; None as long as neither is."""
+        if self.total_steps is not None and step >= self.total_steps:
+            return "total_steps"
+        return "epochs" if self.epochs is not None and epoch >= self.epochs else None
+
+
+def _fit(state: Any, loop: _Loop) -> Iterator[Event]:
+    step_fn, data, due, accumulator = loop.step, loop.data, loop.due, loop.accumulator  # locals: this is the hot loop
+    per_epoch = data.steps_per_epoch
+    step, epoch, batch_number = int(state_attribute(state, "step")), loop.start.epoch, loop.start.batch
+    planned = loop.planned_total(step)
+    counters = Counters(step, epoch, batch_number, planned, per_epoch)
+    reason = loop.stop_reason(step, epoch)
+
+    if reason is not None:  # a completed run was resumed: nothing is left to do
         yield Stopped(counters, state, reason)
         return
     while reason is None:
@@ -114,18 +146,18 @@ def _fit(
         ended = complete = False
         for batch in data.epoch(epoch, batch_number):
             yield StepBegin(counters, state, batch)
-            state, metrics = step(state, batch)
-            number += 1
+            state, metrics = step_fn(state, batch)
+            step += 1
             batch_number += 1
-            window.add(metrics)
-            counters = Counters(number, epoch, batch_number, planned, per_epoch)
+            accumulator.add(metrics)
+            counters = Counters(step, epoch, batch_number, planned, per_epoch)
             yield StepEnd(counters, state, metrics)
             wanted = due(counters)
             if wanted is not NOTHING and wanted:
-                yield from _perform(wanted, counters, state, window, evaluate, save)
+                yield from _perform(wanted, counters, state, loop)
                 ended = wanted.stop or wanted.end_epoch
                 reason = "due" if wanted.stop else None
-            if number == total_steps:
+            if step == loop.total_steps:
                 reason = "total_steps"
             if reason is not None or ended:
                 complete = batch_number == per_epoch
@@ -137,27 +169,25 @@ def _fit(
         yield EpochEnd(counters, state, complete)
         if reason is None or (complete and reason != "due"):
             epoch, batch_number = epoch + 1, 0
-            counters = Counters(number, epoch, 0, planned, per_epoch, "epoch")
+            counters = Counters(step, epoch, 0, planned, per_epoch, "epoch")
             wanted = due(counters)
-            yield from _perform(wanted, counters, state, window, evaluate, save)
-            reason = reason or ("due" if wanted.stop else _reason(number, epoch, total_steps, epochs))
+            yield from _perform(wanted, counters, state, loop)
+            reason = reason or ("due" if wanted.stop else loop.stop_reason(step, epoch))
             counters = attrs.evolve(counters, moment="step")
     counters = attrs.evolve(counters, moment="stop" if reason == "due" else "end")
-    yield from _perform(due(counters), counters, state, window, evaluate, save)
+    yield from _perform(due(counters), counters, state, loop)
     yield Stopped(counters, state, reason)
 
 
-def _perform(
-    due: Due, at: Counters, state: Any, window: MetricAccumulator, evaluate: Evaluate | None, save: Save | None
-) -> Iterator[Event]:
+def _perform(due: Due, counters: Counters, state: Any, loop: _Loop) -> Iterator[Event]:
     if due.log:
-        means, last, steps = window.read()
+        means, last, steps = loop.accumulator.read()
         if steps:
-            yield Logged(at, means, last, steps)
+            yield Logged(counters, means, last, steps)
     if due.evaluate:
-        yield from _evaluated(evaluate, state, at)
+        yield from _evaluate(loop.evaluate, state, counters)
     if due.save:
-        yield _saved(save, state, at)
+        yield _save(loop.save, state, counters)
 
 
 def _check_arguments(
@@ -173,52 +203,35 @@ def _check_arguments(
             raise ArgumentError(f"fit({name}={limit!r}) must be a whole number of at least 0, or None for no limit.")
     if start.epoch < 0 or start.batch < 0:
         raise ArgumentError(f"fit(start={start}) must not be negative.")
-    if isinstance(due, Cadence):  # what will be due is known, so say it before the first step
+    if isinstance(due, Cadence):  # it is known what will be due, so this is an error before the first step
         for name, every, function in (("evaluate", due.evaluate, evaluate), ("save", due.save, save)):
             if every is not None and function is None:
                 raise _missing(name)
 
 
 def _missing(name: str) -> ArgumentError:
-    return ArgumentError(f"{name} is due, but fit was given no function for it. Pass fit(..., {name}=...), or make it never due.")
+    return ArgumentError(f"{name} is due, but fit has no function for it. Give fit(..., {name}=...), or make it never due.")
 
 
-def _evaluated(evaluate: Evaluate | None, state: Any, at: Counters) -> Iterator[Event]:
+def _evaluate(evaluate: Evaluate | None, state: Any, counters: Counters) -> Iterator[Event]:
     if evaluate is None:
         raise _missing("evaluate")
     result = evaluate(state)
     if isinstance(result, Mapping):
-        yield Evaluated(at, dict(result))
+        yield Evaluated(counters, dict(result))
         return
     for event in result:
-        yield attrs.evolve(event, counters=at)
+        yield attrs.evolve(event, counters=counters)
 
 
-def _saved(save: Save | None, state: Any, at: Counters) -> Saved:
+def _save(save: Save | None, state: Any, counters: Counters) -> Saved:
     if save is None:
         raise _missing("save")
-    return Saved(at, save(state, at.position))
+    return Saved(counters, save(state, counters.position))
 
 
-def _planned_total(
-    number: int, start: Position, total_steps: int | None, epochs: int | None, per_epoch: int | None
-) -> int | None:
-    if epochs is None or per_epoch is None:
-        return total_steps
-    by_epochs = number + max(0, (epochs - start.epoch) * per_epoch - start.batch)
-    return by_epochs if total_steps is None else min(total_steps, by_epochs)
-
-
-def _reason(
-    number: int, epoch: int, total_steps: int | None, epochs: int | None
-) -> Literal["total_steps", "epochs", "due"] | None:
-    if total_steps is not None and number >= total_steps:
-        return "total_steps"
-    return "epochs" if epochs is not None and epoch >= epochs else None
-
-
-def attribute_of(state: Any, name: str) -> Any:
-    """`state.step` or `state.seed`; of a tuple or dict of states (as for a GAN) that of the first; else 0."""
+def state_attribute(state: Any, name: str) -> Any:
+    """`state.step` or `state.seed`; of a tuple or dict of states (as for a GAN) that of the first; otherwise 0."""
     if hasattr(state, name):
         return getattr(state, name)
     parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (tuple, list)) else ()

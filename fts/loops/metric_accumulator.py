@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fts.typing import Metrics
 
-LIMIT = 512
+MAX_PENDING_STEPS = 512
 """After so many steps without a log the metrics are read all the same, so that memory stays bounded."""
 
 
@@ -42,7 +42,7 @@ class MetricAccumulator:
     def add(self, metrics: Metrics) -> None:
         """Keep one step's metrics; costs one append."""
         self._kept.append(metrics)
-        if len(self._kept) >= LIMIT:
+        if len(self._kept) >= MAX_PENDING_STEPS:
             self._fold()
 
     def read(self) -> tuple[dict[str, float], dict[str, float], int]:

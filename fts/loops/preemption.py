@@ -17,8 +17,8 @@ import attrs
 
 from fts.errors import ArgumentError, Interrupted, KeyboardInterrupted
 from fts.loops.cadence import NOTHING, Counters, Due
-from fts.loops.durations import seconds_of
-from fts.loops.timer import Agree, alone
+from fts.loops.durations import parse_duration
+from fts.loops.timer import (Agree, single_process)
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 """What schedulers send before they kill, and Ctrl-C."""
 
-MAX_TIME, ASKED = 1, 2
+MAX_TIME, REQUESTED = 1, 2
 """Codes of a stop that no signal asked for; that of a signal is 128 + its number, as shells report it."""
 
 
@@ -38,7 +38,7 @@ class StopRequest:
         deadline: when to stop, on the clock of `time.monotonic`, in seconds.
         agree: combines the codes of all processes at each poll, so that all stop at the same step. Every process
             must poll at the same places.
-        asked: the code of what was asked of this process; 0 for nothing.
+        local_code: the code of what was asked of this process; 0 for nothing.
         code: the code that a poll found; 0 as long as the run goes on.
 
     >>> request = StopRequest()
@@ -50,21 +50,21 @@ class StopRequest:
     """
 
     deadline: float = math.inf
-    agree: Agree = alone
-    asked: int = 0
+    agree: Agree = single_process
+    local_code: int = 0
     code: int = 0
 
-    def ask(self, code: int = ASKED) -> None:
+    def ask(self, code: int = REQUESTED) -> None:
         """Ask the run to stop, for a reason of your own: a budget that is spent, a notice of the cloud's."""
-        self.asked = self.asked or code
+        self.local_code = self.local_code or code
 
     def poll(self) -> bool:
         """Whether to stop now; the answer stays True."""
         if self.code:
             return True
-        if not self.asked and time.monotonic() >= self.deadline:
-            self.asked = MAX_TIME
-        code = self.agree(self.asked)
+        if not self.local_code and time.monotonic() >= self.deadline:
+            self.local_code = MAX_TIME
+        code = self.agree(self.local_code)
         if code:
             self.code = code
             logger.warning("Training is asked to stop (%s): it stops after this step.", self.reason)
@@ -73,7 +73,7 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """What a poll found: the name of a signal, "max_time" or "asked"; None as long as the run goes on."""
-        return reason_of(self.code)
+        return stop_reason(self.code)
 
     def until(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, up to and with the one after which a poll says stop.
@@ -91,10 +91,10 @@ class StopRequest:
                 return
 
 
-def reason_of(code: int) -> str | None:
+def stop_reason(code: int) -> str | None:
     """A code in words.
 
-    >>> reason_of(143), reason_of(0)
+    >>> stop_reason(143), stop_reason(0)
     ('SIGTERM', None)
     """
     if code > 128:
@@ -107,7 +107,7 @@ def handle_preemption(
     *,
     max_time: float | str | timedelta | None = None,
     signals: Collection[str] = SIGNALS,
-    agree: Agree = alone,
+    agree: Agree = single_process,
     patience: float = 1.0,
 ) -> Iterator[StopRequest]:
     """A block in which signals and a time limit ask for a stop instead of ending the process.
@@ -122,7 +122,7 @@ def handle_preemption(
     nohup), stays so. Outside the main thread no signal can be handled, and only the clock asks.
 
     Args:
-        max_time: when to ask, counted from here: seconds, or as `seconds_of` reads it. Leave time for the last step and a save.
+        max_time: when to ask, counted from here: seconds, or as `parse_duration` reads it. Leave time for the last step and a save.
         signals: their names; those that the platform does not have are left out.
         agree: see `StopRequest`.
         patience: signals within so many seconds of the first are the same request; schedulers often reach a process twice.
@@ -143,26 +143,26 @@ def handle_preemption(
     >>> last.state, last.reason, request.reason
     (1, 'due', 'asked')
     """
-    deadline = math.inf if max_time is None else time.monotonic() + seconds_of(max_time)
+    deadline = math.inf if max_time is None else time.monotonic() + parse_duration(max_time)
     request = StopRequest(deadline, agree)
-    taken = _take_over(_numbers(signals), Handler(request, patience))
+    taken = _take_over(_numbers(signals), SignalHandler(request, patience))
     try:
         yield request
     finally:
         _restore(taken)
-    code = max(request.code, request.asked)  # also of a signal that came after the clock had asked
+    code = max(request.code, request.local_code)  # also of a signal that came after the clock had asked
     if code > 128:
-        raise interrupted(code)
+        raise interruption(code)
 
 
-def interrupted(code: int) -> Interrupted:
+def interruption(code: int) -> Interrupted:
     """The exception that leaves the process after a signal; for SIGINT it is a KeyboardInterrupt, too."""
     kind = KeyboardInterrupted if code == 128 + signal.SIGINT else Interrupted
-    return kind(code, reason_of(code) or "")
+    return kind(code, stop_reason(code) or "")
 
 
 @attrs.define(eq=False)
-class Handler:
+class SignalHandler:
     """What a signal does inside `handle_preemption`.
 
     Attributes:
@@ -182,10 +182,10 @@ class Handler:
         now = time.monotonic()
         if self.first is None:
             self.first = now
-            self.request.asked = 128 + number  # also where the clock had asked: a signal is more urgent
+            self.request.local_code = 128 + number  # also where the clock had asked: a signal is more urgent
         elif now - self.first >= self.patience:
             _restore(self.taken)
-            raise interrupted(128 + number)
+            raise interruption(128 + number)
 
 
 def _numbers(names: Collection[str]) -> list[int]:
@@ -196,13 +196,13 @@ def _numbers(names: Collection[str]) -> list[int]:
     return [int(getattr(signal, name)) for name in names if hasattr(signal, name)]
 
 
-def _take_over(numbers: Iterable[int], handler: Handler) -> dict[int, Any]:
+def _take_over(numbers: Iterable[int], handler: SignalHandler) -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         logger.debug("No signal is handled: this is not the main thread.")
         return {}
     for number in numbers:
         current = signal.getsignal(number)
-        if current not in (signal.SIG_DFL, signal.default_int_handler) and not isinstance(current, Handler):
+        if current not in (signal.SIG_DFL, signal.default_int_handler) and not isinstance(current, SignalHandler):
             logger.debug("%s is left to the handler that the program has: %r.", signal.Signals(number).name, current)
             continue
         handler.taken[number] = current

@@ -17,22 +17,23 @@ from fts.loops.cadence import cadence
 from fts.loops.checkpoints import load_checkpoint
 from fts.loops.error_context import with_error_context
 from fts.loops.events import StepBegin
-from fts.loops.fit import attribute_of, fit
+from fts.loops.fit import (state_attribute, fit)
 from fts.loops.position import Position
-from fts.loops.rollback import detached
-from fts.loops.source import Source, source
-from fts.loops.validation import is_whole
+from fts.loops.rollback import clone_state
+from fts.loops.source import Source
+from fts.loops.source_factory import source
+from fts.loops.checkpoint_status import is_complete
 from fts.state import TrainState
 from fts.steps.inspection import compute_gradients, has_gradients
 from fts.steps.microbatches import MicroBatches, batch_size_of
-from fts.steps.nonfinite import NonFinite, nonfinite_in
+from fts.steps.nonfinite import (NonFiniteCounts, find_nonfinite)
 from fts.typing import Batch, Metrics, Params
 
 logger = logging.getLogger(__name__)
 
 
 @attrs.frozen(eq=False)
-class Replayed:
+class ReplayedStep:
     """A step of a run, as `replay` found it.
 
     Attributes:
@@ -48,9 +49,9 @@ class Replayed:
         gradients: by the parameter's name, before any clipping; None where they cannot be reached, or computing them raised.
         nonfinite: what has numbers that are NaN or infinite: of the "batch", the parameters "before", the "gradients" and the
             parameters "after", each by name; empty where all are finite.
-        bad_items: those of the items whose own numbers in the batch are not finite.
-        compared: the checkpoint that was written after this step, if it is there.
-        differing: the names of the tensors of that checkpoint which are not bit for bit those of `after`.
+        nonfinite_examples: those of the items whose own numbers in the batch are not finite.
+        compared_with: the checkpoint that was written after this step, if it is there.
+        differences: the names of the tensors of that checkpoint which are not bit for bit those of `after`.
     """
 
     step: int
@@ -63,18 +64,18 @@ class Replayed:
     error: Exception | None
     loss: float | None
     gradients: Params | None = attrs.field(repr=False)
-    nonfinite: Mapping[str, Mapping[str, NonFinite]]
-    bad_items: list[Any]
-    compared: Path | None
-    differing: tuple[str, ...]
+    nonfinite: Mapping[str, Mapping[str, NonFiniteCounts]]
+    nonfinite_examples: list[Any]
+    compared_with: Path | None
+    differences: tuple[str, ...]
 
     @property
     def equal(self) -> bool | None:
         """Whether the state equals the checkpoint of this step, bit for bit; None where there is none to compare with."""
-        return None if self.compared is None else not self.differing
+        return None if self.compared_with is None else not self.differences
 
 
-def replay(step: Any, state: Any, data: Any, checkpoint: str | Path, to_step: int) -> Replayed:
+def replay(step: Any, state: Any, data: Any, checkpoint: str | Path, to_step: int) -> ReplayedStep:
     """Run the steps after a checkpoint once more, and look into the last of them.
 
     The order of the data and all randomness are functions of the seeds, so the steps are those of the run, bit for bit, if
@@ -109,14 +110,14 @@ def replay(step: Any, state: Any, data: Any, checkpoint: str | Path, to_step: in
     """
     checkpoint = Path(checkpoint)
     loaded, start = load_checkpoint(checkpoint, like=state)
-    at = int(attribute_of(loaded, "step"))
+    at = int(state_attribute(loaded, "step"))
     if isinstance(to_step, bool) or not isinstance(to_step, int) or to_step <= at:
         raise ArgumentError(
             f"Step {to_step!r} cannot be replayed from {checkpoint}, which was written after step {at}. Give a later step, or an "
             "earlier checkpoint."
         )
-    batches = data if isinstance(data, Source) else source(data, seed=attribute_of(loaded, "seed"))
-    begin = _fold(step, detached(loaded), batches, start, to_step)
+    batches = data if isinstance(data, Source) else source(data, seed=state_attribute(loaded, "seed"))
+    begin = _fold(step, clone_state(loaded), batches, start, to_step)
     return _look_into(step, begin, batches, to_step, _beside(checkpoint, to_step))
 
 
@@ -128,9 +129,9 @@ def _fold(step: Any, state: Any, batches: Source, start: Position, to_step: int)
     return begin
 
 
-def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside: Path | None) -> Replayed:
+def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside: Path | None) -> ReplayedStep:
     batch, position = begin.batch, begin.counters.position
-    before = detached(begin.state)  # a step of the user's may write into its state
+    before = clone_state(begin.state)  # a step of the user's may write into its state
     error: Exception | None = None
     after, metrics, value, gradients = None, dict[str, Any](), None, None
     try:
@@ -149,9 +150,9 @@ def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside
         "gradients": gradients or {},
         "after": {} if after is None else _params_of(after),
     }
-    nonfinite = {part: bad for part, tensors in parts.items() if (bad := nonfinite_in(tensors))}
+    nonfinite = {part: bad for part, tensors in parts.items() if (bad := find_nonfinite(tensors))}
     compared = None if after is None else beside
-    return Replayed(
+    return ReplayedStep(
         number,
         position,
         items,
@@ -180,7 +181,7 @@ def _beside(checkpoint: Path, number: int) -> Path | None:
     path = checkpoint.parent / f"checkpoint-{number}"
     if not path.is_dir():
         return None
-    if not is_whole(path):
+    if not is_complete(path):
         logger.warning("%s is not whole, so the replayed step is not compared with it.", path)
         return None
     return path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from fts.randomness import DATA, fold, seed_generators
+from fts.randomness import (DATA, fold_in, seed_generators)
 
 Indices: TypeAlias = Any
 """What one batch is made of: a tensor or list of indices, or a single index where a fetch asks for one item."""
@@ -22,7 +22,7 @@ Indices: TypeAlias = Any
 Order: TypeAlias = Callable[[int, int], Iterator[Indices]]
 """`(epoch, start)` -> the indices of each batch, from batch `start` on."""
 
-BLOCK = 1024
+BATCHES_PER_BLOCK = 1024
 """How many batches of indices are cut at a time, so that an epoch of millions does not start with a pause."""
 
 
@@ -45,7 +45,7 @@ def permutation(items: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(items, generator=generator)
 
 
-def length_grouped(lengths: Sequence[int] | Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+def length_grouped_indices(lengths: Sequence[int] | Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
     """A shuffled order in which neighbours have similar lengths, so that batches need little padding.
 
     The shuffled items are cut into groups of 50 batches (fewer where that would be less than four groups); each group is sorted,
@@ -61,7 +61,7 @@ def length_grouped(lengths: Sequence[int] | Tensor, batch_size: int, seed: int, 
         Each index once: int64, shape (items,). As transformers' LengthGroupedSampler under a generator seeded with
         `seed + epoch`.
 
-    >>> length_grouped([10, 2, 30, 4, 50], batch_size=5, seed=0, epoch=0).tolist()
+    >>> length_grouped_indices([10, 2, 30, 4, 50], batch_size=5, seed=0, epoch=0).tolist()
     [4, 2, 0, 3, 1]
     """
     sizes = torch.as_tensor(lengths)
@@ -91,7 +91,7 @@ class EpochSampler(Sampler[int]):
         seed: the seed of the order.
 
     >>> sampler = EpochSampler(lambda seed, epoch: permutation(4, seed, epoch), items=4, seed=5)
-    >>> main_process_first, second = list(sampler), list(sampler)
+    >>> first, second = list(sampler), list(sampler)
     >>> second == permutation(4, seed=5, epoch=1).tolist()
     True
     """
@@ -135,8 +135,8 @@ def batch_order(
             yield from indices[start:].tolist()
             return
         stop = items // batch_size * batch_size if drop_last else items
-        for first in range(start * batch_size, stop, BLOCK * batch_size):
-            yield from torch.split(indices[first : min(first + BLOCK * batch_size, stop)], batch_size)
+        for first in range(start * batch_size, stop, BATCHES_PER_BLOCK * batch_size):
+            yield from torch.split(indices[first : min(first + BATCHES_PER_BLOCK * batch_size, stop)], batch_size)
 
     return order
 
@@ -144,17 +144,17 @@ def batch_order(
 def sampled_order(sampler: Iterable[Any], batch_size: int | None, *, seed: int, drop_last: bool) -> Order:
     """The order of a custom sampler, cut into batches; with `batch_size` None what it gives is taken as it comes.
 
-    The sampler draws from generators that are seeded with `fold(seed, DATA, epoch)` and kept apart from everyone else's. So its
+    The sampler draws from generators that are seeded with `fold_in(seed, DATA, epoch)` and kept apart from everyone else's. So its
     order is a function of the two. Skipped indices are drawn again; their data is not read.
     """
 
     def order(epoch: int, start: int) -> Iterator[Indices]:
         for holder in _nested(sampler):
-            announce_epoch(holder, epoch)
+            set_epoch(holder, epoch)
             own = getattr(holder, "generator", None)
             if isinstance(own, torch.Generator):
-                own.manual_seed(fold(seed, DATA, epoch))
-        apart = IsolatedGenerators(fold(seed, DATA, epoch))
+                own.manual_seed(fold_in(seed, DATA, epoch))
+        apart = IsolatedGenerators(fold_in(seed, DATA, epoch))
         with apart:
             indices = iter(sampler)
         wanted = 1 if batch_size is None else batch_size
@@ -187,7 +187,7 @@ def _nested(sampler: Any) -> Iterator[Any]:
         sampler = getattr(sampler, "sampler", None) if inner is None else inner
 
 
-def announce_epoch(holder: Any, epoch: int) -> None:
+def set_epoch(holder: Any, epoch: int) -> None:
     """Call `set_epoch` where a sampler or dataset has one, unless it says by its `epoch` that it knows.
 
     `datasets` keeps its epoch in memory that workers share, and two that set it at once can get it wrong.

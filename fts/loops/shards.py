@@ -1,4 +1,4 @@
-"""Which of an epoch's batches a process takes, where several share them."""
+"""Which of an epoch's batches each process takes."""
 
 from __future__ import annotations
 
@@ -15,106 +15,109 @@ from fts.typing import Batch
 Item = TypeVar("Item")
 
 
-class Place(NamedTuple):
+class BatchIndices(NamedTuple):
     """A batch to fetch.
 
     Attributes:
         number: which of the epoch's batches it is, over all processes.
-        indices: of its items.
-        weightless: whether it only keeps this process in step with the others.
+        indices: of its examples.
+        is_padding: whether it only keeps this process in step with the others.
     """
 
     number: int
     indices: Indices
-    weightless: bool = False
+    is_padding: bool = False
 
 
 @attrs.frozen
-class Part:
-    """The part of an epoch's batches that one process takes.
+class Shard:
+    """One process's shard of an epoch's batches.
 
     Batch number k of process r of R is number `k * R + r` of the epoch: each round of R batches has one for each process. Where
     the last round has fewer, the processes without one take a `PaddingBatch` copy.
 
     Args:
-        rank: which process this is, from 0.
-        size: how many there are.
-        splits: instead, each batch is cut by rows into one part for each process.
+        rank: of this process, from 0.
+        world_size: the number of processes.
+        split_batches: instead, each batch is split into one part for each process.
 
-    >>> list(Part(1, 2).of("abcde"))
-    ['b', 'd', Weightless(batch='e')]
+    >>> list(Shard(1, 2).own_batches("abcde"))
+    ['b', 'd', PaddingBatch(batch='e')]
     """
 
     rank: int = 0
-    size: int = 1
-    splits: bool = False
+    world_size: int = 1
+    split_batches: bool = False
 
     @property
     def stride(self) -> int:
         """How many of the epoch's batches a round has."""
-        return 1 if self.splits else self.size
+        return 1 if self.split_batches else self.world_size
 
-    def count(self, batches: int | None) -> int | None:
+    def num_batches(self, batches: int | None) -> int | None:
         """How many of so many batches each process takes, `PaddingBatch` ones included.
 
-        >>> Part(0, 2).count(5)
+        >>> Shard(0, 2).num_batches(5)
         3
         """
         return None if batches is None else -(-batches // self.stride)
 
-    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """This process's part of batches that are all read."""
-        if self.size == 1:
+    def own_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """This process's batches, of all batches that are read."""
+        if self.world_size == 1:
             return iter(batches)
-        return (shares[self.rank] for shares in self.shared(batches))
+        return (shares[self.rank] for shares in self.rounds(batches))
 
-    def shared(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    def rounds(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         """What each process takes, round by round.
 
-        >>> list(Part(0, 2).shared([1, 2, 3]))
-        [[1, 2], [3, Weightless(batch=3)]]
+        >>> list(Shard(0, 2).rounds([1, 2, 3]))
+        [[1, 2], [3, PaddingBatch(batch=3)]]
         """
         rounds: Iterable[Iterable[Batch]]
-        rounds = (split_microbatches(batch, self.size) for batch in batches) if self.splits else in_rounds(batches, self.size)
+        if self.split_batches:
+            rounds = (split_microbatches(batch, self.world_size) for batch in batches)
+        else:
+            rounds = batched(batches, self.world_size)
         for found in rounds:
             shares = list(found)
-            yield shares + [PaddingBatch(shares[0])] * (self.size - len(shares))
+            yield shares + [PaddingBatch(shares[0])] * (self.world_size - len(shares))
 
-    def places(self, order: Order, epoch: int, start: int) -> Iterator[Place]:
-        """What this process fetches of an epoch from its own batch `start` on, of nothing but indices.
+    def batch_indices(self, order: Order, epoch: int, start: int) -> Iterator[BatchIndices]:
+        """The indices that this process fetches in an epoch, from its own batch `start` on.
 
-        Its `PaddingBatch` copies the batch before, so that it reads no examples of others; or the epoch's first.
+        Its `PaddingBatch` copies the batch before, so that it reads no examples of other processes; or the epoch's first.
         """
-        if self.size == 1:
-            return (Place(number, indices) for number, indices in enumerate(order(epoch, start), start))
-        return self._cut(order, epoch, start) if self.splits else self._every(order, epoch, start)
+        if self.world_size == 1:
+            return (BatchIndices(number, indices) for number, indices in enumerate(order(epoch, start), start))
+        return self._split(order, epoch, start) if self.split_batches else self._interleaved(order, epoch, start)
 
-    def _every(self, order: Order, epoch: int, start: int) -> Iterator[Place]:
+    def _interleaved(self, order: Order, epoch: int, start: int) -> Iterator[BatchIndices]:
         first = max(0, start - 1)
-        before: Place | None = None
-        for own, found in enumerate(in_rounds(order(epoch, first * self.size), self.size), first):
+        before: BatchIndices | None = None
+        for own, found in enumerate(batched(order(epoch, first * self.world_size), self.world_size), first):
             if self.rank < len(found):
-                place = before = Place(own * self.size + self.rank, found[self.rank])
+                one = before = BatchIndices(own * self.world_size + self.rank, found[self.rank])
             else:
-                place = Place(own * self.size, found[0], True) if before is None else before._replace(weightless=True)
+                one = BatchIndices(own * self.world_size, found[0], True) if before is None else before._replace(is_padding=True)
             if own >= start:
-                yield place
+                yield one
 
-    def _cut(self, order: Order, epoch: int, start: int) -> Iterator[Place]:
+    def _split(self, order: Order, epoch: int, start: int) -> Iterator[BatchIndices]:
         for own, indices in enumerate(order(epoch, start), start):
-            share = -(-len(indices) // self.size)
-            mine = indices[self.rank * share : (self.rank + 1) * share]
-            number = own * self.size + self.rank
-            yield Place(number, mine) if len(mine) else Place(number, indices[:share], True)
+            size = -(-len(indices) // self.world_size)
+            mine = indices[self.rank * size : (self.rank + 1) * size]
+            number = own * self.world_size + self.rank
+            yield BatchIndices(number, mine) if len(mine) else BatchIndices(number, indices[:size], True)
 
 
-WHOLE = Part()
+UNSHARDED = Shard()
 
 
-def in_rounds(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` consecutive items, the last possibly shorter.
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` consecutive items, the last possibly shorter: `itertools.batched` of Python 3.12.
 
-    >>> list(in_rounds("abc", 2))
+    >>> list(batched("abc", 2))
     [['a', 'b'], ['c']]
     """
     iterator = iter(items)
@@ -122,12 +125,12 @@ def in_rounds(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield found
 
 
-def unwrapped(batch: Any) -> Any:
-    """A batch, also of one that is `PaddingBatch`, or the first of several micro-batches.
+def unwrap_batch(batch: Any) -> Any:
+    """A batch without its `PaddingBatch`, or the first of several micro-batches.
 
-    >>> unwrapped(PaddingBatch("a"))
+    >>> unwrap_batch(PaddingBatch("a"))
     'a'
     """
     if isinstance(batch, MicroBatches):
-        return unwrapped(batch[0]) if batch else batch
+        return unwrap_batch(batch[0]) if batch else batch
     return batch.batch if isinstance(batch, PaddingBatch) else batch

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import attrs
 
 from fts.errors import ArgumentError
-from fts.loops.durations import seconds_of
+from fts.loops.durations import parse_duration
 
 Clock: TypeAlias = Callable[[], float]
 """Seconds since some moment, such as `time.monotonic`."""
@@ -19,7 +19,7 @@ Agree: TypeAlias = Callable[[int], int]
 """From this process's number to the greatest of all processes."""
 
 
-def alone(number: int) -> int:
+def single_process(number: int) -> int:
     """What one process agrees on: its own number."""
     return number
 
@@ -38,7 +38,7 @@ class Timer:
 
     seconds: float
     clock: Clock = time.monotonic
-    agree: Agree = alone
+    agree: Agree = single_process
     since: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -53,11 +53,11 @@ class Timer:
         self.since = self.clock()
 
 
-def every_interval(interval: float | str | timedelta, *, clock: Clock = time.monotonic, agree: Agree = alone) -> Timer:
+def every_interval(interval: float | str | timedelta, *, clock: Clock = time.monotonic, agree: Agree = single_process) -> Timer:
     """A timer to ask after each step, and to reset after each save, whatever that was for.
 
     Args:
-        interval: seconds, or as `seconds_of` reads it: "20min", a `timedelta`.
+        interval: seconds, or as `parse_duration` reads it: "20min", a `timedelta`.
         clock: gives the time, in seconds.
         agree: see `Timer`.
 
@@ -73,7 +73,7 @@ def every_interval(interval: float | str | timedelta, *, clock: Clock = time.mon
     >>> timer.due(), timer.reset(), timer.due()
     (True, None, False)
     """
-    seconds = seconds_of(interval)
+    seconds = parse_duration(interval)
     if seconds == 0:
         raise ArgumentError(f'{interval!r} is no interval: it must be longer than 0 seconds, such as "20min".')
     return Timer(seconds, clock, agree)

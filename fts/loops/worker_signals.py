@@ -12,19 +12,19 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fts.loops.preemption import Handler
+from fts.loops.preemption import SignalHandler
 
 
-def sheltered(loader: DataLoader[Any]) -> Iterator[Any]:
+def iterate_ignoring_signals(loader: DataLoader[Any]) -> Iterator[Any]:
     """What torch's DataLoader iterates by, whose workers pass over the signals that `handle_preemption` handles at present.
 
     A worker that died of them would take the batches with it that the last update needs. They end when this process closes them,
     or is gone.
 
-    >>> list(sheltered(DataLoader(range(4), batch_size=2)))
+    >>> list(iterate_ignoring_signals(DataLoader(range(4), batch_size=2)))
     [tensor([0, 1]), tensor([2, 3])]
     """
-    numbers = [int(number) for number in signal.valid_signals() if isinstance(signal.getsignal(number), Handler)]
+    numbers = [int(number) for number in signal.valid_signals() if isinstance(signal.getsignal(number), SignalHandler)]
     if not numbers or not loader.num_workers:
         return DataLoader.__iter__(loader)
     given = loader.worker_init_fn

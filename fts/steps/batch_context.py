@@ -1,4 +1,4 @@
-"""Arguments of the loss that are computed from the whole batch."""
+"""Loss arguments that are computed from the full batch, across its micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fts.typing import Batch, Info, Metrics
 
 @attrs.frozen(eq=False)
 class WithFullBatch:
-    """A step that hands its loss something about the whole batch; made by `with_full_batch`."""
+    """A step whose loss also gets values computed from the full batch; made by `with_full_batch`."""
 
     step: Any
     fn: Callable[[Batch], Sequence[Any]]
@@ -23,30 +23,30 @@ class WithFullBatch:
 
     @property
     def transform(self) -> Any:
-        """That of the step; what makes its state."""
+        """The transform of the step, which its state is created with."""
         return self.step.transform
 
     def check(self, info: Info) -> None:
-        """As the step's own `check`, if it has one."""
+        """Call the `check` of the step, if it has one."""
         check = getattr(self.step, "check", None)
         if check is not None:
             check(info)
 
 
 def with_full_batch(step: Any, fn: Callable[[Batch], Sequence[Any]]) -> WithFullBatch:
-    """A step whose loss is given, behind each micro-batch, what `fn` computes from the whole batch.
+    """A step whose loss gets, after each micro-batch, the arguments that `fn` computes from the full batch.
 
     Args:
-        step: what `train_step` or `compile` made.
-        fn: from the batch (all of its `MicroBatches`) to a sequence of arguments, such as the number of tokens in all of them.
-            It runs outside the graph of a compiled step, on its tensors' device, and should not read them.
+        step: from `train_step` or `compile`.
+        fn: from the batch (all of its `MicroBatches`) to a sequence of arguments, such as the total number of tokens.
+            It runs outside the graph of a compiled step, on the device of its tensors, and should not synchronize with it.
 
     Returns:
         A step: `(state, batch, *args) -> (state, metrics)`.
 
     >>> import fts, torch
     >>> from fts import steps, transforms as tx
-    >>> def loss(params, batch, total):  # a sum over tokens, divided by their number in the whole batch
+    >>> def loss(params, batch, total):  # a sum over tokens, divided by their number in the full batch
     ...     return (params["w"] * batch).sum() / total * 2, 1
     >>> step = with_full_batch(steps.train_step(loss, tx.sgd(1.0)), lambda micro: [sum(part.numel() for part in micro)])
     >>> batch = steps.MicroBatches([torch.ones(1), torch.ones(3)])

@@ -1,4 +1,4 @@
-"""What an engine asks of the other processes that take the same step."""
+"""The collectives that a gradient engine uses, as a protocol; `fts.distributed` implements it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from fts.state import TrainState
 from fts.typing import LossOutput, Params
 
 
-def number_of(index: int, among: Collectives | None) -> int:
-    """The number of this process's micro-batch `index` among those of all, which its randomness is keyed by.
+def global_microbatch_index(index: int, collectives: Collectives | None) -> int:
+    """The index of a local micro-batch among those of all ranks; its random numbers are seeded by it.
 
-    >>> number_of(3, None)
+    >>> global_microbatch_index(3, None)
     3
     """
-    return index if among is None else index * among.size + among.rank
+    return index if collectives is None else index * collectives.size + collectives.rank
 
 
 class Collectives(Protocol):
-    """One process among several, each with micro-batches of its own; `fts.distributed` has them.
+    """A data-parallel group: each rank has its own micro-batches, and all have equally many.
 
-    The gradient of a step is `sum(w * g) / sum(w)` over the micro-batches of all of them. Each process has equally many.
+    The gradient of a step is `sum(w * g) / sum(w)` over the micro-batches of all ranks.
 
     Attributes:
-        rank: the number of this process, from 0.
-        size: how many there are. Micro-batch i of process r is number `i * size + r` of the step.
-        reduces: whether a backward pass leaves the mean over the processes in the gradients; otherwise `mean` makes it.
-        carrier: a leaf of the loss's graph whose gradient is no parameter's, but what `summing` was given; None if there is none.
+        rank: of this process, from 0.
+        size: the world size. Micro-batch i of rank r has the index `i * size + r` in the step.
+        reduces_in_backward: whether the backward pass averages the gradients over all ranks; otherwise `average_gradients` does.
+        metrics_parameter: a leaf of the loss's graph that is no parameter of the model: its gradient is the all-reduced tensor
+            of `all_reduce_async`. None where that tensor has an all-reduce of its own.
     """
 
     @property
@@ -40,35 +41,35 @@ class Collectives(Protocol):
     def size(self) -> int: ...
 
     @property
-    def reduces(self) -> bool: ...
+    def reduces_in_backward(self) -> bool: ...
 
     @property
-    def carrier(self) -> Tensor | None: ...
+    def metrics_parameter(self) -> Tensor | None: ...
 
-    def summing(self, sums: Tensor) -> Callable[[], Tensor]:
-        """Begin the sum over the processes of what `sums_of` gives; what is returned has it after the next backward pass."""
+    def all_reduce_async(self, sums: Tensor) -> Callable[[], Tensor]:
+        """Start an all-reduce of `weighted_sums`; call the returned function for the result, after the next backward pass."""
         ...
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes of a tensor, as a new one; it may stand in a graph."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, as a new tensor; can be traced."""
         ...
 
-    def mean(self, grads: Params) -> Params:
-        """The mean over the processes of gradients, which may be overwritten; it may stand in a graph."""
+    def average_gradients(self, grads: Params) -> Params:
+        """The mean of gradients over all ranks; may overwrite them; can be traced."""
         ...
 
-    def same(self, buffers: Params) -> Params:
-        """The buffers that a forward pass has written, made the same in all processes."""
+    def sync_buffers(self, buffers: Params) -> Params:
+        """Make the buffers that a forward pass has written the same on all ranks."""
         ...
 
     def check(self, state: TrainState) -> None:
-        """Raise where the processes do not begin with the same parameters; called before each step, and quick after the first."""
+        """Raise unless all ranks start with the same parameters; called before each step, and quick after the first."""
         ...
 
-    def forward(self, run: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-        """The loss, run so that its backward pass exchanges gradients."""
+    def wrap_forward(self, forward: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+        """Wrap the forward pass, so that the backward pass reduces gradients."""
         ...
 
-    def exchanging(self, now: bool) -> AbstractContextManager[Any]:
-        """A context for a forward and backward pass that exchanges gradients, or only gathers them."""
+    def gradient_sync(self, enabled: bool) -> AbstractContextManager[Any]:
+        """A context for a forward and backward pass that synchronizes gradients, or only accumulates them (`no_sync`)."""
         ...

@@ -1,4 +1,4 @@
-"""Whether a step reuses the storage of the state it is given."""
+"""Donation: whether a step reuses the storage of its input state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from fts.steps.nonfinite import CheckedStep
 
 
 def with_donation(step: Any, donate: bool = True) -> Any:
-    """The same step with `donate` set, or the step itself where it has no such choice.
+    """The same step with `donate` set, or the step itself where it has no such option.
 
     Args:
-        step: any step. Those that `train_step` and `compile` make can donate; a function that a user composed decides
-            for itself.
-        donate: whether to reuse the storage of the state that is given.
+        step: any step. Those of `train_step` and `compile` can donate; a function that a user composed is returned as it is.
+        donate: whether to reuse the storage of the input state.
 
     Returns:
         A step.

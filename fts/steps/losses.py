@@ -1,4 +1,4 @@
-"""What a loss may be and may return, brought to one form."""
+"""Losses, and their return values in one form."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fts.typing import Batch, LossFn, LossOutput
 
 @attrs.frozen(eq=False)
 class ModuleLoss:
-    """A loss that runs a module at a state's tensors; made by `module_loss`."""
+    """A loss that runs a module with a state's tensors; made by `module_loss`."""
 
     module: nn.Module
     fn: Callable[..., Any] | None = None
 
     @property
     def label(self) -> str:
-        fn = "" if self.fn is None else f", {name_of(self.fn)}"
+        fn = "" if self.fn is None else f", {function_name(self.fn)}"
         return f"module_loss({type(self.module).__name__}{fn})"
 
 
 def module_loss(module: nn.Module, fn: Callable[..., Any] | None = None) -> ModuleLoss:
-    """A loss of a module, for `train_step`, `eval_step` and `value_and_grad`.
+    """Make a loss of a module, for `train_step`, `eval_step` and `value_and_grad`.
 
     Args:
-        module: lends its code. During a step its tensors are exchanged for the state's, afterwards they are as before.
-        fn: `fn(model, batch)` returns a loss (see `fts.typing.LossFn`); `model` is the module at the state's tensors.
+        module: runs with the state's tensors during a step, and has its own again afterwards.
+        fn: `fn(model, batch)` returns a loss (see `fts.typing.LossFn`); `model` is the module with the state's tensors.
             Without it the module is called as Hugging Face's models are, `module(**batch)`, and must return its loss:
-            an object with `.loss`, a dictionary with "loss", or a tuple that begins with it. Its weight is then the
-            number of labels that count where `labels` are tokens (see `num_label_tokens`).
+            an object with `.loss`, a dictionary with "loss", or a tuple whose first element it is. Its weight is then the
+            number of label tokens, if `labels` are tokens (see `num_label_tokens`).
 
     Returns:
         The loss.
@@ -57,32 +57,34 @@ def module_loss(module: nn.Module, fn: Callable[..., Any] | None = None) -> Modu
     return ModuleLoss(module, fn)
 
 
-def check_callable(fn: Any, who: str, wanted: str) -> None:
-    """Raise ArgumentError where `fn` is not a function of at least two positional arguments."""
+def check_callable(fn: Any, caller: str, signature: str) -> None:
+    """Raise ArgumentError unless `fn` is a function of at least two positional arguments."""
     if not callable(fn):
-        raise ArgumentError(f"{who} needs a function {wanted}, not {type(fn).__name__}.")
+        raise ArgumentError(f"{caller} needs a function {signature}, not {type(fn).__name__}.")
     try:
         parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):  # some built-in callables have none
+    except (TypeError, ValueError):  # some built-in callables have no signature
         return
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise ArgumentError(f"{who} needs a function {wanted}; {name_of(fn)}{inspect.signature(fn)} does not take two arguments.")
+        raise ArgumentError(
+            f"{caller} needs a function {signature}; {function_name(fn)}{inspect.signature(fn)} does not take two arguments."
+        )
 
 
-def name_of(fn: Any) -> str:
-    """A function's name for people."""
+def function_name(fn: Any) -> str:
+    """The name of a function, for messages."""
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
 def call_loss(loss: LossFn | ModuleLoss, params: Any, batch: Batch, *args: Any) -> LossOutput:
-    """Run a loss and bring what it returns to a checked `LossOutput`.
+    """Run a loss, and convert its result to a checked `LossOutput`.
 
     Args:
-        loss: a plain function of `(params, batch)`, or a module loss whose module holds the right tensors already.
-        params: given to a plain function; a module loss ignores it.
-        batch: given to the loss.
-        args: given to the loss behind the batch.
+        loss: a plain function of `(params, batch)`, or a module loss whose module has the state's tensors already.
+        params: for a plain function; a module loss ignores it.
+        batch: for the loss.
+        args: further arguments of the loss.
 
     Raises:
         BatchError: the loss read a key that the batch does not have.
@@ -94,11 +96,11 @@ def call_loss(loss: LossFn | ModuleLoss, params: Any, batch: Batch, *args: Any) 
         elif loss.fn is not None:
             result = loss.fn(loss.module, batch, *args)
         elif isinstance(batch, Mapping):
-            result = _loss_of_output(loss.module, loss.module(**batch), batch)
+            result = _module_output(loss.module, loss.module(**batch), batch)
         else:
             raise BatchError(
                 f"A module loss without a function calls module(**batch), so the batch must be a dictionary, not "
-                f"{type(batch).__name__}. Pass steps.module_loss(module, fn) to say how the batch is used."
+                f"{type(batch).__name__}. Pass a function that uses the batch: steps.module_loss(module, fn)."
             )
     except KeyError as error:
         key = error.args[0] if error.args else None
@@ -111,7 +113,7 @@ def call_loss(loss: LossFn | ModuleLoss, params: Any, batch: Batch, *args: Any) 
 
 
 def as_loss_output(result: Any) -> LossOutput:
-    """Bring any of the forms that a loss function may return to a checked `LossOutput`.
+    """Convert any result that a loss function may return to a checked `LossOutput`.
 
     >>> import torch
     >>> as_loss_output((torch.tensor(2.0), 3)).weight
@@ -154,19 +156,19 @@ def _to_loss_output(result: Any) -> LossOutput:
     return LossOutput(loss)
 
 
-def _loss_of_output(module: nn.Module, output: Any, batch: Mapping[str, Any]) -> LossOutput:
-    return LossOutput(_own_loss(output, batch), num_label_tokens(module, batch.get("labels")))
+def _module_output(module: nn.Module, output: Any, batch: Mapping[str, Any]) -> LossOutput:
+    return LossOutput(_required_loss(output, batch), num_label_tokens(module, batch.get("labels")))
 
 
 def num_label_tokens(module: nn.Module, labels: Any) -> Tensor | None:
-    """Over how many labels a model of tokens takes its mean loss.
+    """The number of label tokens that a model's mean loss is over.
 
     Args:
-        module: a causal language model in Hugging Face's manner does not predict the first token of a row.
-        labels: integers, of which -100 does not count; of shape [rows, tokens, ...] for a model of tokens.
+        module: if it shifts labels (see `shifts_labels`), the first token of each sequence does not count.
+        labels: integers, of which -100 is ignored; of shape [batch size, tokens, ...] if they are tokens.
 
     Returns:
-        A 0-d int64 tensor, or None where the labels are not tokens.
+        A 0-d int64 tensor, or None if the labels are not tokens.
 
     >>> import torch
     >>> num_label_tokens(nn.Linear(1, 1), torch.tensor([[1, 2, -100], [3, -100, -100]]))
@@ -187,7 +189,7 @@ def base_model(module: nn.Module) -> nn.Module:
 
 
 def shifts_labels(module: nn.Module) -> bool:
-    """Whether a model's loss compares position t with label t + 1, as causal language models in Hugging Face's manner do.
+    """Whether a model's loss compares position t with label t + 1, as Hugging Face's causal language models do.
 
     >>> shifts_labels(nn.Linear(1, 1))
     False
@@ -200,7 +202,7 @@ def shifts_labels(module: nn.Module) -> bool:
 
 
 def extract_loss(output: Any) -> Any:
-    """The loss that a model returned: its output, `.loss`, "loss", or the first of a tuple; None if there is none.
+    """The loss in a model's output: the output itself, `.loss`, "loss", or the first of a tuple; None if there is none.
 
     >>> extract_loss({"loss": 1.0, "logits": 2.0}), extract_loss((1.0, 2.0))
     (1.0, 1.0)
@@ -214,7 +216,7 @@ def extract_loss(output: Any) -> Any:
     return getattr(output, "loss", None)
 
 
-def _own_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
+def _required_loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
     loss = extract_loss(output)
     if loss is None:
         raise LossError(

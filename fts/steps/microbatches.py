@@ -1,4 +1,4 @@
-"""Cutting a batch into micro-batches."""
+"""Micro-batches of a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fts.typing import Batch
 
 
 class MicroBatches(tuple[Batch, ...]):
-    """Several batches that together make one step.
+    """The micro-batches of one step.
 
     A type of its own, because a plain list or tuple is often a single batch, such as `[inputs, targets]`.
 
@@ -33,24 +33,23 @@ optree.register_pytree_node(
 )
 
 
-class PaddingBatch(NamedTuple):  # which a graph can build
-    """A micro-batch that only keeps processes in step: it is computed as the others are, and counts with weight 0.
+class PaddingBatch(NamedTuple):  # a type that can be built inside a graph
+    """A micro-batch that pads a step, so that all ranks run equally many: it is computed, and has weight 0.
 
-    Where a step has fewer micro-batches than there are places on all processes, the others get one of these, since collective
-    operations within forward and backward wait for all processes.
+    Collectives in the forward and backward pass need all ranks. A rank without a micro-batch of its own gets one of these.
 
     Args:
-        batch: what is computed, usually a micro-batch that counted elsewhere.
+        batch: usually a copy of another micro-batch.
 
     >>> PaddingBatch([1, 2])
-    Weightless(batch=[1, 2])
+    PaddingBatch(batch=[1, 2])
     """
 
     batch: Batch
 
 
 def batch_size_of(batch: Batch) -> int | None:
-    """How many rows a batch has: the first dimension of its first tensor, or None where it has no such tensor.
+    """The number of examples in a batch: the first dimension of its first tensor, or None if it has no such tensor.
 
     >>> import torch
     >>> batch_size_of({"x": torch.zeros(3, 2)})
@@ -67,18 +66,18 @@ def batch_size_of(batch: Batch) -> int | None:
 
 
 def split_microbatches(batch: Batch, count: int) -> MicroBatches:
-    """Cut a batch along its rows into `count` micro-batches of equal size, the last one possibly shorter or absent.
+    """Split a batch into `count` micro-batches of equal size; the last ones may be shorter or missing.
 
     Args:
         batch: a tensor, or dicts, lists and tuples of tensors with the same first dimension. Lists of other values
-            are cut too where they have one item a row; what has no rows goes to each micro-batch whole.
-        count: how many micro-batches to make, at least 1.
+            are split too if they have one item for each example; other values go to each micro-batch as they are.
+        count: the number of micro-batches, at least 1.
 
     Returns:
-        At most `count` micro-batches, each with at least one row; their tensors are views.
+        At most `count` micro-batches, each with at least one example; their tensors are views.
 
     Raises:
-        BatchError: the batch has no rows, or its tensors have different numbers of rows.
+        BatchError: the batch has no examples, or its tensors have different batch sizes.
 
     >>> import torch
     >>> [part["x"].tolist() for part in split_microbatches({"x": torch.arange(5)}, 2)]
@@ -87,28 +86,28 @@ def split_microbatches(batch: Batch, count: int) -> MicroBatches:
     total = batch_size_of(batch)
     if not total:
         raise BatchError(
-            f"A batch of type {type(batch).__name__} with {'no tensor' if total is None else '0 rows'} cannot be cut into "
-            f"{count} micro-batches. Give a batch of tensors whose first dimension counts rows, or a MicroBatches of ready ones."
+            f"A batch of type {type(batch).__name__} with {'no tensor' if total is None else '0 examples'} cannot be split into "
+            f"{count} micro-batches. Give a batch of tensors whose first dimension is the batch size, or MicroBatches."
         )
     size = -(-total // count)
-    return MicroBatches(_rows_of(batch, start, min(start + size, total), total) for start in range(0, total, size))
+    return MicroBatches(_slice(batch, start, min(start + size, total), total) for start in range(0, total, size))
 
 
-def _rows_of(batch: Any, start: int, stop: int, total: int) -> Any:
+def _slice(batch: Any, start: int, stop: int, total: int) -> Any:
     if isinstance(batch, Tensor):
         if batch.ndim == 0:
             return batch
         if batch.shape[0] != total:
             raise BatchError(
-                f"The batch's tensors have different numbers of rows: {total} and {batch.shape[0]} (shape {list(batch.shape)}). "
+                f"The batch's tensors have different batch sizes: {total} and {batch.shape[0]} (shape {list(batch.shape)}). "
                 "To accumulate over micro-batches, give every tensor the batch as its first dimension."
             )
         return batch[start:stop]
     if isinstance(batch, Mapping):
-        return {key: _rows_of(value, start, stop, total) for key, value in batch.items()}
+        return {key: _slice(value, start, stop, total) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         if len(batch) == total and batch_size_of(batch) is None:
             return batch[start:stop]
-        parts = [_rows_of(value, start, stop, total) for value in batch]
+        parts = [_slice(value, start, stop, total) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch

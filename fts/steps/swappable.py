@@ -1,4 +1,4 @@
-"""A step that can be exchanged for another one while a loop runs."""
+"""A step that can be replaced while a loop runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fts.typing import Batch, Info, Metrics
 
 @attrs.define(eq=False)
 class SwappableStep:
-    """Runs the step that it holds; put another one in its place to go on with that.
+    """Runs its `step`, an attribute that can be set to another one.
 
-    It stays the same object where states are donated, so give it a step that donates already.
+    `with_donation` returns it unchanged, so give it a step that donates already.
 
     >>> step = SwappableStep(lambda state, batch: (state + batch, {}))
     >>> step.step = lambda state, batch: (state - batch, {})
@@ -28,7 +28,7 @@ class SwappableStep:
         return result
 
     def check(self, info: Info) -> None:
-        """As the step's own `check`, if it has one."""
+        """Call the `check` of the step, if it has one."""
         check = getattr(self.step, "check", None)
         if check is not None:
             check(info)

@@ -1,4 +1,4 @@
-"""Where the code that asks is running: eagerly, in a graph, or inside a torch.func transformation."""
+"""Whether the current code is traced: by a graph, a `torch.func` transformation, or autograd."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def device_of(params: Mapping[str, Tensor]) -> torch.device:
     raise ArgumentError("The state has no parameters to train.")
 
 
-def differentiated(*trees: Mapping[str, Tensor]) -> bool:
-    """Whether someone outside takes a derivative with respect to any of these tensors."""
+def any_requires_grad(*trees: Mapping[str, Tensor]) -> bool:
+    """Whether autograd is recording any of these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tree in trees for tensor in tree.values())
 
 
-def in_graph() -> bool:
-    """Whether this code is being traced by torch.compile or torch.export."""
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing."""
     return torch.compiler.is_compiling()
 
 
-def in_transform() -> bool:
-    """Whether this code runs inside a graph or a `torch.func` transformation, where nothing may be seeded or written."""
-    return in_graph() or torch._C._functorch.peek_interpreter_stack() is not None
+def is_tracing() -> bool:
+    """Whether a graph or a `torch.func` transformation is tracing, so that nothing may be seeded or written in place."""
+    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,4 +1,4 @@
-"""One step of training."""
+"""Training steps: gradients and a transform, composed."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from torch import Tensor
 from fts.errors import ArgumentError
 from fts.state import TrainState
 from fts.steps.batch_context import WithFullBatch
-from fts.steps.binding import Binding
 from fts.steps.engines import LossAux
 from fts.steps.gradients import Engine, value_and_grad
 from fts.steps.losses import ModuleLoss
-from fts.steps.precision import unscaled
-from fts.steps.updates import merge_metrics, next_state
+from fts.steps.module_binding import ModuleBinding
+from fts.steps.precision import unscale_gradients
+from fts.steps.updates import merge_metrics, update_state
 from fts.transforms.loss_scaling import check_unscales_first, find_loss_scale
 from fts.typing import Batch, Info, LossFn, Metrics, Params, Transform
 
 
-class Gradients(Protocol):
-    """From a state and a batch to a value and gradients, as `value_and_grad` and `manual_backward` make it.
+class GradientFn(Protocol):
+    """From a state and a batch to a value and gradients, as of `value_and_grad` and `manual_backward`.
 
-    `binding` says where the tensors of a module live; None for a plain function. With `own_buffers` the forward pass may write
+    `binding` is that of the loss's module; None for a plain function. With `inplace_buffers` the forward pass may write
     the state's non-persistent buffers in place.
     """
 
     @property
-    def binding(self) -> Binding | None: ...
+    def binding(self) -> ModuleBinding | None: ...
 
-    def __call__(self, state: TrainState, batch: Batch, *args: Any, own_buffers: bool = False) -> tuple[LossAux, Params]: ...
+    def __call__(self, state: TrainState, batch: Batch, *args: Any, inplace_buffers: bool = False) -> tuple[LossAux, Params]: ...
 
 
 @attrs.frozen(eq=False)
 class TrainStep:
     """Gradients and a transform, composed into `(state, batch) -> (state, metrics)`; made by `train_step` or `gradient_step`."""
 
-    gradients: Gradients
+    gradient_fn: GradientFn
     transform: Transform
     donate: bool = False
-    on_gradients: Callable[[Params], Transform | None] | None = None
+    gradient_callback: Callable[[Params], Transform | None] | None = None
 
     def __call__(self, state: TrainState, batch: Batch, *args: Any) -> tuple[TrainState, Metrics]:
-        value, grads = self.gradients(state, batch, *args, own_buffers=self.donate)
+        value, grads = self.gradient_fn(state, batch, *args, inplace_buffers=self.donate)
         transform = self.transform
-        if self.on_gradients is not None:
-            transform = _shown(self.on_gradients, grads, find_loss_scale(state.opt_state)) or transform
-        after, info = next_state(state, grads, transform, value.buffers, donate=self.donate, step_name="train_step")
+        if self.gradient_callback is not None:
+            transform = _call_with_unscaled(self.gradient_callback, grads, find_loss_scale(state.opt_state)) or transform
+        after, info = update_state(state, grads, transform, value.buffers, donate=self.donate, step_name="train_step")
         return after, merge_metrics(value.loss, value.metrics, info)
 
     def check(self, info: Info) -> None:
-        """Raise where the transform's report says that training must not go on; for devices whose reports are read late."""
+        """Raise if the transform's info says that training must stop; for devices whose infos are read late."""
         if self.transform.check is not None:
             self.transform.check(info)
 
@@ -66,21 +66,21 @@ def train_step(
     precision: str | None = None,
     donate: bool = False,
 ) -> TrainStep:
-    """Compose a loss and a transform into one step of training.
+    """Compose a loss and a transform into a training step.
 
     Args:
         loss: `loss(params, batch)` or a `module_loss`; returns a 0-d tensor, optionally with weight and metrics.
         transform: the optimizer, such as `tx.adamw(1e-3)`; the same that the state is created with.
-        accumulate: into how many micro-batches each batch is cut, to save memory; the gradient is that of the whole batch.
+        accumulate: the number of micro-batches that each batch is split into, to save memory; the gradient is that of the full batch.
         engine: "module" (fast, with hooks and activation checkpointing) or "func" (`torch.func`; for vmap and graphs).
-        precision: None, or "bf16" or "fp16" to compute the loss under autocast while parameters stay as they are. "fp16" needs
-            `tx.dynamic_loss_scale` around the optimizer; the loss is multiplied by its scale, and reported as it is.
-        donate: reuse the storage of the state that is given; using it afterwards raises `DonatedStateError`.
+        precision: None, or "bf16" or "fp16" to compute the loss under autocast while parameters keep their dtype. "fp16" needs
+            `tx.dynamic_loss_scale` around the optimizer; the loss is multiplied by its scale for the backward pass, and reported without it.
+        donate: reuse the storage of the input state; using that state afterwards raises `DonatedStateError`.
 
     Returns:
-        A step: `(state, batch, *args) -> (state, metrics)`; `args` are passed on to the loss. The metrics are 0-d tensors:
-        `loss`, what the loss function returned beside it, and the transform's info such as `lr` and `grad_norm`. A step
-        leaves torch's, numpy's and Python's generators seeded by where it was: draw your own numbers from a generator.
+        A step: `(state, batch, *args) -> (state, metrics)`; `args` are passed to the loss. The metrics are 0-d tensors:
+        `loss`, the loss function's metrics, and the transform's info such as `lr` and `grad_norm`. A step seeds torch's,
+        numpy's and Python's generators: draw your own random numbers from a generator of your own.
 
     Raises:
         ArgumentError: an argument has a value that cannot work.
@@ -98,16 +98,16 @@ def train_step(
     return TrainStep(value_and_grad(loss, engine=engine, accumulate=accumulate, precision=precision), transform, donate)
 
 
-def gradient_step(gradients: Gradients, transform: Transform, *, donate: bool = False) -> TrainStep:
-    """Compose gradients of any origin and a transform into one step of training.
+def gradient_step(gradient_fn: GradientFn, transform: Transform, *, donate: bool = False) -> TrainStep:
+    """Compose a gradient function and a transform into a training step.
 
     Args:
-        gradients: what `value_and_grad` or `manual_backward` makes, or a callable with their signature.
+        gradient_fn: from `value_and_grad` or `manual_backward`, or a callable with their signature.
         transform: the optimizer; the same that the state is created with.
         donate: as for `train_step`.
 
     Returns:
-        A step: `(state, batch, *args) -> (state, metrics)`; `args` are passed on to `gradients`.
+        A step: `(state, batch, *args) -> (state, metrics)`; `args` are passed to `gradient_fn`.
 
     Raises:
         ArgumentError: an argument has a value that cannot work.
@@ -121,27 +121,27 @@ def gradient_step(gradients: Gradients, transform: Transform, *, donate: bool = 
     tensor([0.8000])
     """
     _check_transform("gradient_step", transform)
-    if not callable(gradients) or not hasattr(gradients, "binding"):
+    if not callable(gradient_fn) or not hasattr(gradient_fn, "binding"):
         raise ArgumentError(
-            f"gradient_step needs gradients such as steps.value_and_grad(loss), not {type(gradients).__name__}; they have a "
-            "`binding` (None for a plain function) and are called as (state, batch, *args, own_buffers=...)."
+            f"gradient_step needs a gradient function such as steps.value_and_grad(loss), not {type(gradient_fn).__name__}; it has a "
+            "`binding` (None for a plain function) and is called as (state, batch, *args, inplace_buffers=...)."
         )
-    return TrainStep(gradients, transform, donate)
+    return TrainStep(gradient_fn, transform, donate)
 
 
 def with_gradient_callback(step: Any, fn: Callable[[Params], Transform | None]) -> Any:
-    """The same step, which shows its gradients before the update.
+    """The same step, which calls a function with its gradients before the update.
 
     Args:
-        step: what `train_step` or `gradient_step` made, also inside `with_full_batch`.
-        fn: called with the gradients by name, without a loss scale; what it writes into them, or exchanges in the dictionary, is
-            used. It may return another transform with the same state for this one update.
+        step: from `train_step` or `gradient_step`, also inside `with_full_batch`.
+        fn: called with the gradients by name, without a loss scale. The update uses what it writes into the tensors or the
+            dictionary. It may return another transform with the same state for this one update.
 
     Returns:
         A step.
 
     Raises:
-        ArgumentError: the step is compiled to one graph, in which nothing can be seen, or of another kind.
+        ArgumentError: the step is compiled to one graph, which cannot call back, or of another kind.
 
     >>> import torch
     >>> from fts import steps, transforms as tx
@@ -151,28 +151,28 @@ def with_gradient_callback(step: Any, fn: Callable[[Params], Transform | None]) 
     {'w': tensor([2.])}
     """
     if isinstance(step, TrainStep):
-        return attrs.evolve(step, on_gradients=fn)
+        return attrs.evolve(step, gradient_callback=fn)
     if isinstance(step, WithFullBatch):
         return attrs.evolve(step, step=with_gradient_callback(step.step, fn))
     raise ArgumentError(
         f"The gradients of a {type(step).__name__} cannot be seen: only steps of train_step and gradient_step that are not "
-        "compiled show them."
+        "compiled have a gradient callback."
     )
 
 
-def _shown(fn: Callable[[Params], Transform | None], grads: Params, scale: Tensor | None) -> Transform | None:
+def _call_with_unscaled(fn: Callable[[Params], Transform | None], grads: Params, scale: Tensor | None) -> Transform | None:
     if scale is None:
         return fn(grads)
-    plain = unscaled(grads, scale)
-    transform = fn(plain)
-    grads.update({name: grad * scale for name, grad in plain.items()})
+    unscaled = unscale_gradients(grads, scale)
+    transform = fn(unscaled)
+    grads.update({name: grad * scale for name, grad in unscaled.items()})
     return transform
 
 
-def _check_transform(who: str, transform: Any) -> None:
+def _check_transform(caller: str, transform: Any) -> None:
     if not isinstance(transform, Transform):
         raise ArgumentError(
-            f"{who} needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. Make one of a torch optimizer by "
+            f"{caller} needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. Make one of a torch optimizer by "
             "tx.from_torch(torch.optim.RMSprop, lr=1e-3)."
         )
     check_unscales_first(transform)

@@ -1,52 +1,52 @@
 """Tensors, documents and records as files: how they are written so that one notices damage, and read with suspicion."""
 
-from fts.storage.files import Written, file_in, flush, measure, write_image
-from fts.storage.json_io import read_document, whole_number
-from fts.storage.schema import checked, record
-from fts.storage.sharded import rank_in, save_sharded
+from fts.storage.files import FileChecksum, compute_checksum, fsync, resolve_file, write_direct
+from fts.storage.json_io import get_int, read_json
+from fts.storage.schema import check_type, structure
+from fts.storage.sharded import get_rank, save_sharded
 from fts.storage.staging import StagingBuffer
-from fts.storage.tensors import (
-    SHARD_SIZE,
-    Contents,
+from fts.storage.tensor_files import (
+    MAX_SHARD_SIZE,
+    DirectoryContents,
     TensorFile,
-    files_of,
-    forms_of,
+    has_sharded_tensors,
     has_tensors,
-    is_spread,
-    lay_out,
-    map_file,
+    join_gather,
+    list_files,
+    mmap_file,
     read_into,
+    read_tensor_specs,
     read_tensors,
-    take_part,
-    write,
-    write_texts,
+    split_into_shards,
+    write_contents,
+    write_text_files,
 )
 
 __all__ = [
-    "SHARD_SIZE",
-    "Contents",
+    "MAX_SHARD_SIZE",
+    "DirectoryContents",
+    "FileChecksum",
     "StagingBuffer",
     "TensorFile",
-    "Written",
-    "checked",
-    "file_in",
-    "files_of",
-    "flush",
-    "forms_of",
+    "check_type",
+    "compute_checksum",
+    "fsync",
+    "get_int",
+    "get_rank",
+    "has_sharded_tensors",
     "has_tensors",
-    "is_spread",
-    "lay_out",
-    "map_file",
-    "measure",
-    "rank_in",
-    "read_document",
+    "join_gather",
+    "list_files",
+    "mmap_file",
     "read_into",
+    "read_json",
+    "read_tensor_specs",
     "read_tensors",
-    "record",
+    "resolve_file",
     "save_sharded",
-    "take_part",
-    "whole_number",
-    "write",
-    "write_image",
-    "write_texts",
+    "split_into_shards",
+    "structure",
+    "write_contents",
+    "write_direct",
+    "write_text_files",
 ]

@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fts.errors import CheckpointError
-from fts.storage.files import Written, flush
+from fts.storage.files import FileChecksum, fsync
 from fts.storage.manifest import write_manifest
 
 
-def atomic_directory(directory: str | Path, fill: Callable[[Path], Mapping[str, Written] | None]) -> Path:
+def atomic_directory(directory: str | Path, fill: Callable[[Path], Mapping[str, FileChecksum] | None]) -> Path:
     """Write a directory that is, at any instant, either complete or not there.
 
     Args:
@@ -37,33 +37,33 @@ def atomic_directory(directory: str | Path, fill: Callable[[Path], Mapping[str, 
     ['a.txt', 'manifest.json']
     """
     directory = Path(directory)
-    with begun(directory) as hidden:
-        complete(directory, hidden, fill(hidden))
+    with temporary_directory(directory) as hidden:
+        commit(directory, hidden, fill(hidden))
     return directory
 
 
 @contextmanager
-def begun(directory: Path) -> Iterator[Path]:
-    """A new hidden directory beside `directory`, to be filled for `complete`; it goes if the block fails.
+def temporary_directory(directory: Path) -> Iterator[Path]:
+    """A new hidden directory beside `directory`, to be filled for `commit`; it goes if the block fails.
 
     Raises:
         CheckpointError: in the place of what the system says of a disk that is full or not writable.
     """
-    with explained(directory):
+    with translate_disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        undo_interrupted(directory)
-        _end_others(directory)
+        recover_interrupted(directory)
+        _delete_leftovers(directory)
         hidden = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.writing")
         hidden.mkdir()
-    with abandoned_on_error(directory, hidden):
+    with remove_on_error(directory, hidden):
         yield hidden
 
 
 @contextmanager
-def abandoned_on_error(directory: Path, hidden: Path) -> Iterator[None]:
-    """A block that writes to a hidden directory, which goes if the block fails; errors are as those of `begun`."""
+def remove_on_error(directory: Path, hidden: Path) -> Iterator[None]:
+    """A block that writes to a hidden directory, which goes if the block fails; errors are as those of `temporary_directory`."""
     try:
-        with explained(directory):
+        with translate_disk_errors(directory):
             yield
     except BaseException as error:
         if isinstance(error.__cause__, FileNotFoundError) and not hidden.exists():
@@ -73,12 +73,12 @@ def abandoned_on_error(directory: Path, hidden: Path) -> Iterator[None]:
             ) from error
         shutil.rmtree(hidden, ignore_errors=True)
         with suppress(OSError):  # where nothing can be written, the next load does it
-            undo_interrupted(directory)
+            recover_interrupted(directory)
         raise
 
 
 @contextmanager
-def explained(directory: Path) -> Iterator[None]:
+def translate_disk_errors(directory: Path) -> Iterator[None]:
     """A block in which what the system says of a disk becomes a `CheckpointError`."""
     from safetensors import SafetensorError  # what safetensors makes of an OSError
 
@@ -91,12 +91,12 @@ def explained(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def complete(directory: Path, hidden: Path, written: Mapping[str, Written] | None = None) -> None:
+def commit(directory: Path, hidden: Path, written: Mapping[str, FileChecksum] | None = None) -> None:
     """Seal a hidden directory and put it into its place.
 
     Args:
         directory: the place.
-        hidden: of `begun`.
+        hidden: of `temporary_directory`.
         written: see `write_manifest`.
     """
     write_manifest(hidden, written)
@@ -104,7 +104,7 @@ def complete(directory: Path, hidden: Path, written: Mapping[str, Written] | Non
 
 
 def _replace(directory: Path, sealed: Path) -> None:
-    aside = _aside(directory)
+    aside = _backup_path(directory)
     for attempt in range(3):
         if os.path.lexists(directory):
             _discard(aside)
@@ -117,13 +117,13 @@ def _replace(directory: Path, sealed: Path) -> None:
             # a reader took the gap for an interrupted replacement and moved the old one back, or another writer was faster
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 2:
                 raise
-    flush(directory.parent)
+    fsync(directory.parent)
     _discard(aside)
 
 
-def undo_interrupted(directory: Path) -> None:
+def recover_interrupted(directory: Path) -> None:
     """Finish what a run that died inside `_replace` left: move an old checkpoint back, or delete it if it was replaced."""
-    aside = _aside(directory)
+    aside = _backup_path(directory)
     if not os.path.lexists(aside):
         return
     if os.path.lexists(directory):
@@ -135,16 +135,16 @@ def undo_interrupted(directory: Path) -> None:
         return
 
 
-def _end_others(directory: Path) -> None:
+def _delete_leftovers(directory: Path) -> None:
     """Delete what runs that died here left. One that lives finds at its next file that its directory is gone."""
     left = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]+)?\.writing")
     for path in directory.parent.iterdir():
         if left.fullmatch(path.name):
             with suppress(OSError):
-                delete(path)
+                delete_atomically(path)
 
 
-def delete(path: Path) -> None:
+def delete_atomically(path: Path) -> None:
     """Delete a checkpoint so that nothing that looks like one is left if that is interrupted: it is renamed first.
 
     Args:
@@ -156,7 +156,7 @@ def delete(path: Path) -> None:
     if not path.name.endswith(".deleting"):
         hidden = path.with_name(f".{path.name.removeprefix('.').removesuffix('.writing')}.deleting")
         if os.path.lexists(hidden):
-            delete(hidden)
+            delete_atomically(hidden)
         os.rename(path, hidden)
         path = hidden
     if path.is_symlink() or not path.is_dir():
@@ -173,5 +173,5 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _aside(directory: Path) -> Path:
+def _backup_path(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.replaced")

@@ -12,14 +12,14 @@ import xxhash
 
 from fts.errors import CheckpointError
 
-CHUNK = 2**24
+CHUNK_SIZE = 2**24
 """Bytes that are read or written at a time."""
 
-DIRECT = getattr(os, "O_DIRECT", 0)
+O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @attrs.frozen
-class Written:
+class FileChecksum:
     """What tells whether a file is still as it was written.
 
     Attributes:
@@ -32,23 +32,23 @@ class Written:
     digest: str
 
 
-def measure(path: Path) -> Written:
+def compute_checksum(path: Path) -> FileChecksum:
     """Size and checksum of a file, by reading it."""
     size, digest = 0, xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_SIZE):
             digest.update(chunk)
             size += len(chunk)
-    return Written(size, digest.hexdigest())
+    return FileChecksum(size, digest.hexdigest())
 
 
-def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
+def write_chunks(path: Path, parts: Iterable[bytes | memoryview]) -> FileChecksum:
     """Write a file from parts that follow each other.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     written = write_parts(Path(folder) / "a", [b"one", b"two"])
-    ...     written == measure(Path(folder) / "a"), written.size
+    ...     written = write_chunks(Path(folder) / "a", [b"one", b"two"])
+    ...     written == compute_checksum(Path(folder) / "a"), written.size
     (True, 6)
     """
     size, digest = 0, xxhash.xxh3_128()
@@ -57,10 +57,10 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
             digest.update(part)
             _write_all(file.fileno(), memoryview(part))
             size += len(part)
-    return Written(size, digest.hexdigest())
+    return FileChecksum(size, digest.hexdigest())
 
 
-def write_image(path: Path, image: memoryview, size: int) -> Written:
+def write_direct(path: Path, image: memoryview, size: int) -> FileChecksum:
     """Write a file that lies in memory as a whole, past the system's cache where the file system lets us.
 
     A write past the cache costs a tenth of the processor time: the disk reads the memory itself. It also leaves the cache to
@@ -74,22 +74,22 @@ def write_image(path: Path, image: memoryview, size: int) -> Written:
     digest = xxhash.xxh3_128()
     descriptor = _open_direct(path)
     try:
-        for start in range(0, len(image), CHUNK):
-            chunk = image[start : start + CHUNK]
+        for start in range(0, len(image), CHUNK_SIZE):
+            chunk = image[start : start + CHUNK_SIZE]
             digest.update(chunk[: size - start])
             _write_all(descriptor, chunk)
         os.ftruncate(descriptor, size)
     finally:
         os.close(descriptor)
-    return Written(size, digest.hexdigest())
+    return FileChecksum(size, digest.hexdigest())
 
 
 def _open_direct(path: Path) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        return os.open(path, flags | DIRECT, 0o666)
+        return os.open(path, flags | O_DIRECT, 0o666)
     except OSError as error:
-        if not DIRECT or error.errno != errno.EINVAL:
+        if not O_DIRECT or error.errno != errno.EINVAL:
             raise
         return os.open(path, flags, 0o666)
 
@@ -100,23 +100,23 @@ def _write_all(descriptor: int, part: memoryview) -> None:
             count = os.write(descriptor, part)
         except OSError as error:
             # the file system cannot write past the cache, or not from here (after a write that stopped within a block)
-            if error.errno != errno.EINVAL or not _made_plain(descriptor):
+            if error.errno != errno.EINVAL or not _disable_direct_io(descriptor):
                 raise
         else:
             part = part[count:]
 
 
-def _made_plain(descriptor: int) -> bool:
-    if not DIRECT:
+def _disable_direct_io(descriptor: int) -> bool:
+    if not O_DIRECT:
         return False
     import fcntl
 
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~DIRECT)
-    return bool(flags & DIRECT)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+    return bool(flags & O_DIRECT)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file or directory is on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a directory
@@ -127,7 +127,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_in(directory: Path, name: str) -> Path:
+def resolve_file(directory: Path, name: str) -> Path:
     """The path of a file that a document names.
 
     Args:

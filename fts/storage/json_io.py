@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import CheckpointError
-from fts.storage.files import file_in
+from fts.storage.files import resolve_file
 
-LARGEST = 2**63 - 1
+MAX_INT64 = 2**63 - 1
 """The largest whole number that a counter can hold."""
 
 
-def read_document(directory: Path, name: str, *, version: int | None = None) -> dict[str, Any]:
+def read_json(directory: Path, name: str, *, version: int | None = None) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
@@ -26,7 +26,9 @@ def read_document(directory: Path, name: str, *, version: int | None = None) -> 
     """
     path = directory / name
     try:
-        document = json.loads(file_in(directory, name).read_text(encoding="utf-8"), object_pairs_hook=_object)
+        document = json.loads(
+            resolve_file(directory, name).read_text(encoding="utf-8"), object_pairs_hook=_dict_without_duplicates
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier checkpoint.") from error
     found = document.get("format") if isinstance(document, dict) else type(document).__name__
@@ -35,25 +37,25 @@ def read_document(directory: Path, name: str, *, version: int | None = None) -> 
     return document
 
 
-def whole_number(path: Path, document: dict[str, Any], key: str, *, least: int = 0) -> int:
+def get_int(path: Path, document: dict[str, Any], key: str, *, least: int = 0) -> int:
     """A counter of a document.
 
     Raises:
         CheckpointError: it is missing, no whole number, less than `least`, or larger than a counter can be.
     """
     value = document.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
-        raise CheckpointError(f"{path} has {key} = {shown(value)}; a whole number from {least} to 2**63 - 1 is needed.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_INT64:
+        raise CheckpointError(f"{path} has {key} = {short_repr(value)}; a whole number from {least} to 2**63 - 1 is needed.")
     return value
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value in a few words, for an error.
 
-    >>> shown(7), shown(2**64)
+    >>> format_tensor(7), format_tensor(2**64)
     ('7', 'a number of 65 bits')
     """
-    if isinstance(value, int) and not -LARGEST - 1 <= value <= LARGEST:
+    if isinstance(value, int) and not -MAX_INT64 - 1 <= value <= MAX_INT64:
         return f"a number of {value.bit_length()} bits"
     try:
         return f"{value!r:.80}"
@@ -61,7 +63,7 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import CheckpointError
-from fts.storage.files import Written, file_in, flush, measure
-from fts.storage.json_io import read_document
+from fts.storage.files import FileChecksum, compute_checksum, fsync, resolve_file
+from fts.storage.json_io import read_json
 
 FORMAT = 1
 """Version of a manifest."""
@@ -21,7 +21,7 @@ CHECKSUM = "xxh3_128"
 """Finds damage at 25 GB/s; it is no protection against a forger, who could as well rewrite the manifest."""
 
 
-def write_manifest(directory: Path, written: Mapping[str, Written] | None = None) -> None:
+def write_manifest(directory: Path, written: Mapping[str, FileChecksum] | None = None) -> None:
     """Flush every file, list them in the manifest, and flush that too. Links that lead outside become copies.
 
     Args:
@@ -34,13 +34,13 @@ def write_manifest(directory: Path, written: Mapping[str, Written] | None = None
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     for path in paths:
         name = path.relative_to(directory).as_posix()
-        facts = written.get(name) or measure(path)
+        facts = written.get(name) or compute_checksum(path)
         entries[name] = {"size": facts.size, CHECKSUM: facts.digest}
     (directory / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n", encoding="utf-8")
     for path in [*paths, directory / MANIFEST]:
-        flush(path)
+        fsync(path)
     for path in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
-        flush(path)
+        fsync(path)
 
 
 def _replace_links(directory: Path) -> None:
@@ -54,22 +54,22 @@ def _replace_links(directory: Path) -> None:
                 shutil.copyfile(target, path)
 
 
-def verify_files(directory: Path, required: Callable[[], Any] | None = None, *, share: tuple[int, int] = (0, 1)) -> None:
+def verify_files(directory: Path, required: Callable[[], Any] | None = None, *, shard: tuple[int, int] = (0, 1)) -> None:
     """Compare every file that a sealed directory's manifest lists with it; other files are ignored, and never read.
 
     Args:
         directory: a sealed one.
         required: gives the names that the manifest must list; called when those that it lists are found good.
-        share: which of the files to read, where several processes divide them: (number, of how many).
+        shard: which of the files to read, where several processes divide them: (number, of how many).
 
     Raises:
         CheckpointError: it names the file and says what is wrong with it.
     """
     manifest = directory / MANIFEST
-    files = read_document(directory, MANIFEST, version=FORMAT).get("files")
+    files = read_json(directory, MANIFEST, version=FORMAT).get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{manifest} does not list the checkpoint's files. Use an earlier checkpoint.")
-    number, count = share
+    number, count = shard
     for place, (name, entry) in enumerate(files.items()):
         if not isinstance(entry, dict) or not isinstance(entry.get(CHECKSUM), str):
             raise CheckpointError(f"{manifest} has an entry that cannot be used: {name!r} has no {CHECKSUM}.")
@@ -82,12 +82,12 @@ def verify_files(directory: Path, required: Callable[[], Any] | None = None, *, 
 
 def _verify(directory: Path, name: str, entry: dict[str, Any]) -> None:
     remedy = "The checkpoint is damaged; use an earlier one."
-    path = file_in(directory, name)
+    path = resolve_file(directory, name)
     try:
         size = path.stat().st_size
         if size != entry.get("size"):
             raise CheckpointError(f"{path} has {size} bytes, but was written with {entry.get('size')}. {remedy}")
-        found = measure(path)
+        found = compute_checksum(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}. {remedy}") from error
     if found.digest != entry[CHECKSUM]:

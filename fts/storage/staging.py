@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fts.dtensors import full_tensor
-from fts.storage.tensors import TensorFile
+from fts.storage.tensor_files import TensorFile
 
 PAGE = mmap.PAGESIZE
 
@@ -22,10 +22,10 @@ class StagingBuffer:
     To copy into memory that was used before takes an eighth of the time that fresh memory takes, and what lies in one piece from
     a page boundary on can be written without a further copy.
 
-    >>> from fts.storage import parallelize_model
+    >>> from fts.storage import setup_parallelism
     >>> image, tensor = StagingBuffer(), torch.ones(3)
-    >>> contents = lay_out("a.safetensors", {"x": tensor})
-    >>> views = image.hold(contents.files)
+    >>> contents = split_into_shards("a.safetensors", {"x": tensor})
+    >>> views = image.copy_from(contents.files)
     >>> bytes(views[0][: contents.files[0].size])[-4:] == tensor[:1].numpy().tobytes(), image.nbytes == PAGE
     (True, True)
     """
@@ -40,10 +40,10 @@ class StagingBuffer:
         """The size of the memory."""
         return self.memory.nbytes
 
-    def hold(self, files: Sequence[TensorFile]) -> list[memoryview]:
+    def copy_from(self, files: Sequence[TensorFile]) -> list[memoryview]:
         """Copy the tensors of files; they may be overwritten as soon as this returns.
 
-        Those that are spread over processes are gathered one after the other; the other processes `take_part`.
+        Those that are spread over processes are gathered one after the other; the other processes `join_gather`.
 
         Returns:
             For each file its bytes, with those that fill the last page.
@@ -73,7 +73,7 @@ class StagingBuffer:
         if end > self.nbytes:
             self.views = ()
             self.memory = torch.empty(0, dtype=torch.uint8)  # the old memory goes before the new one comes
-            self.memory = _memory(end, pinned=on_cuda)
+            self.memory = _allocate(end, pinned=on_cuda)
         views = []
         for file, span in zip(files, spans, strict=True):
             start = span.start + len(file.header)
@@ -84,7 +84,7 @@ class StagingBuffer:
         self.views, self.spans = tuple(views), spans
 
 
-def _memory(size: int, *, pinned: bool) -> Tensor:
+def _allocate(size: int, *, pinned: bool) -> Tensor:
     try:
         if pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)

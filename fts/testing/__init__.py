@@ -14,19 +14,20 @@ A law that does not hold raises `LawError` with its name, the transform's label,
 """
 
 from fts.errors import MissingDependencyError as _MissingDependencyError
+from fts.messages import install_hint as _install_hint
 
 try:
     import hypothesis as _hypothesis  # noqa: F401  # asked for here, so that its absence has one clear message
 except ImportError as error:
     raise _MissingDependencyError(
-        "fts.testing generates its examples with Hypothesis, which is not installed. Install it: pip install 'fts[dev]', "
-        "or pip install hypothesis."
+        "fts.testing generates its examples with Hypothesis, which is not installed. Install it: "
+        f"{_install_hint('dev')}, or pip install hypothesis."
     ) from error
 
 from fts.testing import strategies
 from fts.testing.chains import chain_is_associative
 from fts.testing.comparison import LawError
-from fts.testing.processes import check_sharded_transform
+from fts.testing.process_pool import check_sharded_transform
 from fts.testing.step_checks import STEP_LAWS, check_step
 from fts.testing.transform_checks import TRANSFORM_LAWS, check_transform
 

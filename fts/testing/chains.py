@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fts import transforms as tx
-from fts.testing.comparison import copy_of, in_words, law, require_equal
+from fts.testing.comparison import clone_tree, law, require_equal, transform_summary
 from fts.typing import Params, Transform
 
 
@@ -37,7 +37,7 @@ def chain_is_associative(
         "chain(identity(), a, b, c)": chain(tx.identity(), first, second, third),
     }
     plain = chain(first, second, third)
-    with law("chain_is_associative", in_words(plain)):
+    with law("chain_is_associative", transform_summary(plain)):
         for words, other in ways.items():
             state = plain.init(params)
             require_equal(f"the state of {words}", other.init(params), state)
@@ -46,8 +46,8 @@ def chain_is_associative(
                 for what, one, two in zip(("updates", "state", "info"), found, expected, strict=True):
                     require_equal(f"the {what} of {words}", one, two)
                 if plain.apply is not None and other.apply is not None:
-                    fast_expected = plain.apply(copy_of(grads), copy_of(state), copy_of(params))
-                    fast_found = other.apply(copy_of(grads), copy_of(state), copy_of(params))
+                    fast_expected = plain.apply(clone_tree(grads), clone_tree(state), clone_tree(params))
+                    fast_found = other.apply(clone_tree(grads), clone_tree(state), clone_tree(params))
                     for what, one, two in zip(("params", "state", "info"), fast_found, fast_expected, strict=True):
                         require_equal(f"the {what} of {words} by apply", one, two)
                 state = expected[1]

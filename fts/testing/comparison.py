@@ -26,14 +26,14 @@ class LawError(FtsError, AssertionError):
     """A transform or a step breaks a law of `fts.testing`."""
 
 
-def in_words(transform: Transform) -> str:
+def transform_summary(transform: Transform) -> str:
     """A transform and what it is made of, in one line.
 
     >>> from fts import transforms as tx
-    >>> in_words(tx.chain(tx.scale(2.0), tx.sgd(0.1)))
+    >>> transform_summary(tx.chain(tx.scale(2.0), tx.sgd(0.1)))
     'chain(scale(2.0); sgd(lr=0.1))'
     """
-    return transform.label + (f"({'; '.join(map(in_words, transform.children))})" if transform.children else "")
+    return transform.label + (f"({'; '.join(map(transform_summary, transform.children))})" if transform.children else "")
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def fail(message: str) -> NoReturn:
     raise LawError(message)
 
 
-def copy_of(tree: Any) -> Any:
+def clone_tree(tree: Any) -> Any:
     """The same tree with every tensor copied, strides included; values that are no tensors are kept."""
     return optree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
@@ -92,7 +92,7 @@ def require_equal(what: str, found: Any, expected: Any) -> None:
             if one is not two and one != two:
                 fail(f"{path} is {one!r}, expected {two!r}")
         elif not _same_bits(one, two):
-            fail(f"{path} is {shown(one)}, expected {shown(two)}")
+            fail(f"{path} is {format_tensor(one)}, expected {format_tensor(two)}")
 
 
 def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, looser: float = 1.0, made_from: Any = ()) -> None:
@@ -111,7 +111,7 @@ def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, l
 
     >>> require_close("updates", {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.0 + 1e-7])})
     """
-    least = max((TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_in(made_from)), default=0.0)
+    least = max((TOLERANCE.get(tensor.dtype, 0.0) for tensor in tree_tensors(made_from)), default=0.0)
     for path, one, two in _pairs(what, found, expected):
         if not isinstance(one, Tensor) or not isinstance(two, Tensor):
             if one is not two and one != two:
@@ -120,23 +120,23 @@ def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, l
         tolerance = TOLERANCE.get(two.dtype)
         if tolerance is None:
             if not _same_bits(one, two):
-                fail(f"{path} is {shown(one)}, expected {shown(two)}")
+                fail(f"{path} is {format_tensor(one)}, expected {format_tensor(two)}")
             continue
-        bound = looser * max(tolerance, least) * max(size_of(two), scale)
+        bound = looser * max(tolerance, least) * max(max_abs(two), scale)
         if not torch.allclose(_plain(one), _plain(two), rtol=0.0, atol=bound, equal_nan=True):
-            fail(f"{path} is {shown(one)}, expected {shown(two)} (within {bound:.3g})")
+            fail(f"{path} is {format_tensor(one)}, expected {format_tensor(two)} (within {bound:.3g})")
 
 
-def size_of(*trees: Any) -> float:
+def max_abs(*trees: Any) -> float:
     """The largest finite absolute value in trees of tensors."""
     largest = 0.0
-    for leaf in tensors_in(trees):
+    for leaf in tree_tensors(trees):
         if leaf.numel():
             largest = max(largest, float(leaf.detach().abs().nan_to_num(0.0, 0.0, 0.0).max()))
     return largest
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
+def tree_tensors(tree: Any) -> list[Tensor]:
     """The tensors of a tree."""
     return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -146,12 +146,12 @@ def named_tensors(what: str, tree: Any) -> dict[str, Tensor]:
     return {path: leaf for path, leaf in _named(what, tree) if isinstance(leaf, Tensor)}
 
 
-def storages(tensors: Iterable[Tensor]) -> set[int]:
+def storage_ptrs(tensors: Iterable[Tensor]) -> set[int]:
     """The memory that tensors live in; empty tensors live nowhere."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
-def shown(tensor: Tensor) -> str:
+def format_tensor(tensor: Tensor) -> str:
     """A tensor in one short line."""
     words = " ".join(str(tensor.detach()).split())
     return words if len(words) <= 200 else f"{words[:200]}... of shape {list(tensor.shape)}"

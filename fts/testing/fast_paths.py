@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fts.testing.comparison import copy_of, in_words, law, require_close, require_equal, size_of
+from fts.testing.comparison import clone_tree, law, max_abs, require_close, require_equal, transform_summary
 from fts.transforms import apply_updates
 from fts.typing import Params, Transform
 
@@ -25,19 +25,19 @@ def apply_equals_update(transform: Transform, params: Params, gradients: Sequenc
     """
     if transform.apply is None:
         return
-    with law("apply_equals_update", in_words(transform)):
-        scale = size_of(params, gradients)
+    with law("apply_equals_update", transform_summary(transform)):
+        scale = max_abs(params, gradients)
         state = transform.init(params)
-        fast_params = copy_of(params)
+        fast_params = clone_tree(params)
         fast_state = transform.init(fast_params)
         for grads in gradients:
             updates, after, info = transform.update(grads, state, params)
             expected = apply_updates(params, updates)
-            found = transform.apply(copy_of(grads), copy_of(state), copy_of(params))
+            found = transform.apply(clone_tree(grads), clone_tree(state), clone_tree(params))
             for what, one, two in zip(("params", "state", "info"), found, (expected, after, info), strict=True):
                 require_close(f"apply's {what}", one, two, scale=scale, made_from=grads)
             # the same in place, on one's own results, with gradients that are overwritten afterwards
-            given = copy_of(grads)
+            given = clone_tree(grads)
             fast_params, fast_state, _ = transform.apply(given, fast_state, fast_params)
             _overwrite(given)
             params, state = expected, after
@@ -60,17 +60,17 @@ def update_in_place_equals_update(transform: Transform, params: Params, gradient
     """
     if transform.update_ is None:
         return
-    with law("update_in_place_equals_update", in_words(transform)):
-        scale = size_of(params, gradients)
-        kept = copy_of(params)
+    with law("update_in_place_equals_update", transform_summary(transform)):
+        scale = max_abs(params, gradients)
+        kept = clone_tree(params)
         state = transform.init(params)
         fast_state = transform.init(params)
         for grads in gradients:
             updates, after, info = transform.update(grads, state, params)
-            found = transform.update_(copy_of(grads), copy_of(state), params)
+            found = transform.update_(clone_tree(grads), clone_tree(state), params)
             for what, one, two in zip(("updates", "state", "info"), found, (updates, after, info), strict=True):
                 require_close(f"update_'s {what}", one, two, scale=scale, made_from=grads)
-            given = copy_of(grads)
+            given = clone_tree(grads)
             fast_updates, fast_state, _ = transform.update_(given, fast_state, params)
             _overwrite(given)
             _overwrite(fast_updates)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from fts.testing.comparison import copy_of, fail, in_words, law, named_tensors, require_equal, storages, tensors_in
+from fts.testing.comparison import (
+    clone_tree,
+    fail,
+    law,
+    named_tensors,
+    require_equal,
+    storage_ptrs,
+    transform_summary,
+    tree_tensors,
+)
 from fts.typing import Params, Transform
 
 
@@ -21,7 +30,7 @@ def same_inputs_same_outputs(transform: Transform, params: Params, gradients: Se
     Raises:
         LawError: a second call gave something else.
     """
-    with law("same_inputs_same_outputs", in_words(transform)):
+    with law("same_inputs_same_outputs", transform_summary(transform)):
         state = transform.init(params)
         torch.rand(1)  # whatever else draws random numbers must not matter
         require_equal("init(params)", transform.init(params), state)
@@ -45,13 +54,13 @@ def inputs_unchanged(transform: Transform, params: Params, gradients: Sequence[P
     Raises:
         LawError: an argument was changed.
     """
-    with law("inputs_unchanged", in_words(transform)):
-        kept = copy_of(params)
+    with law("inputs_unchanged", transform_summary(transform)):
+        kept = clone_tree(params)
         state = transform.init(params)
         require_equal("after init, params", params, kept)
         for grads in gradients:
             inputs = {"grads": grads, "state": state, "params": params}
-            copies = {name: copy_of(tree) for name, tree in inputs.items()}
+            copies = {name: clone_tree(tree) for name, tree in inputs.items()}
             _, after, _ = transform.update(dict(grads), state, dict(params))
             for name, tree in inputs.items():
                 require_equal(f"after update, {name}", tree, copies[name])
@@ -71,23 +80,23 @@ def state_owns_its_memory(transform: Transform, params: Params, gradients: Seque
     Raises:
         LawError: memory is shared.
     """
-    with law("state_owns_its_memory", in_words(transform)):
-        mine = copy_of(params)
+    with law("state_owns_its_memory", transform_summary(transform)):
+        mine = clone_tree(params)
         state = transform.init(mine)
         _require_apart("init(params)", state, mine)
         if transform.apply is not None:
             for grads in gradients:
-                given = copy_of(grads)
+                given = clone_tree(grads)
                 mine, state, _ = transform.apply(given, state, mine)
                 _require_apart("apply's state", state, mine, given)
         if transform.update_ is not None:
             state = transform.init(mine)
             for grads in gradients:
-                given = copy_of(grads)
+                given = clone_tree(grads)
                 updates, state, _ = transform.update_(given, state, mine)
                 # what comes next may overwrite the updates and the gradients, never the parameters or the state
                 _require_apart("update_'s state", state, mine, given, updates)
-                shared = storages(tensors_in(updates)) & storages(tensors_in(mine))
+                shared = storage_ptrs(tree_tensors(updates)) & storage_ptrs(tree_tensors(mine))
                 if shared:
                     fail("update_'s updates share memory with the parameters; return copies")
 

@@ -10,16 +10,16 @@ import optree
 import torch
 from torch import Tensor
 
-from fts.dtensors import full_tensor, is_sharded, layout
+from fts.dtensors import full_tensor, is_dtensor, mesh_and_placements
 from fts.errors import ArgumentError
-from fts.testing.comparison import copy_of, fail, in_words, law, named_tensors, require_close, size_of
+from fts.testing.comparison import clone_tree, fail, law, max_abs, named_tensors, require_close, transform_summary
 from fts.transforms import apply_updates
 from fts.typing import Info, OptState, Params, Transform
 
 _FINER = 0.01  # the two ways differ in the order of sums alone, so that float64 agrees to 1e-12
 
 
-class Spread(NamedTuple):
+class ShardingLayout(NamedTuple):
     """How parameters are spread over processes.
 
     Attributes:
@@ -31,22 +31,22 @@ class Spread(NamedTuple):
     cuts: tuple[int | None, ...]
 
 
-SPREADS = {
-    "shards": Spread(lambda n: (n,), (0,)),
-    "copies of shards": Spread(lambda n: (2, n // 2), (None, 0)),
-    "shards of columns": Spread(lambda n: (n // 2, 2), (0, 1)),
+SHARDING_LAYOUTS = {
+    "shards": ShardingLayout(lambda n: (n,), (0,)),
+    "copies of shards": ShardingLayout(lambda n: (2, n // 2), (None, 0)),
+    "shards of columns": ShardingLayout(lambda n: (n // 2, 2), (0, 1)),
 }
 """The layouts of `fully_shard`, of `fully_shard` in groups (HSDP), and of `fully_shard` over tensor parallelism."""
 
 
-def sharded_equals_whole(transform: Transform, params: Params, gradients: Sequence[Params], *, spread: str = "shards") -> None:
+def sharded_equals_full(transform: Transform, params: Params, gradients: Sequence[Params], *, spread: str = "shards") -> None:
     """`update`, `update_` and `apply` give on spread tensors what they give on whole ones, and keep the state as spread.
 
     Args:
         transform: is checked.
         params: the parameters, whole and the same on all processes. Those without axes stay so.
         gradients: of successive updates.
-        spread: one of `SPREADS`.
+        spread: one of `SHARDING_LAYOUTS`.
 
     Raises:
         LawError: the two differ; a moment is not laid out as its parameter, or what is reported is no plain number that is
@@ -54,10 +54,10 @@ def sharded_equals_whole(transform: Transform, params: Params, gradients: Sequen
         ArgumentError: there is no group of processes, or no such spread.
     """
     if not torch.distributed.is_initialized():
-        raise ArgumentError("sharded_equals_whole needs a group of processes: see fts.testing.check_sharded_transform.")
-    if spread not in SPREADS:
-        raise ArgumentError(f"There is no spread {spread!r}; there are {', '.join(SPREADS)}.")
-    with law("sharded_equals_whole", f"{in_words(transform)}, {spread},"):
+        raise ArgumentError("sharded_equals_full needs a group of processes: see fts.testing.check_sharded_transform.")
+    if spread not in SHARDING_LAYOUTS:
+        raise ArgumentError(f"There is no spread {spread!r}; there are {', '.join(SHARDING_LAYOUTS)}.")
+    with law("sharded_equals_full", f"{transform_summary(transform)}, {spread},"):
         for name, path in _paths(transform).items():
             _path_agrees(name, path, transform, params, gradients, spread)
 
@@ -89,36 +89,38 @@ def _paths(transform: Transform) -> dict[str, Path]:
 
 
 def _path_agrees(name: str, path: Path, transform: Transform, params: Params, gradients: Sequence[Params], spread: str) -> None:
-    scale = size_of(params, gradients)
+    scale = max_abs(params, gradients)
     looser = _FINER if all(tensor.dtype == torch.float64 for tensor in params.values()) else 1.0
-    params, parts = copy_of(params), spread_out(params, spread)
+    params, parts = clone_tree(params), shard_tensors(params, spread)
     forms = dict(parts)
     state, spread_state = transform.init(params), transform.init(parts)
     layouts = _require_moments_like("after init, state", spread_state, forms)
     for nth, grads in enumerate(gradients, 1):
-        result, state, info, params = path(copy_of(grads), state, params)
-        found, spread_state, spread_info, parts = path(spread_out(grads, spread), spread_state, parts)
+        result, state, info, params = path(clone_tree(grads), state, params)
+        found, spread_state, spread_info, parts = path(shard_tensors(grads, spread), spread_state, parts)
         for what, tensors in (("result", found), ("parameters", parts)):
             for key, form in forms.items():
-                if layout(tensors[key]) != layout(form):
-                    fail(f"{name}'s {what}[{key!r}] is laid out as {layout(tensors[key])}, not as {layout(form)}")
+                if mesh_and_placements(tensors[key]) != mesh_and_placements(form):
+                    fail(
+                        f"{name}'s {what}[{key!r}] is laid out as {mesh_and_placements(tensors[key])}, not as {mesh_and_placements(form)}"
+                    )
         if _require_moments_like(f"{name}'s state", spread_state, forms) != layouts:
             fail(f"{name}'s state is laid out otherwise than after init")
         _require_plain(name, spread_info)
         for what, one, two in (("result", found, result), ("state", spread_state, state), ("info", spread_info, info)):
-            require_close(f"{name}'s {what} of update {nth}", gathered(one), two, scale=scale, looser=looser, made_from=grads)
+            require_close(f"{name}'s {what} of update {nth}", full_tensors(one), two, scale=scale, looser=looser, made_from=grads)
 
 
-def spread_out(tensors: Params, spread: str) -> Params:
+def shard_tensors(tensors: Params, spread: str) -> Params:
     """Whole tensors as they are spread over all processes, in memory of their own.
 
     Args:
         tensors: the same on all processes.
-        spread: one of `SPREADS`.
+        spread: one of `SHARDING_LAYOUTS`.
     """
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh, cuts = _mesh(spread), SPREADS[spread].cuts
+    mesh, cuts = _mesh(spread), SHARDING_LAYOUTS[spread].cuts
 
     def one(tensor: Tensor) -> Tensor:
         if not tensor.ndim:
@@ -129,7 +131,7 @@ def spread_out(tensors: Params, spread: str) -> Params:
     return {name: one(tensor) for name, tensor in tensors.items()}
 
 
-def gathered(tree: Any) -> Any:
+def full_tensors(tree: Any) -> Any:
     """A tree with whole tensors."""
     return optree.tree_map(lambda leaf: full_tensor(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
@@ -138,29 +140,31 @@ def gathered(tree: Any) -> Any:
 def _mesh(spread: str) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", SPREADS[spread].sizes(torch.distributed.get_world_size()))
+    return init_device_mesh("cpu", SHARDING_LAYOUTS[spread].sizes(torch.distributed.get_world_size()))
 
 
 def _require_moments_like(what: str, state: OptState, forms: Params) -> dict[str, Any]:
     """The layouts of a state's tensors, after a look at them."""
     for path, leaf in named_tensors(what, state).items():
-        if not is_sharded(leaf):
+        if not is_dtensor(leaf):
             continue
         if not leaf.ndim:
             fail(f"{path} is a single number and not plain")
-        if any(placement.is_partial() for placement in layout(leaf)[1]):
+        if any(placement.is_partial() for placement in mesh_and_placements(leaf)[1]):
             fail(f"{path} is an unfinished sum over processes")
     for accessor, leaf in zip(*optree.tree_flatten_with_accessor(state)[:2], strict=True):
         for key in accessor.path:
             form = forms.get(key) if isinstance(key, str) else None
-            if form is not None and leaf.shape == form.shape and layout(leaf) != layout(form):
-                fail(f"{accessor.codify(what)} is laid out as {layout(leaf)}, its parameter as {layout(form)}")
-    return {path: layout(leaf) for path, leaf in named_tensors("state", state).items()}
+            if form is not None and leaf.shape == form.shape and mesh_and_placements(leaf) != mesh_and_placements(form):
+                fail(
+                    f"{accessor.codify(what)} is laid out as {mesh_and_placements(leaf)}, its parameter as {mesh_and_placements(form)}"
+                )
+    return {path: mesh_and_placements(leaf) for path, leaf in named_tensors("state", state).items()}
 
 
 def _require_plain(name: str, info: Info) -> None:
     for key, value in info.items():
-        if is_sharded(value) or value.ndim:
+        if is_dtensor(value) or value.ndim:
             fail(f"{name}'s info[{key!r}] is no plain single number")
     if info:
         mine = torch.stack([value.detach().double().cpu() for value in info.values()])

@@ -10,7 +10,7 @@ from hypothesis.strategies import SearchStrategy
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
-from fts.testing.step_graphs import compiled_equals_eager, compiled_replays
+from fts.testing.compiled_step_laws import compiled_equals_eager, compiled_replays
 from fts.testing.step_laws import (
     accumulated_equals_big_batch,
     donated_equals_pure,
@@ -19,17 +19,17 @@ from fts.testing.step_laws import (
     module_unchanged,
     replayed_equals_first,
     resumed_equals_uninterrupted,
-    state_moves_on,
+    state_advances,
     step_inputs_unchanged,
 )
-from fts.testing.transform_checks import chosen_laws, run_examples
+from fts.testing.transform_checks import run_examples, select_laws
 from fts.typing import Batch, StepFn
 
 StepLaw: TypeAlias = Callable[[StepFn[TrainState], TrainState, Sequence[Batch]], None]
 
-QUICK_LAWS: tuple[StepLaw, ...] = (
+FAST_LAWS: tuple[StepLaw, ...] = (
     metrics_are_flat,
-    state_moves_on,
+    state_advances,
     step_inputs_unchanged,
     module_unchanged,
     replayed_equals_first,
@@ -40,10 +40,10 @@ QUICK_LAWS: tuple[StepLaw, ...] = (
 )
 SLOW_LAWS: tuple[StepLaw, ...] = (compiled_equals_eager, compiled_replays)
 
-STEP_LAWS: dict[str, StepLaw] = {law.__name__: law for law in (*QUICK_LAWS, *SLOW_LAWS)}
+STEP_LAWS: dict[str, StepLaw] = {law.__name__: law for law in (*FAST_LAWS, *SLOW_LAWS)}
 """Every law of a step, `law(step, state, batches)`, by name."""
 
-_SHARES = {QUICK_LAWS: 4, SLOW_LAWS: 20}
+_SHARES = {FAST_LAWS: 4, SLOW_LAWS: 20}
 """One in how many of the profile's examples a group of laws gets."""
 
 
@@ -79,7 +79,7 @@ def check_step(
     """
     if not callable(step):
         raise ArgumentError(f"check_step needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
-    chosen = chosen_laws(STEP_LAWS, laws, skip)
+    chosen = select_laws(STEP_LAWS, laws, skip)
     for group, share in _SHARES.items():
         wanted = [law for law in group if law.__name__ in chosen]
         if not isinstance(batches, SearchStrategy):

@@ -17,13 +17,13 @@ from fts.errors import DonatedStateError
 from fts.state import TrainState
 from fts.steps import TrainStep, ValueAndGrad, batch_size_of, describe, with_donation
 from fts.steps.losses import ModuleLoss
-from fts.testing.comparison import copy_of, fail, law, named_tensors, require_close, require_equal, size_of
+from fts.testing.comparison import clone_tree, fail, law, max_abs, named_tensors, require_close, require_equal
 from fts.typing import Batch, StepFn
 
 Step = StepFn[TrainState]
 
 
-def words_of(step: Any) -> str:
+def step_summary(step: Any) -> str:
     """A step in one line, for messages."""
     return " / ".join(line.strip("│├└─ ") for line in describe(step).splitlines())
 
@@ -39,8 +39,8 @@ def metrics_are_flat(step: Step, state: TrainState, batches: Sequence[Batch]) ->
     Raises:
         LawError: they are something else.
     """
-    with law("metrics_are_flat", words_of(step)):
-        state = copy_of(state)
+    with law("metrics_are_flat", step_summary(step)):
+        state = clone_tree(state)
         first: set[str] | None = None
         for batch in batches:
             state, metrics = _undonated(step)(state, batch)
@@ -55,7 +55,7 @@ def metrics_are_flat(step: Step, state: TrainState, batches: Sequence[Batch]) ->
                 fail(f"the metrics' names became {sorted(metrics)} from {sorted(first)}")
 
 
-def state_moves_on(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
+def state_advances(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
     """A new state has the structure, shapes and dtypes of the old one, and a higher step.
 
     Args:
@@ -66,8 +66,8 @@ def state_moves_on(step: Step, state: TrainState, batches: Sequence[Batch]) -> N
     Raises:
         LawError: the form of the state changed, or its step did not rise.
     """
-    with law("state_moves_on", words_of(step)):
-        state = copy_of(state)
+    with law("state_advances", step_summary(step)):
+        state = clone_tree(state)
         for batch in batches:
             after, _ = _undonated(step)(state, batch)
             if int(after.step) <= int(state.step):
@@ -95,14 +95,14 @@ def step_inputs_unchanged(step: Step, state: TrainState, batches: Sequence[Batch
     Raises:
         LawError: an input was changed.
     """
-    with law("step_inputs_unchanged", words_of(step)):
-        state = copy_of(state)
+    with law("step_inputs_unchanged", step_summary(step)):
+        state = clone_tree(state)
         kept: list[tuple[str, Any, Any]] = []
         for index, batch in enumerate(batches):
-            kept.append((f"state {index}", state, copy_of(state)))
-            before = copy_of(batch)
+            kept.append((f"state {index}", state, clone_tree(state)))
+            before = clone_tree(batch)
             state, metrics = _undonated(step)(state, batch)
-            kept.append((f"metrics {index}", metrics, copy_of(metrics)))
+            kept.append((f"metrics {index}", metrics, clone_tree(metrics)))
             require_equal("after the step, batch", batch, before)
         for what, now, copied in kept:
             require_equal(what, now, copied)
@@ -119,15 +119,15 @@ def module_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) ->
     Raises:
         LawError: the module was changed.
     """
-    if not isinstance(step, TrainStep) or not isinstance(step.gradients, ValueAndGrad):
+    if not isinstance(step, TrainStep) or not isinstance(step.gradient_fn, ValueAndGrad):
         return
-    if not isinstance(step.gradients.forward.loss, ModuleLoss):
+    if not isinstance(step.gradient_fn.forward.loss, ModuleLoss):
         return
-    module = step.gradients.forward.loss.module
-    with law("module_unchanged", words_of(step)):
+    module = step.gradient_fn.forward.loss.module
+    with law("module_unchanged", step_summary(step)):
         for variant in (step, with_donation(step)):
-            before, tensors = _portrait(module), copy_of(module.state_dict())
-            run(variant, copy_of(state), batches)
+            before, tensors = _portrait(module), clone_tree(module.state_dict())
+            run_steps(variant, clone_tree(state), batches)
             if _portrait(module) != before:
                 fail("a parameter or buffer was exchanged, or a gradient, requires_grad or training flag changed")
             require_equal("module", module.state_dict(), tensors)
@@ -144,8 +144,8 @@ def replayed_equals_first(step: Step, state: TrainState, batches: Sequence[Batch
     Raises:
         LawError: a replayed step gave something else.
     """
-    with law("replayed_equals_first", words_of(step)):
-        state = copy_of(state)
+    with law("replayed_equals_first", step_summary(step)):
+        state = clone_tree(state)
         for batch in batches:
             first = _undonated(step)(state, batch)
             _disturb_generators()
@@ -168,9 +168,9 @@ def donated_equals_pure(step: Step, state: TrainState, batches: Sequence[Batch])
     """
     if with_donation(step) is step and not getattr(step, "donate", False):
         return
-    with law("donated_equals_pure", words_of(step)):
-        expected, metrics = run(_undonated(step), copy_of(state), batches)
-        given = copy_of(state)
+    with law("donated_equals_pure", step_summary(step)):
+        expected, metrics = run_steps(_undonated(step), clone_tree(state), batches)
+        given = clone_tree(state)
         found = given
         donated_metrics: Any = {}
         for batch in batches:
@@ -196,12 +196,12 @@ def engines_agree(step: Step, state: TrainState, batches: Sequence[Batch]) -> No
     Raises:
         LawError: the engines differ.
     """
-    if not isinstance(step, TrainStep) or not isinstance(step.gradients, ValueAndGrad):
+    if not isinstance(step, TrainStep) or not isinstance(step.gradient_fn, ValueAndGrad):
         return
-    with law("engines_agree", words_of(step)):
+    with law("engines_agree", step_summary(step)):
         for batch in batches:
             (one, said), (two, told) = (
-                _undonated(_with(step, engine=name))(copy_of(state), batch) for name in ("module", "func")
+                _undonated(_with(step, engine=name))(clone_tree(state), batch) for name in ("module", "func")
             )
             _require_close_states("the state by engine 'func'", two, one)
             require_close("the metrics by engine 'func'", told, said, looser=_loose(step))
@@ -219,16 +219,16 @@ def accumulated_equals_big_batch(step: Step, state: TrainState, batches: Sequenc
     Raises:
         LawError: a cut batch gives something else, as when a loss is not a mean over the items that its weight counts.
     """
-    if not isinstance(step, TrainStep) or not isinstance(step.gradients, ValueAndGrad):
+    if not isinstance(step, TrainStep) or not isinstance(step.gradient_fn, ValueAndGrad):
         return
-    with law("accumulated_equals_big_batch", words_of(step)):
+    with law("accumulated_equals_big_batch", step_summary(step)):
         for batch in batches:
-            whole, said = _undonated(_with(step, accumulate=1))(copy_of(state), batch)
+            whole, said = _undonated(_with(step, accumulate=1))(clone_tree(state), batch)
             for parts in sorted({2, 3, batch_size_of(batch) or 1}):
                 if parts > (batch_size_of(batch) or 1):
                     continue
                 for engine in ("module", "func"):
-                    cut, told = _undonated(_with(step, accumulate=parts, engine=engine))(copy_of(state), batch)
+                    cut, told = _undonated(_with(step, accumulate=parts, engine=engine))(clone_tree(state), batch)
                     what = f"of {parts} micro-batches by engine {engine!r}"
                     _require_close_states(f"the state {what}", cut, whole)
                     require_close(f"the metrics {what}", told, said, looser=_loose(step))
@@ -246,20 +246,20 @@ def resumed_equals_uninterrupted(step: Step, state: TrainState, batches: Sequenc
     Raises:
         LawError: the resumed run ends elsewhere, or the state cannot be saved.
     """
-    with law("resumed_equals_uninterrupted", words_of(step)):
-        expected, metrics = run(_undonated(step), copy_of(state), batches)
+    with law("resumed_equals_uninterrupted", step_summary(step)):
+        expected, metrics = run_steps(_undonated(step), clone_tree(state), batches)
         for cut in range(len(batches)):
-            middle, _ = run(_undonated(step), copy_of(state), batches[:cut])
+            middle, _ = run_steps(_undonated(step), clone_tree(state), batches[:cut])
             with tempfile.TemporaryDirectory() as directory:
                 # what the file does not hold must come from a fresh state, not from the one that was trained
-                middle = TrainState.load(middle.save(directory), like=copy_of(state).replace(seed=state.seed + 1))
+                middle = TrainState.load(middle.save(directory), like=clone_tree(state).replace(seed=state.seed + 1))
             _disturb_generators()
-            found, told = run(_undonated(step), middle, batches[cut:])
+            found, told = run_steps(_undonated(step), middle, batches[cut:])
             require_equal(f"resumed at {cut}, state", found, expected)
             require_equal(f"resumed at {cut}, metrics", told, metrics)
 
 
-def run(step: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Any]:
+def run_steps(step: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Any]:
     """Fold a step over batches; the metrics are those of the last one."""
     metrics: Any = {}
     for batch in batches:
@@ -272,20 +272,20 @@ def _undonated(step: Step) -> Step:
 
 
 def _with(step: TrainStep, **changes: Any) -> TrainStep:
-    gradients: Any = step.gradients
-    return attrs.evolve(step, gradients=attrs.evolve(gradients, **changes))
+    gradients: Any = step.gradient_fn
+    return attrs.evolve(step, gradient_fn=attrs.evolve(gradients, **changes))
 
 
 def _require_close_states(what: str, found: TrainState, expected: TrainState) -> None:
     # an optimizer that divides by the gradient's size makes much of a small one's rounding
-    require_close(f"{what}, params", found.params, expected.params, scale=size_of(expected.params), looser=100)
+    require_close(f"{what}, params", found.params, expected.params, scale=max_abs(expected.params), looser=100)
     require_close(f"{what}, buffers", found.buffers, expected.buffers, looser=100)
-    require_close(f"{what}, opt_state", found.opt_state, expected.opt_state, scale=size_of(expected.opt_state), looser=100)
+    require_close(f"{what}, opt_state", found.opt_state, expected.opt_state, scale=max_abs(expected.opt_state), looser=100)
     require_equal(f"{what}, step", found.step, expected.step)
 
 
 def _loose(step: TrainStep) -> float:
-    return 1e4 if getattr(step.gradients, "precision", None) == "bf16" else 100.0
+    return 1e4 if getattr(step.gradient_fn, "precision", None) == "bf16" else 100.0
 
 
 def _disturb_generators() -> None:

@@ -19,7 +19,7 @@ from fts.typing import Params
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-KINDS = ("normal", "zeros", "mixed", "tiny", "huge", "equal")
+VALUE_KINDS = ("normal", "zeros", "mixed", "tiny", "huge", "equal")
 """What the values of a tensor are like; their squares stay finite."""
 
 
@@ -72,7 +72,7 @@ def tensors(draw: DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, nonfini
     Returns:
         A strategy of tensors.
     """
-    kind = draw(st.sampled_from(KINDS))
+    kind = draw(st.sampled_from(VALUE_KINDS))
     # one integer instead of a number for each value, so that thousands of trees are generated in seconds
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     turned = strided and len(shape) > 1 and draw(st.integers(0, 4)) == 4
@@ -159,7 +159,7 @@ def trajectories(
     return Trajectory(start, [draw(grads_like(start, nonfinite=nonfinite)) for _ in range(count)])
 
 
-def ordinary(dtype: torch.dtype, *, length: int = 3) -> Trajectory:
+def fixed_trajectory(dtype: torch.dtype, *, length: int = 3) -> Trajectory:
     """One fixed trajectory of ordinary numbers, with a tensor that is longer than a vector register.
 
     Args:
@@ -169,7 +169,7 @@ def ordinary(dtype: torch.dtype, *, length: int = 3) -> Trajectory:
     Returns:
         The trajectory.
 
-    >>> sorted(ordinary(torch.float32).params)
+    >>> sorted(fixed_trajectory(torch.float32).params)
     ['layers.0.bias', 'layers.0.weight', 'temperature']
     """
     generator = torch.Generator().manual_seed(0)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fts.steps.graphs import with_own_code
-from fts.testing.comparison import fail, in_words, law, require_close, size_of
+from fts.steps.step_graph import with_new_code_object
+from fts.testing.comparison import fail, law, max_abs, require_close, transform_summary
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -34,7 +34,7 @@ def traced_equals_eager(transform: Transform, params: Params, gradients: Sequenc
             infos.append(info)
         return updates, state, infos
 
-    with law("traced_equals_eager", in_words(transform)):
+    with law("traced_equals_eager", transform_summary(transform)):
         # one update, because tracing takes most of the time; `traced_once` goes on from there
         first = list(gradients[:1])
         expected = run(params, first)
@@ -63,7 +63,7 @@ def traced_once(transform: Transform, params: Params, gradients: Sequence[Params
     def run(grads: Params, state: OptState, params: Params) -> tuple[Params, OptState, Info]:
         return transform.update(grads, state, params)
 
-    with law("traced_once", in_words(transform)):
+    with law("traced_once", transform_summary(transform)):
         traced = _compiled(run, counting)
         # a graph is for one layout of memory, so each tensor has the usual one
         params, *gradients = [
@@ -84,11 +84,11 @@ def traced_once(transform: Transform, params: Params, gradients: Sequence[Params
 
 def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     assert isinstance(function, FunctionType)
-    own = with_own_code(function)  # graphs of one check must not serve another
+    own = with_new_code_object(function)  # graphs of one check must not serve another
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _require_same(found: Any, expected: Any, params: Params, gradients: Sequence[Params]) -> None:
-    scale = size_of(params, gradients)
+    scale = max_abs(params, gradients)
     for what, one, two in zip(("updates", "state", "info"), found, expected, strict=True):
         require_close(f"the graph's {what}", one, two, scale=scale, made_from=params)

@@ -13,16 +13,16 @@ from fts.errors import ArgumentError
 from fts.testing import strategies
 from fts.testing.chains import chaining_is_associative
 from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_update
-from fts.testing.forms import info_is_flat, state_is_tensors, state_round_trips, structure_is_stable
-from fts.testing.functional import differentiable, vmapped_equals_loop
 from fts.testing.purity import inputs_unchanged, same_inputs_same_outputs, state_owns_its_memory
+from fts.testing.structure import info_is_flat, state_is_tensors, state_round_trips, structure_is_stable
+from fts.testing.torch_func import differentiable, vmapped_equals_loop
 from fts.testing.tracing import traced_equals_eager, traced_once
 from fts.typing import Params, Transform
 
 TransformLaw: TypeAlias = Callable[[Transform, Params, Sequence[Params]], None]
 
 # those that say most about a mistake come first
-QUICK_LAWS: tuple[TransformLaw, ...] = (
+FAST_LAWS: tuple[TransformLaw, ...] = (
     state_is_tensors,
     info_is_flat,
     structure_is_stable,
@@ -32,13 +32,13 @@ QUICK_LAWS: tuple[TransformLaw, ...] = (
     apply_equals_update,
     update_in_place_equals_update,
 )
-MIDDLING_LAWS: tuple[TransformLaw, ...] = (state_round_trips, vmapped_equals_loop, differentiable, chaining_is_associative)
+MEDIUM_LAWS: tuple[TransformLaw, ...] = (state_round_trips, vmapped_equals_loop, differentiable, chaining_is_associative)
 SLOW_LAWS: tuple[TransformLaw, ...] = (traced_equals_eager, traced_once)
 
-TRANSFORM_LAWS: dict[str, TransformLaw] = {law.__name__: law for law in (*QUICK_LAWS, *MIDDLING_LAWS, *SLOW_LAWS)}
+TRANSFORM_LAWS: dict[str, TransformLaw] = {law.__name__: law for law in (*FAST_LAWS, *MEDIUM_LAWS, *SLOW_LAWS)}
 """Every law of a transform, `law(transform, params, gradients)`, by name."""
 
-_SHARES = {QUICK_LAWS: 1, MIDDLING_LAWS: 4, SLOW_LAWS: 40}
+_SHARES = {FAST_LAWS: 1, MEDIUM_LAWS: 4, SLOW_LAWS: 40}
 """One in how many of the profile's examples a group of laws gets."""
 
 
@@ -77,10 +77,10 @@ def check_transform(
             f"check_transform needs a Transform, not {type(transform).__name__}. Did you forget to call the function that "
             "makes one, as in `sgd(0.1)`?"
         )
-    chosen = chosen_laws(TRANSFORM_LAWS, laws, skip)
+    chosen = select_laws(TRANSFORM_LAWS, laws, skip)
     if params is None:
         tree = strategies.params(dtypes=dtypes)
-        always = [strategies.ordinary(dtype, length=steps) for dtype in dtypes]
+        always = [strategies.fixed_trajectory(dtype, length=steps) for dtype in dtypes]
     else:
         tree = st.just(dict(params)) if isinstance(params, Mapping) else params
         always = []
@@ -93,15 +93,15 @@ def check_transform(
                 _all_of(transform, wanted),
                 examples,
                 share=share,
-                always=always if group is QUICK_LAWS else always[:1],
+                always=always if group is FAST_LAWS else always[:1],
                 shrink=not slow,
             )
 
 
-def chosen_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip: Collection[str]) -> set[str]:
+def select_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip: Collection[str]) -> set[str]:
     """The names that are asked for, checked against those that there are.
 
-    >>> sorted(chosen_laws({"a": 1, "b": 2, "c": 3}, None, ["b"]))
+    >>> sorted(select_laws({"a": 1, "b": 2, "c": 3}, None, ["b"]))
     ['a', 'c']
     """
     for name in (*(laws or ()), *skip):

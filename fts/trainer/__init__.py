@@ -1,14 +1,9 @@
 """Trainer and TrainingArguments: the functional core behind Hugging Face's interface."""
 
+from fts.messages import check_installation
 from fts.trainer.arguments import AcceleratorConfig, Seq2SeqTrainingArguments, TrainingArguments
-from fts.trainer.arguments.choices import (
-    HPSearchBackend,
-    HubStrategy,
-    IntervalStrategy,
-    OptimizerNames,
-    SaveStrategy,
-    SchedulerType,
-)
+from fts.trainer.arguments.enums import (HPSearchBackend, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType)
+from fts.trainer.arguments.seed import enable_full_determinism, set_seed
 from fts.trainer.callbacks import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -18,9 +13,8 @@ from fts.trainer.callbacks import (
     TrainerCallback,
 )
 from fts.trainer.callbacks.state import ExportableState, TrainerControl, TrainerState
-from fts.trainer.data.collator import default_data_collator
-from fts.trainer.evaluation.outputs import BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
-from fts.trainer.run.seed import enable_full_determinism, set_seed
+from fts.trainer.data import (default_data_collator)
+from fts.trainer.evaluation import (BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput)
 from fts.trainer.search import default_compute_objective, default_hp_space_optuna, default_hp_space_ray
 from fts.trainer.seq2seq import Seq2SeqTrainer
 from fts.trainer.trackers import TrackerCallback
@@ -60,3 +54,5 @@ __all__ = [
     "enable_full_determinism",
     "set_seed",
 ]
+
+check_installation()

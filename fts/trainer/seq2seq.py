@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fts.distributed.process_group import is_started
+from fts.distributed.process_group import is_initialized
 from fts.errors import ArgumentError
 from fts.trainer.arguments import Seq2SeqTrainingArguments
-from fts.trainer.evaluation.outputs import PredictionOutput
+from fts.trainer.evaluation import (PredictionOutput)
 from fts.trainer.trainer import Trainer
 
 DEFAULT_LENGTH = 20
@@ -162,7 +162,7 @@ def pad_token_of(processing_class: Any, model: nn.Module) -> int:
 
 def exchanges_parameters(model: Any) -> bool:
     """Whether a forward pass does: each process holds but a part of them (FSDP, DeepSpeed's ZeRO-3)."""
-    if not is_started():
+    if not is_initialized():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
@@ -174,7 +174,7 @@ def exchanges_parameters(model: Any) -> bool:
 @contextmanager
 def gathered_parameters(model: Any) -> Iterator[None]:
     """Gather the parameters of a model that torch's older FSDP wraps, for `generate` runs beside its forward."""
-    if not is_started():
+    if not is_initialized():
         yield
         return
     from torch.distributed.fsdp import FullyShardedDataParallel

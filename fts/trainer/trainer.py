@@ -21,56 +21,61 @@ from fts.distributed.error_propagation import fail_together
 from fts.distributed.object_collectives import AllGatherObject
 from fts.distributed.rank_monitor import RankMonitor
 from fts.errors import ArgumentError
-from fts.loops import Replayed, Source, StopRequest
-from fts.loops.device_placement import to_device
-from fts.loops.history import TRAINER_STATE
+from fts.loops import (ReplayedStep, Source, StopRequest)
+from fts.loops.device_placement import send_to_device
+from fts.loops.trainer_state import TRAINER_STATE_NAME
 from fts.randomness import seed_generators
 from fts.steps.precision import autocast, autocast_dtype
 from fts.trainer import hub
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.choices import HPSearchBackend
-from fts.trainer.arguments.processes import started
-from fts.trainer.arguments.strategy import mesh_for
+from fts.trainer.arguments.enums import HPSearchBackend
+from fts.trainer.arguments.plan import Plan, eval_dtype, total_train_batch_size, with_settings
+from fts.trainer.arguments.processes import default_group
+from fts.trainer.arguments.seed import enable_full_determinism, set_seed
+from fts.trainer.arguments.strategy import resolve_mesh
 from fts.trainer.callbacks import CallbackHandler, DefaultFlowCallback, PrinterCallback, ProgressCallback, close_bars
 from fts.trainer.callbacks.state import TrainerControl, TrainerState
 from fts.trainer.cards import card
-from fts.trainer.checkpoints import saving
-from fts.trainer.checkpoints.lookup import find_checkpoint
-from fts.trainer.data import loading
-from fts.trainer.data.collator import collator_for
-from fts.trainer.data.columns import accepted_columns, label_names_of, returns_loss
-from fts.trainer.data.sampling import data_seed, eval_sampler, train_sampler
-from fts.trainer.data.shards import devices, shared
-from fts.trainer.data.validation import check_batch, check_evaluation, check_loader, checked
+from fts.trainer.checkpoints import check_output_dir, save_model
+from fts.trainer.checkpoints import (find_checkpoint)
+from fts.trainer.data import (train_dataloader, eval_dataloader, select_eval_dataset, num_examples, num_tokens, unshard_dataloader, make_source, eval_batches)
+from fts.trainer.data import (get_data_collator)
+from fts.trainer.data import (signature_columns, find_labels, can_return_loss)
+from fts.trainer.data import (data_seed, eval_sampler, train_sampler)
+from fts.trainer.data import (device_ids, local_shard)
+from fts.trainer.data import (check_batch, check_dataloader, check_first_batch)
 from fts.trainer.distributed.accelerator import make_accelerator
-from fts.trainer.distributed.deepspeed import check_deepspeed, deepspeed_step, described, propagated
-from fts.trainer.distributed.strategy import cut_model, parallelize_model, spread_step, strategy_for
-from fts.trainer.evaluation import loop
-from fts.trainer.evaluation.best_model import check_metric
-from fts.trainer.evaluation.metrics import check_batch_metrics
-from fts.trainer.evaluation.outputs import BestRun, EvalLoopOutput, PredictionOutput, TrainOutput
-from fts.trainer.evaluation.prediction import predict_batch
-from fts.trainer.model.loss import LossRule, accepts_count, compute_loss, count_labels, counts_shifted, smoothing_of, weight_by
-from fts.trainer.model.preparation import checkpoint_activations, made_by, prepared_model
-from fts.trainer.optimization import optimizer as optimization
-from fts.trainer.optimization.names import decayed_names, optimizer_cls_and_kwargs, parameter_groups, with_parameters
-from fts.trainer.optimization.optimizer import Optimizing
+from fts.trainer.distributed.deepspeed import (check_deepspeed, deepspeed_step, inert_optimizer, fill_config)
+from fts.trainer.distributed.strategy import (parallelize_model, setup_parallelism, distribute_step, strategy_for)
+from fts.trainer.evaluation import (EvaluationConfig, EvaluationInterrupted, PredictionConfig, dataset_length, evaluation_config, run_evaluation, warn_missing_labels)
+from fts.trainer.model import evaluation_mode
+from fts.trainer.evaluation import (check_metric_for_best_model)
+from fts.trainer.evaluation import (check_batch_metrics)
+from fts.trainer.evaluation import (BestRun, EvalLoopOutput, PredictionOutput, TrainOutput)
+from fts.trainer.evaluation import (predict_batch)
+from fts.trainer.model import (LossConfig, compute_loss, resolve_label_smoothing, loss_weight_fn)
+from fts.trainer.model import (accepts_loss_kwargs, count_labels, counts_shifted_labels)
+from fts.trainer.model import (enable_gradient_checkpointing, call_model_init, prepare_model)
+from fts.trainer.optimization import (OPTIMIZER_METHODS, make_optimizer)
+from fts.trainer.optimization import (make_torch_scheduler)
+from fts.trainer.optimization import (decay_parameter_names, make_parameter_groups, with_parameters)
+from fts.trainer.optimization import (optimizer_cls_and_kwargs)
+from fts.trainer.optimization import (RunOptimizer)
 from fts.trainer.reporting import metrics as metric_files
 from fts.trainer.reporting.log_level import apply_log_level
-from fts.trainer.reporting.memory import MemoryMeter
-from fts.trainer.run.batch_size import halve_until_fits, restorer
+from fts.trainer.reporting.memory import TrainerMemoryTracker
+from fts.trainer.run.batch_size import (find_executable_batch_size, make_restore)
 from fts.trainer.run.checks import check_parts
 from fts.trainer.run.description import describe_run
 from fts.trainer.run.dry_run import DryRun, dry_run
 from fts.trainer.run.loop import run_training
 from fts.trainer.run.overrides import overridden
-from fts.trainer.run.plan import Plan, evaluation_dtype, initial_values, make_plan, precision_of, rows_per_update, with_settings
-from fts.trainer.run.preparation import Run, plan_of, prepare, saved_batch_size
+from fts.trainer.run.plan import autocast_precision, initial_values, make_plan
+from fts.trainer.run.preparation import (Run, plan_of, prepare_run, saved_batch_size)
 from fts.trainer.run.replay import replay
-from fts.trainer.run.seed import enable_full_determinism, set_seed
-from fts.trainer.run.step import Across, compose_step, items_by, overrides_of, with_count
-from fts.trainer.search import note_trial, search
-from fts.trainer.trackers import close_trackers, tell_plan, tracker_callbacks
+from fts.trainer.run.step import (DataParallelConfig, compose_step, count_update_totals, overrides_of, with_num_items)
+from fts.trainer.search import SearchConfig, hyperparameter_search, record_trial
+from fts.trainer.trackers import (close_trackers, set_plan, tracker_callbacks)
 from fts.typing import Transform
 
 logger = logging.getLogger(__name__)
@@ -143,33 +148,33 @@ class Trainer:
         self.args = args if args is not None else TrainingArguments("tmp_trainer")
         check_parts(self.args, model, model_init, eval_dataset, optimizers, optimizer_cls_and_kwargs, step)
         apply_log_level(self.args)
-        self.group = self.world = started(self.args)
+        self.group = self.world = default_group(self.args)
         (enable_full_determinism if self.args.full_determinism else set_seed)(self.args.seed)
-        self.memory = MemoryMeter(not self.args.skip_memory_metrics)
+        self.memory = TrainerMemoryTracker(not self.args.skip_memory_metrics)
         with self.memory.measuring("init"):
             self.model_init = model_init
             self.model = self._placed(model if model is not None else self.call_model_init())
-        parallelize_model(self)
-        self._peers = RankMonitor.of(self.world)
+        setup_parallelism(self)
+        self._peers = RankMonitor.create(self.world)
         self.model_wrapped = self.model
         self.deepspeed: Any = None
         self.deepspeed_config: dict[str, Any] = {}
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.processing_class = processing_class
-        self.data_collator = data_collator if data_collator is not None else collator_for(processing_class)
+        self.data_collator = data_collator if data_collator is not None else get_data_collator(processing_class)
         self.compute_loss_func = compute_loss_func
         self.compute_metrics = compute_metrics
         if self.args.batch_eval_metrics:
             check_batch_metrics(compute_metrics)
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         names = self.args.label_names
-        self.label_names: list[str] = label_names_of(self.model) if names is None else list(names)
+        self.label_names: list[str] = find_labels(self.model) if names is None else list(names)
         if not self.label_names and compute_loss_func is not None:
             self.label_names = ["labels"]
-        self.can_return_loss = returns_loss(self.model)
-        self.model_accepts_loss_kwargs = accepts_count(self.model)
-        self.label_smoothing = smoothing_of(self.args.label_smoothing_factor, self.model)
+        self.can_return_loss = can_return_loss(self.model)
+        self.model_accepts_loss_kwargs = accepts_loss_kwargs(self.model)
+        self.label_smoothing = resolve_label_smoothing(self.args.label_smoothing_factor, self.model)
         self._given_optimizers = self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.step = step
@@ -186,15 +191,14 @@ class Trainer:
         self.request: StopRequest | None = None
         self.started = time.monotonic()
         self.hp_name: Callable[[Any], str] | None = None  # this and the next are set in the trials of a search
-        self._on_evaluated: Callable[[Mapping[str, float], int], bool] | None = None
+        self.report_to_hp_search: Callable[[Mapping[str, float], int], bool] | None = None
         shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
         mine = [DefaultFlowCallback, *tracker_callbacks(self.args.report_to or ()), *(callbacks or ()), shown]
         self.callback_handler = CallbackHandler(mine, self.model, processing_class, self.optimizer, self.lr_scheduler)
-        self._repository: hub.Repository | None = None
-        self._uploads = hub.Uploads()
+        self.hub_session = hub.HubSession()
         if self.args.push_to_hub:
-            hub.prepare(self)
-        self.tell("on_init_end")
+            hub.prepare_push(self)
+        self._call_event("on_init_end")
 
     # Training
 
@@ -228,42 +232,42 @@ class Trainer:
         if self.train_dataset is None and not overridden(self, "get_train_dataloader"):
             raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
         if not overridden(self, "evaluate"):  # another one may have any metric
-            check_metric(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
-        check_evaluation(self)
+            check_metric_for_best_model(self.args, self.eval_dataset, computes=self.compute_metrics is not None)
+        self._check_evaluation_data()
         check_deepspeed(self, resumes=bool(resume_from_checkpoint))
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir), group=self.world)
         check_deepspeed(self, resumes=checkpoint is not None)  # also where torchrun started the processes again
         with fail_together(self.world):
-            saving.check_output_dir(self.args)
+            check_output_dir(self.args)
         if self.model_init is not None:
             self.model = self.model_wrapped = self._placed(self.call_model_init(trial))
         if self.args.gradient_checkpointing:
-            checkpoint_activations(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]  # settled
+            enable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]  # settled
 
         def run(batch_size: int) -> TrainOutput:
             self._train_batch_size = batch_size
-            with self._peers.clear_errors():
-                return self._train(prepare(self, checkpoint, batch_size), ignore_keys_for_eval, trial)
+            with self._peers.translate_errors():
+                return self._train(prepare_run(self, checkpoint, batch_size), ignore_keys_for_eval, trial)
 
         with self.memory.measuring("train") as self.memory_figures:
             if not self.args.auto_find_batch_size:
                 return run(self.args.train_batch_size)
             gpus = max(1, self.args.n_gpu)
             first = (saved_batch_size(checkpoint) or self.args.train_batch_size) // gpus
-            restore = restorer(self.model, self.callback_handler.callbacks, self._given_optimizers)
-            return halve_until_fits(lambda rows: run(rows * gpus), first, restore)
+            restore = make_restore(self.model, self.callback_handler.callbacks, self._given_optimizers)
+            return find_executable_batch_size(lambda rows: run(rows * gpus), first, restore)
 
     def _train(self, run: Run, ignore_keys: list[str] | None, trial: Any = None) -> TrainOutput:
         self.state, self.control = self._placed_state(run.told), TrainerControl()
-        note_trial(run.told, self, trial)
+        record_trial(run.told, trial, self.hp_name)
         self._tokens_before = run.told.num_input_tokens_seen
         self._set_context()
-        tell_plan(self.callback_handler.callbacks, run.plan)
+        set_plan(self.callback_handler.callbacks, run.plan)
         self.is_in_train = True
         try:
             return run_training(self, run, ignore_keys)
         except BaseException:
-            self._uploads.leave()
+            self.hub_session.uploads.warn_if_busy()
             close_trackers(self.callback_handler.callbacks)
             raise
         finally:
@@ -301,7 +305,7 @@ class Trainer:
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
         """Autocast to the precision of the arguments, if they ask for one."""
-        return autocast(self.args.device, autocast_dtype(precision_of(self.args)), cache_enabled=bool(cache_enabled))
+        return autocast(self.args.device, autocast_dtype(autocast_precision(self.args)), cache_enabled=bool(cache_enabled))
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Operations of a forward and backward pass on a batch; 0 where the model does not tell."""
@@ -319,7 +323,7 @@ class Trainer:
         if self.optimizer is None:
             model = self.model if model is None else model
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = parameter_groups(self.args, model, self.get_decay_parameter_names(model))
+            groups = make_parameter_groups(self.args, model, self.get_decay_parameter_names(model))
             self.optimizer = cls(**({"params": with_parameters(groups, model)} | kwargs))
         return self.optimizer
 
@@ -327,7 +331,7 @@ class Trainer:
         """Make `lr_scheduler`, a torch schedule of the optimizer, unless it is there."""
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = optimization.torch_scheduler(optimizer, self.args, num_training_steps)
+            self.lr_scheduler = make_torch_scheduler(optimizer, self.args, num_training_steps)
         return self.lr_scheduler
 
     @staticmethod
@@ -337,7 +341,7 @@ class Trainer:
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The trained parameters that weight decay applies to: all but biases and normalisation weights."""
-        decayed = decayed_names(model)
+        decayed = decay_parameter_names(model)
         return [name for name, _ in model.named_parameters() if name in decayed]
 
     def get_learning_rates(self) -> list[float]:
@@ -390,9 +394,9 @@ class Trainer:
             return {name: value for part in parts for name, value in part.items()}
         output = self._evaluate_on(self.get_eval_dataloader(eval_dataset), "eval", ignore_keys, metric_key_prefix)
         if f"{metric_key_prefix}_loss" not in output.metrics:
-            loop.warn_of_missing_labels(self.model, self.label_names, metric_key_prefix)
+            warn_missing_labels(self.model, self.label_names, metric_key_prefix)
         self.log(output.metrics)
-        self.tell("on_evaluate", metrics=output.metrics)
+        self._call_event("on_evaluate", metrics=output.metrics)
         return output.metrics
 
     def predict(
@@ -410,7 +414,7 @@ class Trainer:
             labels or None, and figures.
         """
         output = self._evaluate_on(self.get_test_dataloader(test_dataset), "test", ignore_keys, metric_key_prefix)
-        self.tell("on_predict", metrics=output.metrics)
+        self._call_event("on_predict", metrics=output.metrics)
         return PredictionOutput(output.predictions, output.label_ids, output.metrics)
 
     def evaluation_loop(
@@ -429,44 +433,37 @@ class Trainer:
         loss_only = args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         self._set_context(eval_dataloader=dataloader)
         logger.info("***** Running %s *****", description)
-        how = loop.plan_evaluation(
-            args,
-            self.model,
-            self.label_names,
+        own = EvaluationConfig(
             prefix=metric_key_prefix,
             keep=description == "Prediction",
-            weigh=weight_by(self.model, self.loss_rule),
+            loss_weight=loss_weight_fn(self.model, self.loss_rule),
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             on_batch=self._evaluated_batch,
-            exchange=AllGatherObject(self.group, args.eval_use_gather_object),
-            total=loop.rows_in(dataloader),
+            all_gather=AllGatherObject(self.group, args.eval_use_gather_object),
+            total=dataset_length(dataloader),
         )
+        config = evaluation_config(own, args, self.model, self.label_names)
 
         def predict(inputs: Any) -> tuple[Any, Any, Any]:
             return self.prediction_step(self.model, inputs, loss_only, ignore_keys=ignore_keys)
 
-        with loop.evaluating(self.model, evaluation_dtype(args)):
-            return loop.run_evaluation(predict, loading.eval_batches(dataloader, args, data_seed(args)), how=how)
+        with evaluation_mode(self.model, eval_dtype(args)):
+            return run_evaluation(predict, eval_batches(dataloader, args, data_seed(args)), config)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
         """Predict one batch: its mean loss, logits and labels, each None where there is none."""
-        return predict_batch(
-            model,
-            self._prepare_inputs(inputs),
-            compute_loss=self._loss_and_outputs,
-            label_names=self.label_names,
-            can_return_loss=self.can_return_loss,
-            ignore_keys=ignore_keys,
-            prediction_loss_only=prediction_loss_only,
-            context=self.compute_loss_context_manager,
+        config = PredictionConfig(
+            self._loss_and_outputs, self.label_names, self.can_return_loss, self.compute_loss_context_manager
         )
+        inputs = self._prepare_inputs(inputs)
+        return predict_batch(model, inputs, config, ignore_keys=ignore_keys, prediction_loss_only=prediction_loss_only)
 
     def _evaluate_on(self, loader: Any, stage: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
-        cut_model(self)
-        with self.memory.measuring(stage) as figures, self._closing_bars(), self._peers.clear_errors():
+        parallelize_model(self)
+        with self.memory.measuring(stage) as figures, self._closing_bars(), self._peers.translate_errors():
             start = time.perf_counter()
             described, only = ("Prediction", None) if stage == "test" else ("Evaluation", self.compute_metrics is None or None)
             output = self.evaluation_loop(
@@ -476,7 +473,7 @@ class Trainer:
             speed = metric_files.speed_metrics(prefix, start, output.num_samples, count)
             output.metrics.update(speed | figures())
         # what follows from them, such as when to stop, must be the same in each process
-        output.metrics.update(self.world.broadcast(output.metrics))
+        output.metrics.update(self.world.broadcast_object(output.metrics))
         return output
 
     @contextlib.contextmanager
@@ -488,8 +485,8 @@ class Trainer:
             raise
 
     def _loss_and_outputs(self, model: nn.Module, inputs: Any) -> Any:
-        count = count_labels([inputs], counts_shifted(model)) if self.loss_rule.counts else None
-        return with_count(self.compute_loss)(model, inputs, count, return_outputs=True)
+        count = count_labels([inputs], counts_shifted_labels(model)) if self.loss_rule.counts else None
+        return with_num_items(self.compute_loss)(model, inputs, count, return_outputs=True)
 
     # Data
 
@@ -497,19 +494,19 @@ class Trainer:
         """The training set as a torch DataLoader, which visits the rows in the order of the run: those of all processes."""
         args = self._train_args
         columns = self._accepted_columns()
-        return loading.train_dataloader(self.train_dataset, args, self.data_collator, columns, self._get_train_sampler)
+        return train_dataloader(self.train_dataset, args, self.data_collator, columns, self._get_train_sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation set, another one, or one of several by its name, as a torch DataLoader."""
-        dataset = loading.chosen_set(eval_dataset, self.eval_dataset)
+        dataset = select_eval_dataset(eval_dataset, self.eval_dataset)
         columns = self._accepted_columns()
-        return loading.eval_dataloader(dataset, self.args, self.data_collator, columns, self._get_eval_sampler)
+        return eval_dataloader(dataset, self.args, self.data_collator, columns, self._get_eval_sampler)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """A data set for prediction as a torch DataLoader."""
         columns = self._accepted_columns()
         sampler = self._get_eval_sampler
-        return loading.eval_dataloader(test_dataset, self.args, self.data_collator, columns, sampler, "prediction")
+        return eval_dataloader(test_dataset, self.args, self.data_collator, columns, sampler, "prediction")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -519,21 +516,21 @@ class Trainer:
         It is called only where a subclass overrides it.
         """
         samples = list(itertools.islice(epoch_iterator, num_batches))
-        ((count, _),) = items_by(self.loss_rule, self.model)(steps.MicroBatches(samples)) if samples else ((None, 0),)
+        ((count, _),) = count_update_totals(self.loss_rule, self.model)(steps.MicroBatches(samples)) if samples else ((None, 0),)
         return samples, count
 
     def num_examples(self, dataloader: Any) -> int:
         """How many rows a loader has; without a data set of known length, an estimate from its batches."""
-        return loading.num_examples(dataloader, self.args.per_device_train_batch_size)
+        return num_examples(dataloader, self.args.per_device_train_batch_size)
 
     @staticmethod
     def num_tokens(train_dl: Any, max_steps: int | None = None) -> int:
         """How many input tokens a loader has."""
-        return loading.num_tokens(train_dl, max_steps)
+        return num_tokens(train_dl, max_steps)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows in an update, over all processes."""
-        return rows_per_update(args, self._train_batch_size)
+        return total_train_batch_size(args, self._train_batch_size)
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: Any, total_train_batch_size: int | None = None
@@ -545,7 +542,7 @@ class Trainer:
             process in an epoch (None if unknown), and updates in all.
         """
         rows = self.get_total_train_batch_size(args) if total_train_batch_size is None else total_train_batch_size
-        return initial_values(args, loading.undivided(dataloader), rows, self.num_examples)
+        return initial_values(args, unshard_dataloader(dataloader), rows, self.num_examples)
 
     def train_source(self, seed: int) -> Source:
         """The numbered epochs of numbered batches of training, checked on their first rows: this process's part of them.
@@ -556,11 +553,20 @@ class Trainer:
         loader = self.get_train_dataloader()
         self._set_context(train_dataloader=loader)
         rule = None if overridden(self, "compute_loss", "training_step") else self.loss_rule
-        check_loader(loader, self.model, rule, "training")
+        check_dataloader(loader, self.model, rule, "training")
         micro = self.args.gradient_accumulation_steps
-        share = partial(shared, args=self.args)
-        source = loading.source_of(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro, share=share)
-        return checked(source, lambda batch: check_batch(batch, self.model, rule, "training"))
+        share = partial(local_shard, args=self.args)
+        source = make_source(loader, seed=seed, device=self.args.device, what="training", micro_batches=micro, share=share)
+        return check_first_batch(source, lambda batch: check_batch(batch, self.model, rule, "training"))
+
+    def _check_evaluation_data(self) -> None:
+        """Check the first examples of every evaluation set that training evaluates on."""
+        dataset = self.eval_dataset
+        if str(self.args.eval_strategy) == "no" or dataset is None or overridden(self, "evaluate", "evaluation_loop"):
+            return
+        rule = None if overridden(self, "prediction_step", "compute_loss") else self.loss_rule
+        for name in dataset if isinstance(dataset, dict) else (None,):
+            check_dataloader(self.get_eval_dataloader(name), self.model, rule, "evaluation", labelled=False)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -576,10 +582,10 @@ class Trainer:
         return with_settings(self.args, per_device_train_batch_size=size)
 
     def _accepted_columns(self) -> Any:
-        return accepted_columns(self.model, self.label_names) if self.args.remove_unused_columns else None
+        return signature_columns(self.model, self.label_names) if self.args.remove_unused_columns else None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return to_device(inputs, self.args.device)
+        return send_to_device(inputs, self.args.device)
 
     # Files and reports
 
@@ -590,16 +596,16 @@ class Trainer:
         one on each machine.
         """
         directory = str(self.args.output_dir) if output_dir is None else output_dir
-        saving.save_model(self.model, directory, self.processing_class, self.args, writes=self.args.should_save)
+        save_model(self.model, directory, self.processing_class, self.args, writes=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
-            hub.push_saved(self)
+            hub.push_saved_model(self.hub_session, self)
 
     def save_state(self) -> None:
         """Write `trainer_state.json` to `output_dir`."""
         if self.is_world_process_zero():
             directory = Path(str(self.args.output_dir))
             directory.mkdir(parents=True, exist_ok=True)
-            self.state.save_to_json(directory / TRAINER_STATE)
+            self.state.save_to_json(directory / TRAINER_STATE_NAME)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures to the history, and tell the callbacks.
@@ -616,7 +622,7 @@ class Trainer:
                 seen = self.state.num_input_tokens_seen - self._tokens_before
                 logs.update(metric_files.speed_metrics("train", start_time, num_tokens=seen))
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.tell("on_log", logs=logs)
+        self._call_event("on_log", logs=logs)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print the figures of a split as a table."""
@@ -646,7 +652,7 @@ class Trainer:
         """Remove a callback, given as an instance or a class."""
         self.callback_handler.remove_callback(callback)
 
-    def tell(self, event: str, **kwargs: Any) -> None:
+    def _call_event(self, event: str, **kwargs: Any) -> None:
         """Tell the callbacks of an event; they may ask for something through `control`."""
         self.control = self.callback_handler.call_event(event, self.args, self.state, self.control, **kwargs)
 
@@ -662,15 +668,15 @@ class Trainer:
 
     def get_tp_size(self) -> int:
         """Over how many processes each matrix is cut."""
-        return mesh_for(self.args).tensor
+        return resolve_mesh(self.args).tensor
 
     def get_cp_size(self) -> int:
         """Over how many processes a sequence is cut by context parallelism."""
-        return mesh_for(self.args).context
+        return resolve_mesh(self.args).context
 
     def get_sp_size(self) -> int:
         """Over how many processes a sequence is cut by sequence parallelism."""
-        return mesh_for(self.args).sequence
+        return resolve_mesh(self.args).sequence
 
     @property
     def accelerator(self) -> Any:
@@ -688,7 +694,7 @@ class Trainer:
         Raises:
             ArgumentError: the configuration says something else than the arguments, or there is none.
         """
-        self.deepspeed_config = propagated(self, auto_find_batch_size)
+        self.deepspeed_config = fill_config(self, auto_find_batch_size)
 
     # Search, hub and cards
 
@@ -725,7 +731,8 @@ class Trainer:
             ArgumentError: there is no `model_init` or nothing to evaluate, or a name or value is wrong.
             MissingDependencyError: the backend is not installed.
         """
-        return search(self, hp_space, compute_objective, n_trials, direction, backend, hp_name, kwargs)
+        config = SearchConfig(hp_space, compute_objective, n_trials, direction, hp_name)
+        return hyperparameter_search(self, config, backend, kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository that `hub_model_id` names, unless it is there; see `hub_token` and `hub_private_repo`.
@@ -733,7 +740,7 @@ class Trainer:
         Raises:
             HubError: it could not be done.
         """
-        hub.init_repository(self, token, private)
+        hub.init_hf_repo(self.hub_session, self, token, private)
 
     def push_to_hub(
         self,
@@ -760,7 +767,8 @@ class Trainer:
         Raises:
             HubError: it could not be uploaded; everything is in `output_dir`.
         """
-        return hub.push(self, commit_message, blocking, token, revision, private, **kwargs)
+        options = hub.PushOptions(commit_message, blocking, token, revision, private, kwargs)
+        return hub.push_to_hub(self.hub_session, self, options)
 
     def create_model_card(
         self,
@@ -794,7 +802,7 @@ class Trainer:
     @property
     def hub_model_id(self) -> str | None:
         """The repository on the Hub, with its owner; None until the Hub has told it."""
-        return None if self._repository is None else self._repository.id
+        return self.hub_session.repo_id
 
     # The functional core
 
@@ -829,7 +837,7 @@ class Trainer:
         check_deepspeed(self, "dry_run()")
         return dry_run(self)
 
-    def replay(self, checkpoint: str | Path, to_step: int) -> Replayed:
+    def replay(self, checkpoint: str | Path, to_step: int) -> ReplayedStep:
         """Run the updates after a checkpoint once more, bit for bit, and look into the last of them.
 
         Args:
@@ -849,9 +857,9 @@ class Trainer:
         return plan_of(self, self.train_source(data_seed(self.args)), self._train_batch_size)
 
     @property
-    def loss_rule(self) -> LossRule:
+    def loss_rule(self) -> LossConfig:
         """How the loss of a micro-batch is computed and scaled."""
-        return LossRule(
+        return LossConfig(
             tuple(self.label_names),
             self.compute_loss_func,
             self.label_smoothing,
@@ -859,16 +867,28 @@ class Trainer:
             self.loss_is_scaled_for_ga,
         )
 
-    def optimizing(self, plan: Plan) -> Optimizing:
+    def optimizing(self, plan: Plan) -> RunOptimizer:
         """What updates the weights: the plan's own transform, `step`, or the user's torch optimizer as a transform."""
-        cut_model(self)
+        parallelize_model(self)
         self.optimizer, self.lr_scheduler = self._given_optimizers
         strategy = strategy_for(self)
-        found = described(strategy, self.args) if isinstance(strategy, DeepSpeed) else optimization.choose(self, plan)
+        if isinstance(strategy, DeepSpeed):
+            found = inert_optimizer(strategy, self.args)
+        else:
+            create = self._create_torch_optimizer if self._has_torch_optimizer() else None
+            found = make_optimizer(self.args, self.model, plan, step=self.step, create=create)
         self.optimizer, self.lr_scheduler = found.optimizer, found.scheduler
         return found
 
-    def step_of(self, plan: Plan, chosen: Optimizing) -> Any:
+    def _has_torch_optimizer(self) -> bool:
+        given = self.optimizer is not None or self.lr_scheduler is not None or self.optimizer_cls_and_kwargs is not None
+        return given or overridden(self, *OPTIMIZER_METHODS)
+
+    def _create_torch_optimizer(self, total_steps: int) -> tuple[Any, Any]:
+        self.create_optimizer_and_scheduler(total_steps)
+        return self.optimizer, self.lr_scheduler
+
+    def step_of(self, plan: Plan, chosen: RunOptimizer) -> Any:
         """The step of training: `(state, batch) -> (state, metrics)`."""
         strategy = strategy_for(self)
         if isinstance(strategy, DeepSpeed):
@@ -876,28 +896,28 @@ class Trainer:
         if self.step is not None and not isinstance(self.step, Transform):
             step = self.step
         else:
-            across = Across(self.group, self.args.average_tokens_across_devices, devices(self.args))
+            across = DataParallelConfig(self.group, self.args.average_tokens_across_devices, device_ids(self.args))
             step = compose_step(self.model, self.loss_rule, plan, chosen.transform, overrides_of(self), across)
-        return spread_step(step, self)
+        return distribute_step(step, self)
 
     # Model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from `model_init`, the same at each call."""
         seed_generators(self.args.seed, self.args.device)
-        return made_by(self.model_init, trial)
+        return call_model_init(self.model_init, trial)
 
     def _placed(self, model: nn.Module) -> nn.Module:
-        return prepared_model(model, self.args)
+        return prepare_model(model, self.args)
 
     def _placed_state(self, state: TrainerState) -> TrainerState:
         state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
         return state
 
     def _evaluated_batch(self) -> None:
-        self.tell("on_prediction_step")
+        self._call_event("on_prediction_step")
         if self.request is not None and self.request.poll():
-            raise loop.EvaluationLeft
+            raise EvaluationInterrupted
 
     def _set_context(self, **changes: Any) -> None:
         own = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}

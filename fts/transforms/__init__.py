@@ -90,7 +90,7 @@ __all__ = [
     "ema_params",
     "eval_params",
     "followed_rate",
-    "follows_metric",
+    "steps_on_metric",
     "from_torch",
     "global_norm",
     "identity",

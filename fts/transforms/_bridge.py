@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from fts.dtensors import any_sharded, layout, memory
+from fts.dtensors import (any_dtensor, mesh_and_placements, local_storage_ptr)
 from fts.errors import ArgumentError
 from fts.transforms._arguments import need_params
 from fts.transforms._leaves import Tree, encode, settled
@@ -118,7 +118,7 @@ class Bridge:
         try:
             _step(bound, weights, closure)
         except RuntimeError as error:
-            if not any_sharded(weights.values()):
+            if not any_dtensor(weights.values()):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise ArgumentError(
@@ -181,7 +181,7 @@ class Bridge:
             check_constants(fixed, constants(bound, numbers, self._fixed), type(optimizer).__name__)
             after = read(bound, list(params), numbers, kept)
             for name, tensor in params.items():
-                if name in bound.parameters and memory(bound.parameters[name]) != memory(tensor):
+                if name in bound.parameters and local_storage_ptr(bound.parameters[name]) != local_storage_ptr(tensor):
                     tensor.copy_(bound.parameters[name].data)  # the optimizer put another tensor there
         after = _separated(after, [*params.values(), *grads.values()], kept)
         return params, TorchState(state.step.add_(1), *after), info
@@ -198,7 +198,7 @@ class Bridge:
             return bound
         if new:
             return self.make(params)
-        key = tuple([(name, p.shape, p.dtype, p.device, layout(p)) for name, p in params.items()])
+        key = tuple([(name, p.shape, p.dtype, p.device, mesh_and_placements(p)) for name, p in params.items()])
         if key not in self._made:
             self._made[key] = release(self.make(params))
         return self._made[key]
@@ -290,11 +290,11 @@ def _separated(kept: Kept, others: list[Tensor], before: Kept | None = None) -> 
     leaves, structure = optree.tree_flatten(cast(Any, kept))
     if all(id(leaf) in old for leaf in leaves):
         return kept
-    taken = {memory(tensor) for tensor in others} | {memory(leaf) for leaf in leaves if id(leaf) in old}
+    taken = {local_storage_ptr(tensor) for tensor in others} | {local_storage_ptr(leaf) for leaf in leaves if id(leaf) in old}
     for i, leaf in enumerate(leaves):
         if id(leaf) not in old:
-            leaves[i] = leaf.clone() if leaf.numel() and memory(leaf) in taken else leaf
-            taken.add(memory(leaves[i]))
+            leaves[i] = leaf.clone() if leaf.numel() and local_storage_ptr(leaf) in taken else leaf
+            taken.add(local_storage_ptr(leaves[i]))
     return cast(Kept, optree.tree_unflatten(structure, leaves))
 
 

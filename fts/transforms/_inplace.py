@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.dtensors import local, local_tensors, memory, redistribute_like
+from fts.dtensors import (to_local, local_tensors, local_storage_ptr, redistribute_like)
 from fts.typing import Info, Number, OptState, Params, Transform
 
 Update: TypeAlias = Callable[[Params, OptState, Params | None], tuple[Params, OptState, Info]]
@@ -64,14 +64,14 @@ def _separated(update: Update) -> Update:
 
     def separate(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
         updates, state, info = update(grads, state, params)
-        weights = {memory(tensor) for tensor in (params or {}).values()}
-        given = weights | {memory(tensor) for tensor in grads.values()}
-        state = pytree.tree_map(lambda leaf: leaf.clone() if memory(leaf) in given else leaf, state)
-        taken = weights | {memory(leaf) for leaf in pytree.tree_leaves(state)}
+        weights = {local_storage_ptr(tensor) for tensor in (params or {}).values()}
+        given = weights | {local_storage_ptr(tensor) for tensor in grads.values()}
+        state = pytree.tree_map(lambda leaf: leaf.clone() if local_storage_ptr(leaf) in given else leaf, state)
+        taken = weights | {local_storage_ptr(leaf) for leaf in pytree.tree_leaves(state)}
         own: Params = {}
         for name, tensor in updates.items():
-            own[name] = tensor.clone() if memory(tensor) in taken or 0 in local(tensor).stride() else tensor
-            taken.add(memory(own[name]))
+            own[name] = tensor.clone() if local_storage_ptr(tensor) in taken or 0 in to_local(tensor).stride() else tensor
+            taken.add(local_storage_ptr(own[name]))
         return own, state, info
 
     return separate

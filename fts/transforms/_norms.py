@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.dtensors import any_sharded, is_sharded, layout, local, local_tensors, reduce_partial, summed
+from fts.dtensors import (any_dtensor, is_dtensor, mesh_and_placements, to_local, local_tensors, reduce_partial, sum_over_shards)
 from fts.transforms._inplace import WIDE_DTYPES
 from fts.transforms._scalars import widest
 
@@ -25,20 +25,20 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The Euclidean norm of each, 0-d, in its dtype or at least float32."""
-    if not any_sharded(tensors):
+    if not any_dtensor(tensors):
         return [_norm(tensor) for tensor in tensors]
     tensors = [reduce_partial(tensor) for tensor in tensors]
-    return _over_processes([_norm(local(tensor)) for tensor in tensors], tensors)
+    return _over_processes([_norm(to_local(tensor)) for tensor in tensors], tensors)
 
 
 def norm_now(tensors: Sequence[Tensor]) -> Tensor:
     """As `norm_of`, with one kernel where there is one: for fast paths."""
-    tensors = [reduce_partial(tensor) for tensor in tensors] if any_sharded(tensors) else tensors
+    tensors = [reduce_partial(tensor) for tensor in tensors] if any_dtensor(tensors) else tensors
     parts = local_tensors(tensors)
     if not _alike(parts):
         return norm_of(tensors)
     norms = list(torch._foreach_norm(parts))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(_over_processes(norms, tensors) if any_sharded(tensors) else norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(_over_processes(norms, tensors) if any_dtensor(tensors) else norms))
     return norm
 
 
@@ -46,8 +46,8 @@ def _over_processes(parts: list[Tensor], tensors: Sequence[Tensor]) -> list[Tens
     """Norms of whole tensors from those of what lies here: the squares of tensors with the same layout are summed at once."""
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if is_sharded(tensor):
-            mesh, placements = layout(tensor)
+        if is_dtensor(tensor):
+            mesh, placements = mesh_and_placements(tensor)
             groups.setdefault((mesh, tuple(placement.is_replicate() for placement in placements)), []).append(i)
     norms = list(parts)
     for (_, replicated), places in groups.items():
@@ -55,7 +55,7 @@ def _over_processes(parts: list[Tensor], tensors: Sequence[Tensor]) -> list[Tens
             continue
         # in the widest dtype, in which squares of float32 numbers neither overflow nor round noticeably
         squares = torch.stack([parts[i].to(widest(parts[i].device)) for i in places]).square()
-        for i, norm in zip(places, summed(squares, tensors[places[0]]).sqrt().unbind(), strict=True):
+        for i, norm in zip(places, sum_over_shards(squares, tensors[places[0]]).sqrt().unbind(), strict=True):
             norms[i] = norm.to(parts[i].dtype)
     return norms
 

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from fts.dtensors import point_to
+from fts.dtensors import set_data
 from fts.errors import ArgumentError, UnknownParameterError
 from fts.transforms import _lbfgs
 from fts.transforms._leaves import Tree, copied, decode, encode, encode_like, same
@@ -151,13 +151,13 @@ def lent(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
         for name, parameter in bound.parameters.items():
             parameter.grad = None
             if name in params:
-                point_to(parameter, params[name])
+                set_data(parameter, params[name])
                 parameter.grad = grads.get(name)
         yield
     finally:
         for parameter, data, grad in tensors:
             parameter.grad = None
-            point_to(parameter, data)
+            set_data(parameter, data)
             parameter.grad = grad
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
@@ -172,7 +172,7 @@ def lent(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
 def release(bound: Bound) -> Bound:
     """Let go of the storage that an optimizer was built on, and of the state that it made there."""
     for parameter in bound.parameters.values():
-        point_to(parameter, parameter.data.new_empty(0))
+        set_data(parameter, parameter.data.new_empty(0))
     bound.optimizer.state.clear()
     return bound
 

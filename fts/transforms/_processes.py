@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fts.dtensors import any_sharded, is_sharded, redistribute, reduce_partial, replicated_like
+from fts.dtensors import (any_dtensor, is_dtensor, redistribute, reduce_partial, replicate_like)
 from fts.typing import Params
 
 
 def over_processes(params: Params) -> AbstractContextManager[Any]:
     """In which an optimizer may step on parameters that are spread over processes."""
-    return _OverProcesses() if any_sharded(params.values()) else nullcontext()
+    return _OverProcesses() if any_dtensor(params.values()) else nullcontext()
 
 
 class _OverProcesses(TorchFunctionMode):
@@ -25,11 +25,11 @@ class _OverProcesses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {} if kwargs is None else kwargs
-        spread = next((value for value in (*args, *given.values()) if is_sharded(value)), None)
+        spread = next((value for value in (*args, *given.values()) if is_dtensor(value)), None)
         if spread is not None:
             args = [_joined(value, spread) for value in args]
             given = {key: _joined(value, spread) for key, value in given.items()}
-            if args and is_sharded(args[0]) and _writes(func):
+            if args and is_dtensor(args[0]) and _writes(func):
                 args = [_fitted(value, args[0]) for value in args]
                 given = {key: _fitted(value, args[0]) for key, value in given.items()}
         result = func(*args, **given)
@@ -44,11 +44,11 @@ def _writes(func: Any) -> bool:
 
 def _fitted(value: Any, target: Tensor) -> Any:
     """An argument in the layout of what is written; torch refuses to do it where there are more processes than rows."""
-    return redistribute(value, target) if is_sharded(value) and value.shape == target.shape else value
+    return redistribute(value, target) if is_dtensor(value) and value.shape == target.shape else value
 
 
 def _joined(value: Any, spread: Tensor) -> Any:
     """A plain tensor as a spread one that is whole on each process, in the same memory."""
     # single numbers go with any tensor
-    plain = isinstance(value, Tensor) and value.ndim > 0 and not is_sharded(value)
-    return replicated_like(value, spread) if plain else value
+    plain = isinstance(value, Tensor) and value.ndim > 0 and not is_dtensor(value)
+    return replicate_like(value, spread) if plain else value

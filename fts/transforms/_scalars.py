@@ -6,11 +6,12 @@ Schedules are written once with these functions. Tensors are taken to float64, s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -59,8 +60,36 @@ def constant(value: float, device: torch.device) -> Tensor:
 
 def times(tensor: Tensor, factor: Any) -> Tensor:
     """`tensor * factor` in the dtype of `tensor`, also where it is 0-d itself and a 0-d factor would widen it."""
+    if isinstance(tensor, fx.Proxy):
+        return _recorded(times, tensor, factor)
     product: Tensor = tensor * factor
     return product.to(tensor.dtype)
+
+
+def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
+    """A running mean that began at zero, divided by the sum of its weights, `1 - decay**step`.
+
+    Args:
+        moment: `decay * moment + (1 - decay) * value` so far.
+        decay: in [0, 1).
+        step: how many values entered: a number or 0-d tensor.
+
+    Returns:
+        A tensor in the dtype of `moment`.
+
+    >>> bias_correction(torch.tensor([0.1]), 0.9, 1)
+    tensor([1.])
+
+    Source: Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", section 3.
+    """
+    if isinstance(moment, fx.Proxy):
+        return _recorded(bias_correction, moment, decay, step)
+    return times(moment, 1 / (1 - decay**step))
+
+
+def _recorded(function: Callable[..., Tensor], tensor: fx.Proxy, *args: Any) -> Any:
+    """A call as a single operation of a traced rule."""
+    return tensor.tracer.create_proxy("call_function", function, (tensor, *args), {})
 
 
 def device_of(tensors: dict[str, Tensor]) -> torch.device:

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.dtensors import any_sharded, layout, local_tensors, summed
+from fts.dtensors import (any_dtensor, mesh_and_placements, local_tensors, sum_over_shards)
 from fts.transforms._infos import values_of
 from fts.transforms._inplace import Apply
 from fts.typing import Info, OptState, Params, Transform
@@ -71,13 +71,13 @@ def all_finite(grads: Params, device: torch.device) -> Tensor:
     flags: dict[Any, list[Tensor]] = {}
     likes: dict[Any, Tensor] = {}
     for grad, part in zip(grads.values(), local_tensors(grads.values()), strict=True):
-        form = layout(grad)
+        form = mesh_and_placements(grad)
         likes[form] = grad
         flags.setdefault(form, []).append(part.isfinite().all().to(device))
     finite = [torch.stack(found).all() for found in flags.values()]
-    if any_sharded(likes.values()):
+    if any_dtensor(likes.values()):
         finite = [
-            one if form is None else summed((~one).to(torch.int64), likes[form]) == 0
+            one if form is None else sum_over_shards((~one).to(torch.int64), likes[form]) == 0
             for form, one in zip(flags, finite, strict=True)
         ]
     return torch.stack(finite).all()
@@ -85,7 +85,7 @@ def all_finite(grads: Params, device: torch.device) -> Tensor:
 
 def all_finite_now(grads: Params) -> bool:
     """On the CPU: a finite norm proves finite gradients with one kernel; else look again, as squares may overflow."""
-    if any_sharded(grads.values()):
+    if any_dtensor(grads.values()):
         return bool(all_finite(grads, torch.device("cpu")))
     norms = torch._foreach_norm(list(grads.values()))
     return math.isfinite(sum(map(float, norms))) or all(bool(g.isfinite().all()) for g in grads.values())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.dtensors import copied_into
+from fts.dtensors import copy_into
 from fts.errors import ArgumentError
 from fts.transforms._bridge import TorchState
 from fts.transforms._leaves import Tree, encode, fitted
@@ -106,7 +106,7 @@ def _like(form: Tensor, value: Any, where: str) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != form.shape:
         found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ArgumentError(f"with_torch_moments: {where} has a moment of shape {found}; it must be {list(form.shape)}.")
-    return copied_into(torch.empty_like(form), value)
+    return copy_into(torch.empty_like(form), value)
 
 
 def _check_keys(name: str, entry: Mapping[str, Any], wanted: set[str]) -> None:

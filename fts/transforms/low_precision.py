@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import from_local_like, local, local_tensors
+from fts.dtensors import (from_local_like, to_local, local_tensors)
 from fts.errors import ArgumentError
-from fts.randomness import bits_like
+from fts.randomness import random_bits_like
 from fts.transforms._arguments import check_integer, check_transform, need_params
 from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast
 from fts.transforms._scalars import new_count
@@ -136,8 +136,8 @@ def stochastic_rounding(inner: Transform, seed: int = 0) -> Transform:
         return RoundingState(inner.init(_widened(params)), new_count(params))
 
     def rounded(name: str, sums: Tensor, step: Tensor) -> Tensor:
-        part = local(sums)
-        return from_local_like(_rounded(part, bits_like(sums, seed, step.to(part.device), _number_of(name))), sums)
+        part = to_local(sums)
+        return from_local_like(_rounded(part, random_bits_like(sums, seed, step.to(part.device), _number_of(name))), sums)
 
     def update(grads: Params, state: RoundingState, params: Params | None) -> tuple[Params, OptState, Info]:
         given = need_params(params, "stochastic_rounding")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fts.randomness import normal_like
+from fts.randomness import randn_like
 from fts.transforms._arguments import check_integer, check_number
 from fts.transforms._scalars import new_count, real, times
 from fts.transforms.scaling import ScheduleState
@@ -41,7 +41,7 @@ def add_noise(eta: float, gamma: float, seed: int) -> Transform:
     def update(grads: Params, state: ScheduleState, params: Params | None) -> tuple[Params, OptState, Info]:
         deviation = (eta / (1.0 + real(state.step)) ** gamma) ** 0.5
         updates = {
-            name: g + times(normal_like(g, seed, state.step.to(g.device), i), deviation)
+            name: g + times(randn_like(g, seed, state.step.to(g.device), i), deviation)
             for i, (name, g) in enumerate(grads.items())
         }
         return updates, ScheduleState(state.step + 1), {}

@@ -340,7 +340,7 @@ def follows_metric(opt_state: OptState) -> bool:
     """Whether `followed_rate` and `update_on_metric` find something in a state.
 
     >>> from fts import transforms as tx
-    >>> tx.follows_metric(tx.sgd(0.1).init({"w": torch.zeros(1)}))
+    >>> tx.steps_on_metric(tx.sgd(0.1).init({"w": torch.zeros(1)}))
     False
     """
     return bool(states_in(opt_state, FollowState))

@@ -1,7 +1,7 @@
 """Schedules: pure functions from the number of updates so far to a value.
 
 Each takes a Python number and returns one, or takes a 0-d tensor and returns a 0-d float64 tensor of the same value.
-`*_steps` are numbers of updates. Warm-up comes before everything else and rises from 0, so the first update with
+`*_interval` are numbers of updates. Warm-up comes before everything else and rises from 0, so the first update with
 `warmup_steps > 0` has the rate 0.
 """
 

@@ -71,7 +71,7 @@ def skip_spikes(
         threshold: how many standard deviations above the mean begin a spike.
         decay: of mean and deviation, in [0, 1).
         warmup_steps: no finite norm is a spike before so many were seen.
-        limit: this many skipped updates in a row are an error. With 1 the first spike is, for `loops.rolling_back`.
+        limit: this many skipped updates in a row are an error. With 1 the first spike is, for `loops.with_rollback`.
 
     Returns:
         A transform with `SpikeState`. Next to what `inner` reports, it reports `spike` (0 or 1), `spikes_total` and

@@ -70,7 +70,7 @@ def test_nothing_there(tmp_path, capsys):
 
 def test_progress_goes_to_standard_error_once_it_takes_long(tmp_path, capsys, monkeypatch):
     a_run(tmp_path)
-    monkeypatch.setattr("fts.cli.checkpoints.QUIET", 0.0)
+    monkeypatch.setattr("fts.cli.checkpoints.LINE_SECONDS", 0.0)
     main(["checkpoints", str(tmp_path)])
     shown = capsys.readouterr()
     assert "verified 3 of 4 checkpoints" in shown.err and "verified" not in shown.out

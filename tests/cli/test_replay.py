@@ -49,7 +49,7 @@ PLAIN = """
     def poisoned():
         global POISONED
         step, state, data = made()
-        POISONED = data.items(1, 2)[3]  # the eighth step
+        POISONED = data.example_indices(1, 2)[3]  # the eighth step
         print("poisoned", POISONED)
         return step, state, data
 

@@ -90,7 +90,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
     ],
 )
 def test_messages_of_torch_that_are_about_others(text, says):
-    with pytest.raises(DistributedError, match=f"Process 0 of 2 {says}") as caught, RankMonitor(Group(size=2)).clear_errors():
+    with pytest.raises(DistributedError, match=f"Process 0 of 2 {says}") as caught, RankMonitor(Group(size=2)).translate_errors():
         raise RuntimeError(text)
     assert str(caught.value.__cause__) == text
     assert "Start all processes again" in str(caught.value)
@@ -108,7 +108,7 @@ def test_messages_of_torch_that_are_about_others(text, says):
     ids=str,
 )
 def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error), match=re.escape(str(error))) as caught, RankMonitor(Group(size=2)).clear_errors():
+    with pytest.raises(type(error), match=re.escape(str(error))) as caught, RankMonitor(Group(size=2)).translate_errors():
         raise error
     assert caught.value is error
 
@@ -120,7 +120,7 @@ def test_a_process_that_ended_and_one_that_lives():
     try:
         while ended.poll() is None:
             pass
-        assert peers.gone() == [1]
+        assert peers.dead_ranks() == [1]
     finally:
         living.communicate(b"\n")
-    assert peers.gone() == [1, 2]
+    assert peers.dead_ranks() == [1, 2]

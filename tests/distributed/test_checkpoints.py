@@ -11,8 +11,8 @@ from fts import loops
 from fts.cli import main as command
 from fts.errors import ArgumentError
 from fts.loops.checkpoint_list import list_checkpoints
-from fts.storage import is_spread
-from tests.distributed import resuming
+from fts.storage import has_sharded_tensors
+from tests.distributed import run_resume
 from tests.torchrun import results
 
 HERE = Path(__file__).parent
@@ -116,16 +116,16 @@ def test_a_run_goes_on_under_another_strategy(runs):
 def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path, kind):
     found, root = runs
     job = job_of(tmp_path, strategy="ddp", name="one", resume=str(root / kind / "checkpoint-4"))
-    assert_close(json.loads(json.dumps(resuming.run(job))), found["ddp"])
+    assert_close(json.loads(json.dumps(run_resume.run(job))), found["ddp"])
 
 
 def test_what_two_processes_wrote(runs):
     found, root = runs
     for kind in ("ddp", "fsdp"):
-        assert [(one.step, one.condition) for one in list_checkpoints(root / kind)] == [(4, "whole"), (8, "whole"), (12, "whole")]
+        assert [(one.step, one.status) for one in list_checkpoints(root / kind)] == [(4, "whole"), (8, "whole"), (12, "whole")]
         assert command(["checkpoints", str(root / kind)]) == 0
-    assert is_spread(root / "fsdp" / "checkpoint-4", "model.safetensors")
-    assert {one.condition for one in list_checkpoints(root / "full")} == {"model only"}
+    assert has_sharded_tensors(root / "fsdp" / "checkpoint-4", "model.safetensors")
+    assert {one.status for one in list_checkpoints(root / "full")} == {"model only"}
     for path in (root / "model", root / "full" / "checkpoint-12"):
         weights = load_file(path / "model.safetensors")
         assert weights.keys() == found["fsdp"]["weights"].keys()
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_for_the_first_process_ends_all_soon(runs):
 def test_after_an_error_the_first_process_saves_what_it_has_whole(runs):
     found, root = runs
     assert any("checkpoint-6" in note and "goes on" in note for note in found["callback"]["error"]), found["callback"]
-    assert [(one.step, one.condition) for one in list_checkpoints(root / "callback")] == [(4, "whole"), (6, "whole")]
+    assert [(one.step, one.status) for one in list_checkpoints(root / "callback")] == [(4, "whole"), (6, "whole")]
     assert any("the other parts" in note for note in found["callback fsdp"]["error"]), found["callback fsdp"]
     assert [one.step for one in list_checkpoints(root / "callback-fsdp")] == [4]
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fts.distributed.fsdp import _recompute
+from fts.distributed.fsdp import _checkpoint_activations
 
 
 @pytest.mark.parametrize(("offload", "remembered"), [(True, 1.0), (False, 0.0)])
 def test_inputs_of_recomputed_units_are_kept_elsewhere(offload, remembered):
     unit = torch.nn.Linear(64, 1, bias=False)
-    _recompute(unit, offload=offload)
+    _checkpoint_activations(unit, offload=offload)
     given = torch.ones(64, 64, requires_grad=True) * 1.0
     loss = unit(given).sum()
     given.data.zero_()  # unseen by autograd: a copy has the old numbers

@@ -9,23 +9,31 @@ import pytest
 from torch import nn
 
 from fts.cli import main
-from fts.distributed.model_shapes import counted, elements, of_module, parts
-from fts.distributed.resource_plan import PRECISIONS, STRATEGIES, Setup, activations, memory, plan, traffic
+from fts.distributed.model_shapes import local_shapes, numel, shapes_from_counts, shapes_from_module
+from fts.distributed.resource_plan import (
+    PRECISIONS,
+    STRATEGIES,
+    TrainingSetup,
+    estimate_activations,
+    estimate_memory,
+    estimate_traffic,
+    plan_resources,
+)
 from fts.errors import ArgumentError
 from tests import torchrun
 
 ROOT = Path(__file__).parents[2]
 
 SETUPS = {
-    "ddp": Setup("ddp", accumulate=2, world=2),
-    "ddp, buckets apart": Setup("ddp", bucket_view=False, world=2),
-    "fsdp": Setup("fsdp", accumulate=2, no_sync=False, world=2),
-    "fsdp, not resharded": Setup("fsdp", accumulate=2, no_sync=False, reshard=False, world=2),
-    "fsdp, no sync": Setup("fsdp", accumulate=2, world=2),
-    "fsdp, bf16": Setup("fsdp", precision="bf16", world=2, reduce=2),
-    "fsdp, bf16-pure": Setup("fsdp", precision="bf16-pure", world=2),
-    "tp": Setup("tp", accumulate=2, world=2, tensor=2, batch=2, sequence=12),
-    "hsdp": Setup("hsdp", accumulate=2, no_sync=False, world=4, shard=2),
+    "ddp": TrainingSetup("ddp", accumulate=2, world=2),
+    "ddp, buckets apart": TrainingSetup("ddp", bucket_view=False, world=2),
+    "fsdp": TrainingSetup("fsdp", accumulate=2, no_sync=False, world=2),
+    "fsdp, not resharded": TrainingSetup("fsdp", accumulate=2, no_sync=False, reshard=False, world=2),
+    "fsdp, no sync": TrainingSetup("fsdp", accumulate=2, world=2),
+    "fsdp, bf16": TrainingSetup("fsdp", precision="bf16", world=2, reduce=2),
+    "fsdp, bf16-pure": TrainingSetup("fsdp", precision="bf16-pure", world=2),
+    "tp": TrainingSetup("tp", accumulate=2, world=2, tensor=2, batch=2, sequence=12),
+    "hsdp": TrainingSetup("hsdp", accumulate=2, no_sync=False, world=4, shard=2),
 }
 
 
@@ -34,18 +42,18 @@ def measured(processes, file):
 
 
 def models():
-    from tests.distributed.measuring import bert, llama
+    from tests.distributed.run_resource_plan import bert, llama
 
     return (
-        of_module(bert(), ["BertLayer"]),
-        of_module(llama(), ["LlamaDecoderLayer"], layers=3, hidden=64, heads=4, vocabulary=500),
+        shapes_from_module(bert(), ["BertLayer"]),
+        shapes_from_module(llama(), ["LlamaDecoderLayer"], layers=3, hidden=64, heads=4, vocabulary=500),
     )
 
 
 def compare(everyone, setups):
     bert, llama = models()
     for name, setup in setups.items():
-        found = plan(llama if name == "tp" else bert, setup)
+        found = plan_resources(llama if name == "tp" else bert, setup)
         most = {key: max(one[name][key] for one in everyone) for key in ("parameters", "gradients", "moments", "buckets")}
         assert found.memory.parameters == pytest.approx(most["parameters"], rel=0.01), name
         assert found.memory.gradients == pytest.approx(most["gradients"], rel=0.01), name
@@ -70,17 +78,17 @@ def test_bytes_of_two_processes(two):
 
 def test_the_largest_unit_is_gathered(two):
     bert, _ = models()
-    largest = max(4 * 2 * elements(parts(unit.shapes, 2)) for unit in bert.units)
+    largest = max(4 * 2 * numel(local_shapes(unit.shapes, 2)) for unit in bert.units)
     assert two[0]["fsdp"]["largest gathered"] == largest
 
 
 def test_what_fsdp_holds_at_a_time():
-    model = counted(1_020, layers=3, hidden=10, vocabulary=6)
-    assert [unit.count for unit in model.units] == [120, 300, 300, 300]
-    setup = Setup("fsdp", world=2, accumulate=2, precision="bf16", reduce=4, no_sync=False)
-    assert memory(model, setup).gathered == 2 * (120 + 2 * 300) + (2 + 4) * 300
-    assert memory(model, attrs.evolve(setup, no_sync=True)).gathered == 2 * (120 + 2 * 300) + (2 + 4) * 300 + 4 * 1020
-    assert memory(model, attrs.evolve(setup, reshard=False)).gathered == 2 * 1020 + (2 + 4) * 300
+    model = shapes_from_counts(1_020, layers=3, hidden=10, vocabulary=6)
+    assert [unit.numel for unit in model.units] == [120, 300, 300, 300]
+    setup = TrainingSetup("fsdp", world=2, accumulate=2, precision="bf16", reduce=4, no_sync=False)
+    assert estimate_memory(model, setup).gathered == 2 * (120 + 2 * 300) + (2 + 4) * 300
+    assert estimate_memory(model, attrs.evolve(setup, no_sync=True)).gathered == 2 * (120 + 2 * 300) + (2 + 4) * 300 + 4 * 1020
+    assert estimate_memory(model, attrs.evolve(setup, reshard=False)).gathered == 2 * 1020 + (2 + 4) * 300
 
 
 @pytest.mark.fuzz
@@ -95,15 +103,15 @@ def test_bytes_of_four_processes(tmp_path):
 )
 def test_figure_1_of_the_zero_paper(strategy, world, gigabytes):
     precision = "bf16-master"
-    found = memory(counted(7_500_000_000), Setup(strategy, world=world, precision=precision))
+    found = estimate_memory(shapes_from_counts(7_500_000_000), TrainingSetup(strategy, world=world, precision=precision))
     model_states = found.parameters + found.gradients + found.moments + found.master
     assert model_states / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
 def test_volumes_of_the_zero_paper():
-    size = counted(7_500_000_000)
+    size = shapes_from_counts(7_500_000_000)
     sent = {
-        name: plan(size, Setup(name, world=1024, precision="bf16-master")).sent
+        name: plan_resources(size, TrainingSetup(name, world=1024, precision="bf16-master")).sent
         for name in STRATEGIES
         if name not in ("single", "tp")
     }
@@ -116,34 +124,34 @@ def test_volumes_of_the_zero_paper():
 
 def test_activations_of_the_paper():
     # Korthikanti et al. 2022, table 2 and section 4: with t = 8, the 22 B model keeps s b h (10 + 24 / t + 5 a s / (h t)) a layer
-    model = counted(22_000_000_000, layers=48, hidden=6144, heads=64)
-    setup = Setup("tp", world=8, tensor=8, precision="bf16-pure", batch=4, sequence=2048, attention="eager")
+    model = shapes_from_counts(22_000_000_000, layers=48, hidden=6144, heads=64)
+    setup = TrainingSetup("tp", world=8, tensor=8, precision="bf16-pure", batch=4, sequence=2048, attention="eager")
     s, b, h, a, t = 2048, 4, 6144, 64, 8
-    assert activations(model, setup) == pytest.approx(48 * s * b * h * (10 + 24 / t + 5 * a * s / (h * t)), rel=1e-12)
+    assert estimate_activations(model, setup) == pytest.approx(48 * s * b * h * (10 + 24 / t + 5 * a * s / (h * t)), rel=1e-12)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "deepspeed-1", "deepspeed-2", "deepspeed-3"])
 def test_sharding_never_takes_more_state_than_ddp(strategy, precision):
-    model = counted(10_000_000, layers=4, hidden=256, vocabulary=1000)
+    model = shapes_from_counts(10_000_000, layers=4, hidden=256, vocabulary=1000)
 
     def states(name):
-        found = memory(model, Setup(name, world=16, precision=precision))
+        found = estimate_memory(model, TrainingSetup(name, world=16, precision=precision))
         return found.gradients + found.moments + found.parameters + found.master
 
     assert states(strategy) <= states("ddp")
 
 
 def test_adafactor_keeps_rows_and_columns():
-    model = of_module(nn.Linear(30, 20, bias=False), [])
-    assert memory(model, Setup(optimizer="adafactor")).moments == 4 * (30 + 20)
-    assert memory(model, Setup("fsdp", optimizer="adafactor", world=2)).moments == 4 * (30 + 10)
+    model = shapes_from_module(nn.Linear(30, 20, bias=False), [])
+    assert estimate_memory(model, TrainingSetup(optimizer="adafactor")).moments == 4 * (30 + 20)
+    assert estimate_memory(model, TrainingSetup("fsdp", optimizer="adafactor", world=2)).moments == 4 * (30 + 10)
 
 
 def test_frozen_parameters_have_no_gradients():
     net = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 1))
     net[0].requires_grad_(False)
-    found = plan(of_module(net, ["Linear"]), Setup("fsdp", world=2))
+    found = plan_resources(shapes_from_module(net, ["Linear"]), TrainingSetup("fsdp", world=2))
     assert (found.memory.gradients, found.memory.parameters) == (4 * (10 + 1), 4 * (5 * 10 + 5 + 10 + 1))
     assert [one.nbytes for one in found.traffic] == [4 * (100 + 10 + 20 + 2), 4 * (20 + 2)]  # one row is filled up to two
 
@@ -159,12 +167,12 @@ def test_frozen_parameters_have_no_gradients():
 )
 def test_setups_that_cannot_be(wrong, message):
     with pytest.raises(ArgumentError, match=re.escape(message)):
-        Setup(**wrong)
+        TrainingSetup(**wrong)
 
 
 def test_embeddings_larger_than_the_model():
     with pytest.raises(ArgumentError, match="1000 parameters are fewer than the 2000000"):
-        counted(1000, layers=1, hidden=100, vocabulary=10_000)
+        shapes_from_counts(1000, layers=1, hidden=100, vocabulary=10_000)
 
 
 def test_the_command_prints_json(capsys):
@@ -173,7 +181,10 @@ def test_the_command_prints_json(capsys):
     )
     assert main(command.split()) == 0
     found = json.loads(capsys.readouterr().out)["hsdp"]
-    of_all = plan(counted(7_000_000_000, layers=32, hidden=4096), Setup("hsdp", world=64, precision="bf16", sequence=2048))
+    of_all = plan_resources(
+        shapes_from_counts(7_000_000_000, layers=32, hidden=4096),
+        TrainingSetup("hsdp", world=64, precision="bf16", sequence=2048),
+    )
     assert found["memory"]["total"] == of_all.memory.total
     assert found["sent"] == of_all.sent == sum(one["sent"] for one in found["traffic"])
     assert [one["processes"] for one in found["traffic"]] == [8, 8, 8]
@@ -199,14 +210,14 @@ def test_the_command_says_how_numbers_are_written(capsys, text):
 
 def test_the_command_reads_a_model(capsys, tmp_path):
     pytest.importorskip("transformers")
-    from tests.distributed.measuring import bert
+    from tests.distributed.run_resource_plan import bert
 
     model = bert()
     model.config.architectures = ["BertForSequenceClassification"]
     model.config.save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), "--world", "2", "--strategy", "fsdp", "--precision", "fp32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["fsdp"]
-    assert found["memory"]["parameters"] == memory(models()[0], SETUPS["fsdp"]).parameters
+    assert found["memory"]["parameters"] == estimate_memory(models()[0], SETUPS["fsdp"]).parameters
 
 
 def test_the_command_refuses_what_is_no_model(capsys, tmp_path):
@@ -215,14 +226,14 @@ def test_the_command_refuses_what_is_no_model(capsys, tmp_path):
 
 
 def test_tensor_parallel_sums_activations():
-    model = counted(1_000_000, layers=2, hidden=64)
-    (only,) = traffic(model, Setup("tp", world=4, tensor=4, batch=3, sequence=10, accumulate=2))
+    model = shapes_from_counts(1_000_000, layers=2, hidden=64)
+    (only,) = estimate_traffic(model, TrainingSetup("tp", world=4, tensor=4, batch=3, sequence=10, accumulate=2))
     assert (only.what, only.times, only.nbytes) == ("activations", 2 * 2 * 7, 4 * 3 * 10 * 64)
 
 
 SIZES = {
-    "7e9": counted(7_000_000_000, layers=32, hidden=4096, vocabulary=32_000),
-    "70e9": counted(70_000_000_000, layers=80, hidden=8192, vocabulary=32_000),
+    "7e9": shapes_from_counts(7_000_000_000, layers=32, hidden=4096, vocabulary=32_000),
+    "70e9": shapes_from_counts(70_000_000_000, layers=80, hidden=8192, vocabulary=32_000),
 }
 
 
@@ -235,7 +246,7 @@ def test_the_page(capsys):
         found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
         assert {row[0] for row in found} == set(STRATEGIES) - {"single"}
         for strategy, *cells in found:
-            setup = Setup(
+            setup = TrainingSetup(
                 strategy,
                 tensor=8 if strategy == "tp" else 1,
                 precision="bf16",
@@ -243,7 +254,7 @@ def test_the_page(capsys):
                 checkpointing=True,
                 world=8,
             )
-            plans = [plan(SIZES[name], attrs.evolve(setup, world=world)) for world in (8, 64, 512)]
+            plans = [plan_resources(SIZES[name], attrs.evolve(setup, world=world)) for world in (8, 64, 512)]
             assert cells == [f"{count / 1e9:.1f}" for one in plans for count in (one.memory.total, one.sent)], (name, strategy)
 
     shown = re.search(r"^\$ fts (plan .*)\n((?:.*\n)*?)```", page, re.MULTILINE)

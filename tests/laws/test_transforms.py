@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 
 import fts.testing
 from fts import transforms as tx
-from fts.testing.comparison import in_words
+from fts.testing.comparison import transform_summary
 from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_update
-from fts.testing.forms import structure_is_stable
+from fts.testing.structure import structure_is_stable
 from fts.testing.purity import inputs_unchanged, state_owns_its_memory
 from fts.testing.transform_checks import run_examples
 
@@ -131,36 +131,36 @@ EAGER_REGISTRY = [
 
 NOT_TRANSFORMS = {
     "apply_updates", "averaged_params", "eval_params", "global_norm", "loss_scale",
-    "followed_rate", "follows_metric", "update_on_metric", "torch_moments",
+    "followed_rate", "steps_on_metric", "update_on_metric", "torch_moments",
     "constant_schedule", "cosine_restarts_schedule", "cosine_schedule", "inverse_sqrt_schedule", "join_schedules",
     "linear_schedule", "polynomial_schedule", "shift_schedule", "warmup", "warmup_stable_decay_schedule",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("transform", REGISTRY, ids=in_words)
+@pytest.mark.parametrize("transform", REGISTRY, ids=transform_summary)
 def test_laws(transform: fts.Transform) -> None:
     fts.testing.check_transform(transform)
 
 
-@pytest.mark.parametrize("transform", NAMED_REGISTRY, ids=in_words)
+@pytest.mark.parametrize("transform", NAMED_REGISTRY, ids=transform_summary)
 def test_laws_at_known_names(transform: fts.Transform) -> None:
     fts.testing.check_transform(transform, params=fts.testing.strategies.params(named=NAMES))
 
 
-@pytest.mark.parametrize("transform", EAGER_REGISTRY, ids=in_words)
+@pytest.mark.parametrize("transform", EAGER_REGISTRY, ids=transform_summary)
 def test_laws_outside_of_graphs(transform: fts.Transform) -> None:
     untraceable = ["vmapped_equals_loop", "differentiable", "traced_equals_eager", "traced_once"]
     fts.testing.check_transform(transform, skip=untraceable)
 
 
-@pytest.mark.parametrize("transform", REGISTRY, ids=in_words)
+@pytest.mark.parametrize("transform", REGISTRY, ids=transform_summary)
 def test_fast_paths_agree_on_gradients_that_are_not_finite(transform: fts.Transform) -> None:
     laws = ["apply_equals_update", "update_in_place_equals_update", "structure_is_stable", "same_inputs_same_outputs"]
     fts.testing.check_transform(transform, laws=laws, nonfinite=True)
 
 
 ROUNDING = ("master_weights", "stochastic_rounding")  # nothing comes behind them
-NOT_LAST = [transform for transform in REGISTRY if not any(name in in_words(transform) for name in ROUNDING)]
+NOT_LAST = [transform for transform in REGISTRY if not any(name in transform_summary(transform) for name in ROUNDING)]
 
 
 @given(
@@ -179,7 +179,7 @@ WRAPPERS = {
     "skip_nonfinite": tx.skip_nonfinite,
     "skip_spikes": lambda inner: tx.skip_spikes(inner, 0.5, warmup_steps=1),
     "dynamic_loss_scale": lambda inner: (
-        inner if in_words(inner).count("dynamic_loss_scale") else tx.dynamic_loss_scale(inner, 4.0)
+        inner if transform_summary(inner).count("dynamic_loss_scale") else tx.dynamic_loss_scale(inner, 4.0)
     ),
     "master_weights": tx.master_weights,
     "stochastic_rounding": tx.stochastic_rounding,
@@ -208,7 +208,7 @@ def test_any_other_inside(wrap) -> None:
 
 def test_every_public_factory_is_listed() -> None:
     factories = {name for name in tx.__all__ if inspect.isfunction(getattr(tx, name)) and name not in NOT_TRANSFORMS}
-    listed = " ".join(map(in_words, [*REGISTRY, *NAMED_REGISTRY, *EAGER_REGISTRY]))
+    listed = " ".join(map(transform_summary, [*REGISTRY, *NAMED_REGISTRY, *EAGER_REGISTRY]))
     missing = [name for name in sorted(factories) if name not in listed]
     assert not missing, f"add {missing} to REGISTRY in tests/laws/test_transforms.py"
 

@@ -20,7 +20,7 @@ import fts
 from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, Interrupted
 from fts.loops import AsyncCheckpointer, Position, load_checkpoint, newest_checkpoint, verify_checkpoint
-from fts.loops.validation import is_whole
+from fts.loops.checkpoint_status import is_complete
 
 OPTIMIZER = tx.adamw(1e-2)
 
@@ -82,12 +82,12 @@ def test_the_second_save_uses_the_memory_of_the_first(tmp_path, caplog):
         places = []
         for step in range(3):
             writer.save(tmp_path / f"checkpoint-{step}", state_at(step, 500_000))
-            places.append((writer._image.memory.data_ptr(), writer.nbytes))
+            places.append((writer._staging.memory.data_ptr(), writer.nbytes))
         assert len(set(places)) == 1
         # the weights, two moments and less than a page a file
         assert 3 * 2_000_000 < writer.nbytes < 3 * 2_000_000 + 4 * 4096
         assert [record.getMessage() for record in caplog.records] == [
-            "Checkpoints are written beside training from a copy of the state: 6 MiB."
+            "Checkpoints are written asynchronously from a copy of the state: 6 MiB."
         ]
     assert [step_of(tmp_path / f"checkpoint-{step}", 500_000) for step in range(3)] == [0, 1, 2]
 
@@ -171,7 +171,7 @@ def test_a_failing_hook_leaves_nothing_and_the_writer_usable(tmp_path):
         with pytest.raises(ZeroDivisionError):
             writer.save(tmp_path / "checkpoint-1", state_at(1), write=lambda hidden: 1 / 0)
         assert list(tmp_path.iterdir()) == []
-        with pytest.raises(ArgumentError, match="what JSON can hold"):
+        with pytest.raises(ArgumentError, match="must be JSON-serializable"):
             writer.save(tmp_path / "checkpoint-1", state_at(1), extra={"a": object()})
         with pytest.raises(ArgumentError, match="has no `save`"):
             writer.save(tmp_path / "checkpoint-1", {"w": 1})
@@ -182,7 +182,7 @@ def test_a_failing_hook_leaves_nothing_and_the_writer_usable(tmp_path):
 def test_a_directory_without_a_state(tmp_path):
     path, seen = tmp_path / "model", []
     with AsyncCheckpointer() as writer:
-        writer.write(path, lambda hidden: (hidden / "a.txt").write_text("a"), then=lambda: seen.append(path.is_dir()))
+        writer.write_directory(path, lambda hidden: (hidden / "a.txt").write_text("a"), on_complete=lambda: seen.append(path.is_dir()))
         writer.wait()
         assert seen == [True]
         assert json.loads((path / "manifest.json").read_text())["files"]["a.txt"]["size"] == 1
@@ -223,7 +223,7 @@ def test_the_same_directory_twice(tmp_path):
 
 def test_one_save_is_under_way_and_the_next_waits(tmp_path):
     gate, writer = threading.Event(), AsyncCheckpointer()
-    writer.save(tmp_path / "checkpoint-1", state_at(1), then=gate.wait)
+    writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=gate.wait)
     second = threading.Thread(target=writer.save, args=(tmp_path / "checkpoint-2", state_at(2)))
     second.start()
     time.sleep(0.2)
@@ -239,13 +239,13 @@ def test_what_follows_runs_when_the_checkpoint_is_durable_and_before_the_end_of_
 
     def then():
         time.sleep(0.2)
-        seen.append(is_whole(tmp_path / "checkpoint-1"))
+        seen.append(is_complete(tmp_path / "checkpoint-1"))
 
     def step(state, batch):
         return state, {}
 
     with AsyncCheckpointer() as writer:
-        save = partial(lambda state, position: writer.save(tmp_path / "checkpoint-1", state, position, then=then))
+        save = partial(lambda state, position: writer.save(tmp_path / "checkpoint-1", state, position, on_complete=then))
         for event in writer.watch(loops.fit(step, state_at(1), [1], save=save)):
             if isinstance(event, loops.Stopped):
                 assert seen == [True]
@@ -254,7 +254,7 @@ def test_what_follows_runs_when_the_checkpoint_is_durable_and_before_the_end_of_
 def test_without_a_thread_all_is_done_when_save_returns(tmp_path):
     with AsyncCheckpointer(background=False) as writer:
         seen = []
-        path = writer.save(tmp_path / "checkpoint-1", state_at(1), then=lambda: seen.append(threading.current_thread()))
+        path = writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=lambda: seen.append(threading.current_thread()))
         assert seen == [threading.main_thread()] and step_of(path) == 1 and writer.nbytes == 0
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError, match="could not be written"):
@@ -312,10 +312,10 @@ def test_an_error_behind_is_raised_once_by_whatever_comes_next(tmp_path, how):
         raise KeyError("retention")
 
     writer = AsyncCheckpointer()
-    writer.save(tmp_path / "checkpoint-1", state_at(1), then=fail)
+    writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=fail)
     writer._thread.join()
     again = {"save": lambda: writer.save(tmp_path / "checkpoint-2", state_at(2))}
-    with pytest.raises(CheckpointError, match=r"checkpoint-1 is complete, but what was to follow.*retention") as caught:
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 is complete, but the callback after its save failed.*retention") as caught:
         again.get(how, getattr(writer, how))()
     assert isinstance(caught.value.__cause__, KeyError)
     writer.poll()
@@ -329,24 +329,24 @@ def test_the_error_of_a_block_is_not_masked(tmp_path):
         raise OSError("the disk went away")
 
     with pytest.raises(ValueError, match="of the loop") as caught, AsyncCheckpointer() as writer:
-        writer.save(tmp_path / "checkpoint-1", state_at(1), then=fail)
+        writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=fail)
         raise ValueError("of the loop")
     assert "the disk went away" in caught.value.__notes__[0]
     with pytest.raises(CheckpointError, match="the disk went away"), AsyncCheckpointer() as writer:
-        writer.save(tmp_path / "checkpoint-1", state_at(1), then=fail)
+        writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=fail)
 
 
 def test_an_error_of_a_block_waits_for_the_save_and_an_interruption_does_not(tmp_path):
     gate, writer = threading.Event(), AsyncCheckpointer()
     with pytest.raises(Interrupted), writer:
-        writer.save(tmp_path / "checkpoint-1", state_at(1), then=gate.wait)
+        writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=gate.wait)
         raise Interrupted(143, "SIGTERM")
     assert writer._thread.is_alive()
     gate.set()
     writer.close()
     done = []
     with pytest.raises(ZeroDivisionError), writer:
-        writer.save(tmp_path / "checkpoint-2", state_at(2), then=lambda: (time.sleep(0.2), done.append(2)))
+        writer.save(tmp_path / "checkpoint-2", state_at(2), on_complete=lambda: (time.sleep(0.2), done.append(2)))
         1 / 0  # noqa: B018
     assert done == [2]
 
@@ -358,7 +358,7 @@ import sys, time, torch, fts
 from fts import loops, transforms as tx
 state = fts.TrainState.create({{"w": torch.ones(3_000_000)}}, tx.adamw(1e-2))
 writer = loops.AsyncCheckpointer()
-writer.save({str(tmp_path / "checkpoint-1")!r}, state, then=lambda: (time.sleep(0.5), print("done", flush=True)))
+writer.save({str(tmp_path / "checkpoint-1")!r}, state, on_complete=lambda: (time.sleep(0.5), print("done", flush=True)))
 {end}
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -391,7 +391,7 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, milliseconds):
     newest = newest_checkpoint(tmp_path)
     assert step_of(newest, 300_000) == number(newest)
     step_of(tmp_path / "checkpoint-0", 300_000)
-    assert all(is_whole(path) for path in tmp_path.glob("checkpoint-*"))
+    assert all(is_complete(path) for path in tmp_path.glob("checkpoint-*"))
 
 
 def test_workers_may_be_forked_while_a_save_is_under_way(tmp_path):

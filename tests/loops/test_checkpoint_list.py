@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fts.loops import newest_checkpoint
-from fts.loops.checkpoint_list import best_of, list_checkpoints
-from fts.loops.validation import looks_whole
+from fts.loops.checkpoint_list import (best_checkpoint_step, list_checkpoints)
+from fts.loops.checkpoint_status import looks_complete
 from tests.loops.saved import flip_a_bit, names_in, save, save_model, truncate
 
 
 def conditions(root):
-    return {one.step: one.condition for one in list_checkpoints(root)}
+    return {one.step: one.status for one in list_checkpoints(root)}
 
 
 def one_of_each(root):
@@ -46,9 +46,9 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path, name):
     path = save(tmp_path, 1, history=[])
     (path / name).unlink()
     os.mkfifo(path / name)
-    assert [found.condition for found in list_checkpoints(tmp_path)] == ["damaged"]
+    assert [found.status for found in list_checkpoints(tmp_path)] == ["damaged"]
     assert newest_checkpoint(tmp_path) is None
-    assert not looks_whole(path)
+    assert not looks_complete(path)
 
 
 def test_what_each_is_good_for_and_why_not(tmp_path):
@@ -175,9 +175,9 @@ def test_the_figures_of_a_run(tmp_path):
     save(tmp_path, 10, [first, second], best_global_step=5, best_model_checkpoint="elsewhere/checkpoint-5")
     found = list_checkpoints(tmp_path)
     assert [dict(one.metrics) for one in found] == [{"eval_loss": 0.5}, {"eval_loss": 0.75, "eval_f1": 1.0}]
-    assert best_of(found) == 5
+    assert best_checkpoint_step(found) == 5
     shutil.rmtree(tmp_path / "checkpoint-5")
-    assert best_of(list_checkpoints(tmp_path)) is None
+    assert best_checkpoint_step(list_checkpoints(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_figures_that_cannot_be_read_are_left_out(tmp_path, text):
     path = save(tmp_path, 5)
     (path / "trainer_state.json").write_text(text)  # not in the manifest
     [found] = list_checkpoints(tmp_path)
-    assert (found.condition, dict(found.metrics), found.best) == ("whole", {}, None)
+    assert (found.status, dict(found.metrics), found.best) == ("whole", {}, None)
 
 
 NUMBERS = st.integers() | st.floats() | st.just(10**400) | st.booleans()
@@ -217,11 +217,11 @@ def test_no_manifest_and_no_figures_are_too_strange_to_be_judged(manifest, told)
         (directory / "manifest.json").write_bytes(manifest)
         (directory / "trainer_state.json").write_bytes(told)
         [found] = list_checkpoints(root)
-        assert found.condition in ("damaged", "unknown") and found.problem
+        assert found.status in ("damaged", "unknown") and found.problem
         assert all(isinstance(value, float) for value in found.metrics.values())
-        assert looks_whole(directory) in (True, False)
+        assert looks_complete(directory) in (True, False)
         assert newest_checkpoint(root) is None
-        assert best_of([found]) in (None, 5)
+        assert best_checkpoint_step([found]) in (None, 5)
 
 
 @pytest.mark.parametrize("name", ["checkpoint-009", "checkpoint-0000009", "checkpoint-\u0669"])
@@ -242,4 +242,4 @@ def test_all_that_is_left_of_saves_and_deletions_of_a_step_is_seen(tmp_path):
     }
     for name in names:
         (tmp_path / name).mkdir()
-    assert {one.path.name for one in list_checkpoints(tmp_path) if one.condition == "cut off"} == names
+    assert {one.path.name for one in list_checkpoints(tmp_path) if one.status == "cut off"} == names

@@ -18,7 +18,7 @@ from fts import transforms as tx
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_checkpoint, newest_checkpoint, save_checkpoint
 from fts.loops.checkpoints import load_extra, verify_checkpoint
-from fts.loops.validation import is_whole
+from fts.loops.checkpoint_status import is_complete
 from fts.storage.manifest import write_manifest
 
 OPTIMIZER = tx.adamw(1e-3)
@@ -97,7 +97,7 @@ def test_any_flipped_bit_is_found(tmp_path, index):
     content = bytearray(file.read_bytes())
     content[index % len(content)] ^= 1 << (index % 8)
     file.write_bytes(content)
-    assert not is_whole(path)
+    assert not is_complete(path)
 
 
 def test_newest_is_by_number_and_passes_over_what_is_no_checkpoint(tmp_path):
@@ -122,7 +122,7 @@ def test_messages(tmp_path):
     (path / "model.safetensors").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match=r"has 5 bytes, but was written with \d+\. .*use an earlier one"):
         load_checkpoint(path, like=state_at(0))
-    with pytest.raises(ArgumentError, match="what JSON can hold"):
+    with pytest.raises(ArgumentError, match="must be JSON-serializable"):
         saved(tmp_path, 3, extra={"tensor": torch.zeros(1)})
     other = fts.TrainState.create({"v": torch.zeros(2)}, OPTIMIZER)
     with pytest.raises(CheckpointError, match="another model"):
@@ -419,7 +419,7 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path, milliseconds):
     assert step_of(newest) == int(newest.name.removeprefix("checkpoint-"))
     step_of(tmp_path / "checkpoint-0")
     for path in tmp_path.glob("checkpoint-*"):
-        assert is_whole(path)
+        assert is_complete(path)
     assert step_of(saved(tmp_path, 10**6)) == 10**6
 
 
@@ -498,7 +498,7 @@ def test_links_that_lead_outside_become_copies(tmp_path):
 
     path = saved(root, 5, write=write)
     base.unlink()
-    assert is_whole(path) and step_of(path) == 5
+    assert is_complete(path) and step_of(path) == 5
     assert (path / "base.bin").read_bytes() == (path / "sub" / "up.bin").read_bytes() == b"base"
     assert (path / "moves.json").read_text() == "{}" and not (path / "moves.json").is_symlink()
     assert (path / "stays.json").is_symlink()

@@ -72,19 +72,19 @@ def flat(batch):
     ]
 
 
-def walk(source, position, cursor, epochs=EPOCHS):
+def walk(source, position, state_dict, epochs=EPOCHS):
     """Positions, cursors and batches from a place to the end, as `loops.fit` with a save after each step sees them."""
-    source = source.restored(position, cursor)
+    source = source.with_state_dict(position, state_dict)
     found = []
     epoch, start = position.epoch, position.batch
     while epoch < epochs:
         for batch in source.epoch(epoch, start):
             start += 1
             at = Position(epoch, start)
-            found.append((at, source.cursor(at), flat(batch)))
+            found.append((at, source.state_dict(at), flat(batch)))
         epoch, start = epoch + 1, 0
         at = Position(epoch, 0)
-        found.append((at, source.cursor(at), None))
+        found.append((at, source.state_dict(at), None))
     return found
 
 
@@ -94,12 +94,12 @@ def assert_resumes(make, *, every=1, boundary=True):
     plain = [batch for _, _, batch in whole]
     assert sum(batch is not None for batch in plain) > 2
     for index in range(0, len(whole), every):
-        position, cursor, batch = whole[index]
+        position, state_dict, batch = whole[index]
         if position.epoch == EPOCHS:
             continue
         if batch is not None or boundary:
-            assert cursor is not None, position
-        restored = json.loads(json.dumps(cursor))
+            assert state_dict is not None, position
+        restored = json.loads(json.dumps(state_dict))
         rest = walk(make(), position, restored)
         assert [(at, batch) for at, _, batch in rest] == [(at, batch) for at, _, batch in whole[index + 1 :]], position
         again, second, _ = rest[len(rest) // 2]  # and a resumed run can be resumed
@@ -154,13 +154,13 @@ def test_skipped_items_are_not_read(workers):
     for _ in range(15):
         next(batches)
     position = Position(0, 15)
-    cursor = source.cursor(position)
+    state_dict = source.state_dict(position)
     whole = list(make(Counting(200, noisy=False)).epoch(0))
     left = sum(len(batch) for batch in whole[15:])
     assert left < 60
-    for found, reads in ((cursor, left), (None, 200)):
+    for found, reads in ((state_dict, left), (None, 200)):
         data = Counting(200, noisy=False)
-        rest = list(make(data).restored(position, found).epoch(0, 15))
+        rest = list(make(data).with_state_dict(position, found).epoch(0, 15))
         assert all(torch.equal(one, other) for one, other in zip(rest, whole[15:], strict=True))
         assert int(data.reads.sum()) == reads
 
@@ -169,11 +169,11 @@ def test_a_cursor_is_only_of_the_place_where_the_iteration_stands():
     source = loops.source(Counting(), batch_size=4)
     batches = source.epoch(0)
     next(batches), next(batches)
-    assert source.cursor(Position(0, 2)) is not None
-    assert [source.cursor(place) for place in (Position(0, 1), Position(0, 3), Position(1, 0), Position(1, 2))] == [None] * 4
-    assert source.restored(Position(0, 2), source.cursor(Position(0, 2))).begin is not None
+    assert source.state_dict(Position(0, 2)) is not None
+    assert [source.state_dict(place) for place in (Position(0, 1), Position(0, 3), Position(1, 0), Position(1, 2))] == [None] * 4
+    assert source.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).begin is not None
     other = loops.source(Counting(), batch_size=4, workers=2)
-    assert other.restored(Position(0, 2), source.cursor(Position(0, 2))).begin is None  # of another number of workers
+    assert other.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).begin is None  # of another number of workers
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 1, "persistent_workers": True}])
@@ -192,9 +192,9 @@ def test_other_sizes_go_on_at_the_same_item():
     whole = [row for batch in source.epoch(0) for row in batch.tolist()]
     batches = source.epoch(0)
     next(batches), next(batches), next(batches)
-    cursor = source.cursor(Position(0, 3))
+    state_dict = source.state_dict(Position(0, 3))
     data = Counting(noisy=False)
-    rest = loops.source(data, batch_size=2, micro_batches=3).restored(Position(0, 2), cursor)
+    rest = loops.source(data, batch_size=2, micro_batches=3).with_state_dict(Position(0, 2), state_dict)
     assert [row for group in rest.epoch(0, 2) for batch in group for row in batch.tolist()] == whole[12:]
     assert int(data.reads.sum()) == 11
 
@@ -218,11 +218,11 @@ def test_a_state_that_json_cannot_hold_is_said_once_and_items_are_consumed(data,
     source = loops.source(data(), batch_size=4, workers=workers)
     with caplog.at_level(logging.WARNING):
         for number, _ in enumerate(source.epoch(0), 1):
-            assert source.cursor(Position(0, number)) is None
+            assert source.state_dict(Position(0, number)) is None
     (record,) = caplog.records
     assert why in record.getMessage()
     assert f"a {data.__name__} cannot be kept in checkpoints" in record.getMessage()
-    again = loops.source(data(), batch_size=4, workers=workers).restored(Position(0, 2), None)
+    again = loops.source(data(), batch_size=4, workers=workers).with_state_dict(Position(0, 2), None)
     whole = [flat(batch) for batch in loops.source(data(), batch_size=4, workers=workers).epoch(0)]
     assert [flat(batch) for batch in again.epoch(0, 2)] == whole[2:]
 
@@ -239,9 +239,9 @@ def test_a_state_that_json_cannot_hold_is_said_once_and_items_are_consumed(data,
     ],
     ids=str,
 )
-def test_a_damaged_cursor_is_an_error(cursor):
+def test_a_damaged_cursor_is_an_error(state_dict):
     with pytest.raises(CheckpointError, match="damaged"):
-        loops.source(Counting(), batch_size=4).restored(Position(0, 1), cursor)
+        loops.source(Counting(), batch_size=4).with_state_dict(Position(0, 1), state_dict)
 
 
 # Hugging Face datasets
@@ -307,9 +307,9 @@ def test_a_shuffle_buffer_is_read_again_and_that_is_said(caplog):
         next(batches)
     position = Position(0, 3)
     with caplog.at_level(logging.WARNING, logger="fts"):
-        assert source.cursor(position) is None
+        assert source.state_dict(position) is None
     assert "leaves out what its shuffle buffer holds" in caplog.text
-    assert [flat(batch) for batch in make().restored(position, None).epoch(0, 3)] == whole[3:]
+    assert [flat(batch) for batch in make().with_state_dict(position, None).epoch(0, 3)] == whole[3:]
     trusted = table().shuffle(seed=3, buffer_size=8)
     rows = iter(trusted)
     seen = [next(rows)["a"] for _ in range(9)]
@@ -327,9 +327,9 @@ def test_an_evaluation_on_a_part_of_the_same_dataset_does_not_move_the_place():
     next(batches), next(batches)
     assert len(list(loops.source(held_out, batch_size=2).epoch(0))) == 3
     list(train)  # the very dataset, too
-    cursor = source.cursor(Position(0, 2))
+    state_dict = source.state_dict(Position(0, 2))
     assert flat(next(batches)) == whole[2]
-    assert [flat(batch) for batch in loops.source(train, batch_size=3).restored(Position(0, 2), cursor).epoch(0, 2)] == whole[2:]
+    assert [flat(batch) for batch in loops.source(train, batch_size=3).with_state_dict(Position(0, 2), state_dict).epoch(0, 2)] == whole[2:]
     assert [row["a"] for row in train] == list(range(6, 24))  # and nothing is left of it in the dataset
 
 
@@ -342,7 +342,7 @@ def test_fit_saves_the_place_and_goes_on_there(tmp_path):
         return loops.source(Counting(), batch_size=4, seed=5)
 
     def save(state, position):
-        return loops.save_checkpoint(tmp_path / "checkpoint", state, position, extra={"data": data.cursor(position)})
+        return loops.save_checkpoint(tmp_path / "checkpoint", state, position, extra={"data": data.state_dict(position)})
 
     first = fts.TrainState.create({"w": torch.zeros((), dtype=torch.float64)}, tx.sgd(0.1))
     *_, whole = loops.fit(step, first, source(), epochs=2, donate=False)
@@ -352,7 +352,7 @@ def test_fit_saves_the_place_and_goes_on_there(tmp_path):
     assert left.reason == "due"
     state, position = loops.load_checkpoint(tmp_path / "checkpoint", like=first)
     assert position == Position(1, 3)
-    data = source().restored(position, loops.load_extra(tmp_path / "checkpoint")["data"])
+    data = source().with_state_dict(position, loops.load_extra(tmp_path / "checkpoint")["data"])
     *_, end = loops.fit(step, state, data, epochs=2, start=position, donate=False)
     assert torch.equal(end.state.params["w"], whole.state.params["w"])
     assert end.counters == whole.counters

@@ -3,7 +3,7 @@ from datetime import timedelta
 import pytest
 
 from fts.errors import ArgumentError
-from fts.loops.durations import seconds_of
+from fts.loops.durations import parse_duration
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from fts.loops.durations import seconds_of
     ],
 )  # fmt: skip
 def test_lengths_of_time(given, seconds):
-    assert seconds_of(given) == seconds
+    assert parse_duration(given) == seconds
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,4 @@ def test_lengths_of_time(given, seconds):
 )
 def test_other_lengths_are_refused(given):
     with pytest.raises(ArgumentError, match="length of time"):
-        seconds_of(given)
+        parse_duration(given)

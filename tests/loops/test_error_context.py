@@ -76,12 +76,12 @@ def test_items_are_those_of_the_batches(micro_batches):
                 parts = batch if micro_batches > 1 else [batch]
                 parts = [part[0] if isinstance(part, list) else part for part in parts]
                 flat = [int(item) for part in parts for item in torch.atleast_1d(torch.as_tensor(part))]
-                assert each.items(epoch, number) == flat
-    assert source(range(3)).items(0, 1) == [1]
-    assert source(number for number in range(3)).items(0, 1) is None
+                assert each.example_indices(epoch, number) == flat
+    assert source(range(3)).example_indices(0, 1) == [1]
+    assert source(number for number in range(3)).example_indices(0, 1) is None
 
 
 def test_long_batches_are_cut():
     data = source(list(range(100)), batch_size=100)
     assert describe_batch(data, Position(0, 0)).endswith("62, 63 and 36 more of the data")
-    assert loops.on_device(data, "meta").items(0, 0) == list(range(100))
+    assert loops.on_device(data, "meta").example_indices(0, 0) == list(range(100))

@@ -41,7 +41,7 @@ def test_means_are_exact_where_float32_is_not():
 
 
 def test_few_steps_are_kept(monkeypatch):
-    monkeypatch.setattr(window_module, "LIMIT", 4)
+    monkeypatch.setattr(window_module, "MAX_PENDING_STEPS", 4)
     window = MetricAccumulator()
     longest = 0
     for value in range(10):

@@ -13,7 +13,7 @@ import torch
 from fts import loops
 from fts.errors import ArgumentError, FtsError, Interrupted
 from fts.loops import Counters, Due, StopRequest, cadence, fit, handle_preemption, with_stop
-from fts.loops.preemption import Handler
+from fts.loops.preemption import SignalHandler
 from fts.steps import train_step
 from tests.loops import preempted
 
@@ -104,7 +104,7 @@ def test_the_clock_asks_and_raises_nothing():
 def test_handlers_are_taken_for_the_block_alone():
     before = [signal.getsignal(number) for number in TAKEN]
     with handle_preemption():
-        assert all(isinstance(signal.getsignal(number), Handler) for number in TAKEN)
+        assert all(isinstance(signal.getsignal(number), SignalHandler) for number in TAKEN)
         inside = signal.getsignal(signal.SIGTERM)
         with handle_preemption():
             assert signal.getsignal(signal.SIGTERM) is not inside
@@ -186,7 +186,7 @@ def test_all_processes_stop_where_one_was_asked():
     one, other = process(0), process(1)
     other.ask(143)
     codes[1] = 143  # what an all-reduce would bring
-    assert one.poll() and one.reason == "SIGTERM" and one.asked == 0
+    assert one.poll() and one.reason == "SIGTERM" and one.local_code == 0
     calls = []
     request = StopRequest(agree=lambda code: calls.append(code) or code)
     assert not request.poll()

@@ -59,7 +59,7 @@ def run(root, step, state, data, total=20, **options):
     after = {}
     for event in loops.fit(step, state, data, total_steps=total, due=cadence(save=EVERY), save=saver(root), **options):
         if isinstance(event, StepEnd):
-            after[event.counters.step] = loops.rollback.detached(event.state)
+            after[event.counters.step] = loops.rollback.clone_state(event.state)
     return after
 
 
@@ -79,14 +79,14 @@ def test_a_step_is_replayed_bit_for_bit(tmp_path, to_step):
     assert same(found.before, after[to_step - 1]) and same(found.after, after[to_step])
     assert found.step == to_step
     assert found.position == (Position(0, to_step - 1) if to_step <= 7 else Position(1, to_step - 8))
-    assert found.items == data.items(*attrs.astuple(found.position))
-    assert torch.equal(found.batch["y"], torch.stack([Rows()[index]["y"] for index in found.items]))
+    assert found.examples == data.example_indices(*attrs.astuple(found.position))
+    assert torch.equal(found.batch["y"], torch.stack([Rows()[index]["y"] for index in found.examples]))
     assert found.loss == float(found.metrics["loss"])
-    assert (found.error, found.nonfinite, found.bad_items) == (None, {}, [])
+    assert (found.error, found.nonfinite, found.nonfinite_examples) == (None, {}, [])
     # the norm that the optimizer saw is that of the gradients that are shown
     assert float(fts.global_norm(found.gradients)) == pytest.approx(float(found.metrics["grad_norm"]), rel=1e-6)
     assert found.equal is (True if to_step == 10 else None)
-    assert found.compared == (tmp_path / "checkpoint-10" if to_step == 10 else None)
+    assert found.compared_with == (tmp_path / "checkpoint-10" if to_step == 10 else None)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in state.params.items())
 
 
@@ -101,7 +101,7 @@ def test_micro_batches_and_workers(tmp_path):
     run(tmp_path, *training(), data_of(micro_batches=2, workers=2))
     found = replay(*training(), data_of(micro_batches=2), tmp_path / "checkpoint-5", 10)
     assert found.equal is True
-    assert isinstance(found.batch, MicroBatches) and len(found.items) == 2 * BATCH
+    assert isinstance(found.batch, MicroBatches) and len(found.examples) == 2 * BATCH
 
 
 def test_a_compiled_step(tmp_path):
@@ -123,22 +123,22 @@ def test_a_step_that_differs_is_said_by_name(tmp_path):
     loops.save_checkpoint(tmp_path / "checkpoint-10", state.replace(params=params), Position(1, 4))
     found = replay(step, state, data_of(), tmp_path / "checkpoint-5", 10)
     assert found.equal is False
-    assert found.differing == ("3.bias", "position in the data")
+    assert found.differences == ("3.bias", "position in the data")
 
 
 def test_other_data_differ(tmp_path):
     run(tmp_path, *training(), data_of())
-    changed = data_of().items(1, 2)[0]
+    changed = data_of().example_indices(1, 2)[0]
     found = replay(*training(), data_of(changed), tmp_path / "checkpoint-5", 10)
-    assert found.equal is False and "0.weight" in found.differing
+    assert found.equal is False and "0.weight" in found.differences
 
 
 def test_a_poisoned_batch_is_found_with_its_items_and_parameters(tmp_path):
     # the item that comes second in the eighth step
-    poisoned = data_of().items(1, 0)[1]
+    poisoned = data_of().example_indices(1, 0)[1]
     run(tmp_path, *training(), data_of(poisoned), total=8)
     # item `poisoned` was seen in the first epoch, too: begin from there
-    first = next(batch for batch in range(7) if poisoned in data_of().items(0, batch)) + 1
+    first = next(batch for batch in range(7) if poisoned in data_of().example_indices(0, batch)) + 1
     step, state = training()
     loops.save_checkpoint(tmp_path / "checkpoint-0", state)
     found = replay(step, state, data_of(poisoned), tmp_path / "checkpoint-0", first)
@@ -146,17 +146,17 @@ def test_a_poisoned_batch_is_found_with_its_items_and_parameters(tmp_path):
     assert set(found.nonfinite) == {"batch", "gradients", "after"}  # and not before
     assert list(found.nonfinite["batch"]) == ["x"] and found.nonfinite["batch"]["x"].nan == 1
     assert set(found.nonfinite["gradients"]) == set(state.params)
-    assert found.bad_items == [poisoned] and poisoned in found.items
+    assert found.nonfinite_examples == [poisoned] and poisoned in found.examples
     later = replay(step, state, data_of(poisoned), tmp_path / "checkpoint-0", first + 1)
     assert "batch" not in later.nonfinite and set(later.nonfinite["before"]) == set(state.params)
 
 
 def test_bad_items_of_micro_batches(tmp_path):
-    poisoned = data_of().items(0, 1)[2]
+    poisoned = data_of().example_indices(0, 1)[2]
     step, state = training()
     loops.save_checkpoint(tmp_path / "checkpoint-0", state)
     found = replay(step, state, data_of(poisoned, micro_batches=2), tmp_path / "checkpoint-0", 1)
-    assert found.bad_items == [poisoned]
+    assert found.nonfinite_examples == [poisoned]
     assert list(found.nonfinite["batch"]) == ["1.x"]
 
 
@@ -168,7 +168,7 @@ def test_nan_equals_nan_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gradients", "transform"])
 def test_a_step_that_raises_is_shown(tmp_path, kind):
-    poisoned = data_of().items(0, 2)[0]
+    poisoned = data_of().example_indices(0, 2)[0]
     step, state = training()
     if kind == "gradients":
         step = steps.with_nonfinite_check(step)
@@ -178,8 +178,8 @@ def test_a_step_that_raises_is_shown(tmp_path, kind):
     loops.save_checkpoint(tmp_path / "checkpoint-0", state)
     found = replay(step, state, data_of(poisoned), tmp_path / "checkpoint-0", 3)
     assert isinstance(found.error, NonFiniteError)
-    assert found.after is None and found.compared is None
-    assert set(found.nonfinite) == {"batch", "gradients"} and found.bad_items == [poisoned]
+    assert found.after is None and found.compared_with is None
+    assert set(found.nonfinite) == {"batch", "gradients"} and found.nonfinite_examples == [poisoned]
     assert found.loss != found.loss
     with pytest.raises(NonFiniteError) as caught:  # an earlier step is no part of what is asked for
         replay(step, state, data_of(poisoned), tmp_path / "checkpoint-0", 5)

@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from fts.errors import ArgumentError
 from fts.loops import atomic_directory, newest_checkpoint, rotate_checkpoints
 from fts.loops.retention import CheckpointScore, select_to_keep
-from fts.storage.atomic import delete
+from fts.storage.atomic import delete_atomically
 from tests.loops.saved import names_in, save, save_model, truncate
 
 LIMITS = st.none() | st.integers(1, 8)
@@ -194,7 +194,7 @@ def test_a_step_that_is_saved_and_deleted_again_goes_over_what_was_left_of_it(tm
     save(tmp_path, 5)
     os.rename(tmp_path / "checkpoint-5", tmp_path / ".checkpoint-5.deleting")
     save(tmp_path, 5)
-    delete(tmp_path / "checkpoint-5")
+    delete_atomically(tmp_path / "checkpoint-5")
     assert names_in(tmp_path) == set()
 
 

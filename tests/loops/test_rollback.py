@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 import fts
 from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
-from fts.loops import Position, RolledBack, StepEnd, cadence, fit, rolling_back, source, with_error_context
+from fts.loops import (Position, RolledBack, StepEnd, RollbackPolicy, cadence, fit, with_rollback, source, with_error_context)
 
 NAN = float("nan")
 BAD = 5
@@ -56,7 +56,7 @@ def test_the_run_is_that_without_the_bad_batch(raises):
     expected = last_of(fit(step, state, good)).state
     step, state = parts(raises)
     data = batches(bad=[BAD])
-    events = list(rolling_back(lambda state, start: fit(step, state, data, start=start), state, every=1))
+    events = list(with_rollback(lambda state, start: fit(step, state, data, start=start), state, RollbackPolicy(every=1)))
     (back,) = [event for event in events if isinstance(event, RolledBack)]
     assert back.step == 5 and back.counters.position == Position(0, BAD + 1)
     assert isinstance(back.error, NonFiniteError)
@@ -70,7 +70,7 @@ def test_what_was_trained_since_the_copy_is_lost_and_its_batches_are_passed():
     expected = last_of(fit(step, state, kept)).state
     step, state = parts()
     data = batches(bad=[BAD])
-    events = list(rolling_back(lambda state, start: fit(step, state, data, start=start), state, every=3))
+    events = list(with_rollback(lambda state, start: fit(step, state, data, start=start), state, RollbackPolicy(every=3)))
     assert [event.counters.step for event in events if isinstance(event, StepEnd)] == [1, 2, 3, 4, 5, 4, 5, 6, 7]
     same(events[-1].state, expected)
 
@@ -78,7 +78,7 @@ def test_what_was_trained_since_the_copy_is_lost_and_its_batches_are_passed():
 def test_a_total_is_reached_over_epochs_and_two_faults_in_a_row():
     step, state = parts()
     data = batches(bad=[0, 8, 9])
-    run = rolling_back(lambda state, start: fit(step, state, data, start=start, total_steps=12), state, every=1, limit=6)
+    run = with_rollback(lambda state, start: fit(step, state, data, start=start, total_steps=12), state, RollbackPolicy(every=1, limit=6))
     events = list(run)
     backs = [event.counters.position for event in events if isinstance(event, RolledBack)]
     assert backs == [Position(0, 1), Position(0, 9), Position(0, 10), Position(1, 1)]
@@ -91,14 +91,14 @@ def test_beyond_the_limit_the_error_says_where_and_how_often():
     data = source(
         TensorDataset(torch.cat(batches(bad=[2, 4, 6]))), batch_size=4, collate=lambda rows: torch.stack([r for (r,) in rows])
     )
-    run = rolling_back(
-        lambda state, start: with_error_context(fit(step, state, data, start=start), data), state, every=1, limit=2
+    run = with_rollback(
+        lambda state, start: with_error_context(fit(step, state, data, start=start), data), state, RollbackPolicy(every=1, limit=2)
     )
     with pytest.raises(NonFiniteError, match=r"In step 5 .*: 0\.weight \(") as caught:
         list(run)
     place, limit = caught.value.__notes__
     assert place == "In step 5: epoch 0, batch 6 (from 0), items 24, 25, 26, 27 of the data."
-    assert "gone back 2 times" in limit
+    assert "rolled back 2 times" in limit
 
 
 def test_from_a_checkpoint(tmp_path):
@@ -115,7 +115,7 @@ def test_from_a_checkpoint(tmp_path):
     def run(state, start):
         return fit(step, state, data, start=start, due=cadence(save=2), save=save)
 
-    events = list(rolling_back(run, state, restore=restore))
+    events = list(with_rollback(run, state, RollbackPolicy(restore=restore)))
     assert [event.step for event in events if isinstance(event, RolledBack)] == [4]
     kept = [batch for number, batch in enumerate(batches()) if number not in (4, BAD)]
     step, state = parts()
@@ -126,7 +126,7 @@ def test_without_a_fault_nothing_changes():
     step, state = parts()
     expected = list(fit(step, state, batches(), epochs=2, due=cadence(log=3)))
     step, state = parts()
-    found = list(rolling_back(lambda s, start: fit(step, s, batches(), start=start, epochs=2, due=cadence(log=3)), state))
+    found = list(with_rollback(lambda s, start: fit(step, s, batches(), start=start, epochs=2, due=cadence(log=3)), state))
     assert found == expected
     same(found[-1].state, expected[-1].state)
 
@@ -136,7 +136,7 @@ def test_other_errors_pass():
         raise KeyError
 
     with pytest.raises(KeyError):
-        list(rolling_back(lambda state, start: fit(step, state, [1], start=start), 0))
+        list(with_rollback(lambda state, start: fit(step, state, [1], start=start), 0))
 
 
 def test_several_states_and_frozen_parameters():
@@ -144,7 +144,7 @@ def test_several_states_and_frozen_parameters():
     net[0].requires_grad_(False)
     optimizer = tx.sgd(0.1)
     pair = {"a": fts.TrainState.create(net, optimizer), "b": torch.ones(2), "n": 3}
-    copy = loops.rollback.detached(pair)
+    copy = loops.rollback.clone_state(pair)
     assert copy["a"].frozen["0.weight"] is pair["a"].frozen["0.weight"] and copy["n"] == 3
     pair["a"].params["4.weight"].zero_()
     pair["a"].step.add_(1)
@@ -155,6 +155,6 @@ def test_several_states_and_frozen_parameters():
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"every": True}, {"limit": -1}, {"limit": 1.5}])
 def test_other_numbers_are_refused(arguments):
     with pytest.raises(ArgumentError, match=next(iter(arguments))):
-        rolling_back(lambda state, start: iter(()), 0, **arguments)
+        with_rollback(lambda state, start: iter(()), 0, RollbackPolicy(**arguments))
     with pytest.raises(ArgumentError, match="lambda state, start"):
-        rolling_back(fit(lambda state, batch: (state, {}), 0, [1]), 0)
+        with_rollback(fit(lambda state, batch: (state, {}), 0, [1]), 0)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from fts.loops import sampling
-from fts.loops.sampling import length_grouped, sampled_order
-from fts.randomness import generator_states, same_states, seed_generators
+from fts.loops.sampling import (length_grouped_indices, sampled_order)
+from fts.randomness import (get_rng_states, rng_states_equal, seed_generators)
 
 
 @given(
@@ -17,12 +17,12 @@ from fts.randomness import generator_states, same_states, seed_generators
 def test_grouping_by_length_is_that_of_transformers(lengths, size, seed, epoch):
     sampler = pytest.importorskip("transformers.trainer_pt_utils").LengthGroupedSampler
     theirs = sampler(size, lengths=lengths, generator=torch.Generator().manual_seed(seed + epoch))
-    assert length_grouped(lengths, size, seed, epoch).tolist() == list(theirs)
+    assert length_grouped_indices(lengths, size, seed, epoch).tolist() == list(theirs)
 
 
 def test_grouped_batches_need_less_padding():
     lengths = torch.randint(1, 100, (1000,), generator=torch.Generator().manual_seed(0))
-    grouped = length_grouped(lengths, 10, seed=0, epoch=0)
+    grouped = length_grouped_indices(lengths, 10, seed=0, epoch=0)
     assert grouped.sort().values.equal(torch.arange(1000))
     assert lengths[grouped[0]] == lengths.max()
 
@@ -30,11 +30,11 @@ def test_grouped_batches_need_less_padding():
         return sum(10 * int(part.max()) for part in lengths[indices].split(10))
 
     assert padded(grouped) < 1.1 * int(lengths.sum()) < padded(torch.arange(1000))
-    assert not grouped.equal(length_grouped(lengths, 10, seed=0, epoch=1))
+    assert not grouped.equal(length_grouped_indices(lengths, 10, seed=0, epoch=1))
 
 
 def test_nothing_can_be_grouped():
-    assert length_grouped([], 4, seed=0, epoch=0).tolist() == []
+    assert length_grouped_indices([], 4, seed=0, epoch=0).tolist() == []
 
 
 class Drawing:
@@ -59,7 +59,7 @@ class Drawing:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])
 def test_generators_are_only_swapped_where_a_sampler_may_draw(size, monkeypatch):
     seed_generators(5)
-    before = generator_states(torch.device("cpu"))
+    before = get_rng_states(torch.device("cpu"))
     entered = []
     enter = sampling.IsolatedGenerators.__enter__
     monkeypatch.setattr(sampling.IsolatedGenerators, "__enter__", lambda self: entered.append(enter(self)))
@@ -68,6 +68,6 @@ def test_generators_are_only_swapped_where_a_sampler_may_draw(size, monkeypatch)
     assert found == list(sampled_order(Drawing(plain=True), size, seed=0, drop_last=False)(0, 0))
     assert swaps <= len(entered) - swaps
     assert swaps < 18 // size or size > 2
-    assert same_states(before, generator_states(torch.device("cpu")))
+    assert rng_states_equal(before, get_rng_states(torch.device("cpu")))
     listed = list(sampled_order(list(range(18)), size, seed=0, drop_last=False)(0, 0))
     assert [index for batch in listed for index in batch] == list(range(18))

@@ -94,7 +94,7 @@ def test_processes_do_what_one_does(items, batch, accumulate, size, shuffle, dro
     whole = loops.source(data, micro_batches=accumulate, **how)
     parts = [loops.shard_source(whole, rank, size) for rank in range(size)]
     assert {part.steps_per_epoch for part in parts} == {one.steps_per_epoch}
-    assert {part.num_items for part in parts} == {one.num_items}
+    assert {part.num_examples for part in parts} == {one.num_examples}
     start = min(start, one.steps_per_epoch or 0)
     expected = list(one.epoch(epoch, start))
     steps, copies = together(parts, epoch, start)
@@ -102,8 +102,8 @@ def test_processes_do_what_one_does(items, batch, accumulate, size, shuffle, dro
     assert copies < size
     if one.order is not None:
         for number in range(start, start + len(expected)):
-            found = [index for part in parts for index in part.items(epoch, number)]
-            assert sorted(found) == sorted(one.items(epoch, number))
+            found = [index for part in parts for index in part.example_indices(epoch, number)]
+            assert sorted(found) == sorted(one.example_indices(epoch, number))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -112,7 +112,7 @@ def test_each_process_reads_its_own_items_alone(workers, tmp_path):
         file = tmp_path / str(rank)
         data = Noted(23, file)
         part = loops.shard_source(loops.source(data, batch_size=4, shuffle=True, workers=workers), rank, 3)
-        own = {index for step in range(part.steps_per_epoch) for index in part.items(1, step)}
+        own = {index for step in range(part.steps_per_epoch) for index in part.example_indices(1, step)}
         assert len(list(part.epoch(1))) == 2
         assert set(map(int, file.read_text().split())) == own
 
@@ -149,8 +149,8 @@ def test_batches_that_are_split(items, rows, size, stream, accumulate):
             counted = [share for share in shares if not isinstance(share, PaddingBatch)]
             assert torch.cat(counted)[:, 0].tolist() == batch[:, 0].tolist()
         if not stream:
-            indices = [index for part in parts for index in part.items(0, number)]
-            assert sorted(indices) == sorted(whole.items(0, number))
+            indices = [index for part in parts for index in part.example_indices(0, number)]
+            assert sorted(indices) == sorted(whole.example_indices(0, number))
 
 
 def test_ready_batches_are_split_by_rows():
@@ -192,10 +192,10 @@ def test_a_shared_stream_goes_on_at_its_cursor(rank):
     expected = [list(micro(step)) for step in whole.epoch(0)]
     running = whole.epoch(0)
     next(running)
-    cursor = whole.cursor(Position(0, 1))
-    assert cursor is not None
+    state_dict = whole.state_dict(Position(0, 1))
+    assert state_dict is not None
     data = Remembering(23)
-    resumed = loops.shard_source(loops.source(data, batch_size=2, micro_batches=2), rank, 2).restored(Position(0, 1), cursor)
+    resumed = loops.shard_source(loops.source(data, batch_size=2, micro_batches=2), rank, 2).with_state_dict(Position(0, 1), state_dict)
     rest = list(resumed.epoch(0, start=1))
     assert repr(rest) == repr([MicroBatches(step) for step in expected[1:]])
     assert data.reads == 23 - 8
@@ -211,10 +211,10 @@ class Passing:
         group = self
 
         class Member:
-            is_first = rank == 0
+            is_main_process = rank == 0
 
             @staticmethod
-            def scatter(values):
+            def scatter_object(values):
                 if rank == 0:
                     group.slots[:] = values
                 group.barrier.wait(10)
@@ -312,7 +312,7 @@ def test_a_loader_of_accelerates_is_refused_where_it_has_divided_the_data():
     with pytest.raises(DataError, match="accelerate's BatchSamplerShard"):
         loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=shards.BatchSamplerShard(batches, 2, 1))), 1, 2)
     whole = shards.BatchSamplerShard(batches, 1, 0)
-    assert loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=whole)), 1, 2).part.size == 2
+    assert loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=whole)), 1, 2).shard.world_size == 2
 
 
 def test_data_that_are_divided_among_nodes_are_refused():

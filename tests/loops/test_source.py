@@ -24,9 +24,9 @@ from torch.utils.data import (
 
 from fts.errors import ArgumentError, DataError
 from fts.loops import source
-from fts.loops.loader_options import loading_options
+from fts.loops.loader_options import dataloader_kwargs
 from fts.loops.sampling import EpochSampler, permutation
-from fts.randomness import DATA, fold, seed_generators
+from fts.randomness import (DATA, fold_in, seed_generators)
 from fts.steps import MicroBatches
 from tests.loops.kinds import Augmented, Items, Numbers, Together, listed
 
@@ -49,7 +49,7 @@ def test_shuffled_order_is_torch_randperm_seeded_with_seed_plus_epoch(count, siz
     found = source(data, batch_size=size, shuffle=True, seed=seed, drop_last=drop_last)
     expected = chunks([float(i) for i in randperm(count, seed + epoch)], size, drop_last)
     assert found.steps_per_epoch == len(expected)
-    assert found.num_items == count
+    assert found.num_examples == count
     if start > len(expected):
         with pytest.raises(DataError, match="cannot be resumed"):
             found.epoch(epoch, start)
@@ -138,7 +138,7 @@ def test_collate_is_used():
 
 
 def augmented(indices, seed, epoch, number):
-    seed_generators(fold(seed, DATA, epoch, number))
+    seed_generators(fold_in(seed, DATA, epoch, number))
     return [[float(i), torch.rand(()).item(), np.random.rand(), random.random()] for i in indices]
 
 
@@ -258,7 +258,7 @@ def test_impossible_arguments_are_refused(options):
 def test_an_iterable_dataset_is_batched_and_told_the_epoch():
     data = Numbers(5)
     found = source(data, batch_size=2)
-    assert (found.steps_per_epoch, found.num_items) == (None, None)
+    assert (found.steps_per_epoch, found.num_examples) == (None, None)
     assert listed(found.epoch(0)) == [[0, 1], [2, 3], [4]]
     assert listed(found.epoch(2, start=1)) == [[2002, 2003], [2004]]
     assert data.epochs == [0, 2]
@@ -271,7 +271,7 @@ def test_an_iterable_dataset_is_batched_and_told_the_epoch():
 
 def test_a_sized_iterable_dataset_tells_its_length():
     assert source(Numbers(5, sized=True), batch_size=2).steps_per_epoch == 3
-    assert source(Numbers(5, sized=True), batch_size=2).num_items == 5
+    assert source(Numbers(5, sized=True), batch_size=2).num_examples == 5
 
 
 def two_workers_since(before):
@@ -398,7 +398,7 @@ def test_hugging_face_datasets_are_accepted():
 def test_a_loader_gives_its_dataset_batch_size_and_shuffling():
     data = Items(7)
     found = source(DataLoader(data, batch_size=3, shuffle=True, drop_last=True), seed=4)
-    assert (found.batch_size, found.num_items, found.steps_per_epoch) == (3, 7, 2)
+    assert (found.batch_size, found.num_examples, found.steps_per_epoch) == (3, 7, 2)
     assert listed(found.epoch(1)) == chunks(randperm(7, 5), 3, drop_last=True)
     data.reads.clear()
     assert listed(found.epoch(1, start=1)) == chunks(randperm(7, 5), 3)[1:2]
@@ -436,10 +436,10 @@ def test_worker_init_fn_and_multiprocessing_context_are_taken_over():
 def test_pinned_memory_costs_nothing_without_an_accelerator(monkeypatch):
     data = TensorDataset(torch.arange(4))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert loading_options(0, {"pin_memory": True, "prefetch_factor": None}) == {}
+    assert dataloader_kwargs(0, {"pin_memory": True, "prefetch_factor": None}) == {}
     assert listed(source(DataLoader(data, batch_size=2, pin_memory=True)).epoch(0)) == [[[0, 1]], [[2, 3]]]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert loading_options(0, {"pin_memory": True}) == {"pin_memory": True}
+    assert dataloader_kwargs(0, {"pin_memory": True}) == {"pin_memory": True}
 
 
 def test_arguments_about_loading_are_checked():
@@ -512,7 +512,7 @@ def test_any_sampler_replays(sampler):
     found = source(DataLoader(data, batch_size=2, sampler=sampler(data)), seed=2)
     count = len(sampler(data))
     whole = listed(found.epoch(1))
-    assert (found.num_items, found.steps_per_epoch, len(whole)) == (count, -(-count // 2), -(-count // 2))
+    assert (found.num_examples, found.steps_per_epoch, len(whole)) == (count, -(-count // 2), -(-count // 2))
     for start in range(len(whole) + 1):
         assert listed(found.epoch(1, start)) == whole[start:]
 
@@ -601,9 +601,9 @@ def test_the_fetches_of_micro_batches_are_seeded_as_batches_of_their_own():
 
 def test_an_epoch_sampler_gives_its_order_at_the_seed_of_the_source():
     data = Items(11)
-    sampler = EpochSampler(partial(permutation, 11), items=11, seed=7)
+    sampler = EpochSampler(partial(permutation, 11), num_examples=11, seed=7)
     found = source(DataLoader(data, batch_size=4, sampler=sampler), seed=3)
-    assert (found.num_items, found.steps_per_epoch) == (11, 3)
+    assert (found.num_examples, found.steps_per_epoch) == (11, 3)
     assert listed(found.epoch(2, start=1)) == chunks([float(i) for i in randperm(11, 5)], 4)[1:]
     assert len(data.reads) == 7  # what is skipped is not read
     rows = source(TensorDataset(torch.arange(11)), batch_size=4, sampler=sampler, seed=3, drop_last=True)
@@ -611,7 +611,7 @@ def test_an_epoch_sampler_gives_its_order_at_the_seed_of_the_source():
 
 
 def test_an_epoch_sampler_goes_on_by_whole_passes():
-    sampler = EpochSampler(partial(permutation, 5), items=5, seed=7)
+    sampler = EpochSampler(partial(permutation, 5), num_examples=5, seed=7)
     next(iter(sampler))
     passes = [list(sampler), list(sampler)]
     assert passes == [randperm(5, 7), randperm(5, 8)]
@@ -622,7 +622,7 @@ def test_an_epoch_sampler_goes_on_by_whole_passes():
 class Placing(DataLoader):
     """Iterates as torch's own does, and says so."""
 
-    places_only = True
+    only_moves_batches = True
 
     def __iter__(self):
         return map(torch.clone, super().__iter__())
@@ -655,8 +655,8 @@ def test_loaders_that_accelerate_prepared_are_taken_over(seedable):
 
 
 def test_a_stream_says_how_many_workers_share_it():
-    assert source(Numbers(6), batch_size=2, workers=2).shares == 2
-    assert source(Numbers(6), batch_size=2).shares == source(Items(6), batch_size=2, workers=2).shares == 1
+    assert source(Numbers(6), batch_size=2, workers=2).stream_workers == 2
+    assert source(Numbers(6), batch_size=2).stream_workers == source(Items(6), batch_size=2, workers=2).stream_workers == 1
 
 
 class Slow(Items):
@@ -672,4 +672,4 @@ def test_batches_may_come_as_soon_as_a_worker_has_one():
     found = listed(source(loader).epoch(0))
     assert found[0] == [2, 3]
     assert sorted(found) == [[0, 1], [2, 3], [4, 5]]
-    assert loading_options(2, {"in_order": True}) == {"num_workers": 2}
+    assert dataloader_kwargs(2, {"in_order": True}) == {"num_workers": 2}

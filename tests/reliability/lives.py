@@ -126,7 +126,7 @@ def with_rotation(root: Path, tell: Tell) -> tuple[Any, Any]:
             tell(f"saved {path.name.removeprefix('checkpoint-')}")
             loops.rotate_checkpoints(root, 2)
 
-        return writer.save(path, state, position, then=then)
+        return writer.save(path, state, position, on_complete=then)
 
     with loops.AsyncCheckpointer() as writer:
         return _fit(net, step, state, data, position, save, tell, writer.watch)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import hf_storage
 
 from fts.storage import atomic
 from fts.trainer import TrainerCallback
-from tests.distributed.resuming import figures_of, trainer_of
+from tests.distributed.run_resume import (figures_of, trainer_of)
 
 LIFE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 RANK = int(os.environ.get("RANK", "0"))

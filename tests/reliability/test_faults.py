@@ -38,7 +38,7 @@ from hypothesis import given, settings, strategies as st
 from fts import loops
 from fts.errors import ArgumentError, CallbackError, CheckpointError, FtsError
 from fts.trainer import Trainer
-from fts.trainer.data.collator import collator_for
+from fts.trainer.data.collator import get_data_collator
 from tests.reliability.ways import LAST, SETTINGS, WAYS, Rows, by_trainer, ending
 from tests.trainer.helpers import Regression, arguments, make_trainer, rows
 
@@ -306,7 +306,7 @@ def test_a_collator_that_raises(tmp_path, straight):
     def collate(items):
         if any(item["labels"] == bad for item in items):
             raise ValueError("cannot stack")
-        return collator_for(None)(items)
+        return get_data_collator(None)(items)
 
     with pytest.raises(ValueError, match="cannot stack") as caught:
         by_trainer(tmp_path, data_collator=collate)

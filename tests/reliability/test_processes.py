@@ -17,7 +17,7 @@ def test_a_run_whose_process_is_killed_in_a_step_and_in_saves_ends_as_if_it_had_
     whole = results(SCRIPT, folders["whole"], tmp_path / "other", "lives")
     assert killed[0] == killed[1]
     assert killed[0]["weights"] == whole[0]["weights"]
-    assert [(one.step, one.condition) for one in list_checkpoints(tmp_path / "out") if one.condition != "cut off"] == [
+    assert [(one.step, one.status) for one in list_checkpoints(tmp_path / "out") if one.status != "cut off"] == [
         (step, "whole") for step in (4, 8, 12)
     ]
     for life, lives_on in ((0, 0), (1, 0), (2, 1)):

@@ -28,7 +28,8 @@ from fts.storage.manifest import write_manifest
 from fts.trainer import EarlyStoppingCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
 from fts.trainer.checkpoints.from_transformers import read_torch_file
-from fts.trainer.checkpoints.resume import cut_of, saved_arguments
+from fts.trainer.checkpoints.epoch_layout import (load_epoch_layout)
+from fts.trainer.checkpoints.argument_changes import (load_arguments)
 from fts.trainer.model.weights import load_weights
 from tests.reliability.ways import SETTINGS, Rows
 from tests.trainer.helpers import Regression, make_trainer
@@ -92,8 +93,8 @@ def read_everything(root, checkpoint, *, resume=True):
         lambda: cli.main(["checkpoints", str(root)]),
         lambda: cli.main(["checkpoints", "prune", str(root), "--keep", "1", "--dry-run"]),
         lambda: TrainerState.load_from_json(checkpoint / "trainer_state.json"),
-        lambda: saved_arguments(checkpoint),
-        lambda: cut_of(checkpoint),
+        lambda: load_arguments(checkpoint),
+        lambda: load_epoch_layout(checkpoint),
         lambda: load_weights(Regression(), checkpoint),
     ]
     if resume:

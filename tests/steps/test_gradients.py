@@ -193,7 +193,7 @@ def test_tied_weights_and_transient_buffers(engine, tmp_path):
 
     state = fts.TrainState.create(net, tx.identity())
     assert list(state.params) == ["embedding.weight"]
-    assert state.layout.ties == (("out.weight", "embedding.weight"),)
+    assert state.metadata.ties == (("out.weight", "embedding.weight"),)
     state = state.replace(params={name: tensor * 1.5 for name, tensor in state.params.items()})
     _, grads = steps.value_and_grad(steps.module_loss(net, loss), engine=engine)(state, ids)
     moved = state.apply_to(copy.deepcopy(net))

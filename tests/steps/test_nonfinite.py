@@ -23,10 +23,10 @@ def first_state(transform):
 
 def test_counts_by_name():
     tensors = {"a": torch.tensor([NAN, INF, -INF, 1.0]), "b": torch.ones(2), "c": torch.tensor(INF)}
-    assert steps.nonfinite_in(tensors) == {"a": (1, 2, 4), "c": (0, 1, 1)}
-    assert steps.nonfinite_in({}) == {}
+    assert steps.find_nonfinite(tensors) == {"a": (1, 2, 4), "c": (0, 1, 1)}
+    assert steps.find_nonfinite({}) == {}
     # the squares overflow, the numbers do not
-    assert steps.nonfinite_in({"w": torch.full((4,), 3e38), "h": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
+    assert steps.find_nonfinite({"w": torch.full((4,), 3e38), "h": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
 
 
 @pytest.mark.parametrize("donate", [False, True])

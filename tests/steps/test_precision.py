@@ -232,7 +232,7 @@ def test_backward_of_ones_own_is_scaled():
         fts.TrainState.create(net, transform),
         data,
     )
-    scaler = steps.Scaler()
+    scaler = steps.LossScaler()
     gradients = steps.manual_backward(net, own(scaler, lambda scaler, loss: scaler.scale(loss)), scaler=scaler)
     found, _ = run(steps.gradient_step(gradients, transform), fts.TrainState.create(net, transform), data)
     torch.testing.assert_close(found.params, expected.params, rtol=0, atol=0)
@@ -243,9 +243,9 @@ def test_backward_of_ones_own_is_scaled():
 
 def test_backward_of_ones_own_without_the_scale_is_an_error():
     net, (batch,), transform = Net(), batches(1), optimizer()
-    state, scaler = fts.TrainState.create(net, transform), steps.Scaler()
+    state, scaler = fts.TrainState.create(net, transform), steps.LossScaler()
     unscaled = own(scaler, lambda scaler, loss: loss)
-    with pytest.raises(ArgumentError, match=r"scaler = steps.Scaler\(\)"):
+    with pytest.raises(ArgumentError, match=r"scaler = steps.LossScaler\(\)"):
         steps.gradient_step(steps.manual_backward(net, unscaled), transform)(state, batch)
     with pytest.raises(ArgumentError, match=r"did not scale its loss.*accelerator.backward\(loss\)"):
         steps.gradient_step(steps.manual_backward(net, unscaled, scaler=scaler), transform)(state, batch)
@@ -281,8 +281,8 @@ def moved(monkeypatch):
     shapes = []
     original = activation_offloading._packer
 
-    def packer(least):
-        pack = original(least)
+    def packer(min_numel):
+        pack = original(min_numel)
 
         def look(tensor):
             packed = pack(tensor)
@@ -306,7 +306,7 @@ def test_activations_on_the_cpu_give_equal_gradients(monkeypatch, engine, accumu
     loss = steps.module_loss(net, loss_fn)
     value, grads = steps.value_and_grad(loss, **options)(state, batch)
     shapes = moved(monkeypatch)
-    offloaded, found = steps.value_and_grad(steps.offload_activations(loss, least=100), **options)(state, batch)
+    offloaded, found = steps.value_and_grad(steps.offload_activations(loss, min_numel=100), **options)(state, batch)
     assert offloaded.loss == value.loss and offloaded.weight == value.weight
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-7)

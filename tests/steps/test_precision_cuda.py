@@ -66,7 +66,7 @@ def test_activations_in_pinned_memory_give_equal_gradients(engine):
     net, (batch,) = Net().cuda(), on_gpu(batches(1, rows=256))
     state, loss = fts.TrainState.create(net, tx.sgd(0.1)), steps.module_loss(net, loss_fn)
     _, grads = steps.value_and_grad(loss, engine=engine)(state, batch)
-    _, found = steps.value_and_grad(steps.offload_activations(loss, least=1), engine=engine)(state, batch)
+    _, found = steps.value_and_grad(steps.offload_activations(loss, min_numel=1), engine=engine)(state, batch)
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad)
 

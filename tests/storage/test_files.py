@@ -6,8 +6,8 @@ import pytest
 import xxhash
 
 from fts.errors import CheckpointError
-from fts.storage import StagingBuffer, file_in, lay_out, measure, write_image
-from fts.storage.files import CHUNK, DIRECT, write_parts
+from fts.storage import StagingBuffer, compute_checksum, resolve_file, split_into_shards, write_direct
+from fts.storage.files import CHUNK_SIZE, O_DIRECT, write_chunks
 
 
 def image_of(size):
@@ -15,8 +15,8 @@ def image_of(size):
     import torch
 
     image = StagingBuffer()
-    (view,) = image.hold(lay_out("a", {"x": torch.randint(0, 256, (size,), dtype=torch.uint8)}).files)
-    return view, lay_out("a", {"x": torch.empty(size, dtype=torch.uint8)}).files[0].size, image
+    (view,) = image.copy_from(split_into_shards("a", {"x": torch.randint(0, 256, (size,), dtype=torch.uint8)}).files)
+    return view, split_into_shards("a", {"x": torch.empty(size, dtype=torch.uint8)}).files[0].size, image
 
 
 @pytest.fixture(params=["disk", "tmpfs"])
@@ -31,16 +31,16 @@ def folder(request, tmp_path):
     subprocess.run(["umount", tmp_path], check=True)
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, CHUNK - 1, CHUNK + 5])
+@pytest.mark.parametrize("size", [0, 1, 4096, CHUNK_SIZE - 1, CHUNK_SIZE + 5])
 def test_an_image_is_written_as_it_is(folder, size):
     view, length, _kept = image_of(size)
     path = folder / "file"
     path.write_bytes(b"an earlier and longer file" * 1000)
-    written = write_image(path, view, length)
+    written = write_direct(path, view, length)
     content = path.read_bytes()
     assert content == bytes(view[:length]) and written.size == length == len(content)
     assert written.digest == xxhash.xxh3_128(content).hexdigest()
-    assert written == measure(path)
+    assert written == compute_checksum(path)
 
 
 def test_a_write_that_stops_within_a_block_goes_on(tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_a_write_that_stops_within_a_block_goes_on(tmp_path, monkeypatch):
 
     def stopping(descriptor, part):
         if not short:
-            short.append(write(descriptor, part[:4096]) if DIRECT else 0)
+            short.append(write(descriptor, part[:4096]) if O_DIRECT else 0)
             os.truncate(tmp_path / "file", 100)
             os.lseek(descriptor, 100, os.SEEK_SET)
             return 100
@@ -57,18 +57,18 @@ def test_a_write_that_stops_within_a_block_goes_on(tmp_path, monkeypatch):
 
     view, length, _kept = image_of(100_000)
     monkeypatch.setattr(os, "write", stopping)
-    written = write_image(tmp_path / "file", view, length)
+    written = write_direct(tmp_path / "file", view, length)
     monkeypatch.undo()
     assert short and (tmp_path / "file").read_bytes() == bytes(view[:length])
-    assert written == measure(tmp_path / "file")
+    assert written == compute_checksum(tmp_path / "file")
 
 
 def test_an_error_of_the_disk_is_raised(tmp_path):
     view, length, _kept = image_of(10)
     with pytest.raises(IsADirectoryError):
-        write_image(tmp_path, view, length)
+        write_direct(tmp_path, view, length)
     with pytest.raises(FileNotFoundError):
-        write_parts(tmp_path / "nowhere" / "file", [b"a"])
+        write_chunks(tmp_path / "nowhere" / "file", [b"a"])
 
 
 def test_files_lie_in_their_directory(tmp_path):
@@ -84,9 +84,9 @@ def test_files_lie_in_their_directory(tmp_path):
     (root / "dangling").symlink_to("nothing")
     os.mkfifo(root / "pipe")
     for name in ("a", "sub/b", "inner"):
-        assert file_in(root, name).read_text() == file_in(root, name).name[0].replace("i", "b")
+        assert resolve_file(root, name).read_text() == resolve_file(root, name).name[0].replace("i", "b")
     (tmp_path / "linked").symlink_to(root)  # the whole checkpoint may be a link
-    assert file_in(tmp_path / "linked", "a").read_text() == "a"
+    assert resolve_file(tmp_path / "linked", "a").read_text() == "a"
     for name, message in {
         "out": "a link that leads outside",
         "sub/up/outside": "a link that leads outside",
@@ -105,4 +105,4 @@ def test_files_lie_in_their_directory(tmp_path):
         "x" * 5000: "cannot be read",
     }.items():
         with pytest.raises(CheckpointError, match=message):
-            file_in(root, name)
+            resolve_file(root, name)

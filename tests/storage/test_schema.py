@@ -5,7 +5,7 @@ import pytest
 from attrs.validators import ge
 
 from fts.errors import CheckpointError
-from fts.storage import checked, record
+from fts.storage import check_type, structure
 
 
 @attrs.frozen
@@ -26,7 +26,7 @@ class Place:
     ],
 )
 def test_what_fits_comes_back(value, hint):
-    assert checked(value, hint, "a.json") is value
+    assert check_type(value, hint, "a.json") is value
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_what_fits_comes_back(value, hint):
 )
 def test_what_does_not_fit_is_named(value, hint, said):
     with pytest.raises(CheckpointError, match=f"a.json is damaged: {said}"):
-        checked(value, hint, "a.json")
+        check_type(value, hint, "a.json")
 
 
 def test_a_record_has_what_its_class_needs():
-    assert record(Place, {"row": 1}, "a.json") == Place(1)
+    assert structure(Place, {"row": 1}, "a.json") == Place(1)
     for values, said in (
         ([1], "a.json is damaged"),
         ({"row": "1"}, "row of a.json is damaged: '1' must be int"),
@@ -55,4 +55,4 @@ def test_a_record_has_what_its_class_needs():
         ({"row": -1}, "'row' must be >= 0"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            record(Place, values, "a.json")
+            structure(Place, values, "a.json")

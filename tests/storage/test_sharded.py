@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from fts.errors import CheckpointError
-from fts.storage import files_of, forms_of, has_tensors, is_spread, measure, read_into, read_tensors, save_sharded
+from fts.storage import (
+    compute_checksum,
+    has_sharded_tensors,
+    has_tensors,
+    list_files,
+    read_into,
+    read_tensor_specs,
+    read_tensors,
+    save_sharded,
+)
 from fts.storage.dtypes import DTYPES
 
 NAME = "model.safetensors"
@@ -40,16 +49,16 @@ def test_every_dtype_and_form_comes_back(written):
     targets = {name: torch.empty_like(tensor) for name, tensor in tensors().items() if name in ("of BF16", "count")}
     read_into(written, NAME, targets)
     assert_same(targets, {name: tensors()[name] for name in targets})
-    assert {name: (form.shape, form.dtype) for name, form in forms_of(written, NAME).items()} == {
+    assert {name: (form.shape, form.dtype) for name, form in read_tensor_specs(written, NAME).items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in tensors().items()
     }
 
 
 def test_the_files_are_told_with_their_checksums_and_are_several(tmp_path):
     told = save_sharded(tmp_path, NAME, tensors(), file_size=40)
-    assert len(told) > 3 and all(measure(tmp_path / name) == facts for name, facts in told.items())
-    assert set(files_of(tmp_path, NAME)) == {f"{NAME}.parts.json", *told}
-    assert has_tensors(tmp_path, NAME) and is_spread(tmp_path, NAME) and not has_tensors(tmp_path, "other.safetensors")
+    assert len(told) > 3 and all(compute_checksum(tmp_path / name) == facts for name, facts in told.items())
+    assert set(list_files(tmp_path, NAME)) == {f"{NAME}.parts.json", *told}
+    assert has_tensors(tmp_path, NAME) and has_sharded_tensors(tmp_path, NAME) and not has_tensors(tmp_path, "other.safetensors")
 
 
 def test_numbers_alone_need_no_files(tmp_path):

@@ -13,7 +13,7 @@ from fts import steps, transforms as tx
 from fts.errors import ArgumentError
 from fts.testing import LawError, strategies
 
-ORDINARY = strategies.ordinary(torch.float64)
+ORDINARY = strategies.fixed_trajectory(torch.float64)
 
 
 def sign(grads, state, params):
@@ -400,7 +400,7 @@ except fts.errors.MissingDependencyError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'fts[dev]'" in done.stdout
+    assert "pip install 'fts-torch[dev]'" in done.stdout
 
 
 # Steps
@@ -557,8 +557,8 @@ def recompiling():
 STEP_MUTANTS = [
     ("metrics_are_flat", lambda: flawed(number)),
     ("metrics_are_flat", lambda: flawed(holds_graph)),
-    ("state_moves_on", lambda: flawed(stands_still)),
-    ("state_moves_on", lambda: flawed(narrows)),
+    ("state_advances", lambda: flawed(stands_still)),
+    ("state_advances", lambda: flawed(narrows)),
     ("step_inputs_unchanged", lambda: flawed(writes_state)),
     ("step_inputs_unchanged", lambda: flawed(writes_batch)),
     ("module_unchanged", slipping),

@@ -15,7 +15,7 @@ SENTENCES = [f"{'very ' * (i % 7)}good number {i}" for i in range(30)]
 def settings(**changes: Any) -> TrainingArguments:
     """Training arguments with small batches."""
     for kind in ("train", "eval"):
-        changes[f"per_device_{kind}_batch_size"] = changes.pop(f"{kind}_batch_size", 4)
+        changes[f"per_device_{kind}_batch_size_search"] = changes.pop(f"{kind}_batch_size_search", 4)
     return TrainingArguments(**({"use_cpu": True, "disable_tqdm": True, "report_to": "none"} | changes))
 
 

@@ -168,8 +168,8 @@ def core(data):
 def check_exchange(group):
     """What each process has arrives as it is, whatever it is."""
     kinds = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint8, torch.complex64]
-    for by_objects in (False, True):
-        exchange = AllGatherObject(group, by_objects)
+    for use_gather_object in (False, True):
+        exchange = AllGatherObject(group, use_gather_object)
         mine = {
             "rank": group.rank,
             "tensors": [torch.arange(group.rank + 3).to(kind) for kind in kinds],
@@ -204,10 +204,10 @@ if __name__ == "__main__":
     group = init_process_group(device="cpu")
     if group.size > 1:
         check_exchange(group)
-    everyone = group.gather(found)
+    everyone = group.all_gather_object(found)
     assert all(other == found for other in everyone), "processes differ"
     split = with_split_batches()
-    if group.is_first:
+    if group.is_main_process:
         with open(sys.argv[1], "w") as file:
             json.dump({"same": found, "split": split}, file)
     destroy_process_group()

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from fts import Trainer, TrainingArguments
-from fts.distributed import destroy_process_group, distribution
-from fts.dtensors import local
+from fts.distributed import (destroy_process_group, distributed_step)
+from fts.dtensors import to_local
 from fts.errors import ArgumentError
 
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -57,7 +57,7 @@ def trained(world, folder, name):
     trainer = Trainer(model(), args, train_dataset=rows(), eval_dataset=rows()[:11])
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    parts = [local(parameter).numel() for parameter in trainer.model.parameters()]
+    parts = [to_local(parameter).numel() for parameter in trainer.model.parameters()]
     return {
         "losses": [entry["loss"] for entry in logged],
         "norms": [entry["grad_norm"] for entry in logged],
@@ -75,7 +75,7 @@ def evaluated(folder, **options):
     trainer = Trainer(model(), args, eval_dataset=rows()[:11])
     loss = trainer.evaluate()["eval_loss"]
     predicted = trainer.predict(rows()[:11]).metrics["test_loss"]
-    parts = [local(parameter).numel() for parameter in trainer.model.parameters()]
+    parts = [to_local(parameter).numel() for parameter in trainer.model.parameters()]
     return [loss, predicted, sum(parts) / sum(parameter.numel() for parameter in trainer.model.parameters())]
 
 
@@ -100,13 +100,13 @@ def main(file):
 
     ddp = torch.nn.parallel.DistributedDataParallel
     ddp.__init__ = noting(ddp.__init__, "DDP")
-    replicating = distribution.DDPGradients
+    replicating = distributed_step.DDPGradients
 
-    def noted(group, same_buffers, **options):
-        given.setdefault("buffers", same_buffers)
-        return replicating(group, same_buffers, **options)
+    def noted(group, broadcast_buffers, **options):
+        given.setdefault("buffers", broadcast_buffers)
+        return replicating(group, broadcast_buffers, **options)
 
-    distribution.DDPGradients = noted
+    distributed_step.DDPGradients = noted
     torch.distributed.init_process_group = noting(torch.distributed.init_process_group, "group")
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from fts import transforms as tx
 from fts.state import TrainState
 from fts.trainer import TrainerCallback, TrainerState
-from fts.trainer.evaluation.best_model import note_best
-from fts.trainer.model.weights import load_best
-from fts.trainer.optimization.names import make_transform
+from fts.trainer.evaluation.best_model import update_best_metric
+from fts.trainer.checkpoints.train_state import load_best_model
+from fts.trainer.optimization.transform import make_transform
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 BEST = {
@@ -50,7 +50,7 @@ def test_an_evaluation_that_is_nan_is_never_the_best(tmp_path, first, greater):
 
 def test_a_resumed_run_forgets_a_best_that_is_nan():
     told = TrainerState(best_metric=math.nan, best_global_step=3, global_step=6)  # as transformers' Trainer writes it
-    assert note_best(arguments("unused", metric_for_best_model="loss", save_strategy="steps"), told, {"eval_loss": 2.0})
+    assert update_best_metric(arguments("unused", metric_for_best_model="loss", save_strategy="steps"), told, {"eval_loss": 2.0})
     assert (told.best_metric, told.best_global_step) == (2.0, 6)
 
 
@@ -138,7 +138,7 @@ def test_the_best_checkpoint_may_have_more_or_less_than_this_run_saves(alone, tm
     state = TrainState.create(
         resumed.model, (transform := make_transform(resumed.args, tx.constant_schedule(0.1), resumed.model, total_steps=9))
     )
-    load_best(resumed.model, told.best_model_checkpoint, state, transform)
+    load_best_model(resumed.model, told.best_model_checkpoint, state, transform)
     assert all(torch.equal(tensor, best[name]) for name, tensor in resumed.model.state_dict().items())
 
 

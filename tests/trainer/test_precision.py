@@ -136,7 +136,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path, caplog, before, after):
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "logging_steps": 1}
     make_trainer(tmp_path, **options, **before).train()
     again = make_trainer(tmp_path / "again", **options, **after)
-    with caplog.at_level(logging.INFO, "fts.trainer.checkpoints.state_loading"):
+    with caplog.at_level(logging.INFO, "fts.trainer.checkpoints.train_state"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.state.global_step == 8
     assert ("The loss scale begins at 65536" in caplog.text) == after["fp16"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.trainer import TrainingArguments
-from fts.trainer.arguments.processes import started
+from fts.trainer.arguments.processes import default_group
 from tests import torchrun
 from tests.trainer.several import LENGTHS, Tokens, losses, rows, trained
 
@@ -70,8 +70,8 @@ def test_the_processes_are_joined_by_what_the_arguments_name(monkeypatch):
     asked = []
     note = lambda backend, timeout, device: asked.append((backend, timeout.seconds))  # noqa: E731
     monkeypatch.setattr("fts.distributed.process_group.init_process_group", note)
-    started(TrainingArguments(use_cpu=True, ddp_backend="gloo", ddp_timeout=7))
-    started(TrainingArguments(use_cpu=True))
+    default_group(TrainingArguments(use_cpu=True, ddp_backend="gloo", ddp_timeout=7))
+    default_group(TrainingArguments(use_cpu=True))
     with TrainingArguments(use_cpu=True, ddp_backend="gloo").main_process_first():
         pass
     assert asked == [("gloo", 7), (None, 1800), ("gloo", 1800)]

@@ -55,7 +55,7 @@ def run(folder, config, **values):
     trainer.train()
     trainer.save_model(str(folder / "last"))
     logits = trainer.predict(data[:5]).predictions
-    trainer.world.wait()
+    trainer.world.barrier()
     weights = load_file(folder / "last" / "model.safetensors")
     best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
     with torch.no_grad():

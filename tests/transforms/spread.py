@@ -24,12 +24,12 @@ from transformers.optimization import Adafactor
 
 import fts
 from fts import steps, transforms as tx
-from fts.dtensors import full_tensor, is_sharded
+from fts.dtensors import (full_tensor, is_dtensor)
 from fts.errors import ArgumentError
-from fts.randomness import normal_like
-from fts.steps.nonfinite import NonFinite, nonfinite_in
-from fts.testing.comparison import in_words, require_close, require_equal
-from fts.testing.sharded import SPREADS, gathered, sharded_equals_whole, spread_out
+from fts.randomness import randn_like
+from fts.steps.nonfinite import (NonFiniteCounts, find_nonfinite)
+from fts.testing.comparison import (transform_summary, require_close, require_equal)
+from fts.testing.sharded import (SHARDING_LAYOUTS, full_tensors, sharded_equals_full, shard_tensors)
 from fts.typing import Params, Transform
 from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
 from tests.transforms.spread_halves import halves_are_those_of_the_whole, what_overflows_in_one_process_is_skipped_in_all
@@ -70,8 +70,8 @@ def laws(spreads: list[str], dtype: torch.dtype, updates: int) -> dict[str, Call
     named = [(transform, KNOWN) for transform in NAMED_REGISTRY]
     every = [(transform, tuple(SHAPES)) for transform in (*REGISTRY, *EAGER_REGISTRY, *BRIDGED)]
     return {
-        f"{in_words(transform)}, {spread}, {dtype}": partial(
-            sharded_equals_whole, transform, *trajectory(names, dtype, updates), spread=spread
+        f"{transform_summary(transform)}, {spread}, {dtype}": partial(
+            sharded_equals_full, transform, *trajectory(names, dtype, updates), spread=spread
         )
         for transform, names in every + named
         for spread in spreads
@@ -80,15 +80,15 @@ def laws(spreads: list[str], dtype: torch.dtype, updates: int) -> dict[str, Call
 
 def says_what_it_needs(transform: Transform) -> None:
     with pytest.raises(ArgumentError, match="cannot step on parameters that are spread over processes"):
-        transform.init(spread_out(tensors(KNOWN, torch.float64, 0), "shards"))
+        transform.init(shard_tensors(tensors(KNOWN, torch.float64, 0), "shards"))
 
 
 def norm_is_that_of_the_whole() -> None:
     whole_tree = tensors(tuple(SHAPES), torch.float32, 0)
     for scale in (1.0, 1e15):
         tree = {name: tensor * scale for name, tensor in whole_tree.items()}
-        for spread in SPREADS:
-            torch.testing.assert_close(tx.global_norm(spread_out(tree, spread)), tx.global_norm(tree), rtol=1e-6, atol=0.0)
+        for spread in SHARDING_LAYOUTS:
+            torch.testing.assert_close(tx.global_norm(shard_tensors(tree, spread)), tx.global_norm(tree), rtol=1e-6, atol=0.0)
     # gradients that are sums which nobody has finished
     from torch.distributed.tensor import DTensor, Partial
 
@@ -98,19 +98,19 @@ def norm_is_that_of_the_whole() -> None:
 
 def noise_is_that_of_the_whole() -> None:
     tree = tensors(tuple(SHAPES), torch.float64, 0)
-    for spread in SPREADS:
-        for name, tensor in spread_out(tree, spread).items():
-            require_equal(name, full_tensor(normal_like(tensor, 3, 7)), normal_like(tree[name], 3, 7))
+    for spread in SHARDING_LAYOUTS:
+        for name, tensor in shard_tensors(tree, spread).items():
+            require_equal(name, full_tensor(randn_like(tensor, 3, 7)), randn_like(tree[name], 3, 7))
 
 
 def bad_numbers_are_counted_once() -> None:
     tree = tensors(tuple(SHAPES), torch.float64, 0)
-    assert nonfinite_in(spread_out(tree, "shards")) == {}
+    assert find_nonfinite(shard_tensors(tree, "shards")) == {}
     tree["w"][2, 1] = float("nan")
     tree["kernel"][0] = float("inf")
-    for spread in SPREADS:
-        found = nonfinite_in(spread_out(tree, spread))
-        assert found == {"w": NonFinite(1, 0, 12), "kernel": NonFinite(0, 12, 24)}, found
+    for spread in SHARDING_LAYOUTS:
+        found = find_nonfinite(shard_tensors(tree, spread))
+        assert found == {"w": NonFiniteCounts(1, 0, 12), "kernel": NonFiniteCounts(0, 12, 24)}, found
 
 
 def as_torch(make_optimizer: Callable[..., torch.optim.Optimizer], transform: Transform) -> None:
@@ -142,28 +142,28 @@ def states_hold_shards() -> None:
     tree = tensors(KNOWN, torch.float32, 0)
     transform = tx.ema_params(tx.adamw(0.1), 0.9)
     plain = fts.TrainState.create(tree, transform)
-    spread = fts.TrainState.create(spread_out(tree, "shards"), transform)
+    spread = fts.TrainState.create(shard_tensors(tree, "shards"), transform)
     assert "3 tensors with 18 numbers" in repr(spread)
     grads = tensors(KNOWN, torch.float32, 1)
     plain, _ = steps.apply_gradients(plain, grads, transform)
     kept = {name: full_tensor(tensor) for name, tensor in spread.params.items()}
-    after, _ = steps.apply_gradients(spread, spread_out(grads, "shards"), transform)
-    require_equal("the old state", gathered(spread.params), kept)
-    require_close("params", gathered(after.params), plain.params)
+    after, _ = steps.apply_gradients(spread, shard_tensors(grads, "shards"), transform)
+    require_equal("the old state", full_tensors(spread.params), kept)
+    require_close("params", full_tensors(after.params), plain.params)
     # gradients in another layout are brought to that of the parameters
     other, _ = steps.apply_gradients(spread, grads, transform)
-    require_equal("params", gathered(other.params), gathered(after.params))
+    require_equal("params", full_tensors(other.params), full_tensors(after.params))
     # averages do not share memory with parameters
-    again, _ = steps.apply_gradients(after, spread_out(grads, "shards"), transform, donate=True)
-    assert all(is_sharded(tensor) for tensor in (*again.params.values(), *tx.averaged_params(again.opt_state).values()))
+    again, _ = steps.apply_gradients(after, shard_tensors(grads, "shards"), transform, donate=True)
+    assert all(is_dtensor(tensor) for tensor in (*again.params.values(), *tx.averaged_params(again.opt_state).values()))
 
     moments = tx.torch_moments(plain.opt_state)
-    told = tx.adamw(0.1).init(spread_out(tree, "shards"))
+    told = tx.adamw(0.1).init(shard_tensors(tree, "shards"))
     from fts.transforms.importing import with_torch_moments
 
     told = with_torch_moments(told, moments, step=1)
-    require_equal("moments", gathered(told), plain.opt_state.inner)
-    require_equal("moments", gathered(tx.torch_moments(told)), moments)
+    require_equal("moments", full_tensors(told), plain.opt_state.inner)
+    require_equal("moments", full_tensors(tx.torch_moments(told)), moments)
 
     # what a single process saved, in shards, and back in a module that is not spread
     directory = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
@@ -172,20 +172,20 @@ def states_hold_shards() -> None:
         plain.save(Path(directory[0]))
     dist.barrier()
     loaded = fts.TrainState.load(Path(directory[0]), like=again)
-    require_equal("params", gathered(loaded.params), plain.params)
-    require_equal("opt_state", gathered(loaded.opt_state), plain.opt_state)
-    assert all(is_sharded(tensor) for tensor in loaded.params.values())
+    require_equal("params", full_tensors(loaded.params), plain.params)
+    require_equal("opt_state", full_tensors(loaded.opt_state), plain.opt_state)
+    assert all(is_dtensor(tensor) for tensor in loaded.params.values())
 
     model = nn.Linear(4, 3)
     linear = fts.TrainState.create(
         fully_shard(nn.Linear(4, 3), mesh=init_device_mesh("cpu", (dist.get_world_size(),))), tx.sgd(0.1)
     )
     linear.apply_to(model)
-    require_equal("module", dict(model.state_dict()), gathered(linear.params))
+    require_equal("module", dict(model.state_dict()), full_tensors(linear.params))
 
 
 def checks() -> dict[str, Callable[[], None]]:
-    every = list(SPREADS)
+    every = list(SHARDING_LAYOUTS)
     compared = {
         "AdamW": (partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1, fused=True), tx.adamw(0.1, weight_decay=0.1)),
         "Adam": (partial(torch.optim.Adam, lr=0.1), tx.adam(0.1)),
@@ -196,7 +196,7 @@ def checks() -> dict[str, Callable[[], None]]:
         **laws(every[:1], torch.float64, 3),
         # of two processes the other layouts have one process in one direction
         **(laws(every[1:], torch.float64, 2) | laws(every, torch.float32, 3) if dist.get_world_size() > 2 else {}),
-        **{f"{in_words(transform)} says what it needs": partial(says_what_it_needs, transform) for transform in REFUSED},
+        **{f"{transform_summary(transform)} says what it needs": partial(says_what_it_needs, transform) for transform in REFUSED},
         **{f"{name} is torch's": partial(as_torch, *pair) for name, pair in compared.items()},
         **{
             check.__name__: check

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from fts import transforms as tx
 from fts.dtensors import full_tensor
 from fts.testing.comparison import require_close, require_equal
-from fts.testing.sharded import SPREADS, gathered, spread_out
+from fts.testing.sharded import (SHARDING_LAYOUTS, full_tensors, shard_tensors)
 
 SHAPES = {"w": (3, 4), "b": (1,), "kernel": (2, 3, 2, 2), "temperature": ()}
 
@@ -38,13 +38,13 @@ def halves_are_those_of_the_whole() -> None:
         tx.stochastic_rounding(tx.adamw(0.1), seed=3),
     ):
         params, gradients = tree(0, torch.bfloat16), [tree(1 + i, torch.bfloat16) for i in range(2)]
-        for spread in SPREADS:
+        for spread in SHARDING_LAYOUTS:
             expected = both_ways(transform, params, gradients)
-            found = both_ways(transform, spread_out(params, spread), [spread_out(grads, spread) for grads in gradients])
+            found = both_ways(transform, shard_tensors(params, spread), [shard_tensors(grads, spread) for grads in gradients])
             for (one, state, info), (two, own, told) in zip(expected, found, strict=True):
                 # bit for bit: the same numbers are rounded up everywhere
-                require_equal(f"{transform.label}, {spread}: params", gathered(two), one)
-                require_close(f"{transform.label}, {spread}: state", gathered(own), state)
+                require_equal(f"{transform.label}, {spread}: params", full_tensors(two), one)
+                require_close(f"{transform.label}, {spread}: state", full_tensors(own), state)
                 require_close(
                     f"{transform.label}, {spread}: info", {key: full_tensor(value) for key, value in told.items()}, info
                 )
@@ -61,10 +61,10 @@ def what_overflows_in_one_process_is_skipped_in_all() -> None:
         params, grads = tree(0, torch.float32), tree(1, torch.float32)
         bad = {name: g.clone() for name, g in grads.items()}
         bad["w"][2, 3] = math.inf
-        for spread in SPREADS:
-            start = spread_out(params, spread)
-            for after, state, info in both_ways(transform, start, [spread_out(bad, spread)]):
-                require_equal(f"{transform.label}, {spread}", gathered(after), params)
+        for spread in SHARDING_LAYOUTS:
+            start = shard_tensors(params, spread)
+            for after, state, info in both_ways(transform, start, [shard_tensors(bad, spread)]):
+                require_equal(f"{transform.label}, {spread}", full_tensors(after), params)
                 flags = torch.zeros(dist.get_world_size(), dtype=torch.int64)
                 flags[dist.get_rank()] = int(info[key.strip()])
                 dist.all_reduce(flags)

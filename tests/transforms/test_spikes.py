@@ -88,14 +88,14 @@ def test_the_limit_raises_when_it_is_reached(run):
 
 
 def test_a_run_goes_back_behind_a_spike():
-    """`rolling_back` with limit=1: the run is the one on data without the batch that made the spike."""
+    """`with_rollback` with limit=1: the run is the one on data without the batch that made the spike."""
 
     def run(data):
         transform = tx.skip_spikes(tx.sgd(0.01), warmup_steps=3, limit=1)
         step = steps.train_step(lambda params, batch: (params["w"] * batch).sum(), transform)
         state = fts.TrainState.create({"w": torch.ones(2)}, transform)
         events = list(
-            loops.rolling_back(lambda state, start: loops.fit(step, state, data, start=start, donate=False), state, every=1)
+            loops.with_rollback(lambda state, start: loops.fit(step, state, data, start=start, donate=False), state, loops.RollbackPolicy(every=1))
         )
         return events[-1].state, [event.step for event in events if isinstance(event, loops.RolledBack)]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.checks import check_flag, check_names, check_whole
+from fts.trainer.arguments.checks import (check_bool, check_known_names, check_int)
 from fts.trainer.arguments.fields import arg
-from fts.trainer.arguments.parsing import dict_from_text
+from fts.trainer.arguments.parsing import parse_json_dict
 
 
 class NotAnInstanceError(ArgumentError, NotImplementedError):
@@ -43,19 +43,19 @@ class AcceleratorConfig:
     use_configured_state: bool = arg(False, "Whether to use the process state that accelerate already has.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AcceleratorConfig:
-        check_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
+        check_known_names(cls.__name__, kwargs, [item.name for item in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for item in fields(AcceleratorConfig):
             if isinstance(item.default, bool):
-                check_flag(f"accelerator_config: {item.name}", getattr(self, item.name))
-        check_flag("accelerator_config: dispatch_batches", self.dispatch_batches, or_none=True)
+                check_bool(f"accelerator_config: {item.name}", getattr(self, item.name))
+        check_bool("accelerator_config: dispatch_batches", self.dispatch_batches, or_none=True)
         given = self.gradient_accumulation_kwargs
         if given is not None and not isinstance(given, dict):
             raise ArgumentError(f"accelerator_config: gradient_accumulation_kwargs={given!r} must be a dict.")
         if given and given.get("num_steps") is not None:
-            check_whole("accelerator_config: num_steps", given["num_steps"], 1)
+            check_int("accelerator_config: num_steps", given["num_steps"], 1)
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> AcceleratorConfig:
@@ -77,10 +77,10 @@ class AcceleratorConfig:
         return self.__dict__.pop(key, default)
 
 
-def accelerator_config(name: str, value: Any) -> AcceleratorConfig:
+def parse_accelerator_config(name: str, value: Any) -> AcceleratorConfig:
     """A configuration from what may be given for one: nothing, a dict, JSON text, a path, or an instance.
 
-    >>> accelerator_config("accelerator_config", '{"even_batches": false}').even_batches
+    >>> parse_accelerator_config("accelerator_config", '{"even_batches": false}').even_batches
     False
     """
     if isinstance(value, type):
@@ -95,7 +95,7 @@ def accelerator_config(name: str, value: Any) -> AcceleratorConfig:
     if isinstance(value, Path) or (isinstance(value, str) and not value.lstrip().startswith("{")):
         return AcceleratorConfig.from_json_file(value)
     if isinstance(value, str):
-        return AcceleratorConfig(**dict_from_text(name, value))
+        return AcceleratorConfig(**parse_json_dict(name, value))
     if isinstance(value, dict):
         return AcceleratorConfig(**value)
     if hasattr(value, "to_dict") and hasattr(value, "split_batches"):  # transformers' own
@@ -103,14 +103,14 @@ def accelerator_config(name: str, value: Any) -> AcceleratorConfig:
     raise ArgumentError(f"{name}={value!r} must be a dict, the path of a JSON file, or an AcceleratorConfig.")
 
 
-def check_accumulation(given: Mapping[str, Any] | None, steps: int) -> None:
+def check_num_steps(given: Mapping[str, Any] | None, steps: int) -> None:
     """Raise ArgumentError if accelerate's configuration wants another number of micro-batches in an update.
 
     Args:
         given: its `gradient_accumulation_kwargs`, whose `num_steps` may be 1, or the same number.
         steps: `gradient_accumulation_steps`.
 
-    >>> check_accumulation({"num_steps": 4}, 4)
+    >>> check_num_steps({"num_steps": 4}, 4)
     """
     wanted = (given or {}).get("num_steps", 1)
     if wanted not in (1, steps):

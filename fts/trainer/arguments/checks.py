@@ -15,20 +15,20 @@ from fts.errors import ArgumentError
 E = TypeVar("E", bound=Enum)
 
 
-def near_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that is most like a given one, if any is alike.
 
-    >>> near_name("sed", ["seed", "bf16"])
+    >>> closest_name("sed", ["seed", "bf16"])
     'seed'
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return near[0] if near else None
 
 
-def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_known_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise ArgumentError for the first name that is not known, with the nearest known one.
 
-    >>> check_names("Arguments", ["sed"], ["seed", "bf16"])
+    >>> check_known_names("Arguments", ["sed"], ["seed", "bf16"])
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: Arguments has no argument 'sed'. Did you mean 'seed'?
@@ -36,22 +36,22 @@ def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in given:
         if name not in known:
-            near = near_name(name, known)
+            near = closest_name(name, known)
             hint = f"Did you mean {near!r}?" if near else f"It has: {', '.join(sorted(known))}."
             raise ArgumentError(f"{owner} has no argument {name!r}. {hint}")
 
 
-def check_choice(name: str, value: Any, choices: type[E]) -> E:
+def check_enum(name: str, value: Any, choices: type[E]) -> E:
     """The member of an enum that a value names.
 
-    >>> from fts.trainer.arguments.choices import IntervalStrategy
-    >>> check_choice("eval_strategy", "epoch", IntervalStrategy)
+    >>> from fts.trainer.arguments.enums import IntervalStrategy
+    >>> check_enum("eval_strategy", "epoch", IntervalStrategy)
     <IntervalStrategy.EPOCH: 'epoch'>
     """
     try:
         return choices(getattr(value, "value", value))  # also a member of transformers' enum of that name
     except ValueError:
-        raise _unknown(name, value, [str(member.value) for member in choices]) from None
+        raise _unknown_value(name, value, [str(member.value) for member in choices]) from None
 
 
 def check_one_of(name: str, value: Any, values: Iterable[str]) -> str:
@@ -65,19 +65,19 @@ def check_one_of(name: str, value: Any, values: Iterable[str]) -> str:
     values = list(values)
     if isinstance(value, str) and value in values:
         return value
-    raise _unknown(name, value, values)
+    raise _unknown_value(name, value, values)
 
 
-def _unknown(name: str, value: Any, values: list[str]) -> ArgumentError:
-    near = near_name(value, values) if isinstance(value, str) else None
+def _unknown_value(name: str, value: Any, values: list[str]) -> ArgumentError:
+    near = closest_name(value, values) if isinstance(value, str) else None
     hint = f" Did you mean {near!r}?" if near else ""
     return ArgumentError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, values))}.{hint}")
 
 
-def check_whole(name: str, value: Any, low: int, remedy: str = "", *, bits: int = 0) -> int:
+def check_int(name: str, value: Any, low: int, remedy: str = "", *, bits: int = 0) -> int:
     """The value as an int, if it is a whole number of at least `low`, and of at most so many bits if that is given.
 
-    >>> check_whole("seed", 3, 0)
+    >>> check_int("seed", 3, 0)
     3
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -87,10 +87,10 @@ def check_whole(name: str, value: Any, low: int, remedy: str = "", *, bits: int 
     return operator.index(value)
 
 
-def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
+def check_bool(name: str, value: Any, *, or_none: bool = False) -> None:
     """Raise ArgumentError unless the value is True or False, or None where that is allowed.
 
-    >>> check_flag("bf16", "False")
+    >>> check_bool("bf16", "False")
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: bf16='False' must be True or False. It is a str; write it without quotes.
@@ -101,14 +101,14 @@ def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
     raise ArgumentError(f"{name}={value!r} must be {'True, False or None' if or_none else 'True or False'}.{hint}")
 
 
-def check_text(name: str, value: Any, remedy: str = "") -> str:
+def check_str(name: str, value: Any, remedy: str = "") -> str:
     """The value, if it is a text of at least one character."""
     if isinstance(value, str) and value:
         return value
     raise ArgumentError(f"{name}={value!r} must be a text.{' ' + remedy if remedy else ''}")
 
 
-def check_real(
+def check_float(
     name: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
 ) -> None:
     """Raise ArgumentError unless the value is a finite number between `low` and `high`."""
@@ -122,6 +122,6 @@ def check_real(
 
 def check_interval(name: str, value: Any, *, zero: bool = False) -> None:
     """Raise ArgumentError unless the value is a whole number of steps, or a share of all steps below 1."""
-    check_real(name, value, open_low=not zero)
+    check_float(name, value, open_low=not zero)
     if value >= 1 and value != int(value):
         raise ArgumentError(f"{name}={value!r} must be a whole number of steps, or a share of all steps below 1.")

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: where it is found, and what the arguments say for its "auto" values.
+"""DeepSpeed's configuration: how it is read, and the arguments' values for its "auto" entries.
 
 The names are those of https://www.deepspeed.ai/docs/config-json/.
 """
@@ -9,17 +9,36 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.parsing import ON
-
-if TYPE_CHECKING:
-    from fts.trainer.arguments.training_arguments import TrainingArguments
+from fts.trainer.arguments.parsing import TRUE_VALUES
 
 AUTO = "auto"
 
-FROM_ARGUMENTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+
+class DeepSpeedArguments(Protocol):
+    """The arguments that DeepSpeed's configuration may repeat."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    learning_rate: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    weight_decay: float
+    save_on_each_node: bool
+
+    @property
+    def mixed_precision(self) -> str:
+        """ "no", "bf16" or "fp16"."""
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Over how many of so many updates the learning rate rises."""
+
+
+FROM_ARGUMENTS: dict[str, tuple[str, Callable[[DeepSpeedArguments], Any]]] = {
     "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", lambda args: args.per_device_train_batch_size),
     "gradient_accumulation_steps": ("gradient_accumulation_steps", lambda args: args.gradient_accumulation_steps),
     "gradient_clipping": ("max_grad_norm", lambda args: args.max_grad_norm),
@@ -31,17 +50,17 @@ FROM_ARGUMENTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "fp16.enabled": ("fp16", lambda args: args.mixed_precision == "fp16"),
     "bf16.enabled": ("bf16", lambda args: args.mixed_precision == "bf16"),
 }
-"""Key of the configuration -> the argument that says the same, and its value."""
+"""Key of the configuration -> the argument with the same meaning, and its value."""
 
-LEFT_OUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16.enabled", "bf16.enabled")
-"""Keys that the arguments fill in where the configuration does not have them at all."""
+FILLED_WHEN_ABSENT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16.enabled", "bf16.enabled")
+"""Keys that are filled in from the arguments also where the configuration lacks them."""
 
-BATCHES = ("train_micro_batch_size_per_gpu", "train_batch_size")
-"""Keys that may differ from the arguments where a batch size that fits is to be found."""
+BATCH_SIZE_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size")
+"""Keys that may differ from the arguments with `auto_find_batch_size`."""
 
 
-def config_of(deepspeed: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """DeepSpeed's configuration as the argument, or else the environment of `accelerate launch`, gives it; None for neither.
+def load_deepspeed_config(deepspeed: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """DeepSpeed's configuration from the argument, or else from the environment of `accelerate launch`; None without either.
 
     Args:
         deepspeed: the argument: a dictionary, or the path of a JSON file.
@@ -53,45 +72,45 @@ def config_of(deepspeed: Any, environ: Mapping[str, str]) -> dict[str, Any] | No
     Raises:
         ArgumentError: it cannot be read.
 
-    >>> config_of(None, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})["zero_optimization"]
+    >>> load_deepspeed_config(None, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})["zero_optimization"]
     {'stage': 3}
     """
     if deepspeed:
         return _read("deepspeed", deepspeed)
-    if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ON:
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in TRUE_VALUES:
         return None
     path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    return _of_launcher(environ) if path.lower() == "none" else _read("ACCELERATE_DEEPSPEED_CONFIG_FILE", path)
+    return _config_from_environment(environ) if path.lower() == "none" else _read("ACCELERATE_DEEPSPEED_CONFIG_FILE", path)
 
 
-def filled(
+def fill_deepspeed_config(
     config: Mapping[str, Any],
-    args: TrainingArguments,
-    world: int,
+    args: DeepSpeedArguments,
+    world_size: int,
     *,
     batch_size: int | None = None,
     auto_find_batch_size: bool = False,
 ) -> dict[str, Any]:
-    """The configuration with what the arguments say: for "auto" values, and for the main ones that it leaves out.
+    """Fill in the arguments' values: for "auto" entries, and for the main ones that are absent.
 
     Args:
-        config: is not changed.
+        config: it is not changed.
         args: the arguments.
-        world: how many processes there are.
-        batch_size: rows of a micro-batch, where they are not those of the arguments.
+        world_size: how many processes there are.
+        batch_size: examples of a micro-batch, if other than in the arguments.
         auto_find_batch_size: whether batch sizes may differ from the arguments.
 
     Returns:
-        A new dictionary; what depends on the model or the length of the run stays "auto" (see `settled`).
+        A new dictionary; what depends on the model or the length of the run stays "auto" until `finalize_deepspeed_config`.
 
     Raises:
-        ArgumentError: it says something else than the arguments.
+        ArgumentError: it contradicts the arguments.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> args = TrainingArguments(per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    >>> filled({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, args, world=2)["train_batch_size"]
+    >>> fill_deepspeed_config({"train_batch_size": "auto"}, args, world_size=2)["train_batch_size"]
     16
-    >>> filled({"gradient_clipping": 0.5}, args, world=2)
+    >>> fill_deepspeed_config({"gradient_clipping": 0.5}, args, world_size=2)
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: DeepSpeed's configuration contradicts the arguments: gradient_clipping=0.5, but max_grad_norm=...
@@ -100,12 +119,12 @@ def filled(
     size = args.per_device_train_batch_size if batch_size is None else batch_size
     values = {key: (name, value(args)) for key, (name, value) in FROM_ARGUMENTS.items()}
     values["train_micro_batch_size_per_gpu"] = ("per_device_train_batch_size", size)
-    rows = size * args.gradient_accumulation_steps * world
-    values["train_batch_size"] = ("per_device_train_batch_size * gradient_accumulation_steps * processes", rows)
-    for key in LEFT_OUT:
+    total = size * args.gradient_accumulation_steps * world_size
+    values["train_batch_size"] = ("per_device_train_batch_size * gradient_accumulation_steps * processes", total)
+    for key in FILLED_WHEN_ABSENT:
         if _get(found, key) is None:
             _set(found, key, values[key][1])
-    _fill(found, values, free=BATCHES if auto_find_batch_size else ())
+    _fill_auto(found, values, replaceable=BATCH_SIZE_KEYS if auto_find_batch_size else ())
     if _get(found, "scheduler.params.warmup_min_lr") == AUTO:
         _set(found, "scheduler.params.warmup_min_lr", 0)
     if args.save_on_each_node:
@@ -113,21 +132,22 @@ def filled(
     return found
 
 
-def settled(config: Mapping[str, Any], args: TrainingArguments, *, total_steps: int, hidden_size: int | None) -> dict[str, Any]:
-    """The configuration with what depends on the length of the run and on the model, too; nothing is "auto" any more.
+def finalize_deepspeed_config(config: Mapping[str, Any], args: DeepSpeedArguments, *, total_steps: int, hidden_size: int | None) -> dict[str, Any]:
+    """Fill in what depends on the length of the run and on the model; nothing stays "auto".
 
     Args:
-        config: what `filled` made; it is not changed.
+        config: the result of `fill_deepspeed_config`; it is not changed.
         args: the arguments.
         total_steps: updates in the run.
-        hidden_size: the width of the model, from which the sizes of buckets follow; None where it has none.
+        hidden_size: the width of the model, which sets the sizes of buckets; None where it has none.
 
     Raises:
-        ArgumentError: it says something else than the arguments, or a value is "auto" that nobody can tell.
+        ArgumentError: it contradicts the arguments, or an "auto" value is unknown.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> scheduler = {"params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}}
-    >>> settled({"scheduler": scheduler}, TrainingArguments(warmup_steps=0.1), total_steps=50, hidden_size=None)["scheduler"]
+    >>> args = TrainingArguments(warmup_steps=0.1)
+    >>> finalize_deepspeed_config({"scheduler": scheduler}, args, total_steps=50, hidden_size=None)["scheduler"]
     {'params': {'total_num_steps': 50, 'warmup_num_steps': 5}}
     """
     found = copy.deepcopy(dict(config))
@@ -136,7 +156,7 @@ def settled(config: Mapping[str, Any], args: TrainingArguments, *, total_steps: 
         "scheduler.params.total_num_steps": ("the updates of the run", total_steps),
         "scheduler.params.warmup_num_steps": ("warmup_steps", warmup),
     }
-    _fill(found, values)
+    _fill_auto(found, values)
     if hidden_size is not None:
         sizes = {
             "reduce_bucket_size": hidden_size**2,
@@ -146,26 +166,26 @@ def settled(config: Mapping[str, Any], args: TrainingArguments, *, total_steps: 
         for name, number in sizes.items():
             if _get(found, f"zero_optimization.{name}") == AUTO:
                 _set(found, f"zero_optimization.{name}", number)
-    left = list(_autos(found))
-    if left:
+    unresolved = list(_auto_keys(found))
+    if unresolved:
         raise ArgumentError(
-            f"DeepSpeed's configuration has {', '.join(left)} = 'auto', which the arguments do not tell, nor a hidden_size in "
-            "the model's configuration. Give numbers there."
+            f"DeepSpeed's configuration has {', '.join(unresolved)} = 'auto', which neither the arguments nor a hidden_size in "
+            "the model's configuration determine. Give numbers there."
         )
     return found
 
 
-def _fill(config: dict[str, Any], values: Mapping[str, tuple[str, Any]], free: tuple[str, ...] = ()) -> None:
-    wrong = []
+def _fill_auto(config: dict[str, Any], values: Mapping[str, tuple[str, Any]], replaceable: tuple[str, ...] = ()) -> None:
+    conflicts = []
     for key, (name, value) in values.items():
-        said = _get(config, key)
-        if said == AUTO or (said is not None and key in free):
+        given = _get(config, key)
+        if given == AUTO or (given is not None and key in replaceable):
             _set(config, key, value)
-        elif said is not None and said != value:
-            wrong.append(f"{key}={said!r}, but {name}={value!r}")
-    if wrong:
+        elif given is not None and given != value:
+            conflicts.append(f"{key}={given!r}, but {name}={value!r}")
+    if conflicts:
         raise ArgumentError(
-            f"DeepSpeed's configuration contradicts the arguments: {'; '.join(wrong)}. Make them equal, or write 'auto' in the "
+            f"DeepSpeed's configuration contradicts the arguments: {'; '.join(conflicts)}. Make them equal, or write 'auto' in the "
             "configuration."
         )
 
@@ -184,10 +204,10 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def _autos(config: Mapping[str, Any], before: str = "") -> Iterator[str]:
+def _auto_keys(config: Mapping[str, Any], before: str = "") -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _autos(value, f"{before}{key}.")
+            yield from _auto_keys(value, f"{before}{key}.")
         elif value == AUTO:
             yield f"{before}{key}"
 
@@ -202,12 +222,12 @@ def _read(name: str, given: Any) -> dict[str, Any]:
     except ValueError as error:
         raise ArgumentError(f"{name}={str(given)!r} is not JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ArgumentError(f"{name}={str(given)!r} holds a {type(found).__name__}; DeepSpeed's configuration is a dictionary.")
+        raise ArgumentError(f"{name}={str(given)!r} holds a {type(found).__name__}; it must hold an object.")
     return found
 
 
-def _of_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration that `accelerate launch --use_deepspeed` describes by variables of its own."""
+def _config_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration that `accelerate launch --use_deepspeed` sets by environment variables."""
     zero: dict[str, Any] = {"stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
     for what in ("optimizer", "param"):
         variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}"
@@ -216,8 +236,8 @@ def _of_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
             path = environ.get(f"{variable}_NVME_PATH")
             zero[f"offload_{what}"] = {"device": device} | ({"nvme_path": path} if device == "nvme" and path else {})
     config: dict[str, Any] = {"train_batch_size": AUTO, "train_micro_batch_size_per_gpu": AUTO, "zero_optimization": zero}
-    said = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", AUTO)
-    config["gradient_accumulation_steps"] = int(said) if said.isdigit() else said
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", AUTO)
+    config["gradient_accumulation_steps"] = int(steps) if steps.isdigit() else steps
     clipping = environ.get("ACCELERATE_GRADIENT_CLIPPING", AUTO)
     config["gradient_clipping"] = clipping if clipping == AUTO else float(clipping)
     return config

@@ -7,19 +7,19 @@ from typing import Any
 
 
 def arg(default: Any, text: str, **options: Any) -> Any:
-    """A field with its explanation, which a command-line parser shows.
+    """A dataclass field with its help text, which a command-line parser shows.
 
     Args:
-        default: a list makes each object its own one.
+        default: the default; each instance gets its own copy of a list.
         text: what the argument does.
-        options: more for the parser, such as `nargs`; or of the field: `repr`.
+        options: more for the parser, such as `nargs`; or for the field: `repr`.
     """
-    shown = options.pop("repr", True)
+    in_repr = options.pop("repr", True)
     metadata = {"help": text, **options}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata, repr=shown)
-    return field(default=default, metadata=metadata, repr=shown)
+        return field(default_factory=lambda: list(default), metadata=metadata, repr=in_repr)
+    return field(default=default, metadata=metadata, repr=in_repr)
 
 
-BARE = {"nargs": "?", "const": True}
+FLAG = {"nargs": "?", "const": True}
 """For a parser: the name alone on the command line means True."""

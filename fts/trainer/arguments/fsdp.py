@@ -10,13 +10,13 @@ import torch
 
 from fts.distributed.strategies import FSDP
 from fts.errors import ArgumentError
-from fts.trainer.arguments.checks import check_choice, check_names
-from fts.trainer.arguments.choices import FSDPOption
-from fts.trainer.arguments.fsdp_config import DTYPES, SETTINGS, plain
-from fts.trainer.arguments.parsing import ON
+from fts.trainer.arguments.checks import (check_enum, check_known_names)
+from fts.trainer.arguments.enums import FSDPOption
+from fts.trainer.arguments.fsdp_config import (DTYPES, SETTINGS, parse_scalar)
+from fts.trainer.arguments.parsing import TRUE_VALUES
 
-OFF = ("0", "false", "no", "off", "n", "f")
-KINDS = {
+FALSE_VALUES = ("0", "false", "no", "off", "n", "f")
+SHARDING_STRATEGIES = {
     FSDPOption.FULL_SHARD: (True, False),
     FSDPOption.SHARD_GRAD_OP: (False, False),
     FSDPOption.HYBRID_SHARD: (True, True),
@@ -27,13 +27,13 @@ KINDS = {
 
 
 @attrs.frozen
-class Asked:
+class FSDPRequest:
     """What was asked for, after names and spellings are settled; None where nothing was said.
 
     Attributes:
-        kind: which of `KINDS`.
+        kind: which of `SHARDING_STRATEGIES`.
         reshard: whether parameters are freed after the forward pass.
-        wrap: which of `WRAPS`.
+        wrap: which of `AUTO_WRAP_POLICIES`.
         classes: names of the classes of units.
         least: parameters of a unit.
         more: attributes of `FSDP` as they are.
@@ -47,18 +47,18 @@ class Asked:
     more: Mapping[str, Any] = attrs.field(factory=dict)
 
 
-def fsdp_options(name: str, value: Any) -> Any:
+def parse_fsdp(name: str, value: Any) -> Any:
     """The value of `fsdp` as it is kept: None, True, or a list of options.
 
-    >>> fsdp_options("fsdp", "full_shard auto_wrap")
+    >>> parse_fsdp("fsdp", "full_shard auto_wrap")
     [<FSDPOption.FULL_SHARD: 'full_shard'>, <FSDPOption.AUTO_WRAP: 'auto_wrap'>]
-    >>> fsdp_options("fsdp", "true"), fsdp_options("fsdp", "")
+    >>> parse_fsdp("fsdp", "true"), parse_fsdp("fsdp", "")
     (True, None)
     """
     if value is None or isinstance(value, bool):
         return value or None
-    if isinstance(value, str) and value.lower() in (*ON, *OFF):
-        return value.lower() in ON or None
+    if isinstance(value, str) and value.lower() in (*TRUE_VALUES, *FALSE_VALUES):
+        return value.lower() in TRUE_VALUES or None
     items = value.replace(",", " ").split() if isinstance(value, str) else value
     if isinstance(items, FSDPOption):
         items = [items]
@@ -66,10 +66,10 @@ def fsdp_options(name: str, value: Any) -> Any:
         raise ArgumentError(
             f"{name}={value!r} must be True, a text of options such as 'full_shard auto_wrap', or a list of them."
         )
-    return [check_choice(name, item, FSDPOption) for item in items] or None
+    return [check_enum(name, item, FSDPOption) for item in items] or None
 
 
-def fsdp_of(options: Any, settings: Mapping[str, Any] | None, *, precision: str = "no", machines: int = 1) -> FSDP | None:
+def make_fsdp(options: Any, settings: Mapping[str, Any] | None, *, precision: str = "no", machines: int = 1) -> FSDP | None:
     """The strategy that `fsdp` and `fsdp_config` ask for.
 
     Args:
@@ -85,16 +85,16 @@ def fsdp_of(options: Any, settings: Mapping[str, Any] | None, *, precision: str 
     Raises:
         ArgumentError: what is asked for contradicts itself, or FSDP2 does not have it.
 
-    >>> fsdp_of(True, {"transformer_layer_cls_to_wrap": "BertLayer", "state_dict_type": "SHARDED_STATE_DICT"})
-    FSDP(units=('BertLayer',), reshard_after_forward=True, ..., state_dict='sharded', ...)
-    >>> fsdp_of([FSDPOption.FULL_SHARD], {"reshard_after_forward": False})
+    >>> make_fsdp(True, {"transformer_layer_cls_to_wrap": "BertLayer", "state_dict_type": "SHARDED_STATE_DICT"})
+    FSDP(units=('BertLayer',), reshard_after_forward=True, ..., state_dict_type='sharded', ...)
+    >>> make_fsdp([FSDPOption.FULL_SHARD], {"reshard_after_forward": False})
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: fsdp: 'full_shard' frees parameters after the forward pass, but reshard_after_forward=False. ...
     """
-    asked = _asked(options, settings or {})
+    asked = _parse_request(options, settings or {})
     kind = asked.kind or FSDPOption.FULL_SHARD
-    frees, hybrid = KINDS[kind]
+    frees, hybrid = SHARDING_STRATEGIES[kind]
     if asked.kind is not None and asked.reshard not in (None, frees) and kind is not FSDPOption.NO_SHARD:
         what = "frees" if frees else "keeps"
         raise ArgumentError(
@@ -118,30 +118,30 @@ def fsdp_of(options: Any, settings: Mapping[str, Any] | None, *, precision: str 
     )
 
 
-def fsdp_of_launcher(environ: Mapping[str, str]) -> dict[str, Any] | None:
+def fsdp_config_from_environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """What `accelerate launch --use_fsdp` says by the environment, in the names of `fsdp_config`; None if it says nothing.
 
     The launcher also gives the defaults of what nobody asked for; those of the other version are left out.
 
-    >>> fsdp_of_launcher({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"})
+    >>> fsdp_config_from_environment({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"})
     {'cpu_offload': True}
     """
-    if environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ON:
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() not in TRUE_VALUES:
         return None
     version = environ.get("FSDP_VERSION", "1")
-    names = {**LAUNCHED, **({"FSDP_RESHARD_AFTER_FORWARD": "reshard_after_forward"} if version == "2" else {})}
+    names = {**ENVIRONMENT_KEYS, **({"FSDP_RESHARD_AFTER_FORWARD": "reshard_after_forward"} if version == "2" else {})}
     if version != "2":
         names["FSDP_SHARDING_STRATEGY"] = "sharding_strategy"
-    settings = {key: plain(environ[variable]) for variable, key in names.items() if environ.get(variable, "") not in ("", "None")}
+    settings = {key: parse_scalar(environ[variable]) for variable, key in names.items() if environ.get(variable, "") not in ("", "None")}
     if settings.get("auto_wrap_policy", "").upper() != "SIZE_BASED_WRAP":
         settings.pop("min_num_params", None)  # the launcher always says 100 million
-    check_names("accelerate launch", settings, SETTINGS)
+    check_known_names("accelerate launch", settings, SETTINGS)
     for key, item in settings.items():
         SETTINGS[key](f"accelerate launch: fsdp_{key}", item)
     return settings
 
 
-LAUNCHED = {
+ENVIRONMENT_KEYS = {
     "FSDP_AUTO_WRAP_POLICY": "auto_wrap_policy",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "transformer_layer_cls_to_wrap",
     "FSDP_MIN_NUM_PARAMS": "min_num_params",
@@ -155,21 +155,21 @@ LAUNCHED = {
 """Variable of the environment -> name in `fsdp_config`."""
 
 
-def joined(of_launcher: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+def merge_fsdp_config(of_launcher: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of a launcher and of the arguments, which win.
 
-    >>> joined({"min_num_params": 10, "cpu_offload": True}, {"transformer_layer_cls_to_wrap": ["A"]})
+    >>> merge_fsdp_config({"min_num_params": 10, "cpu_offload": True}, {"transformer_layer_cls_to_wrap": ["A"]})
     {'cpu_offload': True, 'transformer_layer_cls_to_wrap': ['A']}
     """
     own = dict(settings or {})
     kept = dict(of_launcher or {})
-    for family in FAMILIES:  # what says the same thing in other words goes, too
+    for family in SYNONYMS:  # what says the same thing in other words goes, too
         if family & own.keys():
             kept = {key: item for key, item in kept.items() if key not in family}
     return kept | own
 
 
-FAMILIES = (
+SYNONYMS = (
     {"auto_wrap_policy", "transformer_layer_cls_to_wrap", "transformer_cls_names_to_wrap", "min_num_params"},
     {"sharding_strategy", "reshard_after_forward"},
     {"cpu_offload", "offload_params"},
@@ -177,20 +177,20 @@ FAMILIES = (
 )
 
 
-def always_so(settings: Mapping[str, Any]) -> list[str]:
+def fsdp2_differences(settings: Mapping[str, Any]) -> list[str]:
     """What settings of version 1 ask for that FSDP2 does otherwise, in words; for a warning.
 
-    >>> always_so({"use_orig_params": False, "limit_all_gathers": True})
+    >>> fsdp2_differences({"use_orig_params": False, "limit_all_gathers": True})
     ['use_orig_params=False: FSDP2 always keeps the original parameters, so that trained and frozen ones may be mixed.']
     """
     found = []
-    for key, (as_asked, text) in ALWAYS.items():
-        if key in settings and plain(settings[key]) not in as_asked:
+    for key, (as_asked, text) in FSDP2_DIFFERENCES.items():
+        if key in settings and parse_scalar(settings[key]) not in as_asked:
             found.append(f"{key}={settings[key]!r}: FSDP2 {text}.")
     return found
 
 
-ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
+FSDP2_DIFFERENCES: dict[str, tuple[tuple[Any, ...], str]] = {
     "version": ((2, None), "takes the place of version 1: it computes the same, and the names of version 1 are understood"),
     "use_orig_params": ((True, None), "always keeps the original parameters, so that trained and frozen ones may be mixed"),
     "forward_prefetch": ((False, None), "always asks for the next unit's parameters while one computes"),
@@ -209,11 +209,11 @@ ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
 """Setting -> the values that ask for what FSDP2 does, and what that is."""
 
 
-def _asked(options: Any, settings: Mapping[str, Any]) -> Asked:
+def _parse_request(options: Any, settings: Mapping[str, Any]) -> FSDPRequest:
     given = {key: SETTINGS[key](f"fsdp_config: {key}", item) for key, item in settings.items()}
     chosen = [] if options is True else list(options)
-    reshard = _one("reshard_after_forward", [given.get("reshard_after_forward")])
-    kinds = [option for option in chosen if option in KINDS] + [given.get("sharding_strategy")]
+    reshard = _single_value("reshard_after_forward", [given.get("reshard_after_forward")])
+    kinds = [option for option in chosen if option in SHARDING_STRATEGIES] + [given.get("sharding_strategy")]
     if isinstance(reshard, FSDPOption):
         kinds.append(reshard)
         reshard = None
@@ -224,25 +224,25 @@ def _asked(options: Any, settings: Mapping[str, Any]) -> Asked:
         )
     offload = [True if FSDPOption.OFFLOAD in chosen else None, given.get("cpu_offload"), given.get("offload_params")]
     more = {
-        "cpu_offload": _one("cpu_offload", offload),
+        "cpu_offload": _single_value("cpu_offload", offload),
         "activation_checkpointing": given.get("activation_checkpointing"),
         "activation_checkpointing_offload": given.get("activation_checkpointing_offload"),
         "state_dict": given.get("state_dict_type"),
         "ignored": given.get("ignored_modules"),
-        **(_one("mixed_precision_policy", [given.get("mixed_precision_policy"), given.get("mixed_precision")]) or {}),
+        **(_single_value("mixed_precision_policy", [given.get("mixed_precision_policy"), given.get("mixed_precision")]) or {}),
     }
     classes = [given.get("transformer_layer_cls_to_wrap"), given.get("transformer_cls_names_to_wrap")]
-    return Asked(
-        kind=_one("fsdp", kinds),
+    return FSDPRequest(
+        kind=_single_value("fsdp", kinds),
         reshard=reshard,
         wrap=given.get("auto_wrap_policy"),
-        classes=_one("transformer_layer_cls_to_wrap", classes),
+        classes=_single_value("transformer_layer_cls_to_wrap", classes),
         least=given.get("min_num_params"),
         more={key: item for key, item in more.items() if item is not None},
     )
 
 
-def _units(asked: Asked) -> tuple[str, ...] | int | Literal["auto"] | None:
+def _units(asked: FSDPRequest) -> tuple[str, ...] | int | Literal["auto"] | None:
     if asked.classes and asked.least:
         raise ArgumentError(
             f"fsdp_config: transformer_layer_cls_to_wrap={list(asked.classes)} and min_num_params={asked.least} both say what is "
@@ -260,7 +260,7 @@ def _units(asked: Asked) -> tuple[str, ...] | int | Literal["auto"] | None:
     return asked.classes or asked.least or "auto"
 
 
-def _one(name: str, values: list[Any]) -> Any:
+def _single_value(name: str, values: list[Any]) -> Any:
     """The value that was said, maybe more than once; None if none was."""
     said = list({str(value): value for value in values if value is not None}.values())
     if len(said) > 1:

@@ -7,10 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.checks import check_names
-from fts.trainer.arguments.parsing import ON
+from fts.trainer.arguments.checks import check_known_names
+from fts.trainer.arguments.parsing import TRUE_VALUES
 
-PARALLELISM = {
+MESH_DIMENSIONS = {
     "dp_replicate_size": "replicate",
     "dp_shard_size": "shard",
     "cp_size": "context",
@@ -20,35 +20,35 @@ PARALLELISM = {
 """Attribute of accelerate's ParallelismConfig -> direction of the mesh."""
 
 
-def parallelism_config(name: str, value: Any) -> Any:
+def parse_parallelism_config(name: str, value: Any) -> Any:
     """The value of `parallelism_config` as it is kept: accelerate's ParallelismConfig, also from a dictionary; None for nothing.
 
-    >>> parallelism_config("parallelism_config", {"tp_size": 2}).tp_size
+    >>> parse_parallelism_config("parallelism_config", {"tp_size": 2}).tp_size
     2
     """
     if isinstance(value, dict):
         from accelerate import ParallelismConfig
 
-        check_names(name, value, [item.name for item in fields(ParallelismConfig)])
+        check_known_names(name, value, [item.name for item in fields(ParallelismConfig)])
         try:
             value = ParallelismConfig(**value)
         except ValueError as error:
             raise ArgumentError(f"{name}={value!r}: {error}") from error
-    if value is None or all(hasattr(value, size) for size in PARALLELISM):
+    if value is None or all(hasattr(value, size) for size in MESH_DIMENSIONS):
         return value
     raise ArgumentError(
         f"{name}={value!r} must be accelerate's ParallelismConfig, or a dict of its sizes, such as {{'tp_size': 2}}."
     )
 
 
-def sizes_of(config: Any, environ: Mapping[str, str]) -> dict[str, int]:
+def mesh_sizes(config: Any, environ: Mapping[str, str]) -> dict[str, int]:
     """The sizes that a ParallelismConfig says, or else the environment of `accelerate launch`; 1 where neither does.
 
-    >>> sizes_of(None, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"})["tensor"]
+    >>> mesh_sizes(None, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"})["tensor"]
     2
     """
     if config is not None:
-        return {direction: int(getattr(config, name)) for name, direction in PARALLELISM.items()}
-    if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ON:
-        return dict.fromkeys(PARALLELISM.values(), 1)
-    return {direction: int(environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name, direction in PARALLELISM.items()}
+        return {direction: int(getattr(config, name)) for name, direction in MESH_DIMENSIONS.items()}
+    if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in TRUE_VALUES:
+        return dict.fromkeys(MESH_DIMENSIONS.values(), 1)
+    return {direction: int(environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name, direction in MESH_DIMENSIONS.items()}

@@ -7,27 +7,27 @@ from typing import Any
 
 from fts.errors import ArgumentError
 
-ON = ("1", "true", "yes", "on", "y", "t")
+TRUE_VALUES = ("1", "true", "yes", "on", "y", "t")
 """What switches something on in a variable of the environment, in lower case."""
 
 
-def dict_from_text(name: str, text: str) -> dict[str, Any]:
+def parse_json_dict(name: str, text: str) -> dict[str, Any]:
     """The dictionary that a JSON text holds; numbers and booleans in quotes become what they look like.
 
-    >>> dict_from_text("lr_scheduler_kwargs", '{"num_cycles": "2", "nested": {"on": "true"}}')
+    >>> parse_json_dict("lr_scheduler_kwargs", '{"num_cycles": "2", "nested": {"on": "true"}}')
     {'num_cycles': 2, 'nested': {'on': True}}
     """
     try:
         value = json.loads(text)
     except ValueError as error:
         raise ArgumentError(f"{name}={text!r} is not JSON ({error}). Write it like '{{\"key\": 1}}'.") from error
-    return {key: _plain(item) for key, item in value.items()}
+    return {key: _convert(item) for key, item in value.items()}
 
 
-def text_of_pairs(name: str, values: dict[str, Any]) -> str:
+def format_key_values(name: str, values: dict[str, Any]) -> str:
     """A dictionary as a text like "a=1,b=2".
 
-    >>> text_of_pairs("optim_args", {"rank": 64, "scale": 0.1})
+    >>> format_key_values("optim_args", {"rank": 64, "scale": 0.1})
     'rank=64,scale=0.1'
     """
     pairs = [f"{key}={value}" for key, value in values.items()]
@@ -36,10 +36,10 @@ def text_of_pairs(name: str, values: dict[str, Any]) -> str:
     return ",".join(pairs)
 
 
-def pairs_from_text(name: str, text: str) -> dict[str, str]:
+def parse_key_values(name: str, text: str) -> dict[str, str]:
     """The pairs of a text like "a=1, b=2".
 
-    >>> pairs_from_text("optim_args", "rank=64, scale=0.1")
+    >>> parse_key_values("optim_args", "rank=64, scale=0.1")
     {'rank': '64', 'scale': '0.1'}
     """
     pairs = [item.partition("=") for item in text.replace(" ", "").split(",") if item]
@@ -48,9 +48,9 @@ def pairs_from_text(name: str, text: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _plain(value: Any) -> Any:
+def _convert(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _convert(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):

@@ -1,112 +1,117 @@
-"""Which process and which device this is."""
+"""The rank and the device of this process, from the environment of a launcher or from torch.distributed."""
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import Protocol
 
 import torch
 from torch import distributed
 
-from fts.distributed.process_group import is_started
-from fts.trainer.arguments.choices import ParallelMode
-from fts.trainer.arguments.parsing import ON
-from fts.trainer.reporting.log_level import LEVELS
-
-if TYPE_CHECKING:
-    from fts.distributed import Group
-    from fts.trainer.arguments.training_arguments import TrainingArguments
+from fts.distributed import main_process_first as context, process_group
+from fts.distributed.process_group import Group, is_initialized
+from fts.trainer.arguments.parsing import TRUE_VALUES
 
 
-def _of_launcher(variable: str, default: int) -> int:
-    """A number that torchrun and accelerate launch give to each process; LOCAL_RANK tells that one of them started it."""
-    return int(os.environ.get(variable, default)) if "LOCAL_RANK" in os.environ else default
+class ProcessGroupArguments(Protocol):
+    """The arguments that the default process group needs."""
+
+    ddp_backend: str | None
+
+    @property
+    def ddp_timeout_delta(self) -> timedelta:
+        """How long a collective may take."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+
+
+class RankArguments(ProcessGroupArguments, Protocol):
+    """Also the rank of this process."""
+
+    @property
+    def process_index(self) -> int:
+        """The rank among all processes."""
+
+    @property
+    def local_process_index(self) -> int:
+        """The rank on this machine."""
+
+
+def _launcher_variable(name: str, default: int) -> int:
+    """A number that torchrun and accelerate launch give to each process; LOCAL_RANK says that one of them started it."""
+    return int(os.environ.get(name, default)) if "LOCAL_RANK" in os.environ else default
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return distributed.get_world_size() if is_started() else _of_launcher("WORLD_SIZE", 1)
+    return distributed.get_world_size() if is_initialized() else _launcher_variable("WORLD_SIZE", 1)
 
 
 def process_index() -> int:
-    """The number of this process among all."""
-    return distributed.get_rank() if is_started() else _of_launcher("RANK", 0)
+    """The rank of this process."""
+    return distributed.get_rank() if is_initialized() else _launcher_variable("RANK", 0)
 
 
 def local_process_index() -> int:
-    """The number of this process among those of its machine."""
-    return _of_launcher("LOCAL_RANK", 0)
+    """The rank of this process on its machine."""
+    return _launcher_variable("LOCAL_RANK", 0)
 
 
-def device_of(args: TrainingArguments) -> torch.device:
+def resolve_device(use_cpu: bool) -> torch.device:
     """Where the model is trained.
 
-    >>> from fts.trainer.arguments import TrainingArguments
-    >>> device_of(TrainingArguments(use_cpu=True))
+    >>> resolve_device(use_cpu=True)
     device(type='cpu')
     """
-    wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ON
-    found = None if args.use_cpu or wanted else torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    cpu_only = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in TRUE_VALUES
+    accelerator = None if cpu_only else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return torch.device("cpu")
-    if found.type == "mps":
-        return found
-    alone = "LOCAL_RANK" not in os.environ
-    return torch.device(found.type, torch.accelerator.current_device_index() if alone else local_process_index())
+    if accelerator.type == "mps":
+        return accelerator
+    launched = "LOCAL_RANK" in os.environ
+    return torch.device(accelerator.type, local_process_index() if launched else torch.accelerator.current_device_index())
 
 
-def devices_of(args: TrainingArguments) -> int:
+def num_devices(device_type: str) -> int:
     """How many accelerators this process trains on: all NVIDIA GPUs where it is alone, else one; none on the CPU.
 
-    `_n_gpu` overrules it, as in Hugging Face's.
+    >>> num_devices("cpu")
+    0
     """
-    kind = args.device.type
-    all_of_them = kind == "cuda" and "LOCAL_RANK" not in os.environ and not is_started()
-    found = 0 if kind == "cpu" else max(1, torch.cuda.device_count()) if all_of_them else 1
-    return int(args.__dict__.get("_n_gpu", found))
+    if device_type == "cpu":
+        return 0
+    alone = device_type == "cuda" and "LOCAL_RANK" not in os.environ and not is_initialized()
+    return max(1, torch.cuda.device_count()) if alone else 1
 
 
-def parallel_mode(args: TrainingArguments) -> ParallelMode:
-    """How many devices work together, and how."""
-    if args.world_size > 1:
-        return ParallelMode.DISTRIBUTED
-    return ParallelMode.NOT_DISTRIBUTED if args.n_gpu > 1 else ParallelMode.NOT_PARALLEL
-
-
-def log_level(args: TrainingArguments) -> int:
-    """The level of logs for this process, as a number of `logging`."""
-    name = args.log_level if args.should_log else args.log_level_replica
-    return LEVELS[name] if name in LEVELS else logging.getLogger("fts").getEffectiveLevel()
-
-
-def started(args: TrainingArguments) -> Group:
-    """All processes; joined here if they were not yet.
+def default_group(args: ProcessGroupArguments) -> Group:
+    """The group of all ranks; initialized here if it was not yet.
 
     >>> from fts.trainer.arguments import TrainingArguments
-    >>> started(TrainingArguments(use_cpu=True)).size
+    >>> default_group(TrainingArguments(use_cpu=True)).size
     1
     """
-    from fts.distributed.process_group import init_process_group
-
-    return init_process_group(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
+    return process_group.init_process_group(args.ddp_backend, timeout=args.ddp_timeout_delta, device=args.device)
 
 
-def first(args: TrainingArguments, local: bool, what: str) -> AbstractContextManager[None]:
-    """Let one process do something before the others, which wait as long as it takes.
+def main_process_first(args: RankArguments, local: bool, desc: str) -> AbstractContextManager[None]:
+    """A context in which the main process works before the others, which wait as long as it takes.
 
     Args:
         args: the training arguments.
-        local: one on each machine; False: one of all.
-        what: the work, in words.
+        local: the main process of each machine goes first; False: that of all.
+        desc: the work, for messages.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> with main_process_first(TrainingArguments(use_cpu=True), True, "tokenizing"):
     ...     pass
     """
-    from fts.distributed.main_process_first import main_process_first as goes_first
-
-    started(args)
-    is_first = (args.local_process_index if local else args.process_index) == 0
-    return goes_first(is_first, what, among=f"machine {os.environ.get('GROUP_RANK', '0')}" if local else "")
+    default_group(args)
+    is_main_process = (args.local_process_index if local else args.process_index) == 0
+    scope = f"machine {os.environ.get('GROUP_RANK', '0')}" if local else ""
+    return context.main_process_first(is_main_process, desc, scope=scope)

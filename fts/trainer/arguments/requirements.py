@@ -1,20 +1,27 @@
-"""Which hardware or package an argument needs. What is missing is an error when the argument is set, not hours later."""
+"""The hardware or package that an argument needs. What is missing is an error when the argument is set, not hours later."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import attrs
 import torch
 
 from fts.errors import ArgumentError, MissingDependencyError
+from fts.messages import install_hint
 from fts.trainer.arguments.tf32 import has_tf32
-from fts.trainer.arguments.trackers import KUBEFLOW, PACKAGES, in_kubeflow
+from fts.trainer.arguments.tracker_packages import (KUBEFLOW_VARIABLE, PACKAGES, in_kubeflow)
 
-if TYPE_CHECKING:
-    from fts.trainer.arguments.training_arguments import TrainingArguments
+
+class RequirementArguments(Protocol):
+    """The argument that requirements depend on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+
 
 
 @attrs.frozen
@@ -22,49 +29,49 @@ class Requirement:
     """What an argument needs.
 
     Attributes:
-        needs: in words.
-        met: whether it is there, given the arguments and the value.
-        remedy: how to get it, or what to do without.
-        error: what is raised.
+        needs: its description.
+        is_met: whether it is available, given the arguments and the value.
+        remedy: how to get it, or what to do without it.
+        error: the class of the error.
     """
 
     needs: str
-    met: Callable[[TrainingArguments, Any], bool]
+    is_met: Callable[[RequirementArguments, Any], bool]
     remedy: str
     error: type[Exception] = ArgumentError
 
 
-def _package(name: str) -> Callable[[TrainingArguments, Any], bool]:
+def _package(name: str) -> Callable[[RequirementArguments, Any], bool]:
     return lambda args, value: importlib.util.find_spec(name) is not None
 
 
-def _tf32(args: TrainingArguments, value: Any) -> bool:
+def _tf32(args: RequirementArguments, value: Any) -> bool:
     return has_tf32()
 
 
-def _bf16(args: TrainingArguments, value: Any) -> bool:
+def _bf16(args: RequirementArguments, value: Any) -> bool:
     # On the CPU autocast computes in bfloat16 and in float16, and both have all kernels of a transformer.
     return args.device.type != "cuda" or torch.cuda.is_bf16_supported()
 
 
-def _on_gpu(args: TrainingArguments, value: Any) -> bool:
+def _accelerator(args: RequirementArguments, value: Any) -> bool:
     return args.device.type != "cpu"
 
 
-COMMON_BACKENDS = ("inductor", "eager", "aot_eager", "cudagraphs")
+COMMON_COMPILE_BACKENDS = ("inductor", "eager", "aot_eager", "cudagraphs")
 
 
-def _compiler(args: TrainingArguments, value: Any) -> bool:
-    if value in COMMON_BACKENDS:
+def _compile_backend(args: RequirementArguments, value: Any) -> bool:
+    if value in COMMON_COMPILE_BACKENDS:
         return True  # without loading the compiler, which takes as long as torch
     return value in torch.compiler.list_backends(exclude_tags=())
 
 
-def _compile_mode(args: TrainingArguments, value: Any) -> bool:
+def _compile_mode(args: RequirementArguments, value: Any) -> bool:
     return value == "default" or value in torch._inductor.list_mode_options()
 
 
-def _backend(args: TrainingArguments, value: Any) -> bool:
+def _ddp_backend(args: RequirementArguments, value: Any) -> bool:
     known = {"nccl": "is_nccl_available", "gloo": "is_gloo_available", "mpi": "is_mpi_available", "xccl": "is_xccl_available"}
     if not torch.distributed.is_available():
         return False
@@ -73,7 +80,7 @@ def _backend(args: TrainingArguments, value: Any) -> bool:
     return value in torch.distributed.Backend.backend_list
 
 
-def _configured(args: TrainingArguments, value: Any) -> bool:
+def _accelerate_state(args: RequirementArguments, value: Any) -> bool:
     if not value.use_configured_state:
         return True
     from accelerate.state import PartialState
@@ -83,19 +90,19 @@ def _configured(args: TrainingArguments, value: Any) -> bool:
 
 def _tracker(name: str) -> Requirement:
     package = PACKAGES[name]
-    install = f"pip install {package.install}, or leave '{name}' out."
+    remedy = f"pip install {package.install}, or leave '{name}' out."
 
-    def met(args: TrainingArguments, value: Any) -> bool:
-        return name not in value or package.is_there()
+    def is_met(args: RequirementArguments, value: Any) -> bool:
+        return name not in value or package.is_installed()
 
-    return Requirement(f"the package {package.modules[0].partition('.')[0]}", met, install, MissingDependencyError)
+    return Requirement(f"the package {package.modules[0].partition('.')[0]}", is_met, remedy, MissingDependencyError)
 
 
-def _kubeflow(args: TrainingArguments, value: Any) -> bool:
+def _kubeflow(args: RequirementArguments, value: Any) -> bool:
     return "kubeflow" not in value or in_kubeflow()
 
 
-_KUBEFLOW = Requirement(f"a TrainJob of Kubeflow around it, which sets {KUBEFLOW}", _kubeflow, "Leave 'kubeflow' out.")
+_KUBEFLOW = Requirement(f"to run in a TrainJob of Kubeflow, which sets {KUBEFLOW_VARIABLE}", _kubeflow, "Leave 'kubeflow' out.")
 
 _BF16 = Requirement(
     "a GPU that computes in bfloat16 (Ampere or newer)", _bf16, "Use fp16=True, or use_cpu=True to train on the CPU."
@@ -107,10 +114,10 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     "bf16_full_eval": (_BF16,),
     "use_liger_kernel": (
         Requirement("the package liger_kernel", _package("liger_kernel"), "pip install liger-kernel", MissingDependencyError),
-        Requirement("a GPU, for which its kernels are written", _on_gpu, "Leave it out on the CPU."),
+        Requirement("a GPU, for which its kernels are written", _accelerator, "Leave it out on the CPU."),
     ),
     "torch_compile_backend": (
-        Requirement("a backend that torch has", _compiler, "Use 'inductor', or one of torch.compiler.list_backends()."),
+        Requirement("a backend that torch has", _compile_backend, "Use 'inductor', or one of torch.compiler.list_backends()."),
     ),
     "torch_compile_mode": (
         Requirement(
@@ -118,38 +125,38 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         ),
     ),
     "ddp_backend": (
-        Requirement("a torch that was built with it", _backend, "Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, or leave it out."),
+        Requirement("a torch that was built with it", _ddp_backend, "Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, or leave it out."),
     ),
     "report_to": (*map(_tracker, PACKAGES), _KUBEFLOW),
     "debug": (
-        Requirement("the package transformers", _package("transformers"), "pip install 'fts[trainer]'", MissingDependencyError),
+        Requirement("the package transformers", _package("transformers"), install_hint("trainer"), MissingDependencyError),
     ),
     "accelerator_config": (
         Requirement(
             "an accelerate PartialState or Accelerator made before, since use_configured_state=True",
-            _configured,
+            _accelerate_state,
             "Make one first, or leave use_configured_state out.",
         ),
     ),
 }
-"""Argument -> what it needs when it is on. float16 needs nothing: CPUs and GPUs compute in it."""
+"""Argument -> its requirements when it is on. float16 needs nothing: CPUs and GPUs compute in it."""
 
 
-def check_requirement(args: TrainingArguments, name: str, value: Any) -> None:
-    """Raise if an argument that is on needs what this machine does not have.
+def check_requirement(args: RequirementArguments, name: str, value: Any) -> None:
+    """Check that the requirements of an argument that is on are met.
 
     Raises:
         MissingDependencyError: a package is missing.
-        ArgumentError: the hardware is.
+        ArgumentError: the hardware is missing.
     """
     if not value:
         return
     for requirement in REQUIREMENTS.get(name, ()):
-        if not requirement.met(args, value):
+        if not requirement.is_met(args, value):
             raise requirement.error(f"{name}={value!r} needs {requirement.needs}, which is not there. {requirement.remedy}")
 
 
-def check_requirements(args: TrainingArguments, names: Collection[str] = tuple(REQUIREMENTS)) -> None:
-    """Raise if an argument needs what this machine does not have."""
+def check_requirements(args: RequirementArguments, names: Collection[str] = tuple(REQUIREMENTS)) -> None:
+    """Check the requirements of several arguments, by default of all."""
     for name in names:
         check_requirement(args, name, getattr(args, name))

@@ -1,16 +1,16 @@
-"""Methods that set all arguments of one theme at once, those not given to their defaults. Each returns the arguments."""
+"""Methods that set all arguments of one theme at once, those not given to their defaults. Each returns the arguments.
+
+Their parameters are those of transformers' methods.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.choices import HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
+from fts.trainer.arguments.enums import (HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType)
 
-if TYPE_CHECKING:
-    from fts.trainer.arguments.training_arguments import TrainingArguments
-
-Self = TypeVar("Self", bound="TrainingArguments")
+Self = TypeVar("Self")
 
 
 def set_training(
@@ -25,19 +25,19 @@ def set_training(
     activation_checkpointing: bool = False,
     gradient_checkpointing: bool | None = None,
 ) -> Self:
-    """Set what training needs, and `do_train`.
+    """Set the arguments of training, and `do_train`.
 
     Args:
-        self: is changed.
+        self: the arguments; changed in place.
         learning_rate: the highest learning rate.
-        batch_size: rows in a micro-batch on each device.
-        weight_decay: of all parameters but biases and normalisation weights.
+        batch_size: examples in a micro-batch on each device.
+        weight_decay: weight decay of all parameters but biases and normalisation weights.
         num_epochs: how many passes over the data.
         max_steps: if positive, it ends training instead.
         gradient_accumulation_steps: micro-batches in an update.
-        seed: of everything random.
+        seed: the seed of everything random.
         activation_checkpointing: recompute activations, to save memory.
-        gradient_checkpointing: another name of it.
+        gradient_checkpointing: another name of `activation_checkpointing`.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> TrainingArguments().set_training(learning_rate=1e-4, batch_size=32).per_device_train_batch_size
@@ -67,13 +67,13 @@ def set_evaluate(
     delay: float | None = None,
     loss_only: bool = False,
 ) -> Self:
-    """Set what evaluation needs; `do_eval` follows.
+    """Set the arguments of evaluation; `do_eval` follows.
 
     Args:
-        self: is changed.
+        self: the arguments; changed in place.
         strategy: "no", "steps" or "epoch".
         steps: updates between two evaluations.
-        batch_size: rows in a batch on each device.
+        batch_size: examples in a batch on each device.
         accumulation_steps: batches after which predictions leave the device.
         delay: updates or epochs before the first evaluation.
         loss_only: keep no predictions.
@@ -82,7 +82,7 @@ def set_evaluate(
     >>> TrainingArguments().set_evaluate(strategy="steps", steps=100).eval_steps
     100
     """
-    _check_steps(strategy, steps)
+    _check_interval(strategy, steps)
     return _set(
         self,
         eval_strategy=strategy,
@@ -96,11 +96,11 @@ def set_evaluate(
 
 
 def set_testing(self: Self, batch_size: int = 8, loss_only: bool = False) -> Self:
-    """Set what prediction needs, and `do_predict`.
+    """Set the arguments of prediction, and `do_predict`.
 
     Args:
-        self: is changed.
-        batch_size: rows in a batch on each device.
+        self: the arguments; changed in place.
+        batch_size: examples in a batch on each device.
         loss_only: keep no predictions.
 
     >>> from fts.trainer.arguments import TrainingArguments
@@ -120,17 +120,17 @@ def set_save(
     """Set when checkpoints are written.
 
     Args:
-        self: is changed.
+        self: the arguments; changed in place.
         strategy: "no", "steps", "epoch" or "best".
         steps: updates between two checkpoints.
         total_limit: how many are kept.
-        on_each_node: on each machine, not only on the first.
+        on_each_node: on each machine, not only in the main process.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> TrainingArguments().set_save(strategy="steps", steps=100).save_steps
     100
     """
-    _check_steps(strategy, steps)
+    _check_interval(strategy, steps)
     return _set(self, save_strategy=strategy, save_steps=steps, save_total_limit=total_limit, save_on_each_node=on_each_node)
 
 
@@ -148,21 +148,21 @@ def set_logging(
     """Set when, what and where is logged.
 
     Args:
-        self: is changed.
+        self: the arguments; changed in place.
         strategy: "no", "steps" or "epoch".
         steps: updates between two logs.
-        report_to: trackers.
-        level: of fts' loggers.
+        report_to: names of trackers.
+        level: the level of fts' loggers.
         first_step: log the first update, too.
         nan_inf_filter: leave losses that are not finite out of the mean.
-        on_each_node: on each machine, not only on the first.
-        replica_level: of processes that do not log.
+        on_each_node: on each machine, not only in the main process.
+        replica_level: the level in processes that do not log.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> TrainingArguments().set_logging(strategy="steps", steps=100).logging_steps
     100
     """
-    _check_steps(strategy, steps)
+    _check_interval(strategy, steps)
     return _set(
         self,
         logging_strategy=strategy,
@@ -188,13 +188,13 @@ def set_push_to_hub(
     """Set what is uploaded to the Hub, and `push_to_hub`.
 
     Args:
-        self: is changed.
-        model_id: the repository.
-        strategy: what is uploaded when.
-        token: to upload with.
+        self: the arguments; changed in place.
+        model_id: the repository's name.
+        strategy: what is uploaded, and when.
+        token: the token to upload with.
         private_repo: whether a new repository is private.
         always_push: upload also while the upload before is running.
-        revision: the branch.
+        revision: the branch to upload to.
     """
     return _set(
         self,
@@ -221,10 +221,10 @@ def set_optimizer(
     """Set the optimizer and its settings.
 
     Args:
-        self: is changed.
-        name: which optimizer.
+        self: the arguments; changed in place.
+        name: the optimizer.
         learning_rate: the highest learning rate.
-        weight_decay: of all parameters but biases and normalisation weights.
+        weight_decay: weight decay of all parameters but biases and normalisation weights.
         beta1: decay of Adam's running mean of gradients.
         beta2: decay of Adam's running mean of squared gradients.
         epsilon: Adam's epsilon.
@@ -256,11 +256,11 @@ def set_lr_scheduler(
     """Set how the learning rate moves, and how long.
 
     Args:
-        self: is changed.
-        name: which schedule.
+        self: the arguments; changed in place.
+        name: the schedule.
         num_epochs: how many passes over the data.
         max_steps: if positive, it ends training instead.
-        warmup_steps: updates of warm-up; below 1: a share of all.
+        warmup_steps: updates of warm-up; below 1: a share of all updates.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> TrainingArguments().set_lr_scheduler(name="cosine", warmup_steps=0.05).warmup_steps
@@ -287,19 +287,19 @@ def set_dataloader(
     """Set how data is loaded.
 
     Args:
-        self: is changed.
-        train_batch_size: rows in a micro-batch on each device.
-        eval_batch_size: rows in a batch of evaluation on each device.
+        self: the arguments; changed in place.
+        train_batch_size: examples in a micro-batch on each device.
+        eval_batch_size: examples in a batch of evaluation on each device.
         drop_last: leave out a last batch that is not full.
-        num_workers: processes that fetch data.
+        num_workers: worker processes that fetch data.
         pin_memory: fetch into memory from which a GPU copies faster.
-        persistent_workers: keep those processes between epochs.
-        prefetch_factor: batches that each of them fetches ahead.
-        multiprocessing_context: how they are started: "fork", "spawn" or "forkserver".
+        persistent_workers: keep the workers between epochs.
+        prefetch_factor: batches that each worker fetches ahead.
+        multiprocessing_context: how workers are started: "fork", "spawn" or "forkserver".
         in_order: whether batches come in order.
-        auto_find_batch_size: if memory runs out, begin again with smaller micro-batches.
-        ignore_data_skip: a resumed run begins its epoch again.
-        sampler_seed: of the order of the data.
+        auto_find_batch_size: if memory runs out, start again with smaller micro-batches.
+        ignore_data_skip: a resumed run starts its epoch again.
+        sampler_seed: the seed of the order of the data.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> TrainingArguments().set_dataloader(train_batch_size=16, eval_batch_size=64).per_device_train_batch_size
@@ -328,6 +328,6 @@ def _set(args: Self, **values: Any) -> Self:
     return args
 
 
-def _check_steps(strategy: Any, steps: float) -> None:
+def _check_interval(strategy: Any, steps: float) -> None:
     if strategy == IntervalStrategy.STEPS and steps == 0:
         raise ArgumentError(f"steps={steps} with strategy='steps': it must be above 0. Use strategy='no' for never.")

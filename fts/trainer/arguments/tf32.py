@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from fts.trainer.arguments.training_arguments import TrainingArguments
 
 
 def has_tf32() -> bool:
@@ -15,11 +12,16 @@ def has_tf32() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
-def apply_tf32(args: TrainingArguments) -> None:
-    """Turn TF32 on or off as the arguments say; unless they do, it is turned on where a step is compiled."""
-    wanted = args.tf32
-    if wanted is None and args.torch_compile and not args.fp16:
-        wanted = True
-    if wanted is not None and has_tf32():
+def apply_tf32(tf32: bool | None, *, torch_compile: bool, fp16: bool) -> None:
+    """Turn TF32 on or off.
+
+    Args:
+        tf32: the argument; None turns it on where the step is compiled, and else changes nothing.
+        torch_compile: whether the step is compiled.
+        fp16: whether it computes in float16.
+    """
+    if tf32 is None and torch_compile and not fp16:
+        tf32 = True
+    if tf32 is not None and has_tf32():
         backends: Any = torch.backends  # its stubs lack the name
-        backends.fp32_precision = "tf32" if wanted else "ieee"
+        backends.fp32_precision = "tf32" if tf32 else "ieee"

@@ -13,18 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from fts.trainer.arguments import names, processes, serialization, setters, validation
-from fts.trainer.arguments.choices import (
-    DebugOption,
-    HubStrategy,
-    IntervalStrategy,
-    OptimizerNames,
-    ParallelMode,
-    SaveStrategy,
-    SchedulerType,
-)
-from fts.trainer.arguments.fields import BARE, arg
-from fts.trainer.arguments.value_checks import DICTIONARIES
+from fts.trainer.arguments import (argument_names, processes, serialization, setters, validation)
+from fts.trainer.arguments.enums import (DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, ParallelMode, SaveStrategy, SchedulerType)
+from fts.trainer.arguments.fields import (FLAG, arg)
+from fts.trainer.arguments.validators import DICT_ARGUMENTS
 
 
 @dataclass(repr=False)
@@ -84,9 +76,9 @@ class TrainingArguments:
     tf32: bool | None = arg(None, "Multiply matrices in TF32 on NVIDIA GPUs from Ampere on; by default as torch is set.")
 
     # Memory and speed
-    activation_checkpointing: bool | None = arg(None, "Recompute activations in the backward pass, to save memory.", **BARE)
+    activation_checkpointing: bool | None = arg(None, "Recompute activations in the backward pass, to save memory.", **FLAG)
     activation_checkpointing_kwargs: dict[str, Any] | str | None = arg(None, "How activations are checkpointed: a dict, or JSON.")
-    gradient_checkpointing: bool | None = arg(None, "Another name of activation_checkpointing.", **BARE)
+    gradient_checkpointing: bool | None = arg(None, "Another name of activation_checkpointing.", **FLAG)
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = arg(None, "Another name of activation_checkpointing_kwargs.")
     torch_compile: bool = arg(False, "Compile the whole step, from loss to update, as one graph.")
     torch_compile_backend: str | None = arg(None, "What compiles it: inductor unless given. Turns torch_compile on.")
@@ -186,7 +178,7 @@ class TrainingArguments:
     ddp_static_graph: bool | None = arg(None, "Whether each step uses the same parameters.")
     ddp_backend: str | None = arg(None, "How processes talk: nccl, gloo, mpi, xccl, hccl …")
     ddp_timeout: int = arg(1800, "Seconds that a process waits for the others.")
-    fsdp: str | None = arg(None, "Share the parameters between processes.", **BARE)
+    fsdp: str | None = arg(None, "Share the parameters between processes.", **FLAG)
     fsdp_config: dict[str, Any] | str | None = arg(None, "How: a dict, JSON, or a JSON file.")
     deepspeed: dict[str, Any] | str | None = arg(None, "DeepSpeed's configuration: a dict, JSON, or a JSON file.")
 
@@ -220,27 +212,27 @@ class TrainingArguments:
     hf_deepspeed_config: ClassVar[Any] = None
     fsdp_plugin_args: ClassVar[Any] = None
     xla_fsdp_config: ClassVar[Any] = None
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = list(DICTIONARIES)  # a subclass may add its own, which then may be JSON text, too
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = list(DICT_ARGUMENTS)  # a subclass may add its own, which then may be JSON text, too
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TrainingArguments:
         # Before the generated __init__, whose TypeError would not know the nearest name; works in subclasses as it is.
-        names.check_constructor(cls, kwargs)
+        argument_names.check_constructor_names(cls, kwargs)
         return super().__new__(cls)
 
     if not TYPE_CHECKING:  # so that a type checker, too, refuses names that do not exist
 
         def __setattr__(self, name: str, value: Any) -> None:
-            validation.assign(self, name, value)
+            validation.set_argument(self, name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__post_init__" in cls.__dict__:
-            cls.__post_init__ = validation.then_settle(cls.__post_init__)  # type: ignore[method-assign]
+            cls.__post_init__ = validation.finalize_after(cls.__post_init__)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        validation.settle(self)
+        validation.finalize(self)
 
-    __str__ = __repr__ = serialization.to_text
+    __str__ = __repr__ = serialization.to_string
 
     # Batches and devices
 
@@ -257,12 +249,12 @@ class TrainingArguments:
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        return processes.device_of(self)
+        return processes.resolve_device(self)
 
     @property
     def n_gpu(self) -> int:
         """How many accelerators this process trains on: 1, or 0 on the CPU."""
-        return processes.devices_of(self)
+        return processes.num_devices(self)
 
     @property
     def parallel_mode(self) -> ParallelMode:
@@ -314,7 +306,7 @@ class TrainingArguments:
 
     def get_process_log_level(self) -> int:
         """The level of logs for this process: of `log_level`, or of `log_level_replica` where it does not log."""
-        return processes.log_level(self)
+        return processes.process_log_level(self)
 
     def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
         """A context in which the main process works before the others, which then find its results.
@@ -325,7 +317,7 @@ class TrainingArguments:
             local: the first of each machine goes first; False: the first of all.
             desc: the work, for messages.
         """
-        return processes.first(self, local, desc)
+        return processes.main_process_first(self, local, desc)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Over how many of so many updates the learning rate rises.

@@ -12,11 +12,11 @@ from typing import Any
 import attrs
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.choices import DebugOption
+from fts.trainer.arguments.enums import DebugOption
 
 
 @attrs.frozen
-class Missing:
+class Unsupported:
     """What is missing.
 
     Attributes:
@@ -28,15 +28,15 @@ class Missing:
     remedy: str
 
 
-NOT_YET: dict[str, Missing] = {
-    "debug": Missing(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
-    "train_sampling_strategy": Missing(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
-    "sortish_sampler": Missing(bool, "Use group_by_length=True, which also puts rows of like length together."),
+UNSUPPORTED: dict[str, Unsupported] = {
+    "debug": Unsupported(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
+    "train_sampling_strategy": Unsupported(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
+    "sortish_sampler": Unsupported(bool, "Use group_by_length=True, which also puts rows of like length together."),
 }
 """Argument -> what is missing. A row goes when its code comes."""
 
 
-def check_is_there(name: str, value: Any, *, given: Any = None) -> None:
+def check_supported(name: str, value: Any, *, given: Any = None) -> None:
     """Raise ArgumentError if the value of an argument turns on what this version does not have.
 
     Args:
@@ -44,12 +44,12 @@ def check_is_there(name: str, value: Any, *, given: Any = None) -> None:
         value: as it would be kept.
         given: as it was given, for the message.
 
-    >>> check_is_there("sortish_sampler", True)
+    >>> check_supported("sortish_sampler", True)
     Traceback (most recent call last):
         ...
     fts.errors.ArgumentError: sortish_sampler=True is not yet in this version of fts. Use group_by_length=True, which ...
     """
-    missing = NOT_YET.get(name)
+    missing = UNSUPPORTED.get(name)
     if missing is not None and missing.on(value):
         shown = value if given is None else given
         raise ArgumentError(f"{name}={getattr(shown, 'value', shown)!r} is not yet in this version of fts. {missing.remedy}")

@@ -6,7 +6,7 @@ from fts.trainer.callbacks.early_stopping import EarlyStoppingCallback
 from fts.trainer.callbacks.errors import callback_error
 from fts.trainer.callbacks.flow import DefaultFlowCallback
 from fts.trainer.callbacks.handler import CallbackHandler
-from fts.trainer.callbacks.printer import PrinterCallback, readable
+from fts.trainer.callbacks.printer import (PrinterCallback, format_logs)
 from fts.trainer.callbacks.progress import ProgressCallback, close_bars
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "close_bars",
     "export_callbacks",
     "overrides",
-    "readable",
+    "format_logs",
     "restore_callbacks",
     "states_to_save",
 ]

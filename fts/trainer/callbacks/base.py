@@ -24,7 +24,7 @@ EVENTS = (
 )
 """The methods that a callback may have."""
 
-BASES = ("fts.trainer.callbacks.base", "transformers.trainer_callback")
+BASE_MODULES = ("fts.trainer.callbacks.base", "transformers.trainer_callback")
 """The modules of the base classes whose methods do nothing; transformers' is known by its name, and never imported."""
 
 
@@ -111,5 +111,5 @@ def overrides(callback: Any, event: str) -> bool:
     (False, False)
     """
     method = getattr(callback, event, None)
-    inherited = getattr(method, "__qualname__", "") == f"TrainerCallback.{event}" and getattr(method, "__module__", "") in BASES
+    inherited = getattr(method, "__qualname__", "") == f"TrainerCallback.{event}" and getattr(method, "__module__", "") in BASE_MODULES
     return method is not None and not inherited

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fts.errors import ArgumentError, CheckpointError
-from fts.trainer.callbacks.state import is_exportable, states_of
+from fts.trainer.callbacks.state import (is_exportable, export_states)
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def export_callbacks(callbacks: Iterable[Any]) -> dict[str, Any]:
     >>> list(export_callbacks([PrinterCallback(), EarlyStoppingCallback()]))
     ['EarlyStoppingCallback']
     """
-    return states_of(callback for callback in callbacks if is_exportable(callback))
+    return export_states(callback for callback in callbacks if is_exportable(callback))
 
 
 def states_to_save(callbacks: Iterable[Any]) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def states_to_save(callbacks: Iterable[Any]) -> dict[str, Any]:
     states: dict[str, list[Any]] = {}
     for callback in callbacks:
         if is_exportable(callback):
-            states.setdefault(type(callback).__name__, []).append(_state_or_nothing(callback))
+            states.setdefault(type(callback).__name__, []).append(_state_or_empty(callback))
     return {name: found[0] if len(found) == 1 else found for name, found in states.items()}
 
 
-def _state_or_nothing(callback: Any) -> dict[str, Any]:
+def _state_or_empty(callback: Any) -> dict[str, Any]:
     try:
-        return dict(states_of([callback])[type(callback).__name__])
+        return dict(export_states([callback])[type(callback).__name__])
     except ArgumentError as error:
         logger.warning("The checkpoint is written without the state of a callback, which begins anew on resume. %s", error)
         return {}
@@ -72,7 +72,7 @@ def restore_callbacks(callbacks: list[Any], states: Mapping[str, Any], *, argume
     for index, callback in enumerate(callbacks):
         name = type(callback).__name__
         if is_exportable(callback) and left.get(name):
-            callbacks[index] = _restored(callback, left[name].pop(0), arguments)
+            callbacks[index] = _restore(callback, left[name].pop(0), arguments)
     unused = sorted(name for name, found in left.items() if found and name != "TrainerControl")
     if unused:
         logger.warning(
@@ -80,7 +80,7 @@ def restore_callbacks(callbacks: list[Any], states: Mapping[str, Any], *, argume
         )
 
 
-def _restored(callback: Any, state: Any, arguments: bool) -> Any:
+def _restore(callback: Any, state: Any, arguments: bool) -> Any:
     try:
         restored = type(callback)(**state.get("args", {})) if arguments and state else callback
         for name, value in state.get("attributes", {}).items():

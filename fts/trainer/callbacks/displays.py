@@ -15,36 +15,37 @@ from html import escape
 from typing import Any
 
 from fts.errors import MissingDependencyError
-from fts.trainer.callbacks.shown import Shown, beside, speed
+from fts.messages import install_hint
+from fts.trainer.callbacks.progress_state import (ProgressState, format_metrics, format_speed)
 
-INTERVAL = 0.25
+REFRESH_SECONDS = 0.25
 """Seconds between two pictures of a terminal or a notebook."""
 
-QUIET = 60.0
+LINE_SECONDS = 60.0
 """Seconds without a line after which plain lines say how far it is."""
 
-ROWS = 200
+MAX_TABLE_ROWS = 200
 """The newest logs that a notebook shows."""
 
-SPEED = ("_runtime", "_per_second")
+SPEED_SUFFIXES = ("_runtime", "_per_second")
 """Ends of the names of logs that the table of a notebook leaves out."""
 
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{behind}]"
-ENDLESS = "{desc}: {n_fmt} [{elapsed}{behind}]"
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{behind}]"
+UNSIZED_BAR_FORMAT = "{desc}: {n_fmt} [{elapsed}{behind}]"
 
 
-def open_display(shown: Shown, outer: Any = None) -> Any:
+def open_display(shown: ProgressState, outer: Any = None) -> Any:
     """The display that fits where the program runs.
 
     Args:
         shown: what to show.
         outer: the display that it stands inside of.
     """
-    if isinstance(outer, Notebook):
-        return Inner(shown, outer)
+    if isinstance(outer, NotebookDisplay):
+        return NestedDisplay(shown, outer)
     if in_notebook():
-        return Notebook(shown)
-    return terminal_bar(shown, outer is not None) if in_terminal() else Lines(shown)
+        return NotebookDisplay(shown)
+    return terminal_bar(shown, outer is not None) if in_terminal() else LineDisplay(shown)
 
 
 def in_terminal() -> bool:
@@ -63,16 +64,16 @@ def in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
-class Lines:
+class LineDisplay:
     """Plain lines on the standard error, for log files: with each log, and one a minute where there are none.
 
     Args:
         shown: what to show.
     """
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: ProgressState) -> None:
         self.shown = shown
-        self.next = time.monotonic() + QUIET
+        self.next = time.monotonic() + LINE_SECONDS
 
     def update(self, count: int) -> None:
         """So many more steps are done."""
@@ -90,7 +91,7 @@ class Lines:
 
     def write(self) -> None:
         """Write a line."""
-        self.next = time.monotonic() + QUIET
+        self.next = time.monotonic() + LINE_SECONDS
         if sys.stderr is not None:
             print(self.shown.line(), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -98,13 +99,13 @@ class Lines:
         """There is nothing to close."""
 
 
-def terminal_bar(shown: Shown, inner: bool = False) -> Any:
+def terminal_bar(shown: ProgressState, inner: bool = False) -> Any:
     """A bar of tqdm's with the figures behind it."""
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise MissingDependencyError(
-            "A progress bar needs tqdm: pip install fts[trainer]. Or print the logs instead: disable_tqdm=True."
+            f"A progress bar needs tqdm: {install_hint('trainer')}. Or print the logs instead: disable_tqdm=True."
         ) from error
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -116,7 +117,7 @@ def terminal_bar(shown: Shown, inner: bool = False) -> Any:
             found: dict[str, Any] = super().format_dict
             done, seconds = found["n"] - found["initial"], found["elapsed"]
             rate = found["rate"] or (done / seconds if seconds else None)
-            parts = [speed(rate, shown.rows), beside(shown.figures)]
+            parts = [format_speed(rate, shown.rows), format_metrics(shown.figures)]
             return found | {"behind": "".join(f", {part}" for part in parts if part)}
 
         def show(self) -> None:
@@ -127,30 +128,30 @@ def terminal_bar(shown: Shown, inner: bool = False) -> Any:
             """Write logs above the bar, on the standard output."""
             self.write(str(logs))
 
-    style: dict[str, Any] = {"mininterval": INTERVAL, "dynamic_ncols": True, "leave": not inner, "desc": shown.what}
-    style["bar_format"] = ENDLESS if shown.total is None else FORMAT
+    style: dict[str, Any] = {"mininterval": REFRESH_SECONDS, "dynamic_ncols": True, "leave": not inner, "desc": shown.what}
+    style["bar_format"] = UNSIZED_BAR_FORMAT if shown.total is None else BAR_FORMAT
     bar = Bar(total=shown.total, initial=shown.first, **style)
     bar.shown = shown
     return bar
 
 
-class Notebook:
+class NotebookDisplay:
     """A bar and a table of the logs, as HTML that is updated in its place.
 
     Args:
         shown: what to show.
     """
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: ProgressState) -> None:
         from IPython.display import HTML, display
 
         self.html = HTML
         self.shown = shown
-        self.below: Shown | None = None
+        self.below: ProgressState | None = None
         self.rows: dict[Any, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
         self.handle = display(HTML(self.text()), display_id=True)
-        self.next = time.monotonic() + INTERVAL
+        self.next = time.monotonic() + REFRESH_SECONDS
 
     def update(self, count: int) -> None:
         """So many more steps are done."""
@@ -164,7 +165,7 @@ class Notebook:
 
     def show(self) -> None:
         """Draw now."""
-        self.next = time.monotonic() + INTERVAL
+        self.next = time.monotonic() + REFRESH_SECONDS
         if self.handle is not None:
             self.handle.update(self.html(self.text()))
 
@@ -174,8 +175,8 @@ class Notebook:
             self.summary = dict(logs)
             return
         row = self.rows.setdefault(self.shown.step, {"step": self.shown.step})
-        row.update({name: value for name, value in logs.items() if not name.endswith(SPEED)})
-        while len(self.rows) > ROWS:
+        row.update({name: value for name, value in logs.items() if not name.endswith(SPEED_SUFFIXES)})
+        while len(self.rows) > MAX_TABLE_ROWS:
             del self.rows[next(iter(self.rows))]
 
     def close(self) -> None:
@@ -184,12 +185,12 @@ class Notebook:
 
     def text(self) -> str:
         """The HTML."""
-        summary = f"<div>{escape(beside(self.summary))}</div>" if self.summary else ""
+        summary = f"<div>{escape(format_metrics(self.summary))}</div>" if self.summary else ""
         below = "" if self.below is None else _bar(self.below)
-        return _bar(self.shown) + below + table_of(list(self.rows.values())) + summary
+        return _bar(self.shown) + below + html_table(list(self.rows.values())) + summary
 
 
-class Inner:
+class NestedDisplay:
     """An evaluation inside training, on the display of a notebook.
 
     Args:
@@ -197,7 +198,7 @@ class Inner:
         outer: the display of training.
     """
 
-    def __init__(self, shown: Shown, outer: Notebook) -> None:
+    def __init__(self, shown: ProgressState, outer: NotebookDisplay) -> None:
         self.shown = shown
         self.outer = outer
         outer.below = shown
@@ -213,16 +214,16 @@ class Inner:
         self.outer.show()
 
 
-def _bar(shown: Shown) -> str:
+def _bar(shown: ProgressState) -> str:
     style = "width: 300px; vertical-align: middle"
     bar = f'<progress value="{shown.step}" max="{shown.total}" style="{style}"></progress> ' if shown.total else ""
     return f"<div>{bar}{escape(shown.line())}</div>"
 
 
-def table_of(rows: list[dict[str, Any]]) -> str:
+def html_table(rows: list[dict[str, Any]]) -> str:
     """Logs as an HTML table, one row each; nothing where there are none.
 
-    >>> table_of([{"step": 1, "loss": 0.5}, {"step": 2, "eval_loss": 0.25}])
+    >>> html_table([{"step": 1, "loss": 0.5}, {"step": 2, "eval_loss": 0.25}])
     '<table><tr><th>step</th><th>loss</th><th>eval_loss</th></tr><tr><td>1</td><td>0.5</td><td></td></tr>...'
     """
     if not rows:

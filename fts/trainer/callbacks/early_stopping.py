@@ -6,11 +6,10 @@ import logging
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.choices import IntervalStrategy
+from fts.trainer.arguments.enums import IntervalStrategy
 from fts.trainer.callbacks.base import TrainerCallback
 from fts.trainer.callbacks.state import ExportableState
-from fts.trainer.evaluation.best_model import is_better
-from fts.trainer.evaluation.metrics import best_metric_name
+from fts.trainer.arguments.best_metric import best_metric_name, is_better
 
 logger = logging.getLogger(__name__)
 

@@ -32,12 +32,12 @@ def callback_error(callback: Any, event: str, state: Any, error: Exception) -> C
         return error
     step = getattr(state, "global_step", 0)
     message = f"{type(callback).__name__}.{event} failed at step {step}: {type(error).__name__}: {error}"
-    named = _of_both_classes(type(error))(message)
+    named = _combined_class(type(error))(message)
     named.__dict__.update(error.__dict__)
     return named
 
 
-def _of_both_classes(original: type[Exception]) -> type[CallbackError]:
+def _combined_class(original: type[Exception]) -> type[CallbackError]:
     # the original class may format its own message, and is not found by pickle under its new name
     own = {
         "__str__": Exception.__str__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fts.trainer.arguments.choices import IntervalStrategy, SaveStrategy
+from fts.trainer.arguments.enums import (IntervalStrategy, SaveStrategy)
 from fts.trainer.callbacks.base import TrainerCallback
 
 

@@ -59,7 +59,7 @@ class CallbackHandler:
         self._listed: list[Any] = []
         for callback in callbacks:
             self.add_callback(callback)
-        if not any(_is_called(callback, "DefaultFlowCallback") for callback in self.callbacks):
+        if not any(_has_class_name(callback, "DefaultFlowCallback") for callback in self.callbacks):
             logger.warning(
                 "No callback is a DefaultFlowCallback: nothing asks for logs, evaluations, checkpoints or the end of training. "
                 "Add one before you train: trainer.add_callback(DefaultFlowCallback). The callbacks are:\n%s",
@@ -77,10 +77,10 @@ class CallbackHandler:
         Raises:
             ArgumentError: it has none of the events' methods, or it is a class whose instances need arguments.
         """
-        instance = _made(callback)
+        instance = _instantiate(callback)
         if not any(hasattr(instance, event) for event in EVENTS):
             raise ArgumentError(f"{type(instance).__name__} is no callback: it has none of the methods {', '.join(EVENTS)}.")
-        if any(type(other) is type(instance) or _is_twin(other, type(instance)) for other in self.callbacks):
+        if any(type(other) is type(instance) or _is_counterpart(other, type(instance)) for other in self.callbacks):
             logger.warning(
                 "The Trainer already has a callback of class %s; now it has two. The callbacks were:\n%s",
                 *(type(instance), self.callback_list),
@@ -92,7 +92,7 @@ class CallbackHandler:
     def pop_callback(self, callback: Any) -> Any:
         """Remove the first callback that is, or is an instance of, the given one, and return it; None if there is none."""
         for index, other in enumerate(self.callbacks):
-            if _is_a(other, callback) if isinstance(callback, type) else other == callback:
+            if _matches(other, callback) if isinstance(callback, type) else other == callback:
                 found = self.callbacks.pop(index)
                 self._find_listeners()
                 return found
@@ -138,7 +138,7 @@ class CallbackHandler:
             except Exception as error:
                 raise callback_error(callback, event, state, error) from error
             if result is not None:
-                control = _checked(result, callback, event)
+                control = _check_result(result, callback, event)
         return control
 
     @property
@@ -227,7 +227,7 @@ class CallbackHandler:
             self.listeners[event] = tuple(callback for callback in self.callbacks if overrides(callback, event))
 
 
-def _made(callback: Any) -> Any:
+def _instantiate(callback: Any) -> Any:
     if not isinstance(callback, type):
         return callback
     try:
@@ -238,11 +238,11 @@ def _made(callback: Any) -> Any:
         ) from error
 
 
-def _is_a(callback: Any, wanted: type) -> bool:
-    return isinstance(callback, wanted) or _is_twin(callback, wanted)
+def _matches(callback: Any, wanted: type) -> bool:
+    return isinstance(callback, wanted) or _is_counterpart(callback, wanted)
 
 
-def _is_twin(callback: Any, wanted: type) -> bool:
+def _is_counterpart(callback: Any, wanted: type) -> bool:
     # Scripts import PrinterCallback and the like from transformers, and mean the one that the Trainer has.
     return wanted.__module__ == "transformers.trainer_callback" and any(
         base.__name__ == wanted.__name__ and base.__module__.startswith("fts.trainer.callbacks.")
@@ -250,7 +250,7 @@ def _is_twin(callback: Any, wanted: type) -> bool:
     )
 
 
-def _is_called(callback: Any, name: str) -> bool:
+def _has_class_name(callback: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(callback).__mro__)
 
 
@@ -262,7 +262,7 @@ def _warn_of_unknown_events(kind: type) -> None:
             logger.warning("%s.%s is never called: there is no such event. %s", kind.__name__, name, hint)
 
 
-def _checked(result: Any, callback: Any, event: str) -> Any:
+def _check_result(result: Any, callback: Any, event: str) -> Any:
     if not hasattr(result, "should_training_stop"):
         raise CallbackError(
             f"{type(callback).__name__}.{event} returned {result!r}; it must return nothing, or a control object."

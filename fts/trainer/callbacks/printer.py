@@ -14,23 +14,23 @@ class PrinterCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Print."""
         if logs and state.is_local_process_zero:
-            print(readable(logs))  # noqa: T201
+            print(format_logs(logs))  # noqa: T201
 
 
-def readable(logs: Mapping[str, Any], max_str_len: int | None = None) -> dict[str, Any]:
+def format_logs(logs: Mapping[str, Any], max_str_len: int | None = None) -> dict[str, Any]:
     """Logs with four digits, for people.
 
     Args:
         logs: figures by name.
         max_str_len: the most characters of a text; a longer one ends in "…" and says its length.
 
-    >>> readable({"loss": 0.123456, "total_flos": 0.0, "text": "abcdef"}, max_str_len=3)
+    >>> format_logs({"loss": 0.123456, "total_flos": 0.0, "text": "abcdef"}, max_str_len=3)
     {'loss': '0.1235', 'text': 'abc… (6 characters)'}
     """
-    return {name: _shown(value, max_str_len) for name, value in logs.items() if name != "total_flos"}
+    return {name: _format_value(value, max_str_len) for name, value in logs.items() if name != "total_flos"}
 
 
-def _shown(value: Any, max_str_len: int | None) -> Any:
+def _format_value(value: Any, max_str_len: int | None) -> Any:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str) and max_str_len is not None and len(value) > max_str_len:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fts.trainer.arguments.plan import total_train_batch_size
 from fts.trainer.callbacks.base import TrainerCallback
 from fts.trainer.callbacks.displays import open_display
-from fts.trainer.callbacks.printer import readable
-from fts.trainer.callbacks.shown import BESIDE, Shown
-from fts.trainer.evaluation.metrics import best_metric_name
-from fts.trainer.run.plan import rows_per_update
+from fts.trainer.callbacks.printer import format_logs
+from fts.trainer.callbacks.progress_state import (BAR_METRICS, ProgressState)
+from fts.trainer.arguments.best_metric import best_metric_name
 
 
 class ProgressCallback(TrainerCallback):
@@ -38,7 +38,7 @@ class ProgressCallback(TrainerCallback):
         self.current_step = state.global_step
         if state.is_world_process_zero:
             step = state.global_step
-            self.training_bar = open_display(Shown("train", state.max_steps, step, _rows(args, state), step))
+            self.training_bar = open_display(ProgressState("train", state.max_steps, step, _examples_per_step(args, state), step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Move it."""
@@ -49,7 +49,7 @@ class ProgressCallback(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> Any:
         """Open or move the display of an evaluation."""
         if self.prediction_bar is None and state.is_world_process_zero:
-            shown = Shown("evaluate", _length(eval_dataloader), rows=getattr(eval_dataloader, "batch_size", None))
+            shown = ProgressState("evaluate", _length(eval_dataloader), rows=getattr(eval_dataloader, "batch_size", None))
             self.prediction_bar = open_display(shown, self.training_bar)
         if self.prediction_bar is not None:
             self.prediction_bar.update(1)
@@ -61,7 +61,7 @@ class ProgressCallback(TrainerCallback):
             best = best_metric_name(args) if getattr(args, "metric_for_best_model", None) else "eval_loss"
             name = next((name for name in (best, "eval_loss") if name in metrics), None)
             if name is not None:
-                self._note(name, f"{readable(metrics)[name]} at {state.global_step}")
+                self._note(name, f"{format_logs(metrics)[name]} at {state.global_step}")
 
     def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Close the display of the prediction."""
@@ -77,9 +77,9 @@ class ProgressCallback(TrainerCallback):
         if self.training_bar is None or not logs:
             return
         _close(self, "prediction_bar")
-        latest = readable({short: logs[name] for name, short in BESIDE.items() if name in logs})
+        latest = format_logs({short: logs[name] for name, short in BAR_METRICS.items() if name in logs})
         self.training_bar.shown.figures.update({name: str(value) for name, value in latest.items()})
-        self.training_bar.log(readable(logs, self.max_str_len))
+        self.training_bar.log(format_logs(logs, self.max_str_len))
         self.training_bar.show()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -116,8 +116,8 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def _rows(args: Any, state: Any) -> int | None:
+def _examples_per_step(args: Any, state: Any) -> int | None:
     """Rows in an update, over all processes."""
     if args is None or not state.train_batch_size:
         return None
-    return rows_per_update(args, state.train_batch_size)
+    return total_train_batch_size(args, state.train_batch_size)

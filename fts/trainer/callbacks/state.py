@@ -20,7 +20,7 @@ class ExportableState:
 
     >>> class Counts(ExportableState):
     ...     def __init__(self, start=0):
-    ...         self.start = self.count = init_process_group
+    ...         self.start = self.count = start
     ...     def state(self):
     ...         return {"args": {"start": self.start}, "attributes": {"count": self.count}}
     >>> Counts.from_state({"args": {"start": 1}, "attributes": {"count": 5}}).count
@@ -99,7 +99,7 @@ class TrainerState:
     def __post_init__(self) -> None:
         self.log_history = [] if self.log_history is None else self.log_history
         if not isinstance(self.stateful_callbacks, dict):
-            self.stateful_callbacks = states_of(self.stateful_callbacks or ())
+            self.stateful_callbacks = export_states(self.stateful_callbacks or ())
 
     def save_to_json(self, json_path: str | Path) -> None:
         """Write the state to a JSON file; what JSON cannot hold of the logs becomes its text, with a warning.
@@ -110,7 +110,7 @@ class TrainerState:
         try:
             text = self._as_json()
         except (TypeError, ValueError):
-            self.log_history[:] = [_as_text(entry) for entry in self.log_history]
+            self.log_history[:] = [_to_json_entry(entry) for entry in self.log_history]
             try:
                 text = self._as_json()
             except (TypeError, ValueError) as error:
@@ -119,7 +119,7 @@ class TrainerState:
 
     def _as_json(self) -> str:
         document = {item.name: getattr(self, item.name) for item in fields(self)}
-        return json.dumps(document, indent=2, sort_keys=True, default=plain)
+        return json.dumps(document, indent=2, sort_keys=True, default=json_default)
 
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> TrainerState:
@@ -135,7 +135,7 @@ class TrainerState:
         if not isinstance(document, dict):
             raise CheckpointError(f"{json_path} holds {type(document).__name__}; it must be an object.")
         known = {item.name for item in fields(cls)}
-        _check(document, json_path)
+        _check_fields(document, json_path)
         return cls(**{name: value for name, value in document.items() if name in known})
 
     def compute_steps(self, args: Any, max_steps: int) -> None:
@@ -206,14 +206,14 @@ class TrainerControl(ExportableState):
         return {"args": asdict(self), "attributes": {}}
 
 
-def plain(value: Any) -> Any:
+def json_default(value: Any) -> Any:
     """A value as JSON can hold it, where it is a number or an array of numpy's or torch's; for `json.dumps(default=plain)`.
 
     Raises:
         TypeError: it is something else.
 
     >>> import torch
-    >>> json.dumps({"loss": torch.tensor(0.5)}, default=plain)
+    >>> json.dumps({"loss": torch.tensor(0.5)}, default=json_default)
     '{"loss": 0.5}'
     """
     if callable(getattr(value, "tolist", None)):
@@ -221,28 +221,28 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
 
 
-def _fits(value: Any) -> bool:
+def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value, sort_keys=True, default=plain)
+        json.dumps(value, sort_keys=True, default=json_default)
     except (TypeError, ValueError, RecursionError):
         return False
     return True
 
 
-def _as_text(entry: Any) -> Any:
+def _to_json_entry(entry: Any) -> Any:
     """A log as JSON can hold it: a run must not end because of what somebody wrote down."""
-    if _fits(entry):
+    if _is_json(entry):
         return entry
     if not isinstance(entry, dict):
         logger.warning("The log history has %s, which JSON cannot hold: its text is kept.", type(entry).__name__)
         return {"text": str(entry)}
     for name, value in entry.items():
-        if not _fits({name: value}):
+        if not _is_json({name: value}):
             logger.warning("The log history has %r: %.80r, which JSON cannot hold: its text is kept.", name, value)
-    return {str(name): value if _fits(value) else str(value) for name, value in entry.items()}
+    return {str(name): value if _is_json(value) else str(value) for name, value in entry.items()}
 
 
-def states_of(callbacks: Iterable[Any]) -> dict[str, Any]:
+def export_states(callbacks: Iterable[Any]) -> dict[str, Any]:
     """The states of callbacks by class name, a list where there are several of a class.
 
     Raises:
@@ -250,11 +250,11 @@ def states_of(callbacks: Iterable[Any]) -> dict[str, Any]:
     """
     states: dict[str, list[Any]] = {}
     for callback in callbacks:
-        states.setdefault(type(callback).__name__, []).append(_state_of(callback))
+        states.setdefault(type(callback).__name__, []).append(_export_state(callback))
     return {name: found[0] if len(found) == 1 else found for name, found in states.items()}
 
 
-def _state_of(callback: Any) -> dict[str, Any]:
+def _export_state(callback: Any) -> dict[str, Any]:
     name = type(callback).__name__
     if not is_exportable(callback):
         raise ArgumentError(f"{name} has no state to keep: derive it from ExportableState and define state().")
@@ -262,14 +262,14 @@ def _state_of(callback: Any) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ArgumentError(f'{name}.state() returned {state!r}; it must return {{"args": ..., "attributes": ...}}.')
     try:
-        return dict(json.loads(json.dumps(state, default=plain)))  # a copy, as a checkpoint will give it back
+        return dict(json.loads(json.dumps(state, default=json_default)))  # a copy, as a checkpoint will give it back
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"{name}.state() returned what JSON cannot hold ({error}): use numbers, texts, lists and dictionaries."
         ) from error
 
 
-_NEEDED: dict[str, tuple[type | tuple[type, ...], str]] = {
+_FIELD_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "epoch": ((int, float), "a number"),
     "global_step": (int, "a whole number"),
     "max_steps": (int, "a whole number"),
@@ -285,8 +285,8 @@ _NEEDED: dict[str, tuple[type | tuple[type, ...], str]] = {
 """What a resumed run reads of the file, its type, and how an error says it."""
 
 
-def _check(document: dict[str, Any], path: str | Path) -> None:
-    for name, (kind, text) in _NEEDED.items():
+def _check_fields(document: dict[str, Any], path: str | Path) -> None:
+    for name, (kind, text) in _FIELD_TYPES.items():
         value = document.get(name)
         if name in document and (isinstance(value, bool) or not isinstance(value, kind)):
             raise CheckpointError(f"{path} is damaged: {name} is {value!r}; it must be {text}.")

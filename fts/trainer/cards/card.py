@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts.errors import ArgumentError
-from fts.trainer.cards.metadata import Given, inferred, license_of, listed, metadata
-from fts.trainer.cards.results import final_results, markdown, pretty, shown, table
+from fts.messages import DISTRIBUTION
+from fts.trainer.cards.metadata import (CardFields, infer_fields, license_of, as_list, metadata)
+from fts.trainer.cards.results import (final_results, markdown_table, pretty_name, format_value, evaluation_table)
 
 if TYPE_CHECKING:
     from fts.trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-FILE = "README.md"
-MARK = "<!-- Drafted by fts.Trainer. What you write under the first three headings stays when it is drafted again. -->"
-MARKS = (MARK, "automatically according to the information the Trainer had access to")
-BLANK = "More information needed"
-OWN = ("Model description", "Intended uses & limitations", "Training and evaluation data")
+CARD_FILE = "README.md"
+DRAFT_MARKER = "<!-- Drafted by fts.Trainer. What you write under the first three headings stays when it is drafted again. -->"
+DRAFT_MARKERS = (DRAFT_MARKER, "automatically according to the information the Trainer had access to")
+PLACEHOLDER = "More information needed"
+USER_SECTIONS = ("Model description", "Intended uses & limitations", "Training and evaluation data")
 """Headings of what only people know."""
 
-PACKAGES = {"fts": "fts", "PEFT": "peft", "Transformers": "transformers", "Pytorch": "torch", "Datasets": "datasets"}
+PACKAGES = {"fts": DISTRIBUTION, "PEFT": "peft", "Transformers": "transformers", "Pytorch": "torch", "Datasets": "datasets"}
 """What people call a package -> its name."""
 
 Texts = str | Sequence[str] | None
@@ -54,22 +55,22 @@ def write_card(
         ArgumentError: the card that is there cannot be read.
     """
     directory = Path(str(trainer.args.output_dir))
-    kept, text = _read(directory / FILE)
-    told, drafted = inferred(trainer), _is_drafted(text)
+    kept, text = _read(directory / CARD_FILE)
+    told, drafted = infer_fields(trainer), _is_drafted(text)
     if drafted:  # then its figures are those of an earlier run
         kept = {name: value for name, value in kept.items() if name not in ("model-index", "metrics")}
-    data_tags = listed(dataset_tags) or listed(kept.get("datasets")) or told.dataset_tags
+    data_tags = as_list(dataset_tags) or as_list(kept.get("datasets")) or told.dataset_tags
     is_told = data_tags == told.dataset_tags
-    given = Given(
-        language=listed(language) or listed(kept.get("language")),
+    given = CardFields(
+        language=as_list(language) or as_list(kept.get("language")),
         license=license or kept.get("license"),
-        tags=listed([*listed(tags), *told.tags]),
+        tags=as_list([*as_list(tags), *told.tags]),
         model_name=model_name or directory.absolute().name,
         finetuned_from=finetuned_from or told.finetuned_from,
-        tasks=listed(tasks) or told.tasks,
+        tasks=as_list(tasks) or told.tasks,
         dataset_tags=data_tags,
-        dataset=listed(dataset) or (told.dataset if is_told else data_tags),
-        dataset_args=listed(dataset_args) or (told.dataset_args if is_told else []),
+        dataset=as_list(dataset) or (told.dataset if is_told else data_tags),
+        dataset_args=as_list(dataset_args) or (told.dataset_args if is_told else []),
         dataset_split=told.dataset_split if is_told else None,
     )
     if given.license is None and given.finetuned_from is not None:
@@ -81,9 +82,9 @@ def write_card(
     if drafted:
         text = _draft(given, results, trainer, library, _own_sections(text))
     directory.mkdir(parents=True, exist_ok=True)
-    fresh = directory / f".{FILE}.writing"
+    fresh = directory / f".{CARD_FILE}.writing"
     fresh.write_text(f"---\n{_yaml(head)}---\n\n{text.strip()}\n", encoding="utf-8")
-    fresh.replace(directory / FILE)  # an upload that copies it meanwhile finds the old one or the new one
+    fresh.replace(directory / CARD_FILE)  # an upload that copies it meanwhile finds the old one or the new one
 
 
 def hyperparameters(trainer: Trainer) -> dict[str, Any]:
@@ -170,32 +171,32 @@ def _yaml(data: dict[str, Any]) -> str:
 
 
 def _is_drafted(text: str) -> bool:
-    return not text.strip() or any(mark in text for mark in MARKS) or text.count("[More Information Needed]") > 3
+    return not text.strip() or any(mark in text for mark in DRAFT_MARKERS) or text.count("[More Information Needed]") > 3
 
 
 def _own_sections(text: str) -> dict[str, str]:
-    if not any(mark in text for mark in MARKS):
+    if not any(mark in text for mark in DRAFT_MARKERS):
         return {}
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    return {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True) if name.strip() in OWN}
+    return {name.strip(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True) if name.strip() in USER_SECTIONS}
 
 
-def _draft(given: Given, results: dict[str, Any], trainer: Trainer, library: str | None, own: dict[str, str]) -> str:
+def _draft(given: CardFields, results: dict[str, Any], trainer: Trainer, library: str | None, own: dict[str, str]) -> str:
     base = given.finetuned_from
     link = "" if base is None else f"[{base}](https://huggingface.co/{base}), fine-tuned"
     data = " and ".join(f"the {name} dataset" for name in given.dataset)
-    lines = [MARK, "", f"# {given.model_name}", ""]
+    lines = [DRAFT_MARKER, "", f"# {given.model_name}", ""]
     lines += [f"{link or 'A model trained from scratch'} on {data or 'data that the trainer has no name for'}."]
     if results:
         lines += ["", "Results on the evaluation set:", ""]
-        lines += [f"- {pretty(name)}: {shown(value)}" for name, value in results.items()]
-    for heading in OWN:
-        lines += ["", f"## {heading}", "", own.get(heading) or BLANK]
+        lines += [f"- {pretty_name(name)}: {format_value(value)}" for name, value in results.items()]
+    for heading in USER_SECTIONS:
+        lines += ["", f"## {heading}", "", own.get(heading) or PLACEHOLDER]
     lines += ["", "## Training procedure", "", "### Training hyperparameters", ""]
     lines += [f"- {name}: {value}" for name, value in hyperparameters(trainer).items()]
-    rows = table(trainer.state.log_history)
+    rows = evaluation_table(trainer.state.log_history)
     if rows:
-        lines += ["", "### Training results", "", markdown(rows)]
+        lines += ["", "### Training results", "", markdown_table(rows)]
     lines += ["", "### Framework versions", ""]
     lines += [f"- {name} {version}" for name, version in versions(library).items()]
     return "\n".join(lines)

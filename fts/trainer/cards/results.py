@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PREFIX = "eval_"
-NO_METRIC = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-MOST = 100
+NON_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+MAX_TABLE_ROWS = 100
 """Rows that the table has at most."""
 
 History = Sequence[Mapping[str, Any]]
@@ -37,13 +37,13 @@ def final_results(history: History, best_step: int | None = None) -> dict[str, A
     return {name: value for entry in found if entry.get("step") == step for name, value in _metrics(entry).items()}
 
 
-def table(history: History) -> list[dict[str, Any]]:
+def evaluation_table(history: History) -> list[dict[str, Any]]:
     """A row for each update after which was evaluated: losses, epoch, step and every metric.
 
     Args:
         history: `log_history` of the run; evaluations after training are not in the table.
 
-    >>> table([{"loss": 1.0, "step": 5}, {"eval_loss": 0.5, "eval_f1": 0.9, "epoch": 1.0, "step": 6}])
+    >>> evaluation_table([{"loss": 1.0, "step": 5}, {"eval_loss": 0.5, "eval_f1": 0.9, "epoch": 1.0, "step": 6}])
     [{'Training Loss': 1.0, 'Epoch': 1.0, 'Step': 6, 'Validation Loss': 0.5, 'F1': 0.9}]
     """
     rows: dict[Any, dict[str, Any]] = {}
@@ -57,22 +57,22 @@ def table(history: History) -> list[dict[str, Any]]:
             row = rows.setdefault(
                 entry.get("step"), {"Training Loss": loss, "Epoch": entry.get("epoch"), "Step": entry.get("step")}
             )
-            row.update({"Validation Loss" if name == "loss" else pretty(name): value for name, value in metrics.items()})
-    every = -(-len(rows) // MOST)
+            row.update({"Validation Loss" if name == "loss" else pretty_name(name): value for name, value in metrics.items()})
+    every = -(-len(rows) // MAX_TABLE_ROWS)
     return list(rows.values())[::-1][:: every or 1][::-1]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table of Markdown; what a row does not have is left empty.
 
-    >>> print(markdown([{"Step": 1, "Loss": 0.123456}, {"Step": 20, "F1": 1.0}]))
+    >>> print(markdown_table([{"Step": 1, "Loss": 0.123456}, {"Step": 20, "F1": 1.0}]))
     | Step | Loss   | F1  |
     |-----:|-------:|----:|
     | 1    | 0.1235 |     |
     | 20   |        | 1.0 |
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[shown(row.get(name, "")) for name in names] for row in rows]
+    cells = [[format_value(row.get(name, "")) for name in names] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(names, *cells, strict=True)]
     lines = [[name.ljust(width) for name, width in zip(names, widths, strict=True)]]
     lines += [[text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in cells]
@@ -80,19 +80,19 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([drawn[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *drawn[1:]])
 
 
-def pretty(name: str) -> str:
+def pretty_name(name: str) -> str:
     """A metric's name for people.
 
-    >>> pretty("f1"), pretty("exact_match"), pretty("rougeLsum")
+    >>> pretty_name("f1"), pretty_name("exact_match"), pretty_name("rougeLsum")
     ('F1', 'Exact Match', 'RougeLsum')
     """
     return " ".join(part[:1].upper() + part[1:] for part in name.split("_") if part)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A figure for people.
 
-    >>> shown(0.123456), shown(2.0), shown(3e-05), shown(7), shown(None)
+    >>> format_value(0.123456), format_value(2.0), format_value(3e-05), format_value(7), format_value(None)
     ('0.1235', '2.0', '3e-05', '7', '')
     """
     if value is None:
@@ -109,4 +109,4 @@ def is_number(value: Any) -> bool:
 
 def _metrics(entry: Mapping[str, Any]) -> dict[str, Any]:
     found = {name.removeprefix(PREFIX): value for name, value in entry.items() if name.startswith(PREFIX)}
-    return {name: value for name, value in found.items() if not name.endswith(NO_METRIC)}
+    return {name: value for name, value in found.items() if not name.endswith(NON_METRICS)}

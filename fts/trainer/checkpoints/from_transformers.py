@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position
-from fts.loops.history import TRAINER_STATE
-from fts.state import WEIGHTS, TrainState
+from fts.loops.trainer_state import TRAINER_STATE_NAME
+from fts.state import WEIGHTS_NAME, TrainState
 from fts.storage import read_tensors
 from fts.trainer.callbacks.state import TrainerState
 from fts.trainer.checkpoints.transformers_files import TORCH_OPTIMIZER, TORCH_SCALER, TORCH_SCHEDULER
-from fts.trainer.model.weights import ADAPTERS, has_only_adapters, load_weights, tensors_of
-from fts.trainer.optimization.optimizer import Optimizing
-from fts.trainer.run.running_metrics import RunningMetrics
+from fts.trainer.model import ADAPTERS, has_only_adapters, load_weights, named_tensors
+from fts.trainer.optimization import RunOptimizer
+from fts.trainer.reporting.running_metrics import RunningMetrics
 from fts.transforms.importing import with_plateau, with_torch_moments
 from fts.transforms.loss_scaling import LossScaleState
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @attrs.frozen(eq=False)
-class Carried:
+class TransformersCheckpoint:
     """What a checkpoint of transformers' Trainer gives a run.
 
     Attributes:
@@ -55,8 +55,8 @@ class Carried:
 
 
 def read_transformers_checkpoint(
-    directory: Path, like: TrainState, model: nn.Module, optimizing: Optimizing, *, batches: int | None, accumulate: int
-) -> Carried:
+    directory: Path, like: TrainState, model: nn.Module, optimizing: RunOptimizer, *, batches: int | None, accumulate: int
+) -> TransformersCheckpoint:
     """Read a checkpoint that transformers' Trainer wrote.
 
     Args:
@@ -74,17 +74,17 @@ def read_transformers_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or of another model; or no update begins where the checkpoint is.
     """
-    told = TrainerState.load_from_json(directory / TRAINER_STATE)
+    told = TrainerState.load_from_json(directory / TRAINER_STATE_NAME)
     if not (directory / TORCH_OPTIMIZER).is_file():
         raise CheckpointError(
             f"{directory} has no {TORCH_OPTIMIZER}: transformers' Trainer wrote it with save_only_model=True, or in files "
             "of DeepSpeed or FSDP, and a run cannot go on from it. Begin a new run with its model: from_pretrained(path)."
         )
-    account = _Account()
-    state = _weights(directory, like, model, account)
-    state = _optimizer(directory, state, model, optimizing, told.global_step, account)
-    state = _schedule(directory, state, optimizing, told.global_step, account)
-    start = _position(told, batches, accumulate, account)
+    account = _Report()
+    state = _load_weights(directory, like, model, account)
+    state = _load_optimizer(directory, state, model, optimizing, told.global_step, account)
+    state = _load_schedule(directory, state, optimizing, told.global_step, account)
+    start = _resume_position(told, batches, accumulate, account)
     account.carried.append(
         f"step {told.global_step}, {len(told.log_history)} entries of the log history, the best metric ({told.best_metric}), the "
         f"states of callbacks ({', '.join(told.stateful_callbacks) or 'none'})"
@@ -96,19 +96,19 @@ def read_transformers_checkpoint(
         account.lost.append(f"the {processes} processes that the run had: this one is alone, and an update has its rows only")
     state = _loss_scale(directory, state, account)
     state = state.replace(step=torch.tensor(told.global_step, dtype=torch.int64))
-    return Carried(state, start, told, _tally(told), account.carried, account.lost)
+    return TransformersCheckpoint(state, start, told, _running_metrics(told), account.carried, account.lost)
 
 
-def offset_of(directory: Path, batches: int | None, accumulate: int) -> int:
-    """How many more updates a checkpoint's run took than this run's sizes would have needed to come as far; see `Cut.offset`."""
-    told = TrainerState.load_from_json(directory / TRAINER_STATE)
+def transformers_step_offset(directory: Path, batches: int | None, accumulate: int) -> int:
+    """How many more updates a checkpoint's run took than this run's sizes would have needed to come as far; see `EpochLayout.offset`."""
+    told = TrainerState.load_from_json(directory / TRAINER_STATE_NAME)
     if batches is None:
         return 0
-    start = _position(told, batches, accumulate, _Account())
+    start = _resume_position(told, batches, accumulate, _Report())
     return told.global_step - start.epoch * -(-batches // accumulate) - start.batch
 
 
-def report(directory: Path, found: Carried) -> None:
+def log_report(directory: Path, found: TransformersCheckpoint) -> None:
     """Log the account, a line for each thing."""
     logger.warning("%s was written by transformers' Trainer.", directory)
     for line in found.carried:
@@ -118,23 +118,23 @@ def report(directory: Path, found: Carried) -> None:
 
 
 @attrs.frozen
-class _Account:
+class _Report:
     carried: list[str] = attrs.Factory(list)
     lost: list[str] = attrs.Factory(list)
 
 
-def _weights(directory: Path, like: TrainState, model: nn.Module, account: _Account) -> TrainState:
+def _load_weights(directory: Path, like: TrainState, model: nn.Module, account: _Report) -> TrainState:
     if has_only_adapters(directory):
         load_weights(model, directory)
-        own = tensors_of(model)
+        own = named_tensors(model)
         account.carried.append(f"the adapters ({ADAPTERS}); all other weights are those of the model that the Trainer was given")
         return like.replace(
             params={name: own[name].detach() for name in like.params},
             buffers={name: own[name].detach() for name in like.buffers},
         )
-    found = read_tensors(directory, WEIGHTS)
+    found = read_tensors(directory, WEIGHTS_NAME)
     aliases: dict[str, list[str]] = {}
-    for alias, name in like.layout.ties:
+    for alias, name in like.metadata.ties:
         aliases.setdefault(name, []).append(alias)
 
     def stored(name: str, form: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def _weights(directory: Path, like: TrainState, model: nn.Module, account: _Acco
     cast: set[str] = set()
     saved = {name: stored(name, form) for name, form in (like.params | like.frozen).items()}
     buffers = {name: stored(name, form) if name in found else form for name, form in like.buffers.items()}
-    unknown = found.keys() - saved.keys() - buffers.keys() - {alias for alias, _ in like.layout.ties}
+    unknown = found.keys() - saved.keys() - buffers.keys() - {alias for alias, _ in like.metadata.ties}
     if unknown:
         raise CheckpointError(
             f"{directory} does not fit the model {type(model).__name__}: it has {sorted(unknown)[:3]}, which the model has not. "
@@ -167,8 +167,8 @@ def _weights(directory: Path, like: TrainState, model: nn.Module, account: _Acco
     )
 
 
-def _optimizer(
-    directory: Path, state: TrainState, model: nn.Module, optimizing: Optimizing, step: int, account: _Account
+def _load_optimizer(
+    directory: Path, state: TrainState, model: nn.Module, optimizing: RunOptimizer, step: int, account: _Report
 ) -> TrainState:
     entries, groups = _read_optimizer(directory / TORCH_OPTIMIZER)
     reason = "this run's optimizer is no torch optimizer" if optimizing.optimizer is None else ""
@@ -198,7 +198,7 @@ def _optimizer(
     return state
 
 
-def _restore_groups(optimizing: Optimizing, groups: Sequence[Mapping[str, Any]]) -> None:
+def _restore_groups(optimizing: RunOptimizer, groups: Sequence[Mapping[str, Any]]) -> None:
     """Set what the run had made of a torch optimizer's groups, as its `load_state_dict` would."""
     if not optimizing.steps:
         return
@@ -211,7 +211,7 @@ def _restore_groups(optimizing: Optimizing, groups: Sequence[Mapping[str, Any]])
                     group[name] = value
 
 
-def _loss_scale(directory: Path, state: TrainState, account: _Account) -> TrainState:
+def _loss_scale(directory: Path, state: TrainState, account: _Report) -> TrainState:
     path = directory / TORCH_SCALER
     if not path.is_file():
         return state
@@ -230,7 +230,7 @@ def _loss_scale(directory: Path, state: TrainState, account: _Account) -> TrainS
     return state
 
 
-def _schedule(directory: Path, state: TrainState, optimizing: Optimizing, step: int, account: _Account) -> TrainState:
+def _load_schedule(directory: Path, state: TrainState, optimizing: RunOptimizer, step: int, account: _Report) -> TrainState:
     path = directory / TORCH_SCHEDULER
     if not path.is_file():
         account.lost.append(f"the learning rate schedule ({TORCH_SCHEDULER} is missing): that of the arguments is used")
@@ -258,7 +258,7 @@ def _schedule(directory: Path, state: TrainState, optimizing: Optimizing, step: 
     return state
 
 
-def _restore_scheduler(path: Path, scheduler: Any, document: dict[Any, Any], account: _Account) -> None:
+def _restore_scheduler(path: Path, scheduler: Any, document: dict[Any, Any], account: _Report) -> None:
     if scheduler is None:
         account.lost.append("the learning rate schedule: this run has none")
         return
@@ -271,7 +271,7 @@ def _restore_scheduler(path: Path, scheduler: Any, document: dict[Any, Any], acc
     account.carried.append(f"the state of {type(scheduler).__name__}")
 
 
-def _position(told: TrainerState, batches: int | None, accumulate: int, account: _Account) -> Position:
+def _resume_position(told: TrainerState, batches: int | None, accumulate: int, account: _Report) -> Position:
     """The place of the next update: that of the step, or, where updates had other sizes, that of the epoch's share."""
     if batches is None:
         account.carried.append(f"the place in the data: {told.global_step} updates, which are read and skipped")
@@ -301,7 +301,7 @@ def _position(told: TrainerState, batches: int | None, accumulate: int, account:
     return start
 
 
-def _tally(told: TrainerState) -> RunningMetrics:
+def _running_metrics(told: TrainerState) -> RunningMetrics:
     """The sum of the losses that were logged, each of which is a mean over the updates since the one before."""
     total, last = 0.0, 0
     for entry in told.log_history:

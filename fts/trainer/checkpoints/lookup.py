@@ -8,12 +8,12 @@ from typing import cast
 
 from fts import loops
 from fts.distributed.error_propagation import fail_together
-from fts.distributed.process_group import Group, restarts
+from fts.distributed.process_group import Group, restart_count
 from fts.errors import ArgumentError
-from fts.state import OPTIMIZER, TRAINED, WEIGHTS
+from fts.state import OPTIMIZER_NAME, TRAINABLE_NAME, WEIGHTS_NAME
 from fts.storage import has_tensors
-from fts.storage.atomic import undo_interrupted
-from fts.trainer.checkpoints.transformers_files import can_be_resumed, is_transformers_checkpoint
+from fts.storage.atomic import recover_interrupted
+from fts.trainer.checkpoints.transformers_files import is_resumable, is_transformers_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +33,19 @@ def find_checkpoint(resume: bool | str | Path | None, root: str | Path, *, group
         ArgumentError: there is none.
     """
     if group is None or group.size == 1:
-        return _found(resume, root)
+        return _resolve(resume, root)
     with fail_together(group):
-        found = _found(resume, root) if group.is_first else None
-    return cast("Path | None", group.broadcast(found))
+        found = _resolve(resume, root) if group.is_main_process else None
+    return cast("Path | None", group.broadcast_object(found))
 
 
-def _found(resume: bool | str | Path | None, root: str | Path) -> Path | None:
+def _resolve(resume: bool | str | Path | None, root: str | Path) -> Path | None:
     if resume is False:
         return None
     if resume is None:
-        return _newest_after_restart(root) if restarts() else None
+        return _newest_after_restart(root) if restart_count() else None
     if resume is True:
-        newest = loops.newest_checkpoint(root, also=can_be_resumed)
+        newest = loops.newest_checkpoint(root, also=is_resumable)
         if newest is None:
             raise ArgumentError(
                 f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
@@ -53,27 +53,27 @@ def _found(resume: bool | str | Path | None, root: str | Path) -> Path | None:
             )
         return newest
     path = Path(resume)
-    undo_interrupted(path)
+    recover_interrupted(path)
     if is_transformers_checkpoint(path):
         return path
-    if not has_tensors(path, WEIGHTS) and not has_tensors(path, TRAINED):
-        there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS}"
+    if not has_tensors(path, WEIGHTS_NAME) and not has_tensors(path, TRAINABLE_NAME):
+        there = "the directory does not exist" if not path.is_dir() else f"it has no {WEIGHTS_NAME}"
         raise ArgumentError(
             f"Can't find a valid checkpoint at {path}: {there}. Use resume_from_checkpoint=True for the newest one."
         )
-    if not has_tensors(path, OPTIMIZER):
+    if not has_tensors(path, OPTIMIZER_NAME):
         raise ArgumentError(
-            f"{path} has a model, but no {OPTIMIZER}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
+            f"{path} has a model, but no {OPTIMIZER_NAME}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
             "on from it. Begin a new run with its model: from_pretrained(path)."
         )
     return path
 
 
 def _newest_after_restart(root: str | Path) -> Path | None:
-    newest = loops.newest_checkpoint(root, also=can_be_resumed)
+    newest = loops.newest_checkpoint(root, also=is_resumable)
     goes_on = f"begins anew: there is no whole checkpoint in {root}" if newest is None else f"goes on from {newest}"
     logger.warning(
         "torchrun has started the processes again (restart %s), so the run %s. Say resume_from_checkpoint=False to begin anew.",
-        *(restarts(), goes_on),
+        *(restart_count(), goes_on),
     )
     return newest

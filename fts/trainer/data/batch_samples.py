@@ -17,23 +17,23 @@ from fts.typing import Batch
 class SampledBatches(MicroBatches):
     """The micro-batches of an update, with the number of items that was found in them.
 
-    >>> SampledBatches([1, 2], 7).items_in_batch
+    >>> SampledBatches([1, 2], 7).num_items_in_batch
     7
     """
 
-    items_in_batch: Any
+    num_items_in_batch: Any
 
-    def __new__(cls, samples: Iterable[Batch], items_in_batch: Any = None) -> SampledBatches:
+    def __new__(cls, samples: Iterable[Batch], num_items_in_batch: Any = None) -> SampledBatches:
         drawn = super().__new__(cls, samples)
-        drawn.items_in_batch = items_in_batch
+        drawn.num_items_in_batch = num_items_in_batch
         return drawn
 
 
-class Counted(Iterator[Batch]):
+class PaddingFilter(Iterator[Batch]):
     """Micro-batches without the `PaddingBatch` ones, which are kept apart.
 
-    >>> counted = Counted(iter([1, PaddingBatch(2)]))
-    >>> list(counted), counted.taken_out()
+    >>> counted = PaddingFilter(iter([1, PaddingBatch(2)]))
+    >>> list(shapes_from_counts), counted.taken_out()
     ([1], [Weightless(batch=2)])
     """
 
@@ -54,7 +54,9 @@ class Counted(Iterator[Batch]):
         return found
 
 
-def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]], source: Source, device: torch.device) -> Source:
+def with_batch_samples(
+    draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]], source: Source, device: torch.device
+) -> Source:
     """A source whose updates have what `draw` takes from the iterator of an epoch.
 
     Args:
@@ -65,8 +67,8 @@ def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]]
     """
 
     def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
-        counted = Counted(source.batches(epoch, start * source.micro_batches, **how))
-        for wanted in _sizes(source, start):
+        counted = PaddingFilter(source.batches(epoch, start * source.micro_batches, **how))
+        for wanted in _micro_batch_counts(source, start):
             samples, items = draw(counted, wanted, device)
             samples = [*samples, *counted.taken_out()]
             if not samples:
@@ -76,7 +78,7 @@ def drawn_by(draw: Callable[[Iterator[Any], int, torch.device], tuple[Any, Any]]
     return attrs.evolve(source, batches=batches, batches_per_epoch=source.steps_per_epoch, micro_batches=1)
 
 
-def _sizes(source: Source, start: int) -> Iterator[int]:
+def _micro_batch_counts(source: Source, start: int) -> Iterator[int]:
     """How many micro-batches each update of an epoch has from one on; without end where the data does not tell."""
     if source.batches_per_epoch is None:
         yield from repeat(source.micro_batches)

@@ -31,32 +31,32 @@ def default_data_collator(features: Sequence[Any]) -> dict[str, Any]:
     >>> default_data_collator([{"x": [1.0, 2.0], "label": 1}, {"x": [3.0, 4.0], "label": 0}])
     {'labels': tensor([1, 0]), 'x': tensor([[1., 2.], [3., 4.]])}
     """
-    examples = [_mapping(feature) for feature in features]
+    examples = [_as_mapping(feature) for feature in features]
     first = examples[0]
     batch: dict[str, Any] = {}
     label = next((name for name in ("label", "label_ids") if first.get(name) is not None), None)
     if label is not None:
         labels = _stack(label, examples)
-        batch["labels"] = labels if labels.dtype == torch.int64 else labels.long() if _whole(labels) else labels.float()
+        batch["labels"] = labels if labels.dtype == torch.int64 else labels.long() if _is_integer(labels) else labels.float()
     for name, value in first.items():
         if name not in ("label", "label_ids") and value is not None and not isinstance(value, str):
             batch[name] = _stack(name, examples)
     return batch
 
 
-def collator_for(processing_class: Any) -> Collator:
+def get_data_collator(processing_class: Any) -> Collator:
     """The collator that fits a processing class.
 
     Returns:
         One that pads, for transformers' tokenizers and feature extractors of sequences, and for a class of one's own with a
         method `pad(features, padding=True, return_tensors="pt")`; else `default_data_collator`.
 
-    >>> collator_for(None) is default_data_collator
+    >>> get_data_collator(None) is default_data_collator
     True
     """
     if any(kind.__module__.startswith("transformers.") for kind in type(processing_class).__mro__):
         return _transformers_collator(processing_class)
-    return _Padding(processing_class) if callable(getattr(processing_class, "pad", None)) else default_data_collator
+    return _PaddingCollator(processing_class) if callable(getattr(processing_class, "pad", None)) else default_data_collator
 
 
 def _transformers_collator(processing_class: Any) -> Collator:
@@ -69,7 +69,7 @@ def _transformers_collator(processing_class: Any) -> Collator:
 
 
 @attrs.frozen
-class _Padding:
+class _PaddingCollator:
     """Pads by the method of a class that is not transformers'. A class, not a closure, so that workers can receive it."""
 
     processing_class: Any
@@ -82,7 +82,7 @@ class _Padding:
         return batch
 
 
-def _mapping(feature: Any) -> Mapping[str, Any]:
+def _as_mapping(feature: Any) -> Mapping[str, Any]:
     if isinstance(feature, Mapping):
         return feature
     if hasattr(feature, "__dict__"):
@@ -112,5 +112,5 @@ def _stack(name: str, examples: Sequence[Mapping[str, Any]]) -> Tensor:
         ) from error
 
 
-def _whole(tensor: Tensor) -> bool:
+def _is_integer(tensor: Tensor) -> bool:
     return not tensor.is_floating_point()

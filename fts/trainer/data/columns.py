@@ -16,59 +16,59 @@ from fts.trainer.data.collator import Collator
 logger = logging.getLogger(__name__)
 
 
-def accepted_columns(model: nn.Module, label_names: Sequence[str]) -> tuple[str, ...] | None:
+def signature_columns(model: nn.Module, label_names: Sequence[str]) -> tuple[str, ...] | None:
     """The names that a model's forward takes, and those that may become labels.
 
     Returns:
         The names, or None if forward takes any.
 
-    >>> accepted_columns(nn.Linear(1, 1), ["labels"])
+    >>> signature_columns(nn.Linear(1, 1), ["labels"])
     ('input', 'label', 'label_ids', 'labels')
     """
     parameters = _parameters(model)
-    names = takes_names(model)
+    names = forward_arguments(model)
     if not names and any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return tuple(dict.fromkeys([*names, "label", "label_ids", *label_names]))
 
 
-def label_names_of(model: nn.Module) -> list[str]:
+def find_labels(model: nn.Module) -> list[str]:
     """The arguments of a model's forward that are labels, by their names.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, labels=None): ...
-    >>> label_names_of(Net())
+    >>> find_labels(Net())
     ['labels']
     """
-    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(bare_model(model)).__name__ else ()
+    answers = ("start_positions", "end_positions") if "QuestionAnswering" in type(unwrap_model(model)).__name__ else ()
     return [p.name for p in _parameters(model) if "label" in p.name or p.name in answers]
 
 
-def takes_names(model: nn.Module) -> list[str]:
+def forward_arguments(model: nn.Module) -> list[str]:
     """The names of the arguments that a model's forward takes.
 
-    >>> takes_names(nn.Linear(1, 1))
+    >>> forward_arguments(nn.Linear(1, 1))
     ['input']
     """
     return [p.name for p in _parameters(model) if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def required_names(model: nn.Module) -> list[str]:
+def required_arguments(model: nn.Module) -> list[str]:
     """The names of the arguments that a model's forward cannot do without.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, labels=None): ...
-    >>> required_names(Net())
+    >>> required_arguments(Net())
     ['x']
     """
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in _parameters(model) if p.kind in named and p.default is p.empty]
 
 
-def returns_loss(model: nn.Module) -> bool:
+def can_return_loss(model: nn.Module) -> bool:
     """Whether a model's forward returns a loss without labels, by an argument `return_loss` that is True by default.
 
-    >>> returns_loss(nn.Linear(1, 1))
+    >>> can_return_loss(nn.Linear(1, 1))
     False
     """
     return any(p.name == "return_loss" and p.default is True for p in _parameters(model))
@@ -87,7 +87,7 @@ def unexpected_keys(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     return [str(key) for key in batch if key not in names]
 
 
-def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | None, what: str) -> tuple[Any, Collator]:
+def remove_unused_columns(dataset: Any, collator: Collator, accepted: Sequence[str] | None, what: str) -> tuple[Any, Collator]:
     """Drop the columns that a model cannot use: from the dataset where it has columns, else in front of the collator.
 
     Args:
@@ -103,48 +103,48 @@ def without_unused(dataset: Any, collator: Collator, accepted: Sequence[str] | N
         return dataset, collator
     columns = getattr(dataset, "column_names", None)
     remove: Callable[[list[str]], Any] | None = getattr(dataset, "remove_columns", None)
-    if not isinstance(columns, list) or remove is None or _transforms(dataset):
-        return dataset, _DroppingCollator(collator, frozenset(accepted), what)
+    if not isinstance(columns, list) or remove is None or _has_transform(dataset):
+        return dataset, RemoveColumnsCollator(collator, frozenset(accepted), what)
     unused = [name for name in columns if name not in accepted]
     if len(unused) == len(columns):
-        raise _nothing_left(what, columns, accepted)
+        raise _no_columns_error(what, columns, accepted)
     if unused:
         logger.info("The %s set's columns %s are no arguments of the model's forward and were dropped.", what, ", ".join(unused))
     return remove(unused) if unused else dataset, collator
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch and peft, whose own forward takes anything.
 
-    >>> type(bare_model(nn.DataParallel(nn.Linear(1, 1)))).__name__
+    >>> type(unwrap_model(nn.DataParallel(nn.Linear(1, 1)))).__name__
     'Linear'
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return bare_model(model.module)
+        return unwrap_model(model.module)
     compiled = getattr(model, "_orig_mod", None)
     if isinstance(compiled, nn.Module):
-        return bare_model(compiled)
+        return unwrap_model(compiled)
     base: Any = getattr(model, "get_base_model", None)
     if callable(base):
-        return bare_model(base())
+        return unwrap_model(base())
     if type(model).__name__ == "PeftMixedModel":  # the one that has no get_base_model
         mixed: Any = model
-        return bare_model(mixed.base_model.model)
+        return unwrap_model(mixed.base_model.model)
     return model
 
 
-def _transforms(dataset: Any) -> bool:
+def _has_transform(dataset: Any) -> bool:
     # a function set by `set_transform` makes the columns of a row; those in the table are its inputs
     form = getattr(dataset, "format", None)
     return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    return list(inspect.signature(bare_model(model).forward).parameters.values())
+    return list(inspect.signature(unwrap_model(model).forward).parameters.values())
 
 
 @attrs.frozen
-class _DroppingCollator:
+class RemoveColumnsCollator:
     """A collator that sees only accepted keys. A class, not a closure, so that workers can receive it."""
 
     collator: Collator
@@ -163,11 +163,11 @@ class _DroppingCollator:
             return example
         kept = {name: value for name, value in example.items() if name in self.accepted}
         if not kept:
-            raise _nothing_left(self.what, list(example), sorted(self.accepted))
+            raise _no_columns_error(self.what, list(example), sorted(self.accepted))
         return kept
 
 
-def _nothing_left(what: str, columns: Sequence[str], accepted: Sequence[str]) -> DataError:
+def _no_columns_error(what: str, columns: Sequence[str], accepted: Sequence[str]) -> DataError:
     return DataError(
         f"The model's forward takes none of the {what} set's columns: they are {', '.join(map(str, columns))}; it takes "
         f"{', '.join(accepted)}. Rename columns, tokenize the text first, or set remove_unused_columns=False and pass a "

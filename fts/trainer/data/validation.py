@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -12,30 +12,45 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from fts.errors import DataError, FtsError
 from fts.loops import Source
-from fts.loops.loader_options import torch_loader
+from fts.loops.loader_options import unwrap_dataloader
 from fts.loops.sampling import EpochSampler, IsolatedGenerators
-from fts.loops.shards import unwrapped
+from fts.loops.shards import unwrap_batch
 from fts.steps.losses import shifts_labels
 from fts.trainer.data.collator import Collator, default_data_collator
-from fts.trainer.data.columns import bare_model, required_names, takes_names, unexpected_keys
-from fts.trainer.data.sampling import is_indexable
-from fts.trainer.model.loss import LossRule
-from fts.trainer.run.overrides import overridden
+from fts.trainer.data.columns import forward_arguments, required_arguments, unexpected_keys, unwrap_model
+from fts.trainer.data.sampler import is_map_style
 from fts.typing import Batch
 
-ROWS = 8
+MAX_EXAMPLES = 8
 """How many rows are looked at, at most."""
 
-CLASSES = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForVideoClassification")
-LABELS = ("label", "labels", "label_ids")
-TOKENS = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
+CLASSIFICATION_LOSSES = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForAudioClassification",
+    "ForVideoClassification",
+)
+LABEL_COLUMNS = ("label", "labels", "label_ids")
+TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
 
 
-def check_loader(loader: Any, model: nn.Module, loss: LossRule | None, what: str, *, labelled: bool = True) -> None:
+class LossInputs(Protocol):
+    """What these checks read of the way in which the loss of a batch is computed, such as `fts.trainer.model.LossConfig`."""
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        """The batch's keys that are labels."""
+
+    @property
+    def compute_loss_func(self) -> Callable[..., Any] | None:
+        """The user's loss function; None where the model computes its own loss."""
+
+
+def check_dataloader(loader: Any, model: nn.Module, loss: LossInputs | None, what: str, *, labelled: bool = True) -> None:
     """Collate the first rows behind a loader, and raise where the model could not use the batch.
 
     Nothing happens where that would consume something (data that can only be iterated, a loader that iterates in its own way)
-    or where the rows are not asked for by number: see `checked`.
+    or where the rows are not asked for by number: see `check_first_batch`.
 
     Args:
         loader: any loader.
@@ -47,23 +62,23 @@ def check_loader(loader: Any, model: nn.Module, loss: LossRule | None, what: str
     Raises:
         DataError: the model cannot use the batch; it says why.
     """
-    plain = torch_loader(loader)
-    if plain is not None and _counts_rows(plain):
+    plain = unwrap_dataloader(loader)
+    if plain is not None and _samples_by_index(plain):
         rows = plain.batch_size or 1
-        check_data(plain.dataset, plain.collate_fn, model, loss, what, rows=rows, labelled=labelled)
+        check_examples(plain.dataset, plain.collate_fn, model, loss, what, rows=rows, labelled=labelled)
 
 
-def _counts_rows(loader: DataLoader[Any]) -> bool:
+def _samples_by_index(loader: DataLoader[Any]) -> bool:
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         return False
     return isinstance(loader.sampler, (SequentialSampler, RandomSampler, EpochSampler))
 
 
-def check_data(
+def check_examples(
     dataset: Any,
     collator: Collator,
     model: nn.Module,
-    loss: LossRule | None,
+    loss: LossInputs | None,
     what: str,
     *,
     rows: int = 1,
@@ -80,21 +95,21 @@ def check_data(
         model: is called with the batch.
         loss: how the loss of the batch is computed; None where a user's method does.
         what: "training" or "evaluation", for messages.
-        rows: how many rows a batch has; at most `ROWS` are read.
+        rows: how many rows a batch has; at most `MAX_EXAMPLES` are read.
         labelled: whether there must be labels.
 
     Raises:
         DataError: the rows cannot be collated, or the model cannot use the batch.
     """
-    if not is_indexable(dataset) or not len(dataset):
+    if not is_map_style(dataset) or not len(dataset):
         return
-    numbers = list(range(min(rows, ROWS, len(dataset))))
+    numbers = list(range(min(rows, MAX_EXAMPLES, len(dataset))))
     several = getattr(dataset, "__getitems__", None)
     with IsolatedGenerators(0):
         examples = several(numbers) if callable(several) else [dataset[number] for number in numbers]
-        batch = _collated(examples, collator, what)
+        batch = _collate(examples, collator, what)
     check_batch(batch, model, loss, what, labelled=labelled)
-    if labelled and loss is not None and loss.fn is None and _keeps_labels(collator):
+    if labelled and loss is not None and loss.compute_loss_func is None and _keeps_labels(collator):
         _check_all_labels(dataset, model, what)
 
 
@@ -107,10 +122,10 @@ def _keeps_labels(collator: Any) -> bool:
 
 def _check_all_labels(dataset: Any, model: nn.Module, what: str) -> None:
     """Look for classes that a model does not have in all rows, where reading the labels alone costs next to nothing."""
-    inner = bare_model(model)
+    inner = unwrap_model(model)
     config = getattr(inner, "config", None)
     count = getattr(config, "num_labels", None)
-    if not isinstance(count, int) or _kind(inner) not in CLASSES:
+    if not isinstance(count, int) or _loss_type(inner) not in CLASSIFICATION_LOSSES:
         return
     labels = _label_column(dataset)
     if labels is not None:
@@ -120,10 +135,10 @@ def _check_all_labels(dataset: Any, model: nn.Module, what: str) -> None:
 def _label_column(dataset: Any) -> Tensor | None:
     """One whole number a row, of a list of dictionaries or a table of `datasets`; None where it is something else."""
     if isinstance(dataset, list):
-        names = [name for name in LABELS if name in dataset[0]] if isinstance(dataset[0], Mapping) else []
+        names = [name for name in LABEL_COLUMNS if name in dataset[0]] if isinstance(dataset[0], Mapping) else []
         values = [row.get(names[0]) for row in dataset] if names and all(isinstance(row, Mapping) for row in dataset) else []
         return torch.tensor(values) if values and all(type(value) is int for value in values) else None
-    names = [name for name in LABELS if name in (getattr(dataset, "column_names", None) or ())]
+    names = [name for name in LABEL_COLUMNS if name in (getattr(dataset, "column_names", None) or ())]
     if not names or not hasattr(dataset, "select_columns") or dataset.format["type"] == "custom":
         return None
     column = dataset.select_columns(names[:1]).with_format("arrow")[:].column(names[0])
@@ -132,25 +147,25 @@ def _label_column(dataset: Any) -> Tensor | None:
     return torch.tensor(column.to_numpy(), dtype=torch.int64)
 
 
-def _collated(examples: Any, collator: Collator, what: str) -> Any:
+def _collate(examples: Any, collator: Collator, what: str) -> Any:
     try:
         return collator(examples)
     except FtsError:
         raise
     except Exception as error:
         name = getattr(collator, "__name__", type(collator).__name__)
-        shown = f"the columns {', '.join(map(str, examples[0]))}" if _is_rows(examples) else "rows of this kind"
+        shown = f"the columns {', '.join(map(str, examples[0]))}" if _are_mappings(examples) else "rows of this kind"
         raise DataError(
             f"The data_collator ({name}) cannot make a batch of the first rows of the {what} set, which have {shown}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
 
-def _is_rows(examples: Any) -> bool:
+def _are_mappings(examples: Any) -> bool:
     return isinstance(examples, list) and bool(examples) and isinstance(examples[0], Mapping)
 
 
-def checked(source: Source, check: Callable[[Batch], None]) -> Source:
+def check_first_batch(source: Source, check: Callable[[Batch], None]) -> Source:
     """The same source, of which the first batch that is read is checked before it is given.
 
     Args:
@@ -161,20 +176,20 @@ def checked(source: Source, check: Callable[[Batch], None]) -> Source:
 
     def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
         found = source.batches(epoch, start, **how)
-        return _first_checked(found, pending.pop()) if pending else found
+        return _check_first(found, pending.pop()) if pending else found
 
     return attrs.evolve(source, batches=batches)
 
 
-def _first_checked(batches: Iterator[Batch], check: Callable[[Batch], None]) -> Iterator[Batch]:
+def _check_first(batches: Iterator[Batch], check: Callable[[Batch], None]) -> Iterator[Batch]:
     for batch in batches:
-        check(unwrapped(batch))
+        check(unwrap_batch(batch))
         yield batch
         break
     yield from batches
 
 
-def check_batch(batch: Any, model: nn.Module, loss: LossRule | None, what: str, *, labelled: bool = True) -> None:
+def check_batch(batch: Any, model: nn.Module, loss: LossInputs | None, what: str, *, labelled: bool = True) -> None:
     """Raise where a model could not use a batch.
 
     Args:
@@ -188,7 +203,9 @@ def check_batch(batch: Any, model: nn.Module, loss: LossRule | None, what: str, 
         DataError: the batch is no dictionary, has keys that forward does not take, lacks some that it needs, has none of the
             labels, or has ids or labels that the model's tables do not have.
 
-    >>> check_batch({"input": torch.zeros(1, 2), "text": "?"}, nn.Linear(2, 1), LossRule(()), "training")
+    >>> from types import SimpleNamespace
+    >>> loss = SimpleNamespace(label_names=(), compute_loss_func=None)
+    >>> check_batch({"input": torch.zeros(1, 2), "text": "?"}, nn.Linear(2, 1), loss, "training")
     Traceback (most recent call last):
         ...
     fts.errors.DataError: Linear.forward does not take text, which a batch of the training set has. Remove these columns, ...
@@ -202,15 +219,15 @@ def check_batch(batch: Any, model: nn.Module, loss: LossRule | None, what: str, 
         )
     _check_keys(batch, model, loss, what)
     if labelled:
-        _check_labelled(batch, model, loss, what)
+        _check_has_labels(batch, model, loss, what)
     _check_ids(batch, model, what)
-    if loss.fn is None:
+    if loss.compute_loss_func is None:
         _check_labels(batch, model, loss.label_names, what)
 
 
-def _check_keys(batch: Mapping[str, Any], model: nn.Module, loss: LossRule, what: str) -> None:
-    name = type(bare_model(model)).__name__
-    unknown = [key for key in unexpected_keys(model, batch) if loss.fn is None or key not in loss.label_names]
+def _check_keys(batch: Mapping[str, Any], model: nn.Module, loss: LossInputs, what: str) -> None:
+    name = type(unwrap_model(model)).__name__
+    unknown = [key for key in unexpected_keys(model, batch) if loss.compute_loss_func is None or key not in loss.label_names]
     if unknown:
         raise DataError(
             f"{name}.forward does not take {', '.join(unknown)}, which a batch of the {what} set has. Remove "
@@ -220,13 +237,13 @@ def _check_keys(batch: Mapping[str, Any], model: nn.Module, loss: LossRule, what
         "Rename your columns to what forward calls them, or tokenize the text first: remove_unused_columns=True drops the "
         "columns that forward does not name."
     )
-    missing = [key for key in required_names(model) if key not in batch and key not in loss.label_names]
+    missing = [key for key in required_arguments(model) if key not in batch and key not in loss.label_names]
     if missing:
         raise DataError(
             f"{name}.forward needs {', '.join(missing)}, which a batch of the {what} set lacks: it has "
             f"{', '.join(map(str, batch)) or 'nothing'}. {hint}"
         )
-    inputs = [key for key in takes_names(model) if key not in loss.label_names]
+    inputs = [key for key in forward_arguments(model) if key not in loss.label_names]
     if inputs and all(key in loss.label_names for key in batch):
         found = f"nothing but labels ({', '.join(map(str, batch))})" if batch else "nothing"
         raise DataError(
@@ -235,8 +252,8 @@ def _check_keys(batch: Mapping[str, Any], model: nn.Module, loss: LossRule, what
         )
 
 
-def _check_labelled(batch: Mapping[str, Any], model: nn.Module, loss: LossRule, what: str) -> None:
-    if loss.fn is None and loss.label_names and not any(batch.get(name) is not None for name in loss.label_names):
+def _check_has_labels(batch: Mapping[str, Any], model: nn.Module, loss: LossInputs, what: str) -> None:
+    if loss.compute_loss_func is None and loss.label_names and not any(batch.get(name) is not None for name in loss.label_names):
         raise DataError(
             f"The {what} set has no labels: a batch has {', '.join(map(str, batch))}, the model's labels are called "
             f"{', '.join(loss.label_names)}. Add that column, name yours by label_names=[...], or pass compute_loss_func=."
@@ -245,7 +262,7 @@ def _check_labelled(batch: Mapping[str, Any], model: nn.Module, loss: LossRule, 
 
 def _check_ids(batch: Mapping[str, Any], model: nn.Module, what: str) -> None:
     ids = batch.get("input_ids")
-    size = _rows_of(model, "get_input_embeddings", "num_embeddings")
+    size = _table_size(model, "get_input_embeddings", "num_embeddings")
     if not isinstance(ids, Tensor) or size is None:
         return
     if ids.is_floating_point():
@@ -259,31 +276,31 @@ def _check_ids(batch: Mapping[str, Any], model: nn.Module, what: str) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         raise DataError(
-            f"input_ids of the {what} set reach from {low} to {high}, but {type(bare_model(model)).__name__} has embeddings for "
+            f"input_ids of the {what} set reach from {low} to {high}, but {type(unwrap_model(model)).__name__} has embeddings for "
             f"0 to {size - 1}. Use the model's own tokenizer, or after adding tokens call model.resize_token_embeddings("
             "len(tokenizer))."
         )
 
 
 def _check_labels(batch: Mapping[str, Any], model: nn.Module, names: Sequence[str], what: str) -> None:
-    inner = bare_model(model)
+    inner = unwrap_model(model)
     labels, config = batch.get("labels"), getattr(inner, "config", None)
     if "labels" not in names or not isinstance(labels, Tensor):
         return
-    kind = _kind(inner)
+    kind = _loss_type(inner)
     count = getattr(config, "num_labels", None)
-    if kind in CLASSES and isinstance(count, int):
+    if kind in CLASSIFICATION_LOSSES and isinstance(count, int):
         _check_classes(labels, inner, count, getattr(config, "problem_type", None), what)
     elif kind == "ForTokenClassification" and isinstance(count, int):
-        _check_numbers(labels, inner, count, _classes(count), what)
-    elif kind in TOKENS:
-        size = _rows_of(inner, "get_output_embeddings", "out_features")
+        _check_label_values(labels, inner, count, _class_range(count), what)
+    elif kind in TOKEN_LOSSES:
+        size = _table_size(inner, "get_output_embeddings", "out_features")
         labels = labels[..., 1:] if shifts_labels(inner) else labels
         if size is not None:
-            _check_numbers(labels, inner, size, f"its vocabulary has {size} tokens. Use the model's own tokenizer", what)
+            _check_label_values(labels, inner, size, f"its vocabulary has {size} tokens. Use the model's own tokenizer", what)
 
 
-def _kind(model: nn.Module) -> str:
+def _loss_type(model: nn.Module) -> str:
     """Which of transformers' losses a model computes; empty for others, who may use their labels in any way."""
     if not type(model).__module__.startswith("transformers."):
         return ""
@@ -300,7 +317,7 @@ def _check_classes(labels: Tensor, model: nn.Module, count: int, problem: str | 
     if problem is None:
         problem = "regression" if count == 1 else "multi" if labels.is_floating_point() else "single_label_classification"
     if problem == "single_label_classification":
-        _check_numbers(labels, model, count, _classes(count), what)
+        _check_label_values(labels, model, count, _class_range(count), what)
     elif problem == "multi_label_classification" and not labels.is_floating_point():
         raise DataError(
             f"labels of the {what} set are {labels.dtype}, and {name} chooses among several labels "
@@ -308,11 +325,11 @@ def _check_classes(labels: Tensor, model: nn.Module, count: int, problem: str | 
         )
 
 
-def _classes(count: int) -> str:
+def _class_range(count: int) -> str:
     return f"it has {count} classes, 0 to {count - 1}. Set num_labels when the model is made, or number the labels from 0"
 
 
-def _check_numbers(labels: Tensor, model: nn.Module, count: int, limit: str, what: str) -> None:
+def _check_label_values(labels: Tensor, model: nn.Module, count: int, limit: str, what: str) -> None:
     name = type(model).__name__
     if labels.dtype not in (torch.int64, torch.uint8):
         raise DataError(
@@ -327,22 +344,12 @@ def _check_numbers(labels: Tensor, model: nn.Module, count: int, limit: str, wha
         )
 
 
-def _rows_of(model: nn.Module, getter: str, attribute: str) -> int | None:
+def _table_size(model: nn.Module, getter: str, attribute: str) -> int | None:
     """The size of a table of the model, if it is of the usual kind."""
-    find = getattr(bare_model(model), getter, None)
+    find = getattr(unwrap_model(model), getter, None)
     try:
         table = find() if callable(find) else None
     except (NotImplementedError, AttributeError):  # some models have no such table
         return None
     size = getattr(table, attribute, None)
     return size if isinstance(size, int) else None
-
-
-def check_evaluation(trainer: Any) -> None:
-    """`check_loader` on every evaluation set that training will come to, with the trainer's own loaders."""
-    dataset = trainer.eval_dataset
-    if str(trainer.args.eval_strategy) == "no" or dataset is None or overridden(trainer, "evaluate", "evaluation_loop"):
-        return
-    rule = None if overridden(trainer, "prediction_step", "compute_loss") else trainer.loss_rule
-    for name in dataset if isinstance(dataset, dict) else (None,):
-        check_loader(trainer.get_eval_dataloader(name), trainer.model, rule, "evaluation", labelled=False)

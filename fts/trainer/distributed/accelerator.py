@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.steps import Scaler
-from fts.trainer.arguments import check_accumulation
+from fts.steps import LossScaler
+from fts.trainer.arguments import check_num_steps
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ def make_accelerator(args: Any) -> Any:
     )
 
 
-def scaler_of(accelerator: Any) -> Scaler:
+def scaler_of(accelerator: Any) -> LossScaler:
     """What `accelerator.backward(loss)` multiplies losses by: the loss scale of the state that a step is at.
 
     accelerate's own scaler, which nothing would update, gives way to it.
     """
-    if not isinstance(accelerator.scaler, Scaler):
-        accelerator.scaler = Scaler()
+    if not isinstance(accelerator.scaler, LossScaler):
+        accelerator.scaler = LossScaler()
     return accelerator.scaler
 
 
@@ -88,7 +88,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 def _accumulation(args: Any, config: dict[str, Any]) -> dict[str, Any]:
     given = dict(config.get("gradient_accumulation_kwargs") or {})
-    check_accumulation(given, getattr(args, "gradient_accumulation_steps", 1))
+    check_num_steps(given, getattr(args, "gradient_accumulation_steps", 1))
     return given | {"num_steps": 1}
 
 

@@ -1,60 +1,66 @@
-"""A run whose weights DeepSpeed's engine updates."""
+"""A run whose weights DeepSpeed's engine updates: what it refuses, its configuration, and its start."""
 
 from __future__ import annotations
 
-import logging
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 from torch import nn
 
-from fts import steps
-from fts.distributed.deepspeed import DeepSpeedStep, inert, initialize, is_partitioned
+from fts.distributed.deepspeed import initialize, is_partitioned, placeholder_transform
 from fts.distributed.strategies import DeepSpeed
 from fts.errors import ArgumentError
 from fts.steps.losses import base_model
-from fts.steps.precision import autocast_dtype
-from fts.trainer.arguments.deepspeed_config import config_of, filled, settled
-from fts.trainer.checkpoints import saving
-from fts.trainer.distributed.strategy import strategy_for
-from fts.trainer.model.loss import step_loss
-from fts.trainer.optimization.names import parameter_groups, with_parameters
-from fts.trainer.optimization.optimizer import Optimizing
-from fts.trainer.optimization.torch_settings import group_settings
-from fts.trainer.run.overrides import overridden
-from fts.trainer.run.plan import Plan
-from fts.trainer.run.step import Across, items_by, overrides_of, replaced_loss
-
-if TYPE_CHECKING:
-    from fts.trainer.trainer import Trainer
-
-logger = logging.getLogger(__name__)
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.deepspeed_config import (load_deepspeed_config, fill_deepspeed_config, finalize_deepspeed_config)
+from fts.trainer.arguments.plan import Plan
+from fts.trainer.arguments.strategy import resolve_strategy
+from fts.trainer.optimization import (RunOptimizer)
+from fts.trainer.optimization import (group_settings)
+from fts.trainer.optimization import (make_parameter_groups, with_parameters)
 
 
-def check_deepspeed(trainer: Trainer, what: str = "", *, resumes: bool = False) -> None:
-    """Raise ArgumentError where a trainer uses DeepSpeed, and what is asked for cannot be had with it.
+@attrs.frozen(eq=False)
+class OptimizerMethods:
+    """The methods by which a Trainer makes a torch optimizer and its schedule; a subclass may override each.
+
+    Attributes:
+        create_optimizer: makes the optimizer.
+        create_scheduler: from the number of updates and an optimizer to its schedule.
+        get_decay_parameter_names: from a model to the names of the parameters that weight decay applies to.
+    """
+
+    create_optimizer: Callable[[], Any]
+    create_scheduler: Callable[[int, Any], Any]
+    get_decay_parameter_names: Callable[[nn.Module], list[str]]
+
+
+def check_deepspeed(
+    args: TrainingArguments, *, own_step: bool = False, own_training_step: bool = False, method: str = ""
+) -> None:
+    """Raise ArgumentError where a run uses DeepSpeed, and something is asked for that cannot be had with it.
 
     Args:
-        trainer: says what is asked for.
-        what: something else that is asked for.
-        resumes: whether a run is to go on from a checkpoint.
+        args: the arguments.
+        own_step: whether a step of the user's own is to be trained with.
+        own_training_step: whether `training_step` is overridden.
+        method: the Trainer's method that is called; empty for `train`.
     """
-    if not isinstance(strategy_for(trainer), DeepSpeed):
+    if not isinstance(resolve_strategy(args), DeepSpeed):
         return
-    _check_resumes(resumes)
-    args = trainer.args
-    wrong = {
-        "Trainer(step=...)": trainer.step is not None,
-        "an overridden training_step": overridden(trainer, "training_step"),
+    unsupported = {
+        "Trainer(step=...)": own_step,
+        "an overridden training_step": own_training_step,
         "torch_compile=True": args.torch_compile,
         f"nonfinite={args.nonfinite!r}": args.nonfinite in ("skip", "rollback"),
         "auto_find_batch_size=True": args.auto_find_batch_size,
         "bf16_full_eval=True": args.bf16_full_eval,
         "fp16_full_eval=True": args.fp16_full_eval,
-        what: bool(what),
+        method: bool(method),
     }
-    for name, asked in wrong.items():
+    for name, asked in unsupported.items():
         if asked:
             raise ArgumentError(
                 f"{name} cannot be used with deepspeed=: its engine runs the backward pass and the update by itself. Leave it "
@@ -62,8 +68,9 @@ def check_deepspeed(trainer: Trainer, what: str = "", *, resumes: bool = False) 
             )
 
 
-def _check_resumes(resumes: bool) -> None:
-    if resumes:
+def check_deepspeed_resume(args: TrainingArguments, *, resumes: bool) -> None:
+    """Raise ArgumentError where a run with DeepSpeed is to resume from a checkpoint."""
+    if resumes and isinstance(resolve_strategy(args), DeepSpeed):
         raise ArgumentError(
             "resume_from_checkpoint cannot be used with deepspeed=: its checkpoints have the weights alone. What is missing are "
             "the optimizer's moments, which DeepSpeed would write pickled, and fts pickles nothing. Begin a new run with the "
@@ -71,75 +78,83 @@ def _check_resumes(resumes: bool) -> None:
         )
 
 
-def described(strategy: DeepSpeed, args: Any) -> Optimizing:
-    """What updates the weights, as long as no engine is there."""
+def inert_optimizer(strategy: DeepSpeed, args: TrainingArguments) -> RunOptimizer:
+    """What stands for the optimizer until the engine has started."""
     named = strategy.config.get("optimizer")
     own = f"{named.get('type')} of its configuration" if isinstance(named, dict) else f"torch optimizer of optim='{args.optim}'"
     clipping = strategy.config.get("gradient_clipping")
     behind = f", gradients clipped to {clipping}" if clipping else ""
-    return Optimizing(inert(f"its own update by the {own}{behind}, in the place of fts's transform"), None, None)
+    return RunOptimizer(
+        placeholder_transform(f"its own update by the {own}{behind}, in the place of fts's transform"), None, None
+    )
 
 
-def with_engine(trainer: Trainer, plan: Plan, chosen: Optimizing) -> Optimizing:
-    """Start DeepSpeed's engine around the trainer's model where it is asked for; elsewhere nothing happens.
+def start_engine(
+    model: nn.Module,
+    args: TrainingArguments,
+    plan: Plan,
+    chosen: RunOptimizer,
+    *,
+    config: dict[str, Any],
+    methods: OptimizerMethods,
+    own_optimizer: bool,
+) -> RunOptimizer:
+    """Start DeepSpeed's engine around a model.
 
     Args:
-        trainer: its model becomes the engine's.
+        model: becomes the engine's.
+        args: the arguments.
         plan: how long the run is.
-        chosen: what updates the weights; under DeepSpeed what `described` made.
+        chosen: what `inert_optimizer` made.
+        config: DeepSpeed's configuration, of `fill_config`.
+        methods: make the optimizer and schedule that the configuration does not name.
+        own_optimizer: whether the user gave an optimizer.
+
+    Returns:
+        What updates the weights, with the engine.
     """
-    if not isinstance(strategy_for(trainer), DeepSpeed):
-        return chosen
-    args, model = trainer.args, trainer.model
-    if is_partitioned(model) and trainer.deepspeed is not None:
-        raise ArgumentError(
-            "train() was called again on a model that ZeRO's stage 3 has cut into parts for the run before. Make a new Trainer "
-            "with a new model, or pass model_init=."
-        )
-    trainer.propagate_args_to_deepspeed()
-    config = settled(trainer.deepspeed_config, args, total_steps=plan.total_steps, hidden_size=hidden_size(model))
+    config = finalize_deepspeed_config(config, args, total_steps=plan.total_steps, hidden_size=hidden_size(model))
     named = "optimizer" in config
-    if named and trainer.optimizer is not None:
+    if named and own_optimizer:
         raise ArgumentError("deepspeed= names an optimizer, and Trainer(optimizers=...) gives one. Leave one of them out.")
-    optimizer = None if named else trainer.create_optimizer()
-    groups = with_parameters(parameter_groups(args, model, trainer.get_decay_parameter_names(model)), model)
+    optimizer = None if named else methods.create_optimizer()
+    groups = with_parameters(make_parameter_groups(args, model, methods.get_decay_parameter_names(model)), model)
     groups = [group for group in groups if group["params"]]
     engine = initialize(model, config, args.device, optimizer=optimizer, groups=groups if named else None)
     if named:
         optimizer = engine.basic_optimizer
     own_schedule = "scheduler" in config
-    scheduler = engine.lr_scheduler if own_schedule else trainer.create_scheduler(plan.total_steps, optimizer)
-    trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler
-    trainer.deepspeed = trainer.model_wrapped = engine
-    if saving.saves(args) and trainer.is_world_process_zero():
-        logger.warning("Checkpoints of a run under DeepSpeed have the weights alone, so that no run can go on from them.")
+    scheduler = engine.lr_scheduler if own_schedule else methods.create_scheduler(plan.total_steps, optimizer)
     return attrs.evolve(
         chosen, optimizer=optimizer, scheduler=scheduler, steps=not own_schedule, before=group_settings(optimizer), engine=engine
     )
 
 
-def propagated(trainer: Trainer, auto_find_batch_size: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration with what the trainer's arguments say, and the batch size that it uses now.
+def check_unpartitioned(model: nn.Module, engine: Any) -> None:
+    """Raise ArgumentError where an engine of an earlier run has partitioned the model."""
+    if is_partitioned(model) and engine is not None:
+        raise ArgumentError(
+            "train() was called again on a model that ZeRO's stage 3 partitioned for the run before. Make a new Trainer "
+            "with a new model, or pass model_init=."
+        )
+
+
+def fill_config(args: TrainingArguments, world_size: int, batch_size: int, auto_find_batch_size: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration with what the arguments say.
+
+    Args:
+        args: `deepspeed`, and what it leaves to the others.
+        world_size: how many ranks have batches of their own.
+        batch_size: examples in a micro-batch.
+        auto_find_batch_size: let the arguments win where batch sizes differ.
 
     Raises:
         ArgumentError: it says something else than the arguments, or there is none.
     """
-    args = trainer.args
-    config = config_of(args.deepspeed, os.environ)
+    config = load_deepspeed_config(args.deepspeed, os.environ)
     if config is None:
         raise ArgumentError("There is no configuration of DeepSpeed to fill in: give TrainingArguments(deepspeed=...).")
-    size = trainer._train_batch_size
-    return filled(config, args, trainer.group.size, batch_size=size, auto_find_batch_size=auto_find_batch_size)
-
-
-def deepspeed_step(trainer: Trainer, plan: Plan, strategy: DeepSpeed, chosen: Optimizing) -> Any:
-    """The step of training, which the engine takes."""
-    replaced, rule = overrides_of(trainer), trainer.loss_rule
-    loss = steps.module_loss(trainer.model, step_loss(replaced_loss(rule, replaced), rule))
-    dtype = None if replaced.context is not None else autocast_dtype(plan.precision)
-    step = DeepSpeedStep(loss, chosen.transform, trainer.group, chosen.engine, dtype, strategy.stage)
-    across = Across(trainer.group, trainer.args.average_tokens_across_devices)
-    return steps.with_full_batch(step, items_by(rule, trainer.model, across))
+    return fill_deepspeed_config(config, args, world_size, batch_size=batch_size, auto_find_batch_size=auto_find_batch_size)
 
 
 def hidden_size(model: nn.Module) -> int | None:

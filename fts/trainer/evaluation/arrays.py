@@ -18,23 +18,23 @@ Array = np.ndarray[Any, Any]
 
 
 @attrs.define
-class Space:
+class ArrayAllocator:
     """Makes arrays: in memory up to a limit for all of them together, beyond it in temporary files that are mapped into memory.
 
     A file has no name and is gone with the last array that looks into it.
 
     Args:
         limit: bytes in memory; None: half of what is free when the first array is made.
-        folder: where files are made; None: the system's folder for temporary files (`TMPDIR`).
+        directory: where files are made; None: the system's directory for temporary files (`TMPDIR`).
 
-    >>> space = Space(limit=1000)
+    >>> space = ArrayAllocator(limit=1000)
     >>> small, large = space.array((10,), "float32"), space.array((1000,), "float32")
     >>> space.in_memory, large.shape
     (40, (1000,))
     """
 
     limit: int | None = None
-    folder: str | Path | None = None
+    directory: str | Path | None = None
     in_memory: int = attrs.field(default=0, init=False)
 
     def array(self, shape: tuple[int, ...], dtype: Any, instead_of: Array | None = None) -> Array:
@@ -49,33 +49,33 @@ class Space:
             DataError: there is no room for its file.
         """
         if self.limit is None:
-            self.limit = free_memory() // 2
+            self.limit = available_memory() // 2
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > 0 and self.in_memory + size > self.limit:
-            return _mapped(shape, dtype, size, self.folder)
+            return _memory_mapped(shape, dtype, size, self.directory)
         self.in_memory += size - (instead_of.nbytes if instead_of is not None and instead_of.base is None else 0)
         return np.empty(shape, dtype)
 
 
-def free_memory() -> int:
+def available_memory() -> int:
     """How many bytes this process may still take: of the machine, or of its container if that has less; 8 GiB if unknown."""
     try:
         import psutil  # accelerate brings it
     except ImportError:
         return 8 * GIB
-    return min(int(psutil.virtual_memory().available), _left_in_container())
+    return min(int(psutil.virtual_memory().available), _container_memory_left())
 
 
-def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+def _container_memory_left(directory: Path = Path("/sys/fs/cgroup")) -> int:
     try:
-        limit, current = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, current = ((directory / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:  # no container, or of another kind
         return 2**62
     return 2**62 if limit == "max" else max(0, int(limit) - int(current))
 
 
-def _mapped(shape: tuple[int, ...], dtype: Any, size: int, folder: str | Path | None) -> Array:
-    place = tempfile.gettempdir() if folder is None else folder
+def _memory_mapped(shape: tuple[int, ...], dtype: Any, size: int, directory: str | Path | None) -> Array:
+    place = tempfile.gettempdir() if directory is None else directory
     free = shutil.disk_usage(place).free
     if free < size:  # writing to a mapped file on a full disk would kill the process
         raise DataError(

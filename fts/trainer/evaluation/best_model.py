@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.choices import IntervalStrategy, SaveStrategy
+from fts.trainer.arguments.best_metric import best_metric_name, is_better
+from fts.trainer.arguments.enums import IntervalStrategy, SaveStrategy
 from fts.trainer.callbacks.state import TrainerState
-from fts.trainer.evaluation.metrics import GIVEN, best_metric_name
+from fts.trainer.evaluation.metrics import BUILTIN_METRICS
 
 logger = logging.getLogger(__name__)
 
 
-def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:
+def check_metric_for_best_model(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:
     """Raise ArgumentError before training where no evaluation can have the metric that decides.
 
     Args:
@@ -25,33 +25,33 @@ def check_metric(args: TrainingArguments, eval_dataset: Any, *, computes: bool) 
         eval_dataset: a dictionary of several gives the figures of each its name.
         computes: whether there is a compute_metrics, whose names are not known before it is called.
 
-    >>> check_metric(TrainingArguments(metric_for_best_model="f1", eval_strategy="epoch"), None, computes=True)
+    >>> check_metric_for_best_model(TrainingArguments(metric_for_best_model="f1", eval_strategy="epoch"), None, computes=True)
     """
     if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
         return
     name = best_metric_name(args)
     prefixes = [f"eval_{key}_" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
-    known = [prefix + figure for prefix in prefixes for figure in GIVEN]
+    known = [prefix + figure for prefix in prefixes for figure in BUILTIN_METRICS]
     if name not in known and not (computes and name.startswith(tuple(prefixes))):
-        raise _unknown(args, known)
+        raise _unknown_metric(args, known)
 
 
-def metric_of(args: TrainingArguments, metrics: dict[str, float]) -> float:
+def metric_for_best_model(args: TrainingArguments, metrics: dict[str, float]) -> float:
     """The figure of an evaluation that `metric_for_best_model` names.
 
     Raises:
         ArgumentError: the evaluation has no such figure.
 
-    >>> metric_of(TrainingArguments(metric_for_best_model="loss"), {"eval_loss": 0.5})
+    >>> metric_for_best_model(TrainingArguments(metric_for_best_model="loss"), {"eval_loss": 0.5})
     0.5
     """
     name = best_metric_name(args)
     if name not in metrics:
-        raise _unknown(args, metrics)
+        raise _unknown_metric(args, metrics)
     return metrics[name]
 
 
-def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
+def update_best_metric(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
     """Record an evaluation in the state if it is the best so far; one that is NaN never is.
 
     Args:
@@ -66,12 +66,12 @@ def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, fl
         ArgumentError: the metric that decides is not among them.
 
     >>> args, told = TrainingArguments(metric_for_best_model="loss"), TrainerState(global_step=5)
-    >>> note_best(args, told, {"eval_loss": 0.5}), told.best_metric, told.best_global_step
+    >>> update_best_metric(args, told, {"eval_loss": 0.5}), told.best_metric, told.best_global_step
     (True, 0.5, 5)
     """
     if args.metric_for_best_model is None:
         return False
-    value = metric_of(args, metrics)
+    value = metric_for_best_model(args, metrics)
     is_best = is_better(args, value, told.best_metric)
     if is_best:
         told.best_metric = value
@@ -80,25 +80,7 @@ def note_best(args: TrainingArguments, told: TrainerState, metrics: dict[str, fl
     return is_best
 
 
-def is_better(args: TrainingArguments, value: float, best: float | None, threshold: float = 0.0) -> bool:
-    """Whether a figure is better than the best so far.
-
-    Args:
-        args: `greater_is_better`.
-        value: the figure. NaN is never better, and anything else is better than NaN.
-        best: the best so far; None where there is none.
-        threshold: by how much it must be better.
-
-    >>> args = TrainingArguments(metric_for_best_model="loss")
-    >>> is_better(args, 0.4, 0.5), is_better(args, math.nan, None), is_better(args, 0.5, math.nan)
-    (True, False, True)
-    """
-    if math.isnan(value) or best is None or math.isnan(best):
-        return not math.isnan(value)
-    return (value - best if args.greater_is_better else best - value) > threshold
-
-
-def checkpoint_of_best(args: TrainingArguments, told: TrainerState) -> str | None:
+def best_checkpoint(args: TrainingArguments, told: TrainerState) -> str | None:
     """The checkpoint whose weights a run ends with; a warning says where it is not that of the best evaluation.
 
     Args:
@@ -108,7 +90,7 @@ def checkpoint_of_best(args: TrainingArguments, told: TrainerState) -> str | Non
     Returns:
         Its path; None where the last weights stay.
 
-    >>> checkpoint_of_best(TrainingArguments(), TrainerState(best_model_checkpoint="run/checkpoint-5"))
+    >>> best_checkpoint(TrainingArguments(), TrainerState(best_model_checkpoint="run/checkpoint-5"))
     """
     if not args.load_best_model_at_end:
         return None
@@ -127,7 +109,7 @@ def checkpoint_of_best(args: TrainingArguments, told: TrainerState) -> str | Non
     return path
 
 
-def _unknown(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:
+def _unknown_metric(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:
     return ArgumentError(
         f"metric_for_best_model={args.metric_for_best_model!r} is not among the figures of the evaluation: {', '.join(names)}. "
         "Name one of them, or return it from compute_metrics."

@@ -11,23 +11,12 @@ from torch import Tensor
 
 from fts.errors import ArgumentError
 
-SPEED = ("runtime", "samples_per_second", "steps_per_second")
-GIVEN = ("loss", *SPEED)
+SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")
+BUILTIN_METRICS = ("loss", *SPEED_METRICS)
 """The figures that every evaluation on labelled data has."""
 
 
-def best_metric_name(args: Any) -> str:
-    """`metric_for_best_model` as it stands in the metrics of an evaluation.
-
-    >>> from fts.trainer import TrainingArguments
-    >>> best_metric_name(TrainingArguments(metric_for_best_model="loss"))
-    'eval_loss'
-    """
-    name = str(args.metric_for_best_model)
-    return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> dict[str, int | float]:
+def parse_metrics(metrics: Any, prefix: str, taken: Collection[str] = BUILTIN_METRICS) -> dict[str, int | float]:
     """What `compute_metrics` returned, by names without the prefix, and as Python numbers.
 
     Args:
@@ -38,7 +27,7 @@ def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> di
     Raises:
         ArgumentError: it is not a dictionary of numbers, or a name is that of another figure.
 
-    >>> own_figures({"eval_f1": np.float32(0.5)}, "eval")
+    >>> parse_metrics({"eval_f1": np.float32(0.5)}, "eval")
     {'f1': 0.5}
     """
     if not isinstance(metrics, Mapping):
@@ -49,7 +38,7 @@ def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> di
     for key, value in metrics.items():
         if not isinstance(key, str):
             raise ArgumentError(f"compute_metrics returned a figure named {key!r}; use a string, such as {str(key)!r}.")
-        name, number = key.removeprefix(f"{prefix}_"), _number(value)
+        name, number = key.removeprefix(f"{prefix}_"), _to_number(value)
         if name in taken or name in figures:
             raise ArgumentError(f"compute_metrics returned {key!r}, but there is another {prefix}_{name} already. Rename it.")
         if not isinstance(number, (int, float)):
@@ -61,7 +50,7 @@ def own_figures(metrics: Any, prefix: str, taken: Collection[str] = GIVEN) -> di
     return figures
 
 
-def _number(value: Any) -> Any:
+def _to_number(value: Any) -> Any:
     """Python's number for one of numpy's and torch's; everything else as it is."""
     one = (isinstance(value, Tensor) and value.numel() == 1) or (isinstance(value, (np.generic, np.ndarray)) and value.size == 1)
     return value.item() if one else value

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from fts.dtensors import full_tensor
 from fts.errors import BatchError, LossError
-from fts.trainer.evaluation.trees import map_leaves
+from fts.trainer.evaluation.pytree import tree_map
 
-_LOW = (torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 
 
-class Found(NamedTuple):
+class BatchPrediction(NamedTuple):
     """What a batch gave: a 0-d loss, logits and labels; each None where there is none."""
 
     loss: Tensor | None
@@ -27,75 +27,85 @@ class Found(NamedTuple):
     labels: Any
 
 
+@attrs.frozen
+class PredictionConfig:
+    """How a batch is predicted.
+
+    Attributes:
+        compute_loss: `(model, inputs) -> (loss, outputs)`; may take labels out of the copy that it gets.
+        label_names: the batch's keys that are labels.
+        can_return_loss: whether the model returns a loss without labels, unless the batch says otherwise by `return_loss`.
+        context: is entered around the model and its loss, such as autocast.
+    """
+
+    compute_loss: Callable[[nn.Module, Any], tuple[Any, Any]]
+    label_names: Sequence[str]
+    can_return_loss: bool = False
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
 def predict_batch(
     model: nn.Module,
     inputs: Mapping[str, Any],
+    config: PredictionConfig,
     *,
-    compute_loss: Callable[[nn.Module, Any], tuple[Any, Any]],
-    label_names: Sequence[str],
-    can_return_loss: bool = False,
     ignore_keys: Sequence[str] | None = None,
     prediction_loss_only: bool = False,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Found:
+) -> BatchPrediction:
     """Run a model on one batch without gradients.
 
     A batch that has all labels, or a model that needs none for its loss, gives a loss. Among the outputs everything but the
-    loss and the ignored keys is logits: one output stands for itself, several make a tuple. Outputs that hold no tensor are left
-    out. Where `context` is autocast, half-precision outputs become float32.
+    loss and the ignored keys is logits: a single output is returned itself, several as a tuple. Outputs without a tensor are
+    left out. Where `context` is autocast, half-precision outputs become float32.
 
     Args:
         model: is called as `model(**inputs)` where there are no labels.
-        inputs: the batch; is left as it is.
-        compute_loss: `(model, inputs) -> (loss, outputs)`; may take labels out of the copy that it is given.
-        label_names: the batch's keys that are labels.
-        can_return_loss: whether the model returns a loss without labels, unless the batch says otherwise by `return_loss`.
+        inputs: the batch; is not changed.
+        config: how the loss is computed.
         ignore_keys: outputs that are not predictions; None: those that the model's config names.
-        prediction_loss_only: give the loss alone.
-        context: is entered around the model and its loss, such as autocast.
+        prediction_loss_only: return the loss alone.
 
     Returns:
         The loss, its mean if it has several elements; logits; labels, a tuple where there are several names.
 
     Raises:
         BatchError: the batch is no dictionary.
-        LossError: compute_loss gave something else.
+        LossError: compute_loss returned something else.
 
     >>> net = lambda x, labels=None: {"loss": (x - labels).square().mean(), "logits": x}
-    >>> own_loss = lambda model, inputs: ((outputs := model(**inputs))["loss"], outputs)
-    >>> batch = {"x": torch.tensor([1.0, 2.0]), "labels": torch.zeros(2)}
-    >>> predict_batch(net, batch, compute_loss=own_loss, label_names=["labels"])
-    Found(loss=tensor(2.5000), logits=tensor([1., 2.]), labels=tensor([0., 0.]))
+    >>> config = PredictionConfig(lambda model, inputs: ((outputs := model(**inputs))["loss"], outputs), ["labels"])
+    >>> predict_batch(net, {"x": torch.tensor([1.0, 2.0]), "labels": torch.zeros(2)}, config)
+    BatchPrediction(loss=tensor(2.5000), logits=tensor([1., 2.]), labels=tensor([0., 0.]))
     """
     if not isinstance(inputs, Mapping):
         raise BatchError(
             f"The Trainer calls model(**batch), so a batch must be a dictionary, not {type(inputs).__name__}. Return "
             "dictionaries from the data_collator, or override prediction_step."
         )
-    ignored = ignored_keys(model) if ignore_keys is None else ignore_keys
-    labelled = gives_loss(inputs, label_names, can_return_loss)
-    labels = tuple(map_leaves(_detached, inputs.get(name)) for name in label_names) if labelled else None
+    ignored = keys_to_ignore(model) if ignore_keys is None else ignore_keys
+    labelled = has_loss(inputs, config.label_names, config.can_return_loss)
+    labels = tuple(tree_map(_detach, inputs.get(name)) for name in config.label_names) if labelled else None
     loss = None
-    with torch.no_grad(), context():
+    with torch.no_grad(), config.context():
         batch = copy.copy(inputs)
         if labelled:
-            raw, outputs = _pair(compute_loss(model, batch))
-            logits = logits_of(outputs, [*ignored, "loss"], loss=raw)
-            loss = _mean(raw)
+            raw, outputs = _loss_and_outputs(config.compute_loss(model, batch))
+            logits = select_logits(outputs, [*ignored, "loss"], loss=raw)
+            loss = _mean_loss(raw)
         else:
-            logits = logits_of(model(**batch), ignored)
-        logits = None if prediction_loss_only else map_leaves(_readable, logits)
+            logits = select_logits(model(**batch), ignored)
+        logits = None if prediction_loss_only else tree_map(_to_float, logits)
     if prediction_loss_only:
-        return Found(loss, None, None)
-    return Found(loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels)
+        return BatchPrediction(loss, None, None)
+    return BatchPrediction(loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels)
 
 
-def gives_loss(inputs: Mapping[str, Any], label_names: Sequence[str], can_return_loss: bool = False) -> bool:
+def has_loss(inputs: Mapping[str, Any], label_names: Sequence[str], can_return_loss: bool = False) -> bool:
     """Whether a model computes a loss of a batch: it has all labels, or there are none to have and the model needs none.
 
-    >>> gives_loss({"x": 1, "labels": 2}, ["labels"]), gives_loss({"x": 1}, [], can_return_loss=True)
+    >>> has_loss({"x": 1, "labels": 2}, ["labels"]), has_loss({"x": 1}, [], can_return_loss=True)
     (True, True)
-    >>> gives_loss({"x": 1}, ["labels"], can_return_loss=True), gives_loss({"return_loss": False}, [], can_return_loss=True)
+    >>> has_loss({"x": 1}, ["labels"], can_return_loss=True), has_loss({"return_loss": False}, [], can_return_loss=True)
     (False, False)
     """
     if label_names:
@@ -104,17 +114,17 @@ def gives_loss(inputs: Mapping[str, Any], label_names: Sequence[str], can_return
     return bool(can_return_loss if asked is None else asked)
 
 
-def ignored_keys(model: Any) -> list[str]:
+def keys_to_ignore(model: Any) -> list[str]:
     """The outputs that a model's config says are not predictions, such as caches; none for a model without a config.
 
-    >>> ignored_keys(nn.Linear(1, 1))
+    >>> keys_to_ignore(nn.Linear(1, 1))
     []
     """
     config = getattr(model, "config", None)
     return [] if config is None else list(getattr(config, "keys_to_ignore_at_inference", ["cache"]))
 
 
-def logits_of(outputs: Any, ignored: Sequence[str] = (), loss: Any = None) -> Any:
+def select_logits(outputs: Any, ignored: Sequence[str] = (), loss: Any = None) -> Any:
     """The predictions among a model's outputs: all with a tensor that are not ignored, and not the loss.
 
     Args:
@@ -125,21 +135,21 @@ def logits_of(outputs: Any, ignored: Sequence[str] = (), loss: Any = None) -> An
     Returns:
         A single output itself, else a tuple.
 
-    >>> logits_of({"loss": torch.zeros(()), "logits": torch.ones(1), "cache": None}, ["loss"])
+    >>> select_logits({"loss": torch.zeros(()), "logits": torch.ones(1), "cache": None}, ["loss"])
     tensor([1.])
-    >>> logits_of((torch.zeros(()), torch.ones(1)), loss=torch.zeros(()))
+    >>> select_logits((torch.zeros(()), torch.ones(1)), loss=torch.zeros(()))
     tensor([1.])
     """
     if isinstance(outputs, Tensor):
         return () if outputs is loss else outputs
-    names = _named(outputs)
+    names = _named_outputs(outputs)
     if names is not None:
         parts = [value for name, value in names.items() if name not in ignored]
     else:
         parts = list(outputs) if isinstance(outputs, (list, tuple)) else []
         if loss is not None and parts and _is_loss(parts[0], loss):
             parts = parts[1:]
-    kept = tuple(part for part in parts if _holds_tensor(part))
+    kept = tuple(part for part in parts if _contains_tensor(part))
     return kept[0] if len(kept) == 1 else kept
 
 
@@ -148,7 +158,7 @@ def _is_loss(first: Any, loss: Any) -> bool:
     return first is loss or (isinstance(first, Tensor) and first.ndim == 0)
 
 
-def _named(outputs: Any) -> Mapping[str, Any] | None:
+def _named_outputs(outputs: Any) -> Mapping[str, Any] | None:
     if isinstance(outputs, Mapping):
         return outputs
     if hasattr(outputs, "_asdict"):
@@ -163,14 +173,14 @@ def _named(outputs: Any) -> Mapping[str, Any] | None:
     return getattr(outputs, "__dict__", None)
 
 
-def _holds_tensor(tree: Any) -> bool:
+def _contains_tensor(tree: Any) -> bool:
     if isinstance(tree, Tensor):
         return True
     children = tree if isinstance(tree, (list, tuple)) else tree.values() if isinstance(tree, Mapping) else ()
-    return any(map(_holds_tensor, children))
+    return any(map(_contains_tensor, children))
 
 
-def _pair(found: Any) -> tuple[Any, Any]:
+def _loss_and_outputs(found: Any) -> tuple[Any, Any]:
     if not isinstance(found, tuple) or len(found) != 2:
         raise LossError(
             f"compute_loss returned {type(found).__name__}; asked with return_outputs=True it must return (loss, outputs)."
@@ -178,7 +188,7 @@ def _pair(found: Any) -> tuple[Any, Any]:
     return found
 
 
-def _mean(loss: Any) -> Tensor:
+def _mean_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise LossError(
             f"compute_loss gave {type(loss).__name__} as the loss of a batch with labels; it must be a tensor. Return it from "
@@ -187,12 +197,12 @@ def _mean(loss: Any) -> Tensor:
     return full_tensor(loss.detach()).mean()
 
 
-def _detached(leaf: Any) -> Any:
+def _detach(leaf: Any) -> Any:
     return full_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
-def _readable(leaf: Any) -> Any:
-    leaf = _detached(leaf)
-    if isinstance(leaf, Tensor) and leaf.dtype in _LOW and torch.is_autocast_enabled(leaf.device.type):
+def _to_float(leaf: Any) -> Any:
+    leaf = _detach(leaf)
+    if isinstance(leaf, Tensor) and leaf.dtype in _HALF and torch.is_autocast_enabled(leaf.device.type):
         return leaf.float()
     return leaf

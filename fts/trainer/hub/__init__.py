@@ -1,17 +1,30 @@
-"""Uploads to the Hugging Face Hub, beside training."""
+"""Uploads to the Hugging Face Hub, asynchronously: what is pushed when, snapshots of what is pushed, and the queue of uploads.
 
-from fts.trainer.hub.push import after_save, init_repository, prepare, push, push_last, push_saved, save_without_push
-from fts.trainer.hub.repository import Repository
-from fts.trainer.hub.uploads import Uploads
+Uses `arguments` and `callbacks` of the trainer, and `fts.loops`.
+"""
+
+from fts.trainer.hub.push import (
+    init_hf_repo,
+    prepare_push,
+    push_at_end,
+    push_from_checkpoint,
+    push_saved_model,
+    push_to_hub,
+    save_without_push,
+)
+from fts.trainer.hub.session import HubSession, PushableTrainer, PushOptions
+from fts.trainer.hub.upload_queue import UploadQueue
 
 __all__ = [
-    "Repository",
-    "Uploads",
-    "after_save",
-    "init_repository",
-    "prepare",
-    "push",
-    "push_last",
-    "push_saved",
+    "HubSession",
+    "PushOptions",
+    "PushableTrainer",
+    "UploadQueue",
+    "init_hf_repo",
+    "prepare_push",
+    "push_at_end",
+    "push_from_checkpoint",
+    "push_saved_model",
+    "push_to_hub",
     "save_without_push",
 ]

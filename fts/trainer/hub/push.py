@@ -1,239 +1,219 @@
-"""What a Trainer uploads, and when."""
+"""What a Trainer uploads to the Hub, and when."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fts import loops
 from fts.errors import CallbackError, HubError
 from fts.loops.checkpoint_list import checkpoints_in
-from fts.trainer.arguments.choices import HubStrategy, SaveStrategy
+from fts.trainer.arguments import TrainingArguments
+from fts.trainer.arguments.enums import HubStrategy, SaveStrategy
 from fts.trainer.hub import snapshots
 from fts.trainer.hub.repository import Repository
-from fts.trainer.hub.uploads import Upload
+from fts.trainer.hub.session import HubSession, PushableTrainer, PushOptions, model_name_of, repository_of
+from fts.trainer.hub.upload_queue import Upload
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from fts.trainer.arguments import TrainingArguments
-    from fts.trainer.trainer import Trainer
-
 logger = logging.getLogger(__name__)
 
-_SAVING: ContextVar[bool] = ContextVar("saving", default=False)
+_SAVES_WITHOUT_PUSH: ContextVar[bool] = ContextVar("saves_without_push", default=False)
 
-LAST = "last-checkpoint"
-"""Where strategy "checkpoint" keeps the newest one in the repository."""
-
-
-def repository_of(args: TrainingArguments, token: str | None = None, private: bool | None = None) -> Repository:
-    """The repository that the arguments name: `hub_model_id`, or the name of `output_dir`.
-
-    Args:
-        args: the arguments.
-        token: instead of `hub_token`.
-        private: instead of `hub_private_repo`.
-    """
-    name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-    private = args.hub_private_repo if private is None else private
-    return Repository(name, token or args.hub_token, private, args.hub_revision)
+LAST_CHECKPOINT = "last-checkpoint"
+"""The folder in the repository where strategy "checkpoint" keeps the newest one."""
 
 
-def model_name_of(args: TrainingArguments) -> str:
-    """The name of the model, for its card: that of the repository, without its owner."""
-    return (args.hub_model_id or Path(str(args.output_dir)).absolute().name).rpartition("/")[2]
-
-
-def init_repository(trainer: Trainer, token: str | None = None, private: bool | None = None) -> None:
-    """Make the repository where it is not there; `trainer.hub_model_id` then is its whole name.
+def init_hf_repo(session: HubSession, trainer: PushableTrainer, token: str | None = None, private: bool | None = None) -> None:
+    """Create the repository unless it exists; `session.repo_id` is then its full name.
 
     Raises:
-        HubError: it could not be done.
+        HubError: it cannot be created or written to.
     """
     if trainer.is_world_process_zero():
-        trainer._repository = repository_of(trainer.args, token, private)
-        trainer._repository.open()
+        session.repository = repository_of(trainer.args, token, private)
+        session.repository.open()
 
 
-def prepare(trainer: Trainer) -> None:
-    """Begin with `push_to_hub`: what can never be uploaded is an error now, before time is spent on training.
+def prepare_push(trainer: PushableTrainer) -> None:
+    """Prepare for `push_to_hub`: what can never be uploaded is an error now, before time is spent on training.
 
-    A Hub that cannot be reached, or fails, is a warning: it is tried again at each upload.
+    If the Hub cannot be reached or fails, that is a warning; each upload tries again.
 
     Raises:
-        HubError: there is no token, it is wrong or may not write there, a name is not allowed, or HF_HUB_OFFLINE is set.
+        HubError: there is no token, it is wrong or has no write access, a name is not allowed, or HF_HUB_OFFLINE is set.
     """
     if not trainer.is_world_process_zero():
         return
-    snapshots.drop_leftovers(Path(str(trainer.args.output_dir)))
+    snapshots.delete_stale_snapshots(Path(str(trainer.args.output_dir)))
     try:
         trainer.init_hf_repo()
     except HubError as error:
         if error.refused:
             raise
-        logger.warning("%s It is tried again at the first upload.", error)
+        logger.warning("%s The first upload tries again.", error)
 
 
-def after_save(
-    trainer: Trainer, writer: loops.AsyncCheckpointer, path: Path, rotate: Callable[[], object]
+def push_from_checkpoint(
+    session: HubSession,
+    trainer: PushableTrainer,
+    writer: loops.AsyncCheckpointer,
+    path: Path,
+    rotate: Callable[[], object],
 ) -> Callable[[], object]:
-    """What to do when a checkpoint is durable: hold it fast for its upload, then delete those that are outdated.
+    """What to do when a checkpoint is durable: take a snapshot for its upload, then delete outdated checkpoints.
 
-    Whether it is uploaded is decided now, and callbacks hear of it; nothing that fails in an upload stops the run.
+    Whether it is uploaded is decided now, and callbacks get `on_push_begin` now. A failing upload never stops the run.
 
     Args:
+        session: has the repository and the uploads.
         trainer: has the arguments.
         writer: is about to write the checkpoint.
         path: the checkpoint.
-        rotate: deletes those that are outdated.
+        rotate: deletes outdated checkpoints.
     """
     args = trainer.args
     if not args.push_to_hub or args.hub_strategy == HubStrategy.END or not trainer.is_world_process_zero():
         return rotate
-    writer.join()  # for the upload before to have begun
-    if trainer._uploads.busy and not args.hub_always_push:
-        logger.info("%s is not uploaded, because the upload before is still running.", path.name)
+    writer.join()  # so that the previous upload has begun
+    if session.uploads.busy and not args.hub_always_push:
+        logger.info("%s is not uploaded, because the previous upload is still running.", path.name)
         return rotate
-    trainer.tell("on_push_begin")
-    _describe(trainer)
-    repository = trainer._repository or repository_of(args)
-    folders, replaced = _checkpoints(args, [path])
-    message = _progress(trainer)
+    trainer._call_event("on_push_begin")
+    _try_model_card(trainer)
+    repository = session.repository or repository_of(args)
+    folders, replaced = _checkpoint_folders(args, [path])
+    message = _progress_message(trainer)
 
     def upload() -> None:
         try:
-            taken = snapshots.take(Path(str(args.output_dir)), model=path, folders=folders, replaced=replaced)
-            trainer._uploads.begin(Upload(repository, taken, message))
-        except Exception as error:  # noqa: BLE001  # the checkpoint is there, and the run goes on
-            logger.warning("%s is not uploaded: %s: %s. Training goes on.", path.name, type(error).__name__, error)
+            snapshot = snapshots.take_snapshot(Path(str(args.output_dir)), model=path, folders=folders, replaced=replaced)
+            session.uploads.submit(Upload(repository, snapshot, message))
+        except Exception as error:  # noqa: BLE001  # the checkpoint is saved, and the run continues
+            logger.warning("%s is not uploaded: %s: %s. Training continues.", path.name, type(error).__name__, error)
         rotate()
 
     return upload
 
 
-def push_last(trainer: Trainer) -> None:
-    """Upload the final model at the end of training, and wait for all uploads; what fails is a warning.
+def push_at_end(session: HubSession, trainer: PushableTrainer) -> None:
+    """Upload the final model at the end of training, and wait for all uploads; a failure is a warning.
 
-    With the strategies that upload checkpoints, those go along that were not uploaded because another upload was running.
+    With the strategies that upload checkpoints, this includes those that were skipped because another upload was running.
     """
     args = trainer.args
     if args.push_to_hub and args.hub_strategy != HubStrategy.END and trainer.is_world_process_zero():
-        there = checkpoints_in(str(args.output_dir))
+        checkpoints = list(checkpoints_in(str(args.output_dir)).values())
+        options = PushOptions(blocking=False)
         try:
-            _begin(trainer, trainer._repository or repository_of(args), "End of training", list(there.values()), warn=True)
+            _submit(session, trainer, session.repository or repository_of(args), options, checkpoints)
         except CallbackError:
             raise
         except Exception as error:  # noqa: BLE001  # the run is over, and its result must not be lost
-            logger.warning("The final model was not uploaded: %s: %s. Trainer.push_to_hub does it.", type(error).__name__, error)
-    trainer._uploads.wait(_say(args))
+            logger.warning(
+                "The final model was not uploaded: %s: %s. Call Trainer.push_to_hub to upload it.", type(error).__name__, error
+            )
+    session.uploads.wait_until_done(_report_wait(args))
 
 
-def push_saved(trainer: Trainer) -> None:
-    """Upload what `save_model` has just written, unless it is a part of an upload or of a checkpoint.
+def push_saved_model(session: HubSession, trainer: PushableTrainer) -> None:
+    """Upload what `save_model` has just written, unless it is part of an upload or of a checkpoint.
 
-    What fails is a warning, since the model is saved.
+    A failure is a warning, since the model is saved.
     """
-    if _SAVING.get():
+    if _SAVES_WITHOUT_PUSH.get():
         return
     try:
-        push(trainer, "Model save")
+        push_to_hub(session, trainer, PushOptions("Model save"))
     except HubError as error:
         logger.warning("The model is saved, but was not uploaded: %s", error)
 
 
-def save_without_push(trainer: Trainer, directory: str | None = None) -> None:
-    """Call the trainer's `save_model`, which then uploads nothing, also where a subclass replaced it."""
-    token = _SAVING.set(True)
+def save_without_push(save_model: Callable[..., None], directory: str | None = None) -> None:
+    """Call a trainer's `save_model` so that it uploads nothing, also where a subclass overrides it."""
+    token = _SAVES_WITHOUT_PUSH.set(True)
     try:
-        trainer.save_model(directory)
+        save_model(directory)
     finally:
-        _SAVING.reset(token)
+        _SAVES_WITHOUT_PUSH.reset(token)
 
 
-def push(
-    trainer: Trainer,
-    commit_message: str | None = "End of training",
-    blocking: bool = True,
-    token: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
-    **card: Any,
-) -> CommitInfo | Future[CommitInfo] | None:
+def push_to_hub(session: HubSession, trainer: PushableTrainer, options: PushOptions) -> CommitInfo | Future[CommitInfo] | None:
     """Save the model, write its card and upload both, with everything else in `output_dir` but checkpoints.
 
     Args:
-        trainer: has them.
-        commit_message: of the commit.
-        blocking: wait for it.
-        token: instead of `hub_token`.
-        revision: the branch, instead of `hub_revision`.
-        private: whether a new repository is private, instead of `hub_private_repo`.
-        **card: for `create_model_card`.
+        session: has the repository and the uploads.
+        trainer: has the model.
+        options: of this push.
 
     Returns:
-        The commit, whose text is its address; its future unless `blocking`. None in other processes than the first.
+        The commit, a string with its URL; its future unless `blocking`. None on other ranks than the main process.
 
     Raises:
-        HubError: it could not be uploaded; all files are in `output_dir`.
+        HubError: the upload failed; all files are in `output_dir`.
     """
     if not trainer.is_world_process_zero():
-        save_without_push(trainer)
+        save_without_push(trainer.save_model)
         return None
-    repository = trainer._repository
-    if repository is None or token is not None or private is not None or revision is not None:
-        repository = repository_of(trainer.args, token, private)
-        repository.revision = revision or repository.revision
+    repository = session.repository
+    if repository is None or options.token is not None or options.private is not None or options.revision is not None:
+        repository = repository_of(trainer.args, options.token, options.private)
+        repository.revision = options.revision or repository.revision
         repository.open()
-        trainer._repository = trainer._repository or repository
-    future = _begin(trainer, repository, commit_message or "End of training", [], warn=not blocking, **card)
-    if not blocking:
+        session.repository = session.repository or repository
+    future = _submit(session, trainer, repository, options)
+    if not options.blocking:
         return future
-    trainer._uploads.wait(_say(trainer.args))
+    session.uploads.wait_until_done(_report_wait(trainer.args))
     return future.result()
 
 
-def _begin(
-    trainer: Trainer, repository: Repository, message: str, checkpoints: list[Path], *, warn: bool, **card: Any
+def _submit(
+    session: HubSession,
+    trainer: PushableTrainer,
+    repository: Repository,
+    options: PushOptions,
+    checkpoints: Sequence[Path] = (),
 ) -> Future[CommitInfo]:
-    trainer.tell("on_push_begin")
-    save_without_push(trainer)
-    trainer.create_model_card(**{"model_name": model_name_of(trainer.args)} | card)
-    folders, replaced = _checkpoints(trainer.args, checkpoints)
-    taken = snapshots.take(Path(str(trainer.args.output_dir)), folders=folders, replaced=replaced)
-    return trainer._uploads.begin(Upload(repository, taken, message), warn=warn)
+    """Save the model and its card, and submit their upload; an upload that nothing waits for warns where it fails."""
+    trainer._call_event("on_push_begin")
+    save_without_push(trainer.save_model)
+    trainer.create_model_card(**{"model_name": model_name_of(trainer.args)} | options.card)
+    folders, replaced = _checkpoint_folders(trainer.args, checkpoints)
+    snapshot = snapshots.take_snapshot(Path(str(trainer.args.output_dir)), folders=folders, replaced=replaced)
+    return session.uploads.submit(Upload(repository, snapshot, options.message), warn=not options.blocking)
 
 
-def _checkpoints(args: TrainingArguments, paths: list[Path]) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """What of the checkpoints goes where in the repository, and which folders it replaces there."""
+def _checkpoint_folders(args: TrainingArguments, paths: Sequence[Path]) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Which checkpoints go to which folder of the repository, and which folders of the repository they replace."""
     if args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
         return {path.name: path for path in paths}, ()
     if args.hub_strategy == HubStrategy.CHECKPOINT and paths:
-        return {LAST: paths[-1]}, (LAST,)
+        return {LAST_CHECKPOINT: paths[-1]}, (LAST_CHECKPOINT,)
     return {}, ()
 
 
-def _describe(trainer: Trainer) -> None:
+def _try_model_card(trainer: PushableTrainer) -> None:
     try:
         trainer.create_model_card(model_name=model_name_of(trainer.args))
     except Exception as error:  # noqa: BLE001  # a card is not worth a run
-        logger.warning(
-            "The model card could not be written: %s: %s. The upload goes without a new one.", type(error).__name__, error
-        )
+        logger.warning("The model card could not be written: %s: %s. The upload has no new card.", type(error).__name__, error)
 
 
-def _progress(trainer: Trainer) -> str:
+def _progress_message(trainer: PushableTrainer) -> str:
     state = trainer.state
     if trainer.args.save_strategy == SaveStrategy.EPOCH and state.epoch is not None:
         return f"Training in progress, epoch {int(state.epoch)}"
     return f"Training in progress, step {state.global_step}"
 
 
-def _say(args: TrainingArguments) -> Callable[[str], object]:
+def _report_wait(args: TrainingArguments) -> Callable[[str], object]:
     return logger.info if args.disable_tqdm else partial(print, file=sys.stderr, flush=True)

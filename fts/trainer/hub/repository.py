@@ -12,27 +12,29 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from fts.errors import HubError
-from fts.trainer.hub.errors import REFUSED, is_refusal, reason, status_of
+from fts.trainer.hub.errors import REFUSED_STATUSES, describe_error, is_refusal, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-SILENCE = 120.0
-"""Seconds that a connection may be silent. huggingface_hub's own client waits for ever."""
+READ_TIMEOUT = 120.0
+"""Seconds until a connection without an answer fails. huggingface_hub's own client waits for ever."""
 
-LOGIN = "Log in with `hf auth login`, set HF_TOKEN, or give hub_token; a token that may write is made at hf.co/settings/tokens."
+LOGIN_HINT = (
+    "Log in with `hf auth login`, set HF_TOKEN, or set hub_token; create a token with write access at hf.co/settings/tokens."
+)
 
 
 @attrs.define(eq=False)
 class Repository:
-    """A repository that a run is uploaded to; it is made when it is first needed.
+    """A repository that a run is uploaded to; it is created when it is first needed.
 
     Attributes:
-        name: as it was asked for; without an owner it is of whom the token belongs to.
-        token: to upload with; None for the one that is logged in.
-        private: whether a new one is private; None as its owner has set.
+        name: as requested; without an owner it belongs to the token's user.
+        token: to upload with; None for that of the login.
+        private: whether a new one is private; None for its owner's default.
         revision: the branch; None for main.
-        id: the whole name, once the Hub has told it.
+        id: the full name, once the Hub has returned it.
     """
 
     name: str
@@ -42,18 +44,18 @@ class Repository:
     id: str | None = None
 
     def open(self) -> str:
-        """Make the repository and the branch where they are not there, and see that the token may write.
+        """Create the repository and the branch unless they exist, and check that the token has write access.
 
         Returns:
-            The whole name.
+            The full name.
 
         Raises:
-            HubError: it could not be done.
+            HubError: they cannot be created or written to.
         """
         try:
-            self.id = self._made()
-        except Exception as error:  # noqa: BLE001  # of any of the layers below
-            raise self.failed("cannot be written to", error) from self.told(error)
+            self.id = self._create()
+        except Exception as error:  # noqa: BLE001  # of any layer of huggingface_hub
+            raise self._hub_error("cannot be written to", error) from self._safe_cause(error)
         return self.id
 
     def upload(self, folder: Path, message: str, replaced: Sequence[str] = ()) -> CommitInfo:
@@ -62,16 +64,16 @@ class Repository:
         Args:
             folder: has the files.
             message: of the commit.
-            replaced: folders of the repository that afterwards have the files of `folder` alone.
+            replaced: folders of the repository whose other files are deleted.
 
         Raises:
-            HubError: it could not be uploaded.
+            HubError: the upload failed.
         """
         if self.id is None:
             self.open()
         patterns = [f"{name}/*" for name in replaced]
         try:
-            with quietly(), bounded_silence():
+            with hidden_progress_bars(), read_timeout():
                 return _api().upload_folder(
                     repo_id=str(self.id),
                     folder_path=folder,
@@ -80,21 +82,21 @@ class Repository:
                     revision=self.revision,
                     delete_patterns=patterns or None,
                 )
-        except Exception as error:  # noqa: BLE001  # of any of the layers below
-            raise self.failed(f"did not take {message!r}", error) from self.told(error)
+        except Exception as error:  # noqa: BLE001  # of any layer of huggingface_hub
+            raise self._hub_error(f"did not accept {message!r}", error) from self._safe_cause(error)
 
-    def _made(self) -> str:
+    def _create(self) -> str:
         if self.revision is not None and re.fullmatch(r"[0-9a-f]{40}", self.revision):
-            text = f"hub_revision={self.revision!r} is a commit, and what is uploaded becomes one. Give a branch."
+            text = f"hub_revision={self.revision!r} is a commit, but an upload creates one. Give a branch."
             raise HubError(text, refused=True)
         api = _api()
-        with bounded_silence():
+        with read_timeout():
             self._check_token()
-            made = str(api.create_repo(self.name, token=self.token, private=self.private, exist_ok=True).repo_id)
-            self._check_writable(api, made)
+            repo_id = str(api.create_repo(self.name, token=self.token, private=self.private, exist_ok=True).repo_id)
+            self._check_writable(api, repo_id)
             if self.revision not in (None, "main") and not str(self.revision).startswith("refs/"):
-                api.create_branch(made, branch=str(self.revision), token=self.token, exist_ok=True)
-        return made
+                api.create_branch(repo_id, branch=str(self.revision), token=self.token, exist_ok=True)
+        return repo_id
 
     def _check_token(self) -> None:
         from huggingface_hub import get_token
@@ -103,17 +105,17 @@ class Repository:
         if self.token is None and get_token() is None:
             raise LocalTokenNotFoundError("no token was found")
 
-    def _check_writable(self, api: Any, made: str) -> None:
+    def _check_writable(self, api: Any, repo_id: str) -> None:
         if "write" not in inspect.signature(api.auth_check).parameters:  # an older huggingface_hub
             return
         try:
-            api.auth_check(made, token=self.token, write=True)
+            api.auth_check(repo_id, token=self.token, write=True)
         except Exception as error:
-            if status_of(error) in REFUSED:
+            if status_of(error) in REFUSED_STATUSES:
                 raise
 
-    def failed(self, what: str, error: BaseException) -> HubError:
-        """The error that tells why this repository could not be used."""
+    def _hub_error(self, problem: str, error: BaseException) -> HubError:
+        """The error that says why this repository could not be used."""
         if isinstance(error, HubError):
             return error
         where = f"{self.id or self.name} on the Hub"
@@ -121,16 +123,16 @@ class Repository:
         if type(error).__name__ == "OfflineModeIsEnabled":
             remedy = "Unset HF_HUB_OFFLINE, or leave push_to_hub out."
         elif status_of(error) in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
-            whose = "the token that is logged in" if self.token is None else "hub_token"
-            remedy = f"It was tried with {whose}. {LOGIN}"
+            source = "the token of the login" if self.token is None else "hub_token"
+            remedy = f"The attempt used {source}. {LOGIN_HINT}"
         elif refused:
             remedy = "See hub_model_id and hub_private_repo."
         else:
-            remedy = "All files are on the disk."
-        return HubError(f"{where} {what}: {reason(error, self.token)}. {remedy}".replace("..", "."), refused=refused)
+            remedy = "All files are on disk."
+        return HubError(f"{where} {problem}: {describe_error(error, self.token)}. {remedy}".replace("..", "."), refused=refused)
 
-    def told(self, error: BaseException) -> BaseException | None:
-        """The error as a cause, unless its text has the token."""
+    def _safe_cause(self, error: BaseException) -> BaseException | None:
+        """The error as a cause, unless its text contains the token."""
         return None if self.token and self.token in str(error) else error
 
 
@@ -141,15 +143,15 @@ def _api() -> Any:
 
 
 @contextmanager
-def bounded_silence() -> Iterator[None]:
-    """A block in which a server that does not answer is an error after `SILENCE`, unless the user's own client sets a time."""
+def read_timeout() -> Iterator[None]:
+    """A block in which requests time out after `READ_TIMEOUT`, unless the user's own client sets a timeout."""
     from huggingface_hub.utils import get_session
 
     client: Any = get_session()
     before = getattr(client, "timeout", None)
     bounded = before is not None and getattr(before, "read", 0) is None
     if bounded:
-        client.timeout = SILENCE
+        client.timeout = READ_TIMEOUT
     try:
         yield
     finally:
@@ -158,8 +160,8 @@ def bounded_silence() -> Iterator[None]:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """A block in which huggingface_hub shows no bars of its own, which would write over those of training."""
+def hidden_progress_bars() -> Iterator[None]:
+    """A block in which huggingface_hub shows no progress bars, which would overwrite that of training."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():

@@ -1,4 +1,4 @@
-"""What is uploaded, held fast: a tree of hard links, which rotation and later saves cannot change."""
+"""Snapshots of the files to upload: trees of hard links, which checkpoint rotation and later saves cannot change."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 import attrs
 
 PREFIX = ".uploading"
-OF_TRAINING = ("optimizer*", "trained*", "progress.json", "state.json", "manifest.json", "trainer_state.json", "README.md")
-"""Files of a checkpoint that are of the run, not of the model. (peft writes a README.md; the repository gets the run's card.)"""
+TRAINING_FILES = ("optimizer*", "trained*", "progress.json", "state.json", "manifest.json", "trainer_state.json", "README.md")
+"""Files of a checkpoint that belong to the run, not to the model. (peft's README.md is left out: the run has its own card.)"""
 
-COPIED = 16 * 2**20
-"""Files of `output_dir` up to this size are copied, since programs write them in place."""
+MAX_COPY_BYTES = 16 * 2**20
+"""Files of `output_dir` up to this size are copied, since programs overwrite them in place."""
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -30,8 +30,8 @@ class Snapshot:
     """Files as they were at an instant.
 
     Attributes:
-        folder: has them as the repository shall have them.
-        replaced: folders in it that take the place of those in the repository.
+        folder: has the files at their paths in the repository.
+        replaced: folders in it that replace those of the repository.
     """
 
     folder: Path
@@ -42,21 +42,21 @@ class Snapshot:
         """In bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def drop(self) -> None:
-        """Forget it: the links go, the files stay where they were."""
-        atexit.unregister(self.drop)
+    def delete(self) -> None:
+        """Delete the links; the files that they link to stay."""
+        atexit.unregister(self.delete)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def take(
+def take_snapshot(
     root: Path, *, model: Path | None = None, folders: Mapping[str, Path] | None = None, replaced: tuple[str, ...] = ()
 ) -> Snapshot:
-    """Hold fast what is to be uploaded.
+    """Take a snapshot of the files to upload.
 
     Args:
-        root: the output directory, whose files go to the root of the repository; not checkpoints, nor what is hidden or begins
-            with an underscore.
-        model: a checkpoint whose model takes the place of that in `root`.
+        root: the output directory, whose files go to the root of the repository; checkpoints and names that begin with "." or
+            "_" are left out.
+        model: a checkpoint whose model replaces that of `root`.
         folders: further directories, by their names in the repository.
         replaced: see `Snapshot`.
 
@@ -64,13 +64,13 @@ def take(
         OSError: the disk is full, or a file has gone.
     """
     root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_own_prefix()}-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f"{_prefix_of_process()}-", dir=root))
     try:
-        for path in _files_of(root):
-            _link(path, folder / path.relative_to(root), copied=path.stat().st_size <= COPIED)
+        for path in _uploaded_files(root):
+            _link(path, folder / path.relative_to(root), copy=path.stat().st_size <= MAX_COPY_BYTES)
         if model is not None:
             for path in sorted(model.iterdir()):
-                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in OF_TRAINING):
+                if path.is_file() and not any(fnmatch(path.name, pattern) for pattern in TRAINING_FILES):
                     _link(path, folder / path.name)
         for name, source in (folders or {}).items():
             for path in sorted(source.rglob("*")):
@@ -79,48 +79,48 @@ def take(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    taken = Snapshot(folder, replaced)
-    atexit.register(taken.drop)  # where the program ends before the upload
-    return taken
+    snapshot = Snapshot(folder, replaced)
+    atexit.register(snapshot.delete)  # the program may end before the upload
+    return snapshot
 
 
-def drop_leftovers(root: Path) -> None:
-    """Delete the snapshots of runs that died on this machine."""
+def delete_stale_snapshots(root: Path) -> None:
+    """Delete the snapshots that killed runs left on this machine."""
     pattern = re.compile(rf"{re.escape(PREFIX)}-{re.escape(socket.gethostname())}-(\d+)-\w+")
     for path in root.glob(f"{PREFIX}-*") if root.is_dir() else ():
-        found = pattern.fullmatch(path.name)
-        if found and not _is_alive(int(found[1])):
+        match = pattern.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _own_prefix() -> str:
+def _prefix_of_process() -> str:
     return f"{PREFIX}-{socket.gethostname()}-{os.getpid()}"
 
 
-def _is_alive(process: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True  # of another user
+        return True  # it belongs to another user
     return True
 
 
-def _files_of(directory: Path) -> Iterator[Path]:
+def _uploaded_files(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
         if path.name.startswith((".", "_")) or _CHECKPOINT.fullmatch(path.name):
             continue
         if path.is_dir():
-            yield from _files_of(path)
+            yield from _uploaded_files(path)
         elif path.is_file():
             yield path
 
 
-def _link(source: Path, target: Path, *, copied: bool = False) -> None:
+def _link(source: Path, target: Path, *, copy: bool = False) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    if not copied:
+    if not copy:
         with suppress(OSError):  # a file system without hard links
             os.link(source, target)
             return

@@ -10,7 +10,7 @@ from torch import nn
 
 from fts.errors import ArgumentError, MissingDependencyError
 
-ASKED = "mixed_precision 'fp8' (ACCELERATE_MIXED_PRECISION, accelerate launch --mixed_precision fp8)"
+SETTING = "mixed_precision 'fp8' (ACCELERATE_MIXED_PRECISION, accelerate launch --mixed_precision fp8)"
 
 
 def check_float8(device: torch.device) -> None:
@@ -31,11 +31,11 @@ def check_float8(device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type!r}"
         raise ArgumentError(
-            f"{ASKED} needs an NVIDIA GPU that multiplies in float8 (Ada, Hopper or newer: compute capability 8.9); this run is "
+            f"{SETTING} needs an NVIDIA GPU that multiplies in float8 (Ada, Hopper or newer: compute capability 8.9); this run is "
             f"on {found}. Use bf16=True."
         )
     if importlib.util.find_spec("torchao") is None:
-        raise MissingDependencyError(f"{ASKED} needs the package torchao: pip install torchao. Or use bf16=True.")
+        raise MissingDependencyError(f"{SETTING} needs the package torchao: pip install torchao. Or use bf16=True.")
 
 
 def convert_to_float8(model: nn.Module, config: Any = None) -> nn.Module:

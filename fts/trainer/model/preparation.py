@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.steps.losses import base_model
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.data.columns import takes_names
+from fts.trainer.data import forward_arguments
 from fts.trainer.model.float8 import convert_to_float8
 
-_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def prepared_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
+def prepare_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
     """A model as the arguments want it before any work: with a head, its caches and kernels chosen, on the device.
 
     Raises:
@@ -32,13 +32,13 @@ def prepared_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
     if hasattr(config, "use_cache"):
         config.use_cache = args.use_cache
     if args.use_liger_kernel:
-        use_liger_kernels(model, args.liger_kernel_config)
+        apply_liger_kernel(model, args.liger_kernel_config)
     if args.mixed_precision == "fp8":
         convert_to_float8(model)
     return model if args.place_model_on_device is False else model.to(args.device)
 
 
-def use_liger_kernels(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+def apply_liger_kernel(model: nn.Module, options: dict[str, Any] | None = None) -> None:
     """Exchange a transformers model's layers for Liger's fused kernels (`use_liger_kernel`).
 
     Args:
@@ -62,7 +62,7 @@ def use_liger_kernels(model: nn.Module, options: dict[str, Any] | None = None) -
 
 
 @contextmanager
-def watched(model: nn.Module, debug: Collection[str]) -> Iterator[None]:
+def debug_overflow(model: nn.Module, debug: Collection[str]) -> Iterator[None]:
     """Look for overflow in each layer's output until the block ends, where `debug` asks for it.
 
     Args:
@@ -84,7 +84,7 @@ def watched(model: nn.Module, debug: Collection[str]) -> Iterator[None]:
                 del child._forward_hooks[key]
 
 
-def checkpoint_activations(model: nn.Module, options: dict[str, Any] | None = None) -> None:
+def enable_gradient_checkpointing(model: nn.Module, options: dict[str, Any] | None = None) -> None:
     """Let a model recompute its activations in the backward pass, to save memory (`gradient_checkpointing`).
 
     Args:
@@ -107,7 +107,7 @@ def checkpoint_activations(model: nn.Module, options: dict[str, Any] | None = No
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, alpha: float | None) -> Iterator[None]:
+def neftune_noise(model: nn.Module, alpha: float | None) -> Iterator[None]:
     """Add uniform noise to a model's input embeddings in train mode, until the block ends (NEFTune, Jain et al. 2023).
 
     Args:
@@ -124,7 +124,7 @@ def noisy_embeddings(model: nn.Module, alpha: float | None) -> Iterator[None]:
     ...     def get_input_embeddings(self):
     ...         return self.words
     >>> net = Net()
-    >>> with noisy_embeddings(net, 5.0):
+    >>> with neftune_noise(net, 5.0):
     ...     noisy = net.words(torch.tensor([[1]]))
     >>> bool((noisy != net.words(torch.tensor([[1]]))).all())
     True
@@ -158,14 +158,14 @@ def check_has_head(model: nn.Module) -> None:
     """
     kind = type(model).__name__
     bare = type(model).__module__.startswith("transformers.models.") and kind.endswith("Model") and hasattr(model, "config")
-    if bare and "Head" not in kind and "labels" not in takes_names(model):
+    if bare and "Head" not in kind and "labels" not in forward_arguments(model):
         raise ArgumentError(
             f"{kind} computes hidden states only and takes no labels. You should choose a model with a head, such as "
             "AutoModelForSequenceClassification, or pass compute_loss_func=."
         )
 
 
-def made_by(model_init: Callable[..., nn.Module] | None, trial: Any = None) -> nn.Module:
+def call_model_init(model_init: Callable[..., nn.Module] | None, trial: Any = None) -> nn.Module:
     """Call `model_init`, with the trial of a search if it takes an argument.
 
     Raises:
@@ -173,22 +173,22 @@ def made_by(model_init: Callable[..., nn.Module] | None, trial: Any = None) -> n
     """
     if model_init is None:
         raise ArgumentError("There is no model_init to make a model: Trainer(model_init=...).")
-    model = model_init(trial) if takes_trial(model_init) else model_init()
+    model = model_init(trial) if accepts_trial(model_init) else model_init()
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model_init must return a torch.nn.Module, not {type(model).__name__}.")
     return model
 
 
-def takes_trial(model_init: Callable[..., nn.Module]) -> bool:
+def accepts_trial(model_init: Callable[..., nn.Module]) -> bool:
     """Whether `model_init` takes the trial of a search.
 
     Raises:
         ArgumentError: it takes more than one argument.
 
-    >>> takes_trial(lambda trial: nn.Linear(1, 1)), takes_trial(lambda: nn.Linear(1, 1))
+    >>> accepts_trial(lambda trial: nn.Linear(1, 1)), accepts_trial(lambda: nn.Linear(1, 1))
     (True, False)
     """
-    parameters = [p for p in inspect.signature(model_init).parameters.values() if p.kind not in _REST]
+    parameters = [p for p in inspect.signature(model_init).parameters.values() if p.kind not in _VARIADIC]
     required = [p for p in parameters if p.default is p.empty]
     if len(required) > 1:
         raise ArgumentError(f"model_init must take no argument, or the trial of a search; it takes {len(required)}.")

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fts import steps, transforms as tx
-from fts.distributed.process_group import ALONE, Group
 from fts.errors import ArgumentError
-from fts.state import OPTIMIZER, WEIGHTS, TrainState
-from fts.storage import forms_of, has_tensors, read_into, read_tensors
-from fts.trainer.checkpoints.state_loading import load_state
+from fts.state import WEIGHTS_NAME, TrainState
+from fts.storage import has_tensors, read_into, read_tensor_specs, read_tensors
 from fts.typing import Transform
 
 ADAPTERS = "adapter_model.safetensors"
@@ -22,7 +20,7 @@ ADAPTERS = "adapter_model.safetensors"
 
 
 @contextmanager
-def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform) -> Iterator[None]:
+def swap_eval_params(model: nn.Module, state: TrainState, transform: Transform) -> Iterator[None]:
     """The model at the weights that the optimizer evaluates with, where these are not those it trains, until the block ends."""
     params = tx.eval_params(transform, state.opt_state, state.params)
     if params is state.params:
@@ -30,24 +28,6 @@ def evaluated_weights(model: nn.Module, state: TrainState, transform: Transform)
         return
     with steps.eval_module(model, state.replace(params=params)):
         yield
-
-
-def load_best(model: nn.Module, checkpoint: str, like: TrainState, transform: Transform, group: Group = ALONE) -> None:
-    """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others.
-
-    Args:
-        model: is written in place.
-        checkpoint: its path.
-        like: a state of the same run.
-        transform: the optimizer.
-        group: see `loops.load_checkpoint`.
-    """
-    model_only = not has_tensors(Path(checkpoint), OPTIMIZER)  # then its weights are already those that were evaluated
-    if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
-        load_weights(model, checkpoint)
-        return
-    state, _ = load_state(checkpoint, like, group)
-    leave_evaluated(model, state, transform, anyway=True)
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
@@ -63,7 +43,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
 
         set_peft_model_state_dict(model, read_tensors(directory, ADAPTERS))
         return
-    found, targets = forms_of(directory, WEIGHTS), tensors_of(model)
+    found, targets = read_tensor_specs(directory, WEIGHTS_NAME), named_tensors(model)
     missing = [name for name, _ in model.named_parameters() if name not in found]
     unknown = [name for name in found if name not in targets or targets[name].shape != found[name].shape]
     if missing or unknown:
@@ -71,20 +51,20 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
             f"{directory} does not fit the model {type(model).__name__}: missing {missing[:3]}, unexpected {unknown[:3]}."
         )
     with torch.no_grad():
-        read_into(directory, WEIGHTS, {name: targets[name].detach() for name in found})
+        read_into(directory, WEIGHTS_NAME, {name: targets[name].detach() for name in found})
 
 
 def has_only_adapters(directory: Path) -> bool:
     """Whether a checkpoint has the adapters of a model, and not the weights below them."""
-    return has_tensors(directory, ADAPTERS) and not has_tensors(directory, WEIGHTS)
+    return has_tensors(directory, ADAPTERS) and not has_tensors(directory, WEIGHTS_NAME)
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform, *, anyway: bool = False) -> None:
+def apply_eval_params(model: nn.Module, state: TrainState, transform: Transform, *, anyway: bool = False) -> None:
     """Give the model the weights that its optimizer evaluates with: where these are not those it trains, or anyway."""
     params = tx.eval_params(transform, state.opt_state, state.params)
     if anyway or params is not state.params:
@@ -93,17 +73,5 @@ def leave_evaluated(model: nn.Module, state: TrainState, transform: Transform, *
 
 def shares_storage(state: TrainState, model: nn.Module) -> bool:
     """Whether a state's tensors are those of the model, so that writing one writes the other."""
-    own = tensors_of(model)
+    own = named_tensors(model)
     return all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in (state.params | state.buffers).items())
-
-
-@contextmanager
-def in_train_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in train mode until the block ends, then each as it was."""
-    modes = [(child, child.training) for child in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.optimization.names import optimizer_and_groups, with_parameters
+from fts.trainer.optimization.optimizer_classes import optimizer_and_groups
+from fts.trainer.optimization.parameter_groups import with_parameters
 from fts.typing import OptState, Schedule
 
-Read = Callable[[], OptState]
+ReadState = Callable[[], OptState]
 """Gives the optimizer's state as it is now, or None before there is one."""
 
 
@@ -27,30 +28,30 @@ class OptimizerProxy(torch.optim.Optimizer):
 
     `param_groups` holds the model's Parameters, the rate of the next update and the other hyper-parameters; `state` and
     `state_dict()` have torch's form and are read from the transform's state. `zero_grad` works. What is written into the
-    groups is reported by `changed`.
+    groups is reported by `changes`.
 
     Args:
         model: names and Parameters.
         groups: `[{"params": names, "lr": number, **options}, ...]`.
-        read: gives the transform's state, or None.
+        read_state: gives the transform's state, or None.
 
     >>> view = OptimizerProxy(nn.Linear(2, 1), [{"params": ["weight", "bias"], "lr": 0.1}], lambda: None)
-    >>> view.show(0.05)
+    >>> view.set_lr(0.05)
     >>> view.param_groups[0]["lr"], view.param_groups[0]["initial_lr"], dict(view.state)
     (0.05, 0.1, {})
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Mapping[str, Any]], read: Read) -> None:
-        self.read = read
+    def __init__(self, model: nn.Module, groups: Sequence[Mapping[str, Any]], read_state: ReadState) -> None:
+        self.read_state = read_state
         self._named = dict(model.named_parameters())
         self._known: list[dict[str, Any]] | None = None
         made = with_parameters(groups, model)
         for group in made:
             group.setdefault("initial_lr", group["lr"])
         super().__init__(made, {key: value for key, value in made[0].items() if key not in ("params", "initial_lr")})
-        self.settle()
+        self.accept_changes()
 
-    def show(self, lr: float) -> None:
+    def set_lr(self, lr: float) -> None:
         """Set the rate of the next update in all groups, each in its relation to the first group's `initial_lr`.
 
         Args:
@@ -61,8 +62,8 @@ class OptimizerProxy(torch.optim.Optimizer):
             own = group["initial_lr"]
             group["lr"] = known["lr"] = lr if own == base or not base else lr * own / base
 
-    def changed(self) -> dict[int, dict[str, Any]] | None:
-        """What was written into the groups since the last `show` or `settle`.
+    def changes(self) -> dict[int, dict[str, Any]] | None:
+        """What was written into the groups since the last `set_lr` or `accept_changes`.
 
         Returns:
             By the group's index the new values by name; None if there are none.
@@ -74,14 +75,14 @@ class OptimizerProxy(torch.optim.Optimizer):
                     found.setdefault(index, {})[key] = value
         return found or None
 
-    def settle(self) -> None:
-        """Take the groups as they are for known: `changed` then tells what is written from now on."""
+    def accept_changes(self) -> None:
+        """Take the groups as they are for known: `changes` then tells what is written from now on."""
         self._known = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
 
     @property
     def state(self) -> Any:
         """What torch's optimizer would keep, by Parameter; a new dictionary with the training state's tensors."""
-        opt_state = self.read()
+        opt_state = self.read_state()
         moments = {} if opt_state is None else tx.torch_moments(opt_state)
         found = {self._named[name]: entry for name, entry in moments.items() if name in self._named}
         return MappingProxyType(found)  # the tensors are the state's own; entries cannot be exchanged
@@ -144,7 +145,7 @@ class SchedulerProxy(torch.optim.lr_scheduler.LRScheduler):
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The rate of the next update for each group."""
-        state, base = self.optimizer.read(), self.base_lrs[0]
+        state, base = self.optimizer.read_state(), self.base_lrs[0]
         followed = state is not None and tx.follows_metric(state)
         rate = float(tx.followed_rate(state) if followed else self._schedule(self.last_epoch))
         return [rate if own == base or not base else rate * own / base for own in self.base_lrs]
@@ -172,18 +173,18 @@ class SchedulerProxy(torch.optim.lr_scheduler.LRScheduler):
         )
 
 
-def optimizer_proxy(args: TrainingArguments, model: nn.Module, read: Read) -> OptimizerProxy:
+def make_optimizer_proxy(args: TrainingArguments, model: nn.Module, read_state: ReadState) -> OptimizerProxy:
     """The optimizer that `make_transform` makes for these arguments, as torch has it.
 
     Args:
         args: as for `make_transform`.
         model: its Parameters are in the groups.
-        read: gives the transform's state, or None.
+        read_state: gives the transform's state, or None.
 
     Returns:
         A view with the groups and hyper-parameters of the torch optimizer that `optim` names.
 
-    >>> view = optimizer_proxy(TrainingArguments(weight_decay=0.1), nn.Linear(2, 1), lambda: None)
+    >>> view = make_optimizer_proxy(TrainingArguments(weight_decay=0.1), nn.Linear(2, 1), lambda: None)
     >>> [group["weight_decay"] for group in view.param_groups], view.param_groups[0]["betas"]
     ([0.1, 0.0], (0.9, 0.999))
     """
@@ -195,4 +196,4 @@ def optimizer_proxy(args: TrainingArguments, model: nn.Module, read: Read) -> Op
         {**group, "lr": float(group["lr"]), "params": [names[id(parameter)] for parameter in group["params"]]}
         for group in made.param_groups
     ]
-    return OptimizerProxy(model, shown, read)
+    return OptimizerProxy(model, shown, read_state)

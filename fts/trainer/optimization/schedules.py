@@ -9,8 +9,8 @@ from typing import Any
 from fts import transforms as tx
 from fts.errors import ArgumentError, FtsError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.checks import check_real
-from fts.trainer.arguments.choices import SchedulerType
+from fts.trainer.arguments.checks import check_float
+from fts.trainer.arguments.enums import SchedulerType
 from fts.typing import Schedule
 
 
@@ -23,7 +23,7 @@ def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
         warmup: updates of warm-up. Where a metric decides on the rate, there is none.
 
     Returns:
-        A schedule; the constant first rate where a metric decides (see `make_rate_rule`).
+        A schedule; the constant first rate where a metric decides (see `make_metric_rule`).
 
     Raises:
         ArgumentError: `lr_scheduler_kwargs` has a key that the schedule does not take, lacks one, or has a bad value.
@@ -33,7 +33,7 @@ def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
     >>> [schedule(step) for step in range(7)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    kind, options = SchedulerType(args.lr_scheduler_type), options_of(args)
+    kind, options = SchedulerType(args.lr_scheduler_type), scheduler_kwargs(args)
     make, taken = _SCHEDULES[kind]
     _check_keys(args, options, taken)
     try:
@@ -42,7 +42,7 @@ def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
         raise ArgumentError(f"lr_scheduler_type='{kind}' with lr_scheduler_kwargs={options} cannot work: {error}") from error
 
 
-def make_rate_rule(args: TrainingArguments) -> tx.RateRule | None:
+def make_metric_rule(args: TrainingArguments) -> tx.RateRule | None:
     """How evaluations move the learning rate, where `lr_scheduler_type` says that they do.
 
     Args:
@@ -56,21 +56,21 @@ def make_rate_rule(args: TrainingArguments) -> tx.RateRule | None:
         ArgumentError: `lr_scheduler_kwargs` has a key that the rule does not take, or a bad value.
 
     >>> args = TrainingArguments(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
-    >>> make_rate_rule(args).patience
+    >>> make_metric_rule(args).patience
     10
     """
-    rule = _RULES.get(SchedulerType(args.lr_scheduler_type))
+    rule = _METRIC_RULES.get(SchedulerType(args.lr_scheduler_type))
     if rule is None:
         return None
-    options = options_of(args)
-    _check_keys(args, options, _names(rule))
+    options = scheduler_kwargs(args)
+    _check_keys(args, options, _field_names(rule))
     if options.pop("verbose", False):
         raise ArgumentError(
             "lr_scheduler_kwargs: verbose=True prints nothing here; each log holds the learning_rate. Leave it out."
         )
     for name in ("min_lr", "max_lr"):
         if isinstance(options.get(name), (list, tuple)):
-            options[name] = _same(name, options[name])
+            options[name] = _one_value(name, options[name])
     try:
         made: tx.RateRule = rule(**options)
     except FtsError as error:
@@ -78,7 +78,7 @@ def make_rate_rule(args: TrainingArguments) -> tx.RateRule | None:
     return made
 
 
-def options_of(args: TrainingArguments) -> dict[str, Any]:
+def scheduler_kwargs(args: TrainingArguments) -> dict[str, Any]:
     """`lr_scheduler_kwargs`; a text became a dictionary when it was set."""
     return dict(args.lr_scheduler_kwargs) if isinstance(args.lr_scheduler_kwargs, dict) else {}
 
@@ -109,7 +109,7 @@ def _cosine_with_restarts(peak: float, total: int, warmup: int, *, num_cycles: f
 
 
 def _polynomial(peak: float, total: int, warmup: int, *, lr_end: float = 1e-7, power: float = 1.0) -> Schedule:
-    check_real("lr_end", lr_end)
+    check_float("lr_end", lr_end)
     if lr_end >= peak:
         raise ArgumentError(f"lr_end={lr_end!r} must be below learning_rate={peak!r}.")
     return tx.polynomial_schedule(peak, lr_end, power, max(total - warmup, 1), warmup_steps=warmup)
@@ -136,7 +136,7 @@ def _cosine_with_min_lr(
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
 ) -> Schedule:
-    end = _lowest(peak, min_lr, min_lr_rate)
+    end = _min_lr(peak, min_lr, min_lr_rate)
     return tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=max(total, warmup), end_value=end, cycles=num_cycles)
 
 
@@ -152,11 +152,11 @@ def _cosine_warmup_with_min_lr(
 ) -> Schedule:
     # One step ahead of the plain wave, so the first update moves; the wave goes on for that one step behind the end.
     left = max(total - warmup, 1)
-    check_real("num_cycles", num_cycles, open_low=True)
-    wave: dict[str, Any] = {"end_value": _lowest(peak, min_lr, min_lr_rate), "cycles": num_cycles * (left + 1) / left}
+    check_float("num_cycles", num_cycles, open_low=True)
+    wave: dict[str, Any] = {"end_value": _min_lr(peak, min_lr, min_lr_rate), "cycles": num_cycles * (left + 1) / left}
     if warmup_lr_rate is None or not warmup:
         return tx.shift_schedule(tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=warmup + left + 1, **wave), 1)
-    check_real("warmup_lr_rate", warmup_lr_rate)
+    check_float("warmup_lr_rate", warmup_lr_rate)
     rise = tx.linear_schedule(warmup_lr_rate * peak, peak, max(warmup - 1, 1))
     return tx.join_schedules([rise, tx.shift_schedule(tx.cosine_schedule(peak, total_steps=left + 1, **wave), 1)], [warmup])
 
@@ -175,7 +175,7 @@ def _warmup_stable_decay(
 ) -> Schedule:
     if num_decay_steps is None:
         raise ArgumentError("num_decay_steps is missing: over how many updates the rate falls at the end.")
-    check_real("min_lr_ratio", min_lr_ratio)
+    check_float("min_lr_ratio", min_lr_ratio)
     return tx.warmup_stable_decay_schedule(
         peak,
         warmup_steps=warmup,
@@ -189,33 +189,33 @@ def _warmup_stable_decay(
     )
 
 
-def _lowest(peak: float, min_lr: float | None, min_lr_rate: float | None) -> float:
+def _min_lr(peak: float, min_lr: float | None, min_lr_rate: float | None) -> float:
     if (min_lr is None) == (min_lr_rate is None):
         given = "neither" if min_lr is None else "both"
         raise ArgumentError(f"it needs min_lr (a rate) or min_lr_rate (a share of learning_rate), and {given} was given.")
     name, value, unit = ("min_lr", min_lr, 1.0) if min_lr_rate is None else ("min_lr_rate", min_lr_rate, peak)
-    check_real(name, value)
+    check_float(name, value)
     return float(value or 0.0) * unit
 
 
-def _names(rule: Any) -> tuple[str, ...]:
+def _field_names(rule: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(rule)) + (("verbose",) if rule is tx.Greedy else ())
 
 
-def _same(name: str, values: Any) -> Any:
+def _one_value(name: str, values: Any) -> Any:
     if len(set(values)) != 1:
         raise ArgumentError(f"lr_scheduler_kwargs: {name}={values!r}: all parameter groups share one rate here. Give one number.")
     return values[0]
 
 
-_RULES: dict[SchedulerType, Any] = {SchedulerType.REDUCE_ON_PLATEAU: tx.Plateau, SchedulerType.GREEDY: tx.Greedy}
+_METRIC_RULES: dict[SchedulerType, Any] = {SchedulerType.REDUCE_ON_PLATEAU: tx.Plateau, SchedulerType.GREEDY: tx.Greedy}
 
 
-def _by_metric(peak: float, total: int, warmup: int, **options: Any) -> Schedule:
+def _constant_until_metric(peak: float, total: int, warmup: int, **options: Any) -> Schedule:
     return tx.constant_schedule(peak)
 
 
-_CYCLES, _LOWEST = ("num_cycles",), ("min_lr", "min_lr_rate")
+_CYCLES, _MIN_LR = ("num_cycles",), ("min_lr", "min_lr_rate")
 _SCHEDULES: dict[SchedulerType, tuple[Callable[..., Schedule], tuple[str, ...]]] = {
     SchedulerType.LINEAR: (_linear, ()),
     SchedulerType.COSINE: (_cosine, _CYCLES),
@@ -224,12 +224,12 @@ _SCHEDULES: dict[SchedulerType, tuple[Callable[..., Schedule], tuple[str, ...]]]
     SchedulerType.CONSTANT: (_constant, ()),
     SchedulerType.CONSTANT_WITH_WARMUP: (_constant_with_warmup, ()),
     SchedulerType.INVERSE_SQRT: (_inverse_sqrt, ("timescale",)),
-    SchedulerType.COSINE_WITH_MIN_LR: (_cosine_with_min_lr, (*_CYCLES, *_LOWEST)),
-    SchedulerType.COSINE_WARMUP_WITH_MIN_LR: (_cosine_warmup_with_min_lr, (*_CYCLES, *_LOWEST, "warmup_lr_rate")),
+    SchedulerType.COSINE_WITH_MIN_LR: (_cosine_with_min_lr, (*_CYCLES, *_MIN_LR)),
+    SchedulerType.COSINE_WARMUP_WITH_MIN_LR: (_cosine_warmup_with_min_lr, (*_CYCLES, *_MIN_LR, "warmup_lr_rate")),
     SchedulerType.WARMUP_STABLE_DECAY: (
         _warmup_stable_decay,
         ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", *_CYCLES),
     ),
-    SchedulerType.REDUCE_ON_PLATEAU: (_by_metric, _names(tx.Plateau)),
-    SchedulerType.GREEDY: (_by_metric, _names(tx.Greedy)),
+    SchedulerType.REDUCE_ON_PLATEAU: (_constant_until_metric, _field_names(tx.Plateau)),
+    SchedulerType.GREEDY: (_constant_until_metric, _field_names(tx.Greedy)),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from fts.errors import ArgumentError
 
-LEVELS = {
+LOG_LEVELS = {
     "detail": logging.DEBUG,
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -19,7 +19,7 @@ LEVELS = {
 """The values of `log_level`, beside "passive"."""
 
 
-class ToStderr(logging.Handler):
+class StderrHandler(logging.Handler):
     """Writes to the standard error stream of the moment, but is silent where the root logger has handlers of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -48,11 +48,11 @@ def apply_log_level(args: Any) -> None:
     level = getattr(args, name)
     if level == "passive":
         return
-    if level not in LEVELS:
-        raise ArgumentError(f"{name}={level!r} is unknown. Use one of {', '.join(map(repr, LEVELS))} or 'passive'.")
+    if level not in LOG_LEVELS:
+        raise ArgumentError(f"{name}={level!r} is unknown. Use one of {', '.join(map(repr, LOG_LEVELS))} or 'passive'.")
     ours = logging.getLogger("fts")
-    ours.setLevel(LEVELS[level])
+    ours.setLevel(LOG_LEVELS[level])
     if not ours.hasHandlers():
-        handler = ToStderr()
+        handler = StderrHandler()
         handler.setFormatter(logging.Formatter("[%(levelname)s|%(name)s:%(lineno)d] %(asctime)s >> %(message)s"))
         ours.addHandler(handler)

@@ -13,12 +13,12 @@ import torch
 
 from fts.errors import MissingDependencyError
 
-INTERVAL = 0.001
+SAMPLING_SECONDS = 0.001
 """Seconds between two looks at the memory of the process."""
 
 
 @attrs.frozen
-class Taken:
+class MemoryUsage:
     """Bytes in use at the two ends of a stage, and the most in between; `peak` is None where the device does not tell."""
 
     begin: int
@@ -28,14 +28,14 @@ class Taken:
     def figures(self, stage: str, kind: str) -> dict[str, int]:
         """What was added and stayed, and what was needed beyond that for a time.
 
-        >>> Taken(10, 30, 45).figures("train", "cpu")
+        >>> MemoryUsage(10, 30, 45).figures("train", "cpu")
         {'train_mem_cpu_alloc_delta': 20, 'train_mem_cpu_peaked_delta': 15}
         """
         peaked = {} if self.peak is None else {f"{stage}_mem_{kind}_peaked_delta": max(0, self.peak - self.end)}
         return {f"{stage}_mem_{kind}_alloc_delta": self.end - self.begin} | peaked
 
 
-class MemoryMeter:
+class TrainerMemoryTracker:
     """Measures the memory of a run's outermost stages, with transformers' names of the figures.
 
     Memory of the process (`cpu`) is its resident set, looked at each millisecond; that of an accelerator (`gpu`) is what torch
@@ -48,7 +48,7 @@ class MemoryMeter:
     Raises:
         MissingDependencyError: psutil is missing.
 
-    >>> meter = MemoryMeter(True)
+    >>> meter = TrainerMemoryTracker(True)
     >>> with meter.measuring("init"):
     ...     pass
     >>> with meter.measuring("eval") as figures:
@@ -58,11 +58,11 @@ class MemoryMeter:
     """
 
     def __init__(self, active: bool) -> None:
-        self.rss = _resident_set() if active else None
+        self.rss = _rss_reader() if active else None
         self.stage: str | None = None
         self.begun: dict[str, int] = {}
-        self.sampler: _Peak | None = None
-        self.init: dict[str, Taken] = {}
+        self.sampler: _PeakSampler | None = None
+        self.init: dict[str, MemoryUsage] = {}
 
     @contextmanager
     def measuring(self, stage: str) -> Iterator[Callable[[], dict[str, int]]]:
@@ -90,16 +90,16 @@ class MemoryMeter:
         assert self.rss is not None
         gc.collect()
         self.stage = stage
-        self.begun = _reset_device() | {"cpu": self.rss()}
-        self.sampler = _Peak(self.rss)
+        self.begun = _reset_device_peak() | {"cpu": self.rss()}
+        self.sampler = _PeakSampler(self.rss)
 
-    def _end(self) -> dict[str, Taken]:
+    def _end(self) -> dict[str, MemoryUsage]:
         assert self.rss is not None and self.sampler is not None
         peak = self.sampler.stop()
         gc.collect()
-        taken = {"cpu": Taken(self.begun["cpu"], self.rss(), peak)}
+        taken = {"cpu": MemoryUsage(self.begun["cpu"], self.rss(), peak)}
         if "gpu" in self.begun:
-            taken["gpu"] = Taken(self.begun["gpu"], *_device_now())
+            taken["gpu"] = MemoryUsage(self.begun["gpu"], *_device_usage())
         return taken
 
     def _report(self, stage: str) -> dict[str, int]:
@@ -120,7 +120,7 @@ class MemoryMeter:
         self.stage = self.sampler = None
 
 
-class _Peak:
+class _PeakSampler:
     """A thread that notes the most bytes until it is stopped."""
 
     def __init__(self, read: Callable[[], int]) -> None:
@@ -136,12 +136,12 @@ class _Peak:
         return self.most
 
     def _watch(self) -> None:
-        while not self.over.wait(INTERVAL):
+        while not self.over.wait(SAMPLING_SECONDS):
             self.most = max(self.most, self.read())
         self.most = max(self.most, self.read())
 
 
-def _resident_set() -> Callable[[], int]:
+def _rss_reader() -> Callable[[], int]:
     try:
         import psutil
     except ImportError as error:
@@ -152,8 +152,8 @@ def _resident_set() -> Callable[[], int]:
     return lambda: int(process.memory_info().rss)
 
 
-def _reset_device() -> dict[str, int]:
-    device = _device()
+def _reset_device_peak() -> dict[str, int]:
+    device = _device_module()
     if device is None:
         return {}
     if device is torch.mps:
@@ -164,15 +164,15 @@ def _reset_device() -> dict[str, int]:
     return {"gpu": int(device.memory_allocated())}
 
 
-def _device_now() -> tuple[int, int | None]:
-    device = _device()
+def _device_usage() -> tuple[int, int | None]:
+    device = _device_module()
     device.empty_cache()
     if device is torch.mps:
         return int(device.current_allocated_memory()), None
     return int(device.memory_allocated()), int(device.max_memory_allocated())
 
 
-def _device() -> Any:
+def _device_module() -> Any:
     if torch.cuda.is_available():
         return torch.cuda
     if torch.xpu.is_available():

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from fts.errors import ArgumentError, CheckpointError
-from fts.trainer.callbacks.state import plain
+from fts.trainer.callbacks.state import json_default
 
 logger = logging.getLogger(__name__)
 
-COMBINED = "all"
+ALL_SPLITS = "all"
 """The split under whose name the figures of all splits are gathered."""
 
 
@@ -80,7 +80,7 @@ def save_metrics(output_dir: str | Path, split: str, metrics: Mapping[str, Any],
     """
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{COMBINED}_results.json"
+    path = directory / f"{ALL_SPLITS}_results.json"
     together = _read(path) | dict(metrics) if combined else {}
     _write(directory / f"{split}_results.json", metrics)
     if combined:
@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, metrics: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(dict(metrics), indent=4, sort_keys=True, default=plain), encoding="utf-8")
+    path.write_text(json.dumps(dict(metrics), indent=4, sort_keys=True, default=json_default), encoding="utf-8")
 
 
 def speed_metrics(

@@ -13,7 +13,7 @@ from torch import nn
 
 from fts.errors import ArgumentError
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
-from fts.trainer.model.weights import tensors_of
+from fts.trainer.model import named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in text for message in (*CPU_MESSAGES, *DEVICE_MESSAGES))
 
 
-def halve_until_fits(run: Callable[[int], Result], size: int, restore: Callable[[], None]) -> Result:
+def find_executable_batch_size(run: Callable[[int], Result], size: int, restore: Callable[[], None]) -> Result:
     """Run with a batch size, and again with half of it for as long as memory does not suffice.
 
     Args:
@@ -53,7 +53,7 @@ def halve_until_fits(run: Callable[[int], Result], size: int, restore: Callable[
     ...     if size > 2:
     ...         raise torch.OutOfMemoryError
     ...     return size
-    >>> halve_until_fits(run, 8, lambda: None)
+    >>> find_executable_batch_size(run, 8, lambda: None)
     2
     """
     first = size
@@ -76,7 +76,7 @@ def halve_until_fits(run: Callable[[int], Result], size: int, restore: Callable[
         restore()
 
 
-def restorer(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
+def make_restore(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
     """A function that brings a model's weights and the callbacks' states back to what they are now.
 
     Args:
@@ -85,12 +85,12 @@ def restorer(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] =
         optimizers: the user's torch optimizer and schedule, or None in their places.
     """
     torch_states = [None if part is None else copy.deepcopy(part.state_dict()) for part in optimizers]
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(model).items()}
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
     states = copy.deepcopy(export_callbacks(callbacks))
 
     def restore() -> None:
         with torch.no_grad():
-            for name, tensor in tensors_of(model).items():
+            for name, tensor in named_tensors(model).items():
                 tensor.copy_(kept[name])
         restore_callbacks(callbacks, states)
         for part, state in zip(optimizers, torch_states, strict=True):

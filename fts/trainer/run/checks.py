@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from fts.errors import ArgumentError
-from fts.steps import TrainStep
-from fts.trainer.arguments import TrainingArguments, check_accumulation
-from fts.trainer.arguments.choices import IntervalStrategy
-from fts.trainer.run.plan import precision_of
+from fts.trainer.arguments import TrainingArguments, check_num_steps
+from fts.trainer.arguments.enums import IntervalStrategy
+from fts.trainer.run.plan import autocast_precision
 from fts.typing import Transform
 
 
@@ -29,9 +28,9 @@ def check_parts(
         raise ArgumentError(f"Trainer(model=...) must be a torch.nn.Module, not {type(model).__name__}.")
     if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
         raise ArgumentError(f"eval_strategy='{args.eval_strategy}' needs data to evaluate: Trainer(..., eval_dataset=...).")
-    precision_of(args)  # one that is not there is an error now
+    autocast_precision(args)  # one that is not there is an error now
     config: Any = args.accelerator_config  # settled: an AcceleratorConfig
-    check_accumulation(config.gradient_accumulation_kwargs, args.gradient_accumulation_steps)
+    check_num_steps(config.gradient_accumulation_kwargs, args.gradient_accumulation_steps)
     _check_optimizers(model_init, optimizers, optimizer_cls_and_kwargs)
     _check_step(step, optimizers, optimizer_cls_and_kwargs)
 
@@ -71,15 +70,3 @@ def _check_step(step: Any, optimizers: Any, optimizer_cls_and_kwargs: Any) -> No
             )
     if transform is not None and (optimizer_cls_and_kwargs is not None or any(part is not None for part in optimizers)):
         raise ArgumentError("Trainer was given step= and an optimizer. Give one of them: the step has its own.")
-
-
-def check_step_is_of(step: Any, model: nn.Module) -> None:
-    """Raise ArgumentError where a step runs another module than the model: whose weights it would not train."""
-    while not isinstance(step, TrainStep) and hasattr(step, "step"):
-        step = step.step
-    binding = step.gradients.binding if isinstance(step, TrainStep) else None
-    if binding is not None and binding.module is not model:
-        raise ArgumentError(
-            f"Trainer(step=...) was made of another {type(binding.module).__name__} than the Trainer's model. Make it of that "
-            "one: steps.train_step(steps.module_loss(model), transform)."
-        )

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from fts.distributed import Group
-
-if TYPE_CHECKING:
-    from fts.trainer.trainer import Trainer
-
+from fts.trainer.callbacks.state import TrainerControl
+from fts.trainer.run.context import TrainerProtocol
 
 FLAGS = ("should_log", "should_evaluate", "should_save", "should_training_stop", "should_epoch_stop")
 
 
-def agree(trainer: Trainer, group: Group) -> None:
-    """Set the control flags that are set in any process; every process must call it.
+def all_reduce_control(control: TrainerControl, group: Group) -> None:
+    """Set the control flags that are set on any rank; all ranks must call it.
 
-    Callbacks may decide otherwise in each process, by what they measure, or because only one of them has the callback; but an
-    evaluation or a checkpoint is made by all, or by none.
+    Callbacks may decide otherwise on each rank, by what they measure, or because only one of them has the callback; but an
+    evaluation or a checkpoint is made by all ranks, or by none.
 
     Args:
-        trainer: has the flags.
-        group: the processes.
+        control: the flags.
+        group: the ranks.
     """
-    control = trainer.control
-    set_anywhere = group.sum(torch.tensor([int(getattr(control, name)) for name in FLAGS])).tolist()
+    set_anywhere = group.all_reduce(torch.tensor([int(getattr(control, name)) for name in FLAGS])).tolist()
     for name, count in zip(FLAGS, set_anywhere, strict=True):
         setattr(control, name, count > 0)
 
 
-class Wanted:
+class DueByControl:
     """What is due, read from the control flags at the moment when the loop asks for it.
 
     The loop asks in its order (log, evaluate, save, stop), and callbacks may change a flag in between: an evaluation that
@@ -40,18 +36,18 @@ class Wanted:
 
     Args:
         trainer: has the flags.
-        read: whether the figures are read anyway: at the end, or where a copy of the state is kept.
-        agree: makes the flags those of all processes.
+        read: whether metrics are read in any case: at the end, or where a copy of the state is made.
+        agree: makes the flags those of all ranks.
     """
 
-    def __init__(self, trainer: Trainer, read: bool, agree: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, trainer: TrainerProtocol, read: bool, agree: Callable[[], None] = lambda: None) -> None:
         self.trainer = trainer
         self.read = read
         self.agree = agree
 
     @property
     def log(self) -> bool:
-        """Read the loop's figures: to log them, or before anything that may save, or at the end for the mean loss."""
+        """Read the loop's metrics: to log them, or before anything that may save, or at the end for the mean loss."""
         control = self.trainer.control
         return self.read or control.should_log or control.should_evaluate or control.should_save
 

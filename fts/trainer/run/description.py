@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from fts import steps
-from fts.trainer.run.plan import Plan
+from fts.trainer.arguments.plan import Plan
 
 
 def describe_run(plan: Plan, step: Any, processes: str = "1, one process") -> str:
@@ -27,17 +27,17 @@ def describe_run(plan: Plan, step: Any, processes: str = "1, one process") -> st
     values = attrs.asdict(plan, filter=lambda field, value: field.name != "schedule" and value is not None)
     lines = [f"{name}: {value}" for name, value in values.items()]
     lines.append(f"processes: {processes}")
-    lines.append(f"learning rate: {rates(plan)}")
+    lines.append(f"learning rate: {describe_learning_rate(plan)}")
     below = steps.describe(step).splitlines()
     return "\n".join(["run", "├── plan", *_branches(lines), f"└── {below[0]}", *(f"    {line}" for line in below[1:])])
 
 
-def rates(plan: Plan) -> str:
+def describe_learning_rate(plan: Plan) -> str:
     """The learning rate at the beginning, at its middle and at the last update.
 
     >>> from fts.trainer import TrainingArguments
     >>> from fts.trainer.run.plan import make_plan
-    >>> rates(make_plan(TrainingArguments(max_steps=10, learning_rate=1.0), batches=None, items=None))
+    >>> describe_learning_rate(make_plan(TrainingArguments(max_steps=10, learning_rate=1.0), batches=None, items=None))
     '1 at first, 0.5 after 5 updates, 0.1 at the last'
     """
     middle = plan.total_steps // 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import torch
@@ -17,13 +17,12 @@ from fts import loops
 from fts.loops import Position
 from fts.loops.sampling import IsolatedGenerators
 from fts.state import TrainState
+from fts.trainer.arguments.plan import Plan
 from fts.trainer.callbacks.state import TrainerState
-from fts.trainer.checkpoints import saving
-from fts.trainer.data.sampling import data_seed
-from fts.trainer.reporting.memory import MemoryMeter
-
-if TYPE_CHECKING:
-    from fts.trainer.trainer import Trainer
+from fts.trainer.checkpoints import CheckpointContents, save_checkpoint
+from fts.trainer.data import data_seed
+from fts.trainer.reporting.memory import TrainerMemoryTracker
+from fts.trainer.run.context import RunContext
 
 T = TypeVar("T")
 
@@ -63,71 +62,71 @@ class DryRun:
         return "\n".join(f"{name:<20} {text}" for name, text in lines.items())
 
 
-def dry_run(trainer: Trainer) -> DryRun:
-    """Try what a run is made of, and leave everything as it was.
+def dry_run(
+    context: RunContext,
+    make_plan: Callable[[], Plan],
+    eval_dataloader: Callable[[], Iterable[Any]] | None,
+    evaluation_loop: Callable[[list[Any], str], Any],
+) -> DryRun:
+    """Try what a run is made of, and restore everything as it was.
 
     Args:
-        trainer: its model, optimizer, random numbers, callbacks and files are not changed.
+        context: what the run is given. Its model, optimizer, random numbers, callbacks and files are not changed.
+        make_plan: makes the plan.
+        eval_dataloader: makes the batches of an evaluation; None where there is no evaluation.
+        evaluation_loop: evaluates batches, given a description.
     """
-    args, model = trainer.args, trainer.model
-    with IsolatedGenerators(args.seed), _untouched(trainer), tempfile.TemporaryDirectory() as directory:
-        source = trainer.train_source(data_seed(args))
-        plan = trainer.plan()
-        chosen = trainer.optimizing(plan)
-        step = trainer.step_of(plan, chosen)
-        state = TrainState.create(model, chosen.transform, seed=args.seed)
+    args, model, hooks = context.args, context.model, context.hooks
+    with IsolatedGenerators(args.seed), _restored_after(context), tempfile.TemporaryDirectory() as directory:
+        source = hooks.train_source(data_seed(args))
+        plan = make_plan()
+        optimizer = hooks.make_optimizer(plan)
+        step = hooks.make_step(plan, optimizer)
+        state = TrainState.create(model, optimizer.transform, seed=args.seed)
         with closing(source):
             batch = next(source.epoch(0))
         (state, metrics), _, _ = _measured(lambda: step(state, batch))
         (state, _), seconds, memory = _measured(lambda: step(state, batch))
-        evaluated = None
-        if trainer.eval_dataset is not None:
-            dataset = trainer.eval_dataset
-            name = next(iter(dataset)) if isinstance(dataset, dict) else None
-            batches = list(itertools.islice(trainer.get_eval_dataloader(name), 1))
-            evaluated = _measured(lambda: trainer.evaluation_loop(batches, "Evaluation"))[1]
+        evaluation_seconds = None
+        if eval_dataloader is not None:
+            batches = list(itertools.islice(eval_dataloader(), 1))
+            evaluation_seconds = _measured(lambda: evaluation_loop(batches, "Evaluation"))[1]
+        contents = CheckpointContents(
+            state, Position(), TrainerState(), model, args, context.processing_class, only_model=args.save_only_model
+        )
         path, saving_seconds, _ = _measured(
-            lambda: saving.save_checkpoint(
-                loops.AsyncCheckpointer(background=False),
-                directory,
-                state,
-                Position(),
-                model=model,
-                processing_class=trainer.processing_class,
-                args=args,
-                trainer_state=TrainerState(),
-                extra={},
-            )
+            lambda: save_checkpoint(loops.AsyncCheckpointer(background=False), directory, contents)
         )
         size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
-    return DryRun(plan.total_steps, float(metrics["loss"]), seconds, memory, evaluated, saving_seconds, size)
+    return DryRun(plan.total_steps, float(metrics["loss"]), seconds, memory, evaluation_seconds, saving_seconds, size)
 
 
 def _measured(work: Callable[[], T]) -> tuple[T, float, int]:
-    with MemoryMeter(True).measuring("train") as figures:
+    with TrainerMemoryTracker(True).measuring("train") as memory_metrics:
         start = time.perf_counter()
         result = work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        found = figures()
-    kind = "gpu" if "train_mem_gpu_alloc_delta" in found else "cpu"
-    delta, peak = (found.get(f"train_mem_{kind}_{name}_delta", 0) for name in ("alloc", "peaked"))
+        metrics = memory_metrics()
+    kind = "gpu" if "train_mem_gpu_alloc_delta" in metrics else "cpu"
+    delta, peak = (metrics.get(f"train_mem_{kind}_{name}_delta", 0) for name in ("alloc", "peaked"))
     return result, seconds, max(0, delta) + peak
 
 
 @contextmanager
-def _untouched(trainer: Trainer) -> Iterator[None]:
-    kept: dict[str, Any] = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "state", "control")}
-    callbacks, trainer.callback_handler.callbacks = trainer.callback_handler.callbacks, []
-    tensors = {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
-    modes = [(child, child.training) for child in trainer.model.modules()]
+def _restored_after(context: RunContext) -> Iterator[None]:
+    trainer, model, handler = context.trainer, context.model, context.callback_handler
+    attributes: dict[str, Any] = {name: getattr(trainer, name) for name in ("optimizer", "lr_scheduler", "state", "control")}
+    callbacks, handler.callbacks = handler.callbacks, []
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    modes = [(child, child.training) for child in model.modules()]
     try:
         yield
     finally:
-        trainer.model.load_state_dict(tensors)
+        model.load_state_dict(tensors)
         for child, training in modes:
             child.training = training
-        trainer.callback_handler.callbacks = callbacks
-        for name, value in kept.items():
+        handler.callbacks = callbacks
+        for name, value in attributes.items():
             setattr(trainer, name, value)

@@ -7,10 +7,10 @@ from torch import nn
 
 from fts.errors import ArgumentError
 from fts.state import TrainState
-from fts.steps.binding import Binding
+from fts.steps.module_binding import ModuleBinding
 
 
-class Guard:
+class ModelGuard:
     """Takes what was written into a model for the state's, and refuses what a running step cannot follow.
 
     Args:
@@ -18,10 +18,10 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        binding = Binding(model)
+        binding = ModuleBinding(model)
         self.places = [
             (name, binding.parameters[name], place, key)
-            for name, places in binding.parameter_places.items()
+            for name, places in binding.parameter_slots.items()
             for place, key in places
         ]
 

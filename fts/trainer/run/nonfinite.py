@@ -10,34 +10,32 @@ from typing import Any
 from torch import nn
 
 from fts import loops, steps
-from fts.errors import ArgumentError
-from fts.loops import Position, RolledBack
+from fts.loops import Position
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks import export_callbacks, restore_callbacks
 from fts.trainer.callbacks.state import TrainerState
-from fts.trainer.model.weights import shares_storage, tensors_of
-from fts.trainer.run.running_metrics import RunningMetrics
+from fts.trainer.model import named_tensors, shares_storage
+from fts.trainer.reporting.running_metrics import RunningMetrics
 
-EVERY = 25
+COPY_INTERVAL = 25
 """A run that may roll back keeps a copy of its state every so many updates."""
 
 CHOICES = (
     "TrainingArguments(nonfinite='skip') leaves such updates out, 'rollback' goes back to an earlier state and past the batch, "
-    "'ignore' goes on."
+    "'ignore' continues."
 )
-"""What else can be done, for whoever reads the error."""
+"""What else can be done, as a note of the error."""
+
+LABELS = "All labels of a batch of this step are -100, so that its loss is 0/0: leave such examples out of the data."
+"""A note about a batch without labels that count, such as examples whose answer was truncated away."""
 
 
-LABELS = "All labels of a batch of this step are -100, so that its loss is 0/0: leave such rows out of the data."
-"""What is said of a batch without labels that count, such as rows whose answer was truncated away."""
-
-
-def raising(args: TrainingArguments, step: Any) -> Any:
+def with_nonfinite_policy(args: TrainingArguments, step: Any) -> Any:
     """The step, which raises where its loss or gradients are not finite if `nonfinite` is "raise" or "rollback".
 
-    Before the update where that waits for no device, or the run is to roll back; a compiled step, or one whose gradients cannot
-    be reached, after it.
+    It raises before the update where that does not wait for a device, or the run is to roll back; and after it where the step is
+    compiled, or its gradients are not available.
     """
     if args.nonfinite not in ("raise", "rollback"):
         return step
@@ -45,18 +43,18 @@ def raising(args: TrainingArguments, step: Any) -> Any:
     at_once = args.device.type == "cpu" or args.nonfinite == "rollback"
     if at_once and isinstance(inner, steps.TrainStep):
         return steps.with_nonfinite_check(step)
-    return steps.check_after_step(step, at_once=at_once)
+    return steps.check_after_step(step, blocking=at_once)
 
 
-def rolling_back(
+def with_rollback(
     args: TrainingArguments,
     model: nn.Module,
     run: loops.rollback.Run,
     state: TrainState,
     start: Position,
-    memory: Remembered | None,
+    snapshot: RollbackSnapshot | None,
 ) -> Iterator[loops.Event]:
-    """The events of a run, which goes back to an earlier state after a fault where `nonfinite="rollback"` asks for it.
+    """The events of a run, which rolls back to an earlier state after a fault where `nonfinite="rollback"` asks for it.
 
     Args:
         args: `nonfinite_limit`.
@@ -64,63 +62,52 @@ def rolling_back(
         run: `(state, start)` -> the events from there.
         state: the first state.
         start: where in the data to begin.
-        memory: is told of each copy of the state; None where the run cannot go back.
+        snapshot: is taken with each copy of the state; None where the run does not roll back.
     """
-    if memory is None:
+    if snapshot is None:
         return run(state, start)
-    there = lambda state, start: run(in_model(state, model), start)  # noqa: E731
-    return loops.rolling_back(there, state, start=start, every=EVERY, limit=args.nonfinite_limit, copied=memory.keep)
+    run_in_model = lambda state, start: run(in_model(state, model), start)  # noqa: E731
+    policy = loops.RollbackPolicy(COPY_INTERVAL, args.nonfinite_limit, on_copy=snapshot.take)
+    return loops.with_rollback(run_in_model, state, policy, start=start)
 
 
 def in_model(state: TrainState, model: nn.Module) -> TrainState:
-    """The state in the tensors of a model, which steps then write: the state itself where it is there."""
+    """The state in the tensors of a model, which steps then write; the state itself where it shares them already."""
     if shares_storage(state, model):
         return state
     state.apply_to(model)
-    own = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
-    return state.replace(params={name: own[name] for name in state.params}, buffers={name: own[name] for name in state.buffers})
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+    return state.replace(
+        params={name: tensors[name] for name in state.params}, buffers={name: tensors[name] for name in state.buffers}
+    )
 
 
-def check_can_roll_back(args: TrainingArguments, *, torch_schedule: bool) -> None:
-    """Raise ArgumentError where a run cannot go back.
-
-    Args:
-        args: `nonfinite`.
-        torch_schedule: whether the user's own torch schedule sets the rates.
-    """
-    if args.nonfinite == "rollback" and torch_schedule:
-        raise ArgumentError(
-            "nonfinite='rollback' cannot take back the steps of a torch schedule of your own. Use nonfinite='skip', or let "
-            "lr_scheduler_type make the schedule."
-        )
-
-
-class Remembered:
-    """What a run that may roll back knew at its copies of the state: figures, logs and the states of callbacks.
+class RollbackSnapshot:
+    """What belongs to a run's last copy of its state: metrics, logs and the states of callbacks.
 
     Args:
-        told: the state that callbacks see; written when the run goes back.
-        tally: the figures that are not logged yet; as `told`.
+        trainer_state: the state that callbacks get; written when the run rolls back.
+        running_metrics: metrics that are not logged yet; written likewise.
         callbacks: those of the run.
     """
 
-    def __init__(self, told: TrainerState, tally: RunningMetrics, callbacks: list[Any]) -> None:
-        self.told, self.tally, self.callbacks = told, tally, callbacks
-        self.keep()
+    def __init__(self, trainer_state: TrainerState, running_metrics: RunningMetrics, callbacks: list[Any]) -> None:
+        self.trainer_state, self.running_metrics, self.callbacks = trainer_state, running_metrics, callbacks
+        self.take()
 
-    def keep(self) -> None:
-        """Remember how things are now."""
-        self.kept = copy.deepcopy((self.told, self.tally, export_callbacks(self.callbacks)))
+    def take(self) -> None:
+        """Copy what there is now."""
+        self.copied = copy.deepcopy((self.trainer_state, self.running_metrics, export_callbacks(self.callbacks)))
 
-    def reads_at(self, step: int) -> bool:
-        """Whether the loop's figures are to be read after this update, so that what is known is that of the copy."""
-        return step % EVERY == 0
+    def is_due(self, step: int) -> bool:
+        """Whether a copy is made after this update, for which the loop's metrics are to be read first."""
+        return step % COPY_INTERVAL == 0
 
-    def go_back(self, event: RolledBack) -> None:
+    def restore(self) -> None:
         """Bring everything back to where it was at the copy."""
-        told, tally, callbacks = copy.deepcopy(self.kept)
-        for name in [item.name for item in fields(told)]:
-            setattr(self.told, name, getattr(told, name))
-        for name, value in tally.to_dict().items():
-            setattr(self.tally, name, value)
+        trainer_state, running_metrics, callbacks = copy.deepcopy(self.copied)
+        for name in [field.name for field in fields(trainer_state)]:
+            setattr(self.trainer_state, name, getattr(trainer_state, name))
+        for name, value in running_metrics.to_dict().items():
+            setattr(self.running_metrics, name, value)
         restore_callbacks(self.callbacks, callbacks)

@@ -1,60 +1,22 @@
-"""From arguments and data sizes to everything that a run needs to know."""
+"""From arguments and data sizes to a plan: everything that a run needs to know."""
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import attrs
-import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments, check_contradictions
-from fts.trainer.data.shards import sharers
-from fts.trainer.model.float8 import check_float8
-from fts.trainer.optimization.schedules import make_schedule
-from fts.typing import Schedule
-
-
-@attrs.frozen
-class Plan:
-    """What a run does, resolved.
-
-    Attributes:
-        total_steps: at which update it ends.
-        epochs: how many passes over the data are begun.
-        steps_per_epoch: None where the data does not tell its length.
-        warmup_steps: updates of warm-up.
-        logging_steps: updates between logs, if logs come by steps.
-        eval_steps: updates between evaluations, if they come by steps.
-        save_steps: updates between checkpoints, if they come by steps.
-        train_batch_size: rows in a micro-batch.
-        accumulate: micro-batches in an update.
-        samples: rows that the whole run visits.
-        precision: None, "bf16" or "fp16".
-        compiled: whether the step runs as one graph.
-        compile_backend: what compiles it; None for the default.
-        compile_mode: its mode; None for the default.
-        schedule: the learning rate by update.
-    """
-
-    total_steps: int
-    epochs: int
-    steps_per_epoch: int | None
-    warmup_steps: int
-    logging_steps: int
-    eval_steps: int
-    save_steps: int
-    train_batch_size: int
-    accumulate: int
-    samples: float
-    precision: str | None
-    compiled: bool
-    compile_backend: str | None
-    compile_mode: str | None
-    schedule: Schedule = attrs.field(eq=False)
+from fts.loops import Source
+from fts.trainer.arguments import TrainingArguments, check_conflicts
+from fts.trainer.arguments.data_parallel import num_parallel_batches
+from fts.trainer.arguments.plan import Plan, resolve_steps, total_train_batch_size, with_settings
+from fts.trainer.model import check_float8
+from fts.trainer.optimization import make_schedule
+from fts.trainer.run.context import RunContext
 
 
 def make_plan(
@@ -79,10 +41,10 @@ def make_plan(
     >>> plan.total_steps, plan.epochs, plan.warmup_steps
     (30, 2, 3)
     """
-    check_contradictions(args)
+    check_conflicts(args)
     size = args.train_batch_size if batch_size is None else batch_size
     per_epoch = None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
-    rows_per_step = rows_per_update(args, size)
+    rows_per_step = total_train_batch_size(args, size)
     if args.max_steps > 0:
         total = args.max_steps
         epochs = 1 if per_epoch is None else -(-total // per_epoch)
@@ -99,13 +61,13 @@ def make_plan(
         epochs=epochs,
         steps_per_epoch=per_epoch,
         warmup_steps=warmup,
-        logging_steps=steps_of(args.logging_steps, total),
-        eval_steps=steps_of(args.eval_steps or args.logging_steps, total),
-        save_steps=steps_of(args.save_steps, total),
+        logging_steps=resolve_steps(args.logging_steps, total),
+        eval_steps=resolve_steps(args.eval_steps or args.logging_steps, total),
+        save_steps=resolve_steps(args.save_steps, total),
         train_batch_size=size,
         accumulate=args.gradient_accumulation_steps,
         samples=samples,
-        precision=precision_of(args),
+        precision=autocast_precision(args),
         compiled=args.torch_compile,
         compile_backend=args.torch_compile_backend,
         compile_mode=args.torch_compile_mode,
@@ -113,25 +75,7 @@ def make_plan(
     )
 
 
-def rows_per_update(args: TrainingArguments, batch_size: int) -> int:
-    """Rows in an update, over all processes, where each micro-batch has so many.
-
-    >>> rows_per_update(TrainingArguments(gradient_accumulation_steps=2), 8)
-    16
-    """
-    return batch_size * args.gradient_accumulation_steps * sharers(args)
-
-
-def steps_of(value: float, total: int) -> int:
-    """A number of steps that is given as such, or, below 1, as a share of all.
-
-    >>> steps_of(10, 100), steps_of(0.25, 10)
-    (10, 3)
-    """
-    return math.ceil(value * total) if value < 1 else int(value)
-
-
-def precision_of(args: TrainingArguments) -> str | None:
+def autocast_precision(args: TrainingArguments) -> str | None:
     """In which precision losses are computed: None for that of the parameters, "bf16" or "fp16".
 
     Beside the linear layers that compute in float8 (`accelerate launch --mixed_precision fp8`) everything is in "bf16".
@@ -149,31 +93,6 @@ def precision_of(args: TrainingArguments) -> str | None:
     return None if precision == "no" else precision
 
 
-def evaluation_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """What the model is cast to for evaluation; None leaves it as it is.
-
-    >>> evaluation_dtype(TrainingArguments(bf16_full_eval=True))
-    torch.bfloat16
-    """
-    if args.fp16_full_eval:
-        return torch.float16
-    return torch.bfloat16 if args.bf16_full_eval else None
-
-
-def with_settings(args: TrainingArguments, **settings: Any) -> TrainingArguments:
-    """A copy of arguments with some changed; the arguments themselves if that changes nothing.
-
-    >>> with_settings(TrainingArguments(seed=1), seed=2).seed
-    2
-    """
-    if all(getattr(args, name) == value for name, value in settings.items()):
-        return args
-    changed = copy.copy(args)
-    for name, value in settings.items():
-        setattr(changed, name, value)
-    return changed
-
-
 def initial_values(
     args: TrainingArguments, loader: Any, rows_per_step: int, count_rows: Callable[[Any], int]
 ) -> tuple[int, int, int, float, bool, int | None, int]:
@@ -189,10 +108,30 @@ def initial_values(
         Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches of each process in
         an epoch (None if unknown), and updates in all.
     """
-    batches = -(-len(loader) // sharers(args)) if hasattr(loader, "__len__") else None
+    batches = -(-len(loader) // num_parallel_batches(args)) if hasattr(loader, "__len__") else None
     plan = make_plan(args, batches=batches, items=None if batches is None else count_rows(loader))
     rows = plan.total_steps * rows_per_step if batches is None else count_rows(loader)
     per_epoch = plan.steps_per_epoch or plan.total_steps
     by_epochs = args.max_steps <= 0
     total = args.num_train_epochs * rows if by_epochs else float(plan.total_steps * rows_per_step)
     return plan.epochs, per_epoch, rows, total, by_epochs, batches, plan.total_steps
+
+
+def resolve_plan(context: RunContext, source: Source, batch_size: int, offset: int = 0) -> Plan:
+    """The plan for a source; an overridden `set_initial_training_values` decides on epochs, examples and updates.
+
+    Args:
+        context: what the run is given.
+        source: the batches of training.
+        batch_size: examples in a micro-batch.
+        offset: see `make_plan`.
+    """
+    args, override = context.args, context.hooks.set_initial_training_values
+    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "items": source.num_examples, "batch_size": batch_size}
+    if override is None:
+        return make_plan(args, **sizes, offset=offset)
+    total_train_batch_size = context.hooks.total_train_batch_size()
+    takes_size = len(inspect.signature(override).parameters) > 2
+    values = override(args, context.callback_handler.train_dataloader, *([total_train_batch_size] if takes_size else []))
+    plan = make_plan(with_settings(args, max_steps=values[-1]), **sizes)
+    return attrs.evolve(plan, epochs=values[0], samples=values[3])

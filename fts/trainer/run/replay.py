@@ -1,102 +1,92 @@
-"""A step of a trainer's run, once more."""
+"""Replay of one update of a run."""
 
 from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from fts import loops
 from fts.errors import ArgumentError
-from fts.loops import Counters, Replayed, Source, StepBegin
+from fts.loops import Counters, ReplayedStep, Source, StepBegin
 from fts.trainer.callbacks.state import TrainerControl
-from fts.trainer.checkpoints.resume import cut_of
-from fts.trainer.model.preparation import checkpoint_activations, noisy_embeddings, prepared_model
-from fts.trainer.model.weights import in_train_mode
-from fts.trainer.run.preparation import Run, prepare, saved_batch_size
-from fts.trainer.run.stepping import Stepping
+from fts.trainer.checkpoints import load_epoch_layout
+from fts.trainer.model import in_train_mode, neftune_noise
+from fts.trainer.run.callback_step import CallbackStep
+from fts.trainer.run.context import Run, RunContext
+from fts.trainer.run.preparation import prepare_run
 from fts.typing import Batch, Info, Metrics
 
-if TYPE_CHECKING:
-    from fts.trainer.trainer import Trainer
 
+def replay(context: RunContext, checkpoint: Path, to_step: int, batch_size: int) -> ReplayedStep:
+    """Run the updates after a checkpoint once more, and inspect the last of them, as `fts.loops.replay` does.
 
-def replay(trainer: Trainer, checkpoint: str | Path, to_step: int) -> Replayed:
-    """Run the updates after a checkpoint once more, and look into the last of them, as `fts.loops.replay` does.
-
-    What callbacks did to weights or settings after the checkpoint is not repeated, but for what they do to the gradients.
+    What callbacks did to weights or settings after the checkpoint is not repeated, except for what they do to gradients.
 
     Args:
-        trainer: made as that of the run; its model is given the checkpoint's weights.
-        checkpoint: from before the update.
+        context: as that of the run; its model is given the checkpoint's weights.
+        checkpoint: from before the update; verified.
         to_step: the number of the update.
+        batch_size: examples in a micro-batch.
 
     Returns:
         What went in and what came out.
 
     Raises:
-        ArgumentError: the arguments or the data cut the rows into other updates than those of the run, or the update is not
+        ArgumentError: the arguments or the data split the examples into other updates than those of the run, or the update is not
             after the checkpoint.
-        CheckpointError: the checkpoint is damaged, or of another model or optimizer.
+        CheckpointError: the checkpoint is corrupt, or of another model or optimizer.
     """
-    checkpoint, args = Path(checkpoint), trainer.args
-    loops.verify_checkpoint(checkpoint)
-    if trainer.model_init is not None:
-        trainer.model = trainer.model_wrapped = prepared_model(trainer.call_model_init(), args)
-    if args.gradient_checkpointing:
-        checkpoint_activations(trainer.model, args.gradient_checkpointing_kwargs)  # type: ignore[arg-type]  # settled
-    size = args.auto_find_batch_size and saved_batch_size(checkpoint)
-    trainer._train_batch_size = size or args.train_batch_size
-    run = prepare(trainer, checkpoint, trainer._train_batch_size)
-    _check_cut(run, checkpoint)
-    trainer.state, trainer.control = run.told, TrainerControl()
-    with in_train_mode(trainer.model), noisy_embeddings(trainer.model, args.neftune_noise_alpha):
-        return loops.replay(InRun(run, Stepping(trainer, run)), run.state, _numbered(run), checkpoint, to_step)
+    run = prepare_run(context, checkpoint, batch_size)
+    _check_layout(run, checkpoint)
+    context.trainer.state, context.trainer.control = run.trainer_state, TrainerControl()
+    with in_train_mode(context.model), neftune_noise(context.model, context.args.neftune_noise_alpha):
+        return loops.replay(RunStep(run, CallbackStep(context, run)), run.state, _source(run), checkpoint, to_step)
 
 
 @attrs.frozen(eq=False)
-class InRun:
-    """The step of a run, with what is done around it: settings that a checkpoint keeps, and a torch schedule that steps along."""
+class RunStep:
+    """The step of a run, with what is done around it: settings that a checkpoint keeps, and a torch schedule that steps too."""
 
     run: Run
-    stepping: Stepping
+    callback_step: CallbackStep
 
     def __attrs_post_init__(self) -> None:
-        self.stepping.watch(self.stepping.has_guests())
-        self.stepping.guard = None  # the states of a replay are not those of the model
+        self.callback_step.watch(self.callback_step.has_user_callbacks())
+        self.callback_step.guard = None  # a replay does not update the model
 
     @property
     def step(self) -> Any:
         """What computes the update."""
-        return self.stepping.step
+        return self.callback_step.step
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, Metrics]:
-        self.stepping.batch, self.stepping.state = batch, state
-        self.stepping.begin(StepBegin(Counters(), state, batch))
-        after, metrics = self.stepping.step(state, batch)
-        self.stepping.step.step = self.stepping.lasting
-        self.run.optimizing.advance(after, int(after.step), metrics)
+        self.callback_step.batch, self.callback_step.state = batch, state
+        self.callback_step.begin(StepBegin(Counters(), state, batch))
+        after, metrics = self.callback_step.step(state, batch)
+        self.callback_step.step.step = self.callback_step.default_step
+        self.run.optimizing.after_update(after, int(after.step), metrics)
         return after, metrics
 
     def check(self, info: Info) -> None:
         """As the step's own `check`."""
-        self.stepping.step.check(info)
+        self.callback_step.step.check(info)
 
 
-def _check_cut(run: Run, checkpoint: Path) -> None:
-    old, new = cut_of(checkpoint), run.cut
+def _check_layout(run: Run, checkpoint: Path) -> None:
+    old, new = load_epoch_layout(checkpoint), run.cut
     if old is not None and (old.sizes, old.items, old.seed) != (new.sizes, new.items, new.seed):
         raise ArgumentError(
-            f"The updates of {checkpoint} were cut as {old}; these arguments and data cut them as {new}, so that another batch "
-            "would be replayed. Make the trainer as that of the run was made."
+            f"The updates of {checkpoint} have the layout {old}; these arguments and data give {new}, so that another batch would "
+            "be replayed. Make the trainer as that of the run was made."
         )
 
 
-def _numbered(run: Run) -> Source:
-    """The batches, which tell their items also where a `get_batch_samples` of the user's draws them."""
-    if run.drawn is run.source or run.source.order is None:
-        return run.drawn
+def _source(run: Run) -> Source:
+    """The batches, with the indices of their examples also where an overridden `get_batch_samples` draws them."""
+    if run.sampled_source is run.source or run.source.order is None:
+        return run.sampled_source
     items = run.source.items
-    return attrs.evolve(run.drawn, order=lambda epoch, start: (items(epoch, batch) or [] for batch in count(start)))
+    return attrs.evolve(run.sampled_source, order=lambda epoch, start: (items(epoch, batch) or [] for batch in count(start)))

@@ -1,4 +1,4 @@
-"""The step of a run, composed of the model's loss, the plan's optimizer, and what a subclass replaced."""
+"""The step of a run, composed of the model's loss, the plan's optimizer, and what a subclass overrides."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from torch import nn
 from fts import steps
 from fts.distributed import Group
 from fts.distributed.data_parallel import data_parallel_loss
+from fts.distributed.deepspeed import DeepSpeedStep
 from fts.errors import ArgumentError
 from fts.steps import MicroBatches, PaddingBatch
-from fts.trainer.data.batch_samples import SampledBatches
-from fts.trainer.distributed.accelerator import scaler_of
-from fts.trainer.model.loss import Items, LossRule, count_labels, counts_shifted, item_count, own_loss, step_loss
-from fts.trainer.run.overrides import overridden
-from fts.trainer.run.plan import Plan
+from fts.steps.precision import autocast_dtype
+from fts.trainer.arguments.plan import Plan
+from fts.trainer.data import SampledBatches
+from fts.trainer.model import (
+    LossConfig,
+    UpdateTotals,
+    compute_loss_fn,
+    count_labels,
+    counts_shifted_labels,
+    loss_denominator,
+    micro_batch_loss,
+)
+from fts.trainer.optimization import RunOptimizer
 from fts.typing import Batch, Transform
 
 
 @attrs.frozen(eq=False)
 class Overrides:
-    """What the user put in the place of the Trainer's own methods; None where nothing.
+    """The methods of the Trainer that are overridden, of those that a step is composed of; None where fts's own is used.
 
     Attributes:
         compute_loss: `(model, inputs, num_items_in_batch=...) -> loss`.
@@ -41,143 +50,153 @@ class Overrides:
     training_step: Callable[..., Any] | None = None
     context: Callable[[], AbstractContextManager[Any]] | None = None
     prepare_inputs: Callable[[Any], Any] | None = None
-    scaler: steps.Scaler | None = None
+    scaler: steps.LossScaler | None = None
 
 
 @attrs.frozen(eq=False)
-class Across:
-    """The processes that take a step together.
+class DataParallelConfig:
+    """How an update is divided between ranks and GPUs.
 
     Attributes:
-        group: the processes.
-        averages_tokens: whether losses are divided by the labels of all processes, or by those of each one alone.
-        devices: the GPUs among which this process cuts each batch; empty where it has not several.
+        group: the ranks that have micro-batches of their own.
+        average_tokens: whether losses are divided by the labels of all ranks, or by those of each one alone.
+        devices: the GPUs that this process splits each batch over; empty where it has not several.
     """
 
     group: Group
-    averages_tokens: bool = True
+    average_tokens: bool = True
     devices: tuple[int, ...] = ()
 
 
-ALONE = Across(Group())
-
-
-def overrides_of(trainer: Any) -> Overrides:
-    """What a trainer's class, or the instance, has in the place of the Trainer's own methods."""
-
-    def own(*names: str) -> Any:
-        return getattr(trainer, names[0]) if overridden(trainer, *names) else None
-
-    training_step = own("training_step")
-    scales = training_step is not None and trainer.args.mixed_precision == "fp16"
-    return Overrides(
-        compute_loss=own("compute_loss"),
-        training_step=training_step,
-        context=own("compute_loss_context_manager", "autocast_smart_context_manager"),
-        prepare_inputs=own("_prepare_inputs"),
-        scaler=scaler_of(trainer.accelerator) if scales else None,
-    )
+SINGLE_PROCESS = DataParallelConfig(Group())
 
 
 def compose_step(
     model: nn.Module,
-    rule: LossRule,
+    config: LossConfig,
     plan: Plan,
     transform: Transform,
-    replaced: Overrides = Overrides(),
-    across: Across = ALONE,
+    overrides: Overrides = Overrides(),
+    parallel: DataParallelConfig = SINGLE_PROCESS,
 ) -> Any:
     """Compose the step of training.
 
     Only what is asked for is in it: one micro-batch of a model's own loss needs neither a count of labels nor a scale.
 
     Args:
-        model: lends its code.
-        rule: how the loss is computed and scaled.
+        model: computes the loss.
+        config: how the loss is computed and scaled.
         plan: precision, accumulation and compilation.
         transform: the optimizer.
-        replaced: the user's own parts.
-        across: the processes that take the step together, each with micro-batches of its own.
+        overrides: the overridden methods.
+        parallel: the ranks, each with micro-batches of its own.
 
     Returns:
-        `(state, batch) -> (state, metrics)`, which `fts.distributed.distribute` makes that of all processes.
+        `(state, batch) -> (state, metrics)`, which `fts.distributed.distribute` makes that of all ranks.
 
     Raises:
-        ArgumentError: the step is to be compiled, or cut among GPUs, and the user's `training_step` cannot be.
+        ArgumentError: the step is to be compiled, or split over GPUs, and the overridden `training_step` cannot be.
     """
-    if across.devices:
-        _check_devices(plan, replaced, across)
-    if replaced.training_step is not None:
+    if parallel.devices:
+        _check_devices(plan, overrides, parallel)
+    if overrides.training_step is not None:
         if plan.compiled:
             raise ArgumentError(
                 "torch_compile=True compiles the whole step, but an overridden training_step calls backward itself, which a "
                 "graph cannot follow. Override compute_loss instead, or set torch_compile=False."
             )
-        own_step = _own_step(replaced.training_step, across.group.size)
-        step: Any = steps.gradient_step(steps.manual_backward(model, own_step, scaler=replaced.scaler), transform)
-        return steps.with_full_batch(step, items_by(rule, model, across))
-    simple = replaced.compute_loss is None and replaced.context is None and replaced.prepare_inputs is None
-    own = not rule.counts and not rule.smoothing and rule.scaled is None
-    if simple and own and plan.accumulate == 1 and across.group.size == 1 and not across.devices:
+        own_step = _own_step(overrides.training_step, parallel.group.size)
+        step: Any = steps.gradient_step(steps.manual_backward(model, own_step, scaler=overrides.scaler), transform)
+        return steps.with_full_batch(step, count_update_totals(config, model, parallel))
+    simple = overrides.compute_loss is None and overrides.context is None and overrides.prepare_inputs is None
+    own = not config.counts and not config.label_smoothing and config.loss_is_scaled is None
+    if simple and own and plan.accumulate == 1 and parallel.group.size == 1 and not parallel.devices:
         return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
-    compute = replaced_loss(rule, replaced)
-    if across.devices:
-        weigh = partial(item_count, model, label_names=rule.label_names)
-        compute = data_parallel_loss(model, compute, weigh, rule.is_scaled, across.devices)
-    loss = step_loss(compute, rule)
-    precision = None if replaced.context is not None else plan.precision
+    compute = effective_loss(config, overrides)
+    if parallel.devices:
+        weigh = partial(loss_denominator, model, label_names=config.label_names)
+        compute = data_parallel_loss(model, compute, weigh, config.is_scaled, parallel.devices)
+    loss = micro_batch_loss(compute, config)
+    precision = None if overrides.context is not None else plan.precision
     step = steps.train_step(steps.module_loss(model, loss), transform, precision=precision)
-    return steps.with_full_batch(_compiled(step, plan), items_by(rule, model, across))
+    return steps.with_full_batch(_compiled(step, plan), count_update_totals(config, model, parallel))
 
 
-def _check_devices(plan: Plan, replaced: Overrides, across: Across) -> None:
+def _check_devices(plan: Plan, overrides: Overrides, parallel: DataParallelConfig) -> None:
     what = "torch_compile=True" if plan.compiled else ""
-    if replaced.training_step is not None:
+    if overrides.training_step is not None:
         what = "an overridden training_step"
     if what:
         raise ArgumentError(
-            f"{what} cannot be used with {len(across.devices)} GPUs in one process. Start a process for each: torchrun "
-            f"--nproc-per-node {len(across.devices)} script.py. Or show it one GPU by CUDA_VISIBLE_DEVICES=0."
+            f"{what} cannot be used with {len(parallel.devices)} GPUs in one process. Start a process for each: torchrun "
+            f"--nproc-per-node {len(parallel.devices)} script.py. Or show it one GPU by CUDA_VISIBLE_DEVICES=0."
         )
 
 
-def items_by(rule: LossRule, model: nn.Module, across: Across = ALONE) -> Callable[[Batch], Sequence[Items]]:
-    """From the batch of a step to what its losses are told of it."""
-    shift = counts_shifted(model)
+def compose_deepspeed_step(
+    model: nn.Module,
+    config: LossConfig,
+    plan: Plan,
+    optimizer: RunOptimizer,
+    overrides: Overrides,
+    parallel: DataParallelConfig,
+    stage: int,
+) -> Any:
+    """Compose the step of training that DeepSpeed's engine takes.
 
-    def items_in(batch: Batch, micro: Sequence[Batch]) -> Any:
+    Args:
+        model: computes the loss.
+        config: how the loss is computed and scaled.
+        plan: the precision.
+        optimizer: has the engine.
+        overrides: the overridden methods.
+        parallel: the ranks, each with micro-batches of its own.
+        stage: ZeRO's.
+    """
+    loss = steps.module_loss(model, micro_batch_loss(effective_loss(config, overrides), config))
+    dtype = None if overrides.context is not None else autocast_dtype(plan.precision)
+    step = DeepSpeedStep(loss, optimizer.transform, parallel.group, optimizer.engine, dtype, stage)
+    return steps.with_full_batch(step, count_update_totals(config, model, parallel))
+
+
+def count_update_totals(
+    config: LossConfig, model: nn.Module, parallel: DataParallelConfig = SINGLE_PROCESS
+) -> Callable[[Batch], Sequence[UpdateTotals]]:
+    """From the batch of an update to the totals that its losses are scaled by."""
+    shift = counts_shifted_labels(model)
+
+    def num_labels(batch: Batch, micro: Sequence[Batch]) -> Any:
         if isinstance(batch, SampledBatches):
-            return batch.items_in_batch
-        return count_labels(micro, shift) if rule.counts else None
+            return batch.num_items_in_batch
+        return count_labels(micro, shift) if config.counts else None
 
-    def count_items(batch: Batch) -> Sequence[Items]:
+    def count(batch: Batch) -> Sequence[UpdateTotals]:
         micro = [part for part in (batch if isinstance(batch, MicroBatches) else (batch,)) if not isinstance(part, PaddingBatch)]
-        labels = items_in(batch, micro)
-        if across.group.size == 1:
-            return (Items(labels, len(micro)),)
-        return (_summed(Items(labels, len(micro)), across, counts=rule.counts),)
+        totals = UpdateTotals(num_labels(batch, micro), len(micro))
+        return (totals if parallel.group.size == 1 else _all_reduce(totals, parallel, counts=config.counts),)
 
-    return count_items
+    return count
 
 
-def _summed(items: Items, across: Across, *, counts: bool) -> Items:
-    """What the losses of all processes are told of the step, of which each knows its own part."""
-    own = 0 if items.labels is None else items.labels
-    sums = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=across.group.device) for value in (own, items.parts)])
-    labels, parts = across.group.sum(sums).unbind()
-    known = counts and (items.labels is not None or not items.parts)  # a process without a micro-batch takes the others' word
-    if across.averages_tokens:
-        return Items(labels if known else None, parts)
-    return Items(items.labels if items.labels is not None or not known else labels.new_ones(()), parts / across.group.size)
+def _all_reduce(totals: UpdateTotals, parallel: DataParallelConfig, *, counts: bool) -> UpdateTotals:
+    """The totals by which each rank scales its losses, from the totals of its own micro-batches."""
+    group = parallel.group
+    own = 0 if totals.labels is None else totals.labels
+    sums = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=group.device) for value in (own, totals.parts)])
+    labels, parts = group.all_reduce(sums).unbind()
+    known = counts and (totals.labels is not None or not totals.parts)  # a rank without a micro-batch takes that of the others
+    if parallel.average_tokens:
+        return UpdateTotals(labels if known else None, parts)
+    return UpdateTotals(totals.labels if totals.labels is not None or not known else labels.new_ones(()), parts / group.size)
 
 
-def _own_step(training_step: Callable[..., Any], processes: int) -> Callable[[nn.Module, Any, Items], Any]:
-    def step(model: nn.Module, batch: Any, items: Items) -> Any:
+def _own_step(training_step: Callable[..., Any], world_size: int) -> Callable[[nn.Module, Any, UpdateTotals], Any]:
+    def step(model: nn.Module, batch: Any, totals: UpdateTotals) -> Any:
         owner: Any = getattr(training_step, "__self__", None)
-        # the mean over processes is taken of these gradients, so each is told its share of what all have together
-        labels, parts = items
-        if processes > 1:
-            labels, parts = None if labels is None else labels / processes, float(parts) / processes
+        # the gradients are averaged over ranks afterwards, so each gets its share of the totals
+        labels, parts = totals
+        if world_size > 1:
+            labels, parts = None if labels is None else labels / world_size, float(parts) / world_size
         if owner is not None:
             owner.current_gradient_accumulation_steps = parts
         return training_step(model, batch, labels)
@@ -185,34 +204,34 @@ def _own_step(training_step: Callable[..., Any], processes: int) -> Callable[[nn
     return step
 
 
-def replaced_loss(rule: LossRule, replaced: Overrides) -> Callable[[Any, Any, Any], Any]:
-    """The loss `(model, batch, count) -> loss` for `step_loss`: the user's own, or that of the rule."""
-    compute = own_loss(rule) if replaced.compute_loss is None else _called(replaced.compute_loss)
-    if replaced.context is None and replaced.prepare_inputs is None:
+def effective_loss(config: LossConfig, overrides: Overrides) -> Callable[[Any, Any, Any], Any]:
+    """The loss `(model, batch, count) -> loss` for `micro_batch_loss`: the overridden one, or that of the config."""
+    compute = compute_loss_fn(config) if overrides.compute_loss is None else _with_copied_inputs(overrides.compute_loss)
+    if overrides.context is None and overrides.prepare_inputs is None:
         return compute
 
-    def within(model: Any, batch: Any, count: Any) -> Any:
-        inputs = batch if replaced.prepare_inputs is None else replaced.prepare_inputs(batch)
-        if replaced.context is None:
+    def compute_in_context(model: Any, batch: Any, count: Any) -> Any:
+        inputs = batch if overrides.prepare_inputs is None else overrides.prepare_inputs(batch)
+        if overrides.context is None:
             return compute(model, inputs, count)
-        with replaced.context():
+        with overrides.context():
             return compute(model, inputs, count)
 
-    return within
+    return compute_in_context
 
 
-def _called(compute_loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
-    ask = with_count(compute_loss)
+def _with_copied_inputs(compute_loss: Callable[..., Any]) -> Callable[[Any, Any, Any], Any]:
+    call = with_num_items(compute_loss)
 
     def compute(model: Any, batch: Any, count: Any) -> Any:
-        return ask(model, dict(batch), count)  # a copy: many pop the labels
+        return call(model, dict(batch), count)  # many pop the labels
 
     compute.__name__ = "compute_loss"
     return compute
 
 
-def with_count(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`(model, inputs, count, **kwargs)`, for a `compute_loss` that takes `num_items_in_batch` or does not know it yet."""
+def with_num_items(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """`(model, inputs, count, **kwargs)`, for a `compute_loss` that may take `num_items_in_batch` or not."""
     parameters = inspect.signature(compute_loss).parameters
     if "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return lambda model, inputs, count, **kwargs: compute_loss(model, inputs, num_items_in_batch=count, **kwargs)

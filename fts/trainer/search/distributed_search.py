@@ -1,28 +1,26 @@
-"""Searches in several processes: the first one runs the study, and all train each trial together."""
+"""Searches on several ranks: the main process runs the study, and all ranks train each trial."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
 from fts.distributed.process_group import Group
 from fts.errors import DistributedError, NonFiniteError
-from fts.trainer.search.objective import Reports
+from fts.trainer.search.config import SearchConfig
+from fts.trainer.search.objective import TrialReporter
+from fts.trainer.search.searchable_trainer import SearchableTrainer
 from fts.trainer.search.trials import run_trial
-
-if TYPE_CHECKING:
-    from fts.trainer.search.hyperparameter_search import Asked
-    from fts.trainer.trainer import Trainer
 
 Result = TypeVar("Result")
 
 
 @attrs.frozen
-class Turn:
-    """A trial, as it is told to the others.
+class TrialMessage:
+    """A trial, as the main process broadcasts it.
 
     Attributes:
         values: the arguments that the search chose, by name.
@@ -34,23 +32,23 @@ class Turn:
 
 
 @attrs.frozen
-class Failed:
-    """The end of a search by an error of the first process.
+class SearchFailed:
+    """The end of a search by an error of the main process.
 
     Attributes:
-        problem: the error, in words.
+        problem: a description of the error.
     """
 
     problem: str
 
 
 @attrs.define
-class Lead:
-    """The first process, as it leads the others through the trials; alone it leads nobody.
+class TrialBroadcaster:
+    """The main process's side of a distributed search; with one process it broadcasts nothing.
 
     Attributes:
-        group: the processes.
-        training: whether they are in a trial, and hear of nothing else.
+        group: all ranks.
+        training: whether all ranks are in a trial, and receive no other message.
     """
 
     group: Group
@@ -58,64 +56,64 @@ class Lead:
 
     @contextmanager
     def trial(self, values: Mapping[str, Any], trial: Any) -> Iterator[None]:
-        """A block in which all train a trial; an error that one of them may meet alone ends the search.
+        """A block in which all ranks train a trial; an error that only some ranks may raise ends the search.
 
         Args:
             values: the arguments that the search chose, by name; they can be pickled.
-            trial: see `Turn`.
+            trial: see `TrialMessage`.
         """
         if self.training and self.group.size > 1:
-            raise DistributedError("A trial ended in the first process alone; the others may still train it, so the search ends.")
-        self.group.broadcast(Turn(values, trial))
+            raise DistributedError("A trial ended on the main process alone; other ranks may still train it, so the search ends.")
+        self.group.broadcast_object(TrialMessage(values, trial))
         self.training = True
         try:
             yield
-        except NonFiniteError:  # of sums over all processes, so that all of them meet it
+        except NonFiniteError:  # of sums over all ranks, so that all of them raise it
             self.training = False
             raise
         self.training = False
 
 
-def lead(group: Group, run: Callable[[Lead], Result]) -> Result:
-    """Run a study in the first process, and tell the others what came of it.
+def run_on_main(group: Group, run_study: Callable[[TrialBroadcaster], Result]) -> Result:
+    """Run a study on the main process, and broadcast its result.
 
     Args:
-        group: the processes.
-        run: runs the study; its result can be pickled.
+        group: all ranks.
+        run_study: runs the study; its result can be pickled.
     """
-    leading = Lead(group)
+    broadcaster = TrialBroadcaster(group)
     try:
-        found = run(leading)
+        result = run_study(broadcaster)
     except BaseException as error:
-        if not leading.training:  # else the others meet the error themselves, or lose the connection to this process
-            group.broadcast(Failed(f"{type(error).__name__}: {error}"))
+        if not broadcaster.training:  # else the other ranks raise the error themselves, or lose the connection to this one
+            group.broadcast_object(SearchFailed(f"{type(error).__name__}: {error}"))
         raise
-    group.broadcast(found)
-    return found
+    group.broadcast_object(result)
+    return result
 
 
-def follow(trainer: Trainer, asked: Asked) -> Any:
-    """Train what the first process tells, in one of the others; the result of the search.
+def train_broadcast_trials(trainer: SearchableTrainer, config: SearchConfig) -> Any:
+    """Train the trials that the main process broadcasts, on another rank; returns the result of the search.
 
     Args:
-        trainer: what each trial starts from.
-        asked: what the search is asked for.
+        trainer: each trial trains a copy of it.
+        config: what to search for.
 
     Raises:
-        DistributedError: the search failed in the first process.
+        DistributedError: the search failed on the main process.
     """
     group = trainer.world
-    while isinstance(told := group.broadcast(None), Turn):
-        reports = Reports(asked.compute_objective, len(asked.directions), _never, group)
-        run_id = str(told.trial.number)
+    while isinstance(message := group.broadcast_object(None), TrialMessage):
+        reporter = TrialReporter(config.compute_objective, len(config.directions), _decide_on_main, group)
+        run_id = str(message.trial.number)
         try:
-            run_trial(trainer, told.values, told.trial, run_id=run_id, hp_name=asked.hp_name, reports=reports)
-        except NonFiniteError:  # a bad trial; the first process records it
+            run_trial(trainer, message.values, message.trial, run_id=run_id, hp_name=config.hp_name, reporter=reporter)
+        except NonFiniteError:  # a bad trial; the main process records it
             continue
-    if isinstance(told, Failed):
-        raise DistributedError(f"The search failed in the first process, so this one ends, too. {told.problem}")
-    return told
+    if isinstance(message, SearchFailed):
+        raise DistributedError(f"The search failed on the main process, so this rank ends, too. {message.problem}")
+    return message
 
 
-def _never(objective: Any, metrics: Any, step: int) -> bool:
-    raise AssertionError("the first process decides")
+def _decide_on_main(objective: Any, metrics: Any, step: int) -> bool:
+    raise AssertionError("the main process decides")

@@ -2,88 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import attrs
+from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.choices import HPSearchBackend
-from fts.trainer.callbacks import PrinterCallback, ProgressCallback
-from fts.trainer.evaluation.outputs import BestRun
+from fts.trainer.arguments.enums import HPSearchBackend
+from fts.trainer.evaluation import BestRun
 from fts.trainer.run.overrides import overridden
-from fts.trainer.search.backends import backend_of
-from fts.trainer.search.objective import default_compute_objective
-from fts.trainer.search.trials import parked
-
-if TYPE_CHECKING:
-    from fts.trainer.trainer import Trainer
-
-DIRECTIONS = ("minimize", "maximize")
+from fts.trainer.search.backends import resolve_backend
+from fts.trainer.search.config import SearchConfig
+from fts.trainer.search.searchable_trainer import SearchableTrainer
+from fts.trainer.search.trials import offload_model
 
 
-@attrs.frozen
-class Asked:
-    """What a search is asked for.
-
-    Attributes:
-        hp_space: where it looks; None for the backend's default.
-        compute_objective: figures of an evaluation -> what is made better.
-        n_trials: how many trials.
-        directions: "minimize" or "maximize" for each number of the objective.
-        hp_name: names a trial.
-        shown: whether lines about trials are printed.
-    """
-
-    hp_space: Callable[[Any], dict[str, Any]] | None
-    compute_objective: Callable[[dict[str, float]], Any]
-    n_trials: int
-    directions: tuple[str, ...]
-    hp_name: Callable[[Any], str] | None
-    shown: bool
-
-
-def search(
-    trainer: Trainer,
-    hp_space: Callable[[Any], dict[str, Any]] | None,
-    compute_objective: Callable[[dict[str, float]], Any] | None,
-    n_trials: int,
-    direction: str | Sequence[str],
-    backend: str | HPSearchBackend | None,
-    hp_name: Callable[[Any], str] | None,
-    options: dict[str, Any],
+def hyperparameter_search(
+    trainer: SearchableTrainer, config: SearchConfig, backend: str | HPSearchBackend | None, options: dict[str, Any]
 ) -> BestRun | list[BestRun]:
-    """Run the trials, and tell the best; see `Trainer.hyperparameter_search`."""
-    chosen = backend_of(backend)
-    _check(trainer, n_trials)
-    shown = any(isinstance(callback, (PrinterCallback, ProgressCallback)) for callback in trainer.callback_handler.callbacks)
-    asked = Asked(hp_space, compute_objective or default_compute_objective, n_trials, _directions(direction), hp_name, shown)
-    with parked(trainer):
+    """Run the trials and return the best run; see `Trainer.hyperparameter_search`.
+
+    Args:
+        trainer: each trial trains a copy of it.
+        config: what to search for.
+        backend: "optuna" or "ray"; None for the first that is installed.
+        options: keyword arguments of the backend.
+    """
+    chosen = resolve_backend(backend)
+    _check_trainer(trainer)
+    config.check()
+    with offload_model(trainer.model, trainer.args):
         if chosen is HPSearchBackend.RAY:
             if trainer.world.size > 1:
                 raise ArgumentError(
                     f"backend='ray': Ray starts a process for each trial itself, but {trainer.world.size} processes were "
-                    "started. Start the script without a launcher, or use backend='optuna', whose trials all train together."
+                    "started. Start the script without a launcher, or use backend='optuna', whose trials train on all ranks."
                 )
-            from fts.trainer.search.ray_backend import search_by_ray
+            from fts.trainer.search.ray_backend import search_with_ray
 
-            return search_by_ray(trainer, asked, options)
-        from fts.trainer.search.optuna_backend import search_by_optuna
+            return search_with_ray(trainer, config, options)
+        from fts.trainer.search.optuna_backend import search_with_optuna
 
-        return search_by_optuna(trainer, asked, options)
+        return search_with_optuna(trainer, config, options)
 
 
-def _check(trainer: Trainer, n_trials: Any) -> None:
+def _check_trainer(trainer: SearchableTrainer) -> None:
     if trainer.model_init is None:
         raise ArgumentError("hyperparameter_search trains a new model in each trial: Trainer(model_init=...) instead of model=.")
     if trainer.eval_dataset is None and not overridden(trainer, "evaluate", "get_eval_dataloader"):
         raise ArgumentError("hyperparameter_search needs data to compare the trials by: Trainer(..., eval_dataset=...).")
-    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
-        raise ArgumentError(f"n_trials={n_trials!r}: it must be a whole number above 0.")
-
-
-def _directions(direction: str | Sequence[str]) -> tuple[str, ...]:
-    several = (direction,) if isinstance(direction, str) else tuple(direction)
-    if not several or any(one not in DIRECTIONS for one in several):
-        raise ArgumentError(f"direction={direction!r}: it must be 'minimize' or 'maximize', or a list of these.")
-    return several

@@ -1,4 +1,4 @@
-"""A trial is a function of its arguments: it begins with everything as it was when the search began."""
+"""The trials of a search: each depends on its arguments alone, and starts from the trainer as it was when the search began."""
 
 from __future__ import annotations
 
@@ -7,185 +7,180 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import attrs
+from torch import nn
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.callbacks.state import TrainerControl, TrainerState
-from fts.trainer.hub import Uploads
-from fts.trainer.model.loss import smoothing_of
-from fts.trainer.model.preparation import takes_trial
-from fts.trainer.reporting.memory import MemoryMeter
+from fts.trainer.hub import UploadQueue
+from fts.trainer.model import accepts_trial, resolve_label_smoothing
+from fts.trainer.reporting.memory import TrainerMemoryTracker
 from fts.trainer.run.batch_size import empty_cache
-from fts.trainer.search.objective import Objective, Reports
-from fts.trainer.search.space import arguments_with
+from fts.trainer.search.objective import Objective, TrialReporter
+from fts.trainer.search.searchable_trainer import SearchableTrainer
+from fts.trainer.search.trial_arguments import with_trial_values
 
-if TYPE_CHECKING:
-    from fts.trainer.trainer import Trainer
-
-T = TypeVar("T", bound="Trainer")
+T = TypeVar("T", bound=SearchableTrainer)
 
 
 @attrs.frozen
-class Outcome:
-    """What came of a trial.
+class TrialResult:
+    """The result of a trial.
 
     Attributes:
         objective: of its last evaluation.
-        stopped: whether the search ended it early.
+        pruned: whether the search ended it early.
     """
 
     objective: Objective
-    stopped: bool
+    pruned: bool
 
 
 def run_trial(
-    trainer: Trainer,
+    trainer: SearchableTrainer,
     values: Mapping[str, Any],
     trial: Any,
     *,
     run_id: str,
     hp_name: Callable[[Any], str] | None,
-    reports: Reports,
-) -> Outcome:
-    """Train a model from its beginning with the arguments of a trial, below `output_dir`; the trainer stays as it is.
+    reporter: TrialReporter,
+) -> TrialResult:
+    """Train a new model with the arguments of a trial, in a folder below `output_dir`; the trainer stays unchanged.
 
     Args:
-        trainer: what the trial starts from.
+        trainer: the trial trains a copy of it.
         values: the arguments that the search chose, by name.
         trial: what `model_init` and `hp_name` get.
         run_id: of the folder `run-{run_id}`.
-        hp_name: names the trial, and then its folder.
-        reports: takes the figures of every evaluation; without one in training, those of one after it.
+        hp_name: names the trial and its folder.
+        reporter: gets the metrics of every evaluation; without one during training, those of one after it.
     """
     assert trainer.model_init is not None
-    args = arguments_with(trainer.args, values, for_model=takes_trial(trainer.model_init))
-    args.output_dir = str(Path(str(args.output_dir)) / _folder(hp_name, trial, run_id))
-    mine: Trainer | None = fresh(trainer, args)
-    assert mine is not None
-    mine.hp_name = hp_name
-    stopped = False
+    args = with_trial_values(trainer.args, values, for_model=accepts_trial(trainer.model_init))
+    args.output_dir = str(Path(str(args.output_dir)) / _folder_name(hp_name, trial, run_id))
+    trial_trainer: SearchableTrainer | None = copy_for_trial(trainer, args)
+    assert trial_trainer is not None
+    trial_trainer.hp_name = hp_name
+    pruned = False
 
     def report(metrics: Mapping[str, float], step: int) -> bool:
-        nonlocal stopped
-        stopped = reports(metrics, step) or stopped
-        return stopped
+        nonlocal pruned
+        pruned = reporter(metrics, step) or pruned
+        return pruned
 
-    mine._on_evaluated = report
+    trial_trainer.report_to_hp_search = report
     try:
-        mine.train(trial=trial)
-        ended_early = stopped
-        if reports.objective is None:
-            reports(mine.evaluate(), mine.state.global_step)
+        trial_trainer.train(trial=trial)
+        pruned_in_training = pruned
+        if reporter.objective is None:
+            reporter(trial_trainer.evaluate(), trial_trainer.state.global_step)
     finally:
-        mine = None
+        trial_trainer = None
         gc.collect()  # a trainer and its run refer to each other
         empty_cache(args.device)
-    assert reports.objective is not None
-    return Outcome(reports.objective, ended_early)
+    assert reporter.objective is not None
+    return TrialResult(reporter.objective, pruned_in_training)
 
 
 @contextmanager
-def parked(trainer: Trainer) -> Iterator[None]:
-    """Keep the trainer's own model out of the accelerator's memory, which the trials need.
+def offload_model(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """A block in which a trainer's own model is on the CPU, since the trials need the accelerator's memory.
 
     Args:
-        trainer: its model is on the CPU until the block ends, if the trainer had placed it.
+        model: is moved if the trainer had placed it.
+        args: say where it belongs.
     """
-    args = trainer.args
     if args.device.type == "cpu" or args.place_model_on_device is False:
         yield
         return
-    trainer.model.to("cpu")
+    model.to("cpu")
     empty_cache(args.device)
     try:
         yield
     finally:
-        trainer.model.to(args.device)
+        model.to(args.device)
 
 
-def fresh(trainer: T, args: TrainingArguments) -> T:
-    """A trainer as this one was when it was made, with other arguments.
+def copy_for_trial(trainer: T, args: TrainingArguments) -> T:
+    """A trainer like this one when it was made, with other arguments.
 
     Data, processing class and the model that `train` replaces are shared. Everything else, such as callbacks and the attributes
-    of a subclass, is copied as it is now; what refers to the trainer then refers to the copy.
+    of a subclass, is copied as it is now; references to the trainer become references to the copy.
 
     Args:
-        trainer: stays as it is.
-        args: those of the new one.
+        trainer: stays unchanged.
+        args: of the copy.
 
     Raises:
         ArgumentError: something cannot be copied.
     """
     new = object.__new__(type(trainer))
-    own: dict[str, Any] = {
-        "args": args,
-        "state": TrainerState(),
-        "control": TrainerControl(),
-        "memory": MemoryMeter(not args.skip_memory_metrics),
-        "_uploads": Uploads(),
+    replaced = {
+        id(trainer.args): args,
+        id(trainer.state): TrainerState(),
+        id(trainer.control): TrainerControl(),
+        id(trainer.memory): TrainerMemoryTracker(not args.skip_memory_metrics),
+        id(trainer.hub_session.uploads): UploadQueue(),
+        id(trainer): new,
     }
-    handler = trainer.callback_handler
-    memo: dict[int, Any] = {id(part): part for part in _shared(trainer)}
-    memo |= {id(getattr(trainer, name)): value for name, value in own.items()}
-    memo |= {id(part): None for part in _of_a_run(trainer)}
-    memo[id(trainer)] = new
-    for callback in handler.callbacks:
-        _copied(callback, memo, f"the callback {type(callback).__name__}")
+    memo: dict[int, Any] = {id(part): part for part in _shared_parts(trainer)}
+    memo |= replaced
+    memo |= {id(part): None for part in _parts_of_run(trainer)}
+    for callback in trainer.callback_handler.callbacks:
+        _copy(callback, memo, f"the callback {type(callback).__name__}")
     for name, value in vars(trainer).items():
-        vars(new)[name] = _copied(value, memo, f"{type(trainer).__name__}.{name}")
-    new.label_smoothing = smoothing_of(args.label_smoothing_factor, new.model)
+        vars(new)[name] = _copy(value, memo, f"{type(trainer).__name__}.{name}")
+    new.label_smoothing = resolve_label_smoothing(args.label_smoothing_factor, new.model)
     new.neftune_noise_alpha = args.neftune_noise_alpha
     new.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     new._train_batch_size = args.train_batch_size
     return new
 
 
-def _shared(trainer: Trainer) -> Iterator[Any]:
+def _shared_parts(trainer: SearchableTrainer) -> Iterator[Any]:
     yield from (trainer.train_dataset, trainer.eval_dataset, trainer.processing_class, trainer.model, trainer.model_wrapped)
     yield from (trainer.group, trainer.world)
     if isinstance(trainer.eval_dataset, dict):
         yield from trainer.eval_dataset.values()
 
 
-def _of_a_run(trainer: Trainer) -> Iterator[Any]:
+def _parts_of_run(trainer: SearchableTrainer) -> Iterator[Any]:
     handler = trainer.callback_handler
     yield from (trainer.optimizer, trainer.lr_scheduler, trainer._accelerator, getattr(trainer, "memory_figures", None))
     yield from (handler.train_dataloader, handler.eval_dataloader, handler.optimizer, handler.lr_scheduler)
 
 
-def _copied(value: Any, memo: dict[int, Any], what: str) -> Any:
+def _copy(value: Any, memo: dict[int, Any], name: str) -> Any:
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:
         raise ArgumentError(
-            f"A search gives each trial its own copy of {what}, which cannot be copied: {type(error).__name__}: {error}. Make "
+            f"A search gives each trial its own copy of {name}, which cannot be copied: {type(error).__name__}: {error}. Create "
             "what cannot be copied (a lock, an open file, a writer) in on_train_begin, or define __deepcopy__, which may return "
             "the object itself to share it."
         ) from error
 
 
-def _folder(hp_name: Callable[[Any], str] | None, trial: Any, run_id: str) -> str:
+def _folder_name(hp_name: Callable[[Any], str] | None, trial: Any, run_id: str) -> str:
     if hp_name is None:
         return f"run-{run_id}"
     name = hp_name(trial)
     if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
-        raise ArgumentError(
-            f"hp_name returned {name!r}; it must return a text that can be the name of a folder, without slashes."
-        )
+        raise ArgumentError(f"hp_name returned {name!r}; it must return a string that can be a folder's name, without slashes.")
     return name
 
 
-def note_trial(told: TrainerState, trainer: Trainer, trial: Any) -> None:
-    """Write into a run's state which trial it is.
+def record_trial(trainer_state: TrainerState, trial: Any, hp_name: Callable[[Any], str] | None) -> None:
+    """Record in a run's state which trial it is.
 
     Args:
-        told: the state.
-        trainer: `hp_name` names the trial.
-        trial: an object with `params`, or a dictionary; None where the run is none of a search.
+        trainer_state: of the run.
+        trial: an object with `params`, or a dictionary; None if the run is not a trial.
+        hp_name: names the trial.
     """
-    told.is_hyper_param_search = trial is not None
-    told.trial_name = None if trial is None or trainer.hp_name is None else trainer.hp_name(trial)
-    told.trial_params = None if trial is None else dict(getattr(trial, "params", trial))
+    trainer_state.is_hyper_param_search = trial is not None
+    trainer_state.trial_name = None if trial is None or hp_name is None else hp_name(trial)
+    trainer_state.trial_params = None if trial is None else dict(getattr(trial, "params", trial))

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fts.trainer.callbacks.base import TrainerCallback
-from fts.trainer.callbacks.displays import table_of
+from fts.trainer.callbacks.displays import html_table
 
 
 class FlyteCallback(TrainerCallback):
-    """Shows the logs on the task's deck, and gives its checkpoints to Flyte, from which a retried task goes on.
+    """Shows the logs on the task's deck, and saves its checkpoints to Flyte, from which a retried task resumes.
 
     Args:
         save_log_history: whether to show the logs.
-        sync_checkpoints: whether to give the checkpoints over.
+        sync_checkpoints: whether to save the checkpoints to Flyte.
     """
 
     def __init__(self, save_log_history: bool = True, sync_checkpoints: bool = True) -> None:
@@ -22,7 +22,7 @@ class FlyteCallback(TrainerCallback):
         self.sync_checkpoints = sync_checkpoints
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Give the new checkpoint over."""
+        """Save the new checkpoint to Flyte."""
         if self.sync_checkpoints and state.is_world_process_zero:
             from flytekit import current_context
 
@@ -35,4 +35,4 @@ class FlyteCallback(TrainerCallback):
         if self.save_log_history and state.is_world_process_zero:
             from flytekit import Deck
 
-            Deck("Log History", table_of(state.log_history))
+            Deck("Log History", html_table(state.log_history))

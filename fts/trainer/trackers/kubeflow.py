@@ -1,4 +1,4 @@
-"""Progress of a run inside a TrainJob of Kubeflow Trainer, which gives it an address, a certificate and a token."""
+"""Progress of a run inside a TrainJob of Kubeflow Trainer, which provides a URL, a certificate and a token."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 
 import attrs
 
-from fts.trainer.arguments.trackers import KUBEFLOW
-from fts.trainer.trackers.names import as_they_are
-from fts.trainer.trackers.tracker import Opening, Tracking
+from fts.trainer.arguments.tracker_packages import KUBEFLOW_VARIABLE
+from fts.trainer.trackers.logs import keep_names
+from fts.trainer.trackers.tracker import RunInfo, TrackerRun
 
 CERTIFICATE = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"
@@ -30,59 +30,59 @@ TIMEOUT = 5.0
 
 @attrs.define
 class Kubeflow:
-    """Reports how far a run is, the time left, and its latest figures.
+    """Reports the progress of a run, the remaining time, and its latest metrics.
 
     Attributes:
         url: where reports are sent.
         total: updates of the run.
-        first: the update that it began at.
-        figures: the latest of each name.
-        start: `time.monotonic()` when it began.
+        first: the update that it started at.
+        metrics: the latest of each name.
+        start: `time.monotonic()` when it started.
         sent: when the last report was sent.
     """
 
     url: str
     total: int
     first: int
-    figures: dict[str, float] = attrs.field(factory=dict)
+    metrics: dict[str, float] = attrs.field(factory=dict)
     start: float = attrs.field(factory=time.monotonic)
     sent: float = -INTERVAL
     step: int = 0
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
-        """The job has its own facts."""
+        """Does nothing: the job has its own configuration."""
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Report, unless that was done just now."""
-        self.figures |= values
+        """Send a report, unless the last one is more recent than `INTERVAL`."""
+        self.metrics |= values
         self.step = self.step if step is None else step
         if time.monotonic() - self.sent >= INTERVAL:
             self.send()
 
     def send(self) -> None:
-        """Report now."""
+        """Send a report now."""
         self.sent = time.monotonic()
-        # the token is a file that the cluster replaces now and then
-        head = {"Content-Type": "application/json", "Authorization": f"Bearer {Path(os.environ[TOKEN]).read_text().strip()}"}
-        request = urllib.request.Request(self.url, json.dumps(self.report()).encode(), head, method="POST")
+        # the token is a file that the cluster replaces from time to time
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {Path(os.environ[TOKEN]).read_text().strip()}"}
+        request = urllib.request.Request(self.url, json.dumps(self.report()).encode(), headers, method="POST")
         context = ssl.create_default_context(cafile=os.environ[CERTIFICATE])
         with urllib.request.urlopen(request, timeout=TIMEOUT, context=context):
             pass
 
     def report(self) -> dict[str, Any]:
-        """What is sent: the `trainerStatus` of Kubeflow's API."""
+        """The report: the `trainerStatus` of Kubeflow's API."""
         done = self.step - self.first
-        left = (self.total - self.step) * (time.monotonic() - self.start) / done if done > 0 else None
+        seconds_left = (self.total - self.step) * (time.monotonic() - self.start) / done if done > 0 else None
         status: dict[str, Any] = {"lastUpdatedTime": datetime.now(UTC).isoformat()}
         status["progressPercentage"] = max(0, min(100, 100 * self.step // max(self.total, 1)))
-        if left is not None:
-            status["estimatedRemainingSeconds"] = int(left)
-        return {"trainerStatus": status | {"metrics": [{"name": k, "value": str(v)} for k, v in self.figures.items()]}}
+        if seconds_left is not None:
+            status["estimatedRemainingSeconds"] = int(seconds_left)
+        return {"trainerStatus": status | {"metrics": [{"name": k, "value": str(v)} for k, v in self.metrics.items()]}}
 
 
-def kubeflow(opening: Opening) -> Tracking:
-    """Opened by the job; the last report says that all is done."""
-    total = int(opening.facts.get("plan/total_steps", opening.step))
-    tracker = Kubeflow(os.environ[KUBEFLOW], total, opening.step, step=opening.step)
+def kubeflow(info: RunInfo) -> TrackerRun:
+    """Opened by the job; the last report says that the run is done."""
+    total = int(info.config.get("plan/total_steps", info.step))
+    tracker = Kubeflow(os.environ[KUBEFLOW_VARIABLE], total, info.step, step=info.step)
     tracker.send()
-    return Tracking(tracker, rename=as_they_are, finish=tracker.send)
+    return TrackerRun(tracker, rewrite=keep_names, finish=tracker.send)

@@ -1,4 +1,4 @@
-"""A tracker at work, and what it is opened with."""
+"""The open run of a tracker, and what a tracker gets to open one."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 import attrs
 
-from fts.trainer.trackers.names import by_split
+from fts.trainer.trackers.logs import rewrite_logs
 
-STEP = "train/global_step"
-"""Under which name the number of updates stands among the figures, where a tracker counts its own steps."""
+GLOBAL_STEP = "train/global_step"
+"""The name of the number of updates among the metrics of a tracker that counts its own steps."""
 
 
 @attrs.frozen
-class Opening:
-    """What a tracker is opened with.
+class RunInfo:
+    """What a tracker gets to open a run.
 
     Attributes:
         args: the arguments of the run.
-        step: the update that the run begins at.
-        run_id: of the run to go on with; None begins a new one.
-        name: of the run; None where it has none.
-        project: that it belongs to.
-        facts: what the tracker is to know of the run.
+        step: the update that the run starts at.
+        run_id: of the run to continue; None starts a new one.
+        name: of the run; None if it has none.
+        project: of the run.
+        config: the configuration to store.
     """
 
     args: Any
@@ -31,41 +31,41 @@ class Opening:
     run_id: str | None = None
     name: str | None = None
     project: str = "huggingface"
-    facts: Mapping[str, Any] = attrs.field(factory=dict)
+    config: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.define
-class Tracking:
-    """A tracker at work.
+class TrackerRun:
+    """The open run of a tracker.
 
     Attributes:
         tracker: has the methods of an `accelerate.tracking.GeneralTracker`.
-        run_id: by which a resumed run finds this one; None where the tracker cannot go on with a run.
-        rename: from the names of logs to those that the tracker shows.
-        told: whether it was opened with the facts.
-        counts: whether it counts its own steps: the updates are then one of the figures.
-        finish: ends the run; None where it is somebody else's.
-        fail: ends it as one that failed, where the tracker knows the difference.
+        run_id: by which a resumed run finds this one; None if the tracker cannot continue a run.
+        rewrite: maps the names of logs to those of the tracker.
+        has_config: whether it was opened with the configuration.
+        counts_steps: whether it counts its own steps: then the number of updates is one of the metrics.
+        finish: ends the run; None if the script or the job started it.
+        fail: ends it as failed, if the tracker distinguishes this.
     """
 
     tracker: Any
     run_id: str | None = None
-    rename: Callable[[Mapping[str, float]], dict[str, float]] = by_split
-    told: bool = False
-    counts: bool = False
+    rewrite: Callable[[Mapping[str, float]], dict[str, float]] = rewrite_logs
+    has_config: bool = False
+    counts_steps: bool = False
     finish: Callable[[], object] | None = None
     fail: Callable[[], object] | None = None
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Send figures of a step."""
-        named = self.rename(figures)
-        if self.counts:
-            self.tracker.log({**named, STEP: step})
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log the metrics of a step."""
+        rewritten = self.rewrite(metrics)
+        if self.counts_steps:
+            self.tracker.log({**rewritten, GLOBAL_STEP: step})
         else:
-            self.tracker.log(named, step=step)
+            self.tracker.log(rewritten, step=step)
 
     def close(self, failed: bool = False) -> None:
-        """End the run, unless somebody else began it."""
+        """End the run, unless the script or the job started it."""
         end = self.fail if failed and self.fail is not None else self.finish
         if end is not None:
             end()

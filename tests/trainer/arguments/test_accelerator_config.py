@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import AcceleratorConfig, TrainingArguments, check_accumulation
+from fts.trainer.arguments import (AcceleratorConfig, TrainingArguments, check_num_steps)
 
 
 def test_fields_and_defaults_are_those_of_transformers():
@@ -54,11 +54,11 @@ def test_what_cannot_work(value, message):
 
 
 def test_num_steps():
-    check_accumulation(AcceleratorConfig().gradient_accumulation_kwargs, 3)
+    check_num_steps(AcceleratorConfig().gradient_accumulation_kwargs, 3)
     for steps in (1, 3):
-        check_accumulation({"num_steps": steps}, 3)
+        check_num_steps({"num_steps": steps}, 3)
     with pytest.raises(ArgumentError, match="The `AcceleratorConfig`'s `num_steps` is set but"):
-        check_accumulation({"num_steps": 10}, 2)
+        check_num_steps({"num_steps": 10}, 2)
 
 
 def test_copies_share_nothing():

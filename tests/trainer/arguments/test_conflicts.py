@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments, check_contradictions, sampling_of
+from fts.trainer.arguments import (TrainingArguments, check_conflicts, sampling_strategy)
 
 ASKED = [
     ({"fp16": True, "bf16": True}, "fp16=True and bf16=True: at most one"),
@@ -44,7 +44,7 @@ def test_a_contradiction_is_found_when_made_and_when_looked_for(settings, messag
         setattr(args, name, value)
     before = copy.deepcopy(vars(args))
     with pytest.raises(ArgumentError, match=message):
-        check_contradictions(args)
+        check_conflicts(args)
     assert vars(args) == before
 
 
@@ -63,10 +63,10 @@ def test_a_contradiction_is_found_when_made_and_when_looked_for(settings, messag
     ids=str,
 )
 def test_what_fits_together_is_taken(settings):
-    check_contradictions(TrainingArguments(**settings))
+    check_conflicts(TrainingArguments(**settings))
 
 
 def test_the_order_of_the_rows():
-    assert sampling_of(TrainingArguments()) == "random"
-    assert sampling_of(TrainingArguments(train_sampling_strategy="sequential")) == "sequential"
-    assert sampling_of(TrainingArguments(group_by_length=True)) == "group_by_length"
+    assert sampling_strategy(TrainingArguments()) == "random"
+    assert sampling_strategy(TrainingArguments(train_sampling_strategy="sequential")) == "sequential"
+    assert sampling_strategy(TrainingArguments(group_by_length=True)) == "group_by_length"

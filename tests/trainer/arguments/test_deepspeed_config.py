@@ -7,8 +7,8 @@ import pytest
 from fts.distributed.strategies import DeepSpeed
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.deepspeed_config import config_of, filled, settled
-from fts.trainer.arguments.strategy import strategy_of
+from fts.trainer.arguments.deepspeed_config import (load_deepspeed_config, fill_deepspeed_config, finalize_deepspeed_config)
+from fts.trainer.arguments.strategy import resolve_strategy
 
 LAUNCHED = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 OF_LAUNCHER = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -42,7 +42,7 @@ def arguments(**values):
 
 def test_what_is_left_out_or_auto_comes_from_the_arguments():
     given = json.loads(json.dumps(AUTO))
-    found = settled(filled(given, arguments(), world=2), arguments(), total_steps=50, hidden_size=16)
+    found = finalize_deepspeed_config(fill_deepspeed_config(given, arguments(), world_size=2), arguments(), total_steps=50, hidden_size=16)
     assert given == AUTO
     assert found == {
         "train_batch_size": 24,
@@ -63,7 +63,7 @@ def test_what_is_left_out_or_auto_comes_from_the_arguments():
             "stage3_param_persistence_threshold": 160,
         },
     }
-    bare = filled(STAGE_2, arguments(bf16=True), world=2)
+    bare = fill_deepspeed_config(STAGE_2, arguments(bf16=True), world_size=2)
     main = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "gradient_clipping": 0.5}
     assert bare == STAGE_2 | main | {"fp16": {"enabled": False}, "bf16": {"enabled": True}}
 
@@ -87,32 +87,32 @@ def test_what_is_left_out_or_auto_comes_from_the_arguments():
 )
 def test_a_contradiction_says_both_sides(config, message):
     with pytest.raises(ArgumentError, match=f"contradicts the arguments: {message}.*'auto'"):
-        filled(config, arguments(), world=2)
+        fill_deepspeed_config(config, arguments(), world_size=2)
 
 
 def test_what_depends_on_the_run_may_contradict_it_too():
     config = {"scheduler": {"params": {"total_num_steps": 9, "warmup_num_steps": 2}}}
     with pytest.raises(ArgumentError, match=r"total_num_steps=9, but the updates of the run=50; .*warmup_num_steps=2, but warm"):
-        settled(config, arguments(), total_steps=50, hidden_size=None)
+        finalize_deepspeed_config(config, arguments(), total_steps=50, hidden_size=None)
     config = {"scheduler": {"params": {"warmup_num_steps": "auto"}}}
-    assert settled(config, arguments(warmup_steps=0), total_steps=50, hidden_size=None)["scheduler"]["params"] == {
+    assert finalize_deepspeed_config(config, arguments(warmup_steps=0), total_steps=50, hidden_size=None)["scheduler"]["params"] == {
         "warmup_num_steps": 1
     }
 
 
 def test_what_nobody_can_tell_is_an_error():
     with pytest.raises(ArgumentError, match=r"zero_optimization.reduce_bucket_size, .* = 'auto', .* hidden_size"):
-        settled({"zero_optimization": AUTO["zero_optimization"]}, arguments(), total_steps=5, hidden_size=None)
+        finalize_deepspeed_config({"zero_optimization": AUTO["zero_optimization"]}, arguments(), total_steps=5, hidden_size=None)
 
 
 def test_a_batch_size_that_is_looked_for_wins():
     config = {"train_batch_size": 100, "train_micro_batch_size_per_gpu": 50}
-    found = filled(config, arguments(), world=2, batch_size=2, auto_find_batch_size=True)
+    found = fill_deepspeed_config(config, arguments(), world_size=2, batch_size=2, auto_find_batch_size=True)
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (12, 2)
 
 
 def test_nodes_with_disks_of_their_own():
-    assert filled(STAGE_2, arguments(save_on_each_node=True), world=2)["checkpoint"] == {"use_node_local_storage": True}
+    assert fill_deepspeed_config(STAGE_2, arguments(save_on_each_node=True), world_size=2)["checkpoint"] == {"use_node_local_storage": True}
 
 
 # Where it comes from
@@ -123,9 +123,9 @@ def test_a_dictionary_text_or_file(tmp_path):
     path.write_text(json.dumps(STAGE_2))
     for given in (STAGE_2, json.dumps(STAGE_2), str(path)):
         args = TrainingArguments(deepspeed=given)
-        assert config_of(args.deepspeed, {}) == STAGE_2
-    assert config_of(None, {}) is None
-    assert config_of(None, OF_LAUNCHED_FILE | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == STAGE_2
+        assert load_deepspeed_config(args.deepspeed, {}) == STAGE_2
+    assert load_deepspeed_config(None, {}) is None
+    assert load_deepspeed_config(None, OF_LAUNCHED_FILE | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}) == STAGE_2
 
 
 OF_LAUNCHED_FILE = OF_LAUNCHER | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -150,7 +150,7 @@ def test_the_launcher_describes_it_by_variables():
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3",
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
     }
-    config = config_of(None, OF_LAUNCHER | said)
+    config = load_deepspeed_config(None, OF_LAUNCHER | said)
     assert config == {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -162,19 +162,19 @@ def test_the_launcher_describes_it_by_variables():
             "offload_param": {"device": "nvme", "nvme_path": "/disk"},
         },
     }
-    assert config_of(None, OF_LAUNCHER)["zero_optimization"] == {"stage": 2}
+    assert load_deepspeed_config(None, OF_LAUNCHER)["zero_optimization"] == {"stage": 2}
 
 
 # The strategy
 
 
 def test_it_is_a_strategy():
-    found = strategy_of(arguments(deepspeed=AUTO), LAUNCHED, world=2)
+    found = resolve_strategy(arguments(deepspeed=AUTO), LAUNCHED, world_size=2)
     assert isinstance(found, DeepSpeed)
     assert (found.stage, found.name) == (3, "DeepSpeed, ZeRO stage 3")
     assert found.config["train_batch_size"] == 24
-    assert strategy_of(arguments(gradient_accumulation_steps=1), LAUNCHED | OF_LAUNCHER, world=2).stage == 2
-    assert strategy_of(arguments(deepspeed=STAGE_2), {"RANK": "0"}, world=1).stage == 2
+    assert resolve_strategy(arguments(gradient_accumulation_steps=1), LAUNCHED | OF_LAUNCHER, world_size=2).stage == 2
+    assert resolve_strategy(arguments(deepspeed=STAGE_2), {"RANK": "0"}, world_size=1).stage == 2
     assert DeepSpeed({}).stage == 0
 
 
@@ -182,7 +182,7 @@ def test_it_is_a_strategy():
     ("environ", "values", "message"),
     [
         ({}, {"fsdp": True}, "Both DeepSpeed and FSDP"),
-        ({}, {"parallelism_config": {"tp_size": 2}}, "2 processes shall work on the same rows"),
+        ({}, {"parallelism_config": {"tp_size": 2}}, "2 processes are to work on the same examples"),
         ({}, {"max_grad_norm": 2.0, "deepspeed": {"gradient_clipping": 1.0}}, "contradicts"),
         ({}, {"deepspeed": {"zero_optimization": {"stage": 4}}}, "stage=4 must be 0, 1, 2 or 3"),
     ],
@@ -190,9 +190,9 @@ def test_it_is_a_strategy():
 )
 def test_what_cannot_be(environ, values, message):
     with pytest.raises(ArgumentError, match=message):
-        strategy_of(arguments(**({"deepspeed": STAGE_2} | values)), LAUNCHED | environ, world=2)
+        resolve_strategy(arguments(**({"deepspeed": STAGE_2} | values)), LAUNCHED | environ, world_size=2)
 
 
 def test_it_needs_a_launcher():
-    with pytest.raises(ArgumentError, match=r"^deepspeed= shares a model .* leave deepspeed out"):
-        strategy_of(arguments(deepspeed=STAGE_2), {}, world=1)
+    with pytest.raises(ArgumentError, match=r"^deepspeed= shards a model .* leave deepspeed out"):
+        resolve_strategy(arguments(deepspeed=STAGE_2), {}, world_size=1)

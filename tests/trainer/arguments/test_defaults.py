@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fts.trainer.arguments import AcceleratorConfig, Seq2SeqTrainingArguments, TrainingArguments
-from fts.trainer.arguments.value_checks import VALUES
+from fts.trainer.arguments.validators import VALIDATORS
 
 with open(Path(__file__).with_name("documented.tsv")) as table:
     DOCUMENTED = list(csv.DictReader(table, delimiter="\t"))
@@ -88,8 +88,8 @@ def test_every_argument_is_explained_in_words_that_a_parser_can_print():
 
 def test_every_argument_has_a_check():
     names = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)}
-    assert names <= set(VALUES)
-    assert set(VALUES) <= names
+    assert names <= set(VALIDATORS)
+    assert set(VALIDATORS) <= names
 
 
 def test_defaults_pass_their_checks_and_a_list_is_not_shared():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError, FtsError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments, trackers, unsupported
+from fts.trainer.arguments import (TrainingArguments, tracker_packages, unsupported)
 from fts.trainer.arguments.requirements import REQUIREMENTS
-from fts.trainer.arguments.unsupported import NOT_YET
+from fts.trainer.arguments.unsupported import UNSUPPORTED
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -40,7 +40,7 @@ def test_what_is_not_there_yet_says_so(name, value):
 
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("azure_ml", "azureml-core"), ("flyte", "flytekit")])
 def test_trackers_need_their_packages(name, package, monkeypatch):
-    monkeypatch.setattr(trackers, "_found", lambda module: False)
+    monkeypatch.setattr(tracker_packages, "_found", lambda module: False)
     message = rf"report_to=\[.*'{name}'\] needs the package \w+, which is not there. pip install {package}, or leave '{name}' out"
     refuses("report_to", name, message, MissingDependencyError)
     refuses("report_to", ["none", name], message, MissingDependencyError)
@@ -66,12 +66,12 @@ def test_every_row_of_the_table_is_an_argument_with_a_remedy():
     from fts.trainer.arguments import Seq2SeqTrainingArguments
 
     names = {field.name for field in fields(Seq2SeqTrainingArguments)}
-    assert set(NOT_YET) <= names
+    assert set(UNSUPPORTED) <= names
     assert set(REQUIREMENTS) <= names
-    assert all(row.remedy.endswith(".") for row in NOT_YET.values())
-    for row in unsupported.NOT_YET:
+    assert all(row.remedy.endswith(".") for row in UNSUPPORTED.values())
+    for row in unsupported.UNSUPPORTED:
         default = getattr(Seq2SeqTrainingArguments(), row)
-        unsupported.check_is_there(row, default)
+        unsupported.check_supported(row, default)
 
 
 @without_cuda
@@ -111,7 +111,7 @@ def test_lower_precision_works_on_the_cpu():
 
 def test_a_gpu_without_bf16(monkeypatch):
     monkeypatch.setattr(
-        "fts.trainer.arguments.processes.device_of", lambda args: torch.device("cpu" if args.use_cpu else "cuda:0")
+        "fts.trainer.arguments.processes.resolve_device", lambda args: torch.device("cpu" if args.use_cpu else "cuda:0")
     )
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ArgumentError, match=r"bf16=True needs a GPU that computes in bfloat16 .* Use fp16=True, or use_cpu=True"):

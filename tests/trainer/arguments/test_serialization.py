@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.choices import IntervalStrategy
+from fts.trainer.arguments.enums import IntervalStrategy
 
 
 def test_enums_lists_and_dtypes_become_plain():

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments, trackers
+from fts.trainer.arguments import (TrainingArguments, tracker_packages)
 
 CALLS = [
     ("set_training", {}),
@@ -72,7 +72,7 @@ def test_steps_need_a_number(name):
 
 
 def test_set_logging_checks_trackers(monkeypatch):
-    monkeypatch.setattr(trackers, "_found", lambda module: module == "mlflow")
+    monkeypatch.setattr(tracker_packages, "_found", lambda module: module == "mlflow")
     assert TrainingArguments().set_logging(report_to=["mlflow"]).report_to == ["mlflow"]
     with pytest.raises(MissingDependencyError, match="needs the package wandb"):
         TrainingArguments().set_logging(report_to="wandb")

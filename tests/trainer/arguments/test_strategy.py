@@ -7,18 +7,18 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 
-from fts.distributed.device_mesh import Mesh, data_place
+from fts.distributed.device_mesh import (Mesh, data_parallel_rank_and_size)
 from fts.distributed.strategies import DDP, FSDP, SingleProcess
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.choices import FSDPOption
-from fts.trainer.arguments.strategy import mesh_for, strategy_of
+from fts.trainer.arguments.enums import FSDPOption
+from fts.trainer.arguments.strategy import (resolve_mesh, resolve_strategy)
 
 LAUNCHED = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 
 
 def asked(environ=(), world=2, **arguments):
-    return strategy_of(TrainingArguments(**arguments), LAUNCHED | dict(environ), world=world)
+    return resolve_strategy(TrainingArguments(**arguments), LAUNCHED | dict(environ), world_size=world)
 
 
 def refuses(message, environ=(), world=2, **arguments):
@@ -145,7 +145,7 @@ def test_what_cannot_be_is_an_error(settings, message):
 def test_what_fsdp2_does_otherwise_is_said_once(settings, words, caplog):
     with caplog.at_level(logging.WARNING):
         args = TrainingArguments(fsdp=True, fsdp_config=settings)
-        assert strategy_of(args, LAUNCHED, world=2) == FSDP()
+        assert resolve_strategy(args, LAUNCHED, world_size=2) == FSDP()
     assert [words in record.getMessage() for record in caplog.records] == [True]
 
 
@@ -176,9 +176,9 @@ def test_arguments_contradict_each_other():
     refuses("'no_shard' keeps parameters whole", fsdp="no_shard offload")
     refuses("'full_shard' and 'shard_grad_op'", fsdp="full_shard shard_grad_op")
     refuses("'fast' is unknown", fsdp="fast")
-    with pytest.raises(ArgumentError, match="fsdp=True shares a model between processes, but the script was not started by"):
-        strategy_of(TrainingArguments(fsdp=True), {}, world=1)
-    assert strategy_of(TrainingArguments(fsdp=True), {"RANK": "0", "WORLD_SIZE": "1"}, world=1) == FSDP()
+    with pytest.raises(ArgumentError, match="fsdp=True shards a model over processes, but the script was not started by"):
+        resolve_strategy(TrainingArguments(fsdp=True), {}, world_size=1)
+    assert resolve_strategy(TrainingArguments(fsdp=True), {"RANK": "0", "WORLD_SIZE": "1"}, world_size=1) == FSDP()
 
 
 # accelerate launch
@@ -252,14 +252,14 @@ def test_ddp_arguments():
 
 
 def test_one_process():
-    assert strategy_of(TrainingArguments(use_cpu=True), {}, world=1) == SingleProcess()
+    assert resolve_strategy(TrainingArguments(use_cpu=True), {}, world_size=1) == SingleProcess()
 
 
 # The mesh
 
 
 def laid_out(world, environ=(), tensor=1, **arguments):
-    return mesh_for(TrainingArguments(**arguments), LAUNCHED | dict(environ), world=world, tensor=tensor)
+    return resolve_mesh(TrainingArguments(**arguments), LAUNCHED | dict(environ), world_size=world, tp_size=tensor)
 
 
 def test_processes_are_laid_out():
@@ -273,16 +273,16 @@ def test_processes_are_laid_out():
     assert laid_out(2, tensor=2) == Mesh(tensor=2)
     environ = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
     assert laid_out(4, environ, fsdp=True) == Mesh(shard=2, context=2)
-    assert strategy_of(TrainingArguments(fsdp=True, parallelism_config=sizes), LAUNCHED, world=8) == FSDP(replicate=2)
-    assert strategy_of(TrainingArguments(), LAUNCHED, world=2, tensor=2) == SingleProcess()  # the same rows for both
-    assert [data_place(rank, Mesh(shard=2, context=2)) for rank in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert resolve_strategy(TrainingArguments(fsdp=True, parallelism_config=sizes), LAUNCHED, world_size=8) == FSDP(replicate=2)
+    assert resolve_strategy(TrainingArguments(), LAUNCHED, world_size=2, tp_size=2) == SingleProcess()  # the same examples for both
+    assert [data_parallel_rank_and_size(rank, Mesh(shard=2, context=2)) for rank in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 def test_sizes_that_do_not_fit():
     for world, message, arguments in (
-        (4, "cannot be cut into groups of 3", {"parallelism_config": {"tp_size": 3}}),
+        (4, "cannot be divided into groups of 3", {"parallelism_config": {"tp_size": 3}}),
         (4, "Add fsdp=True", {"parallelism_config": {"tp_size": 2}}),
-        (4, "nothing shards. Add fsdp=True", {"parallelism_config": {"dp_shard_size": 4}}),
+        (4, "nothing is sharded. Add fsdp=True", {"parallelism_config": {"dp_shard_size": 4}}),
         (6, "lays out 4 processes .* but 6 were started", {"fsdp": True, "parallelism_config": {"dp_shard_size": 4}}),
         (2, "lays out 3 processes .* but 2 were started", {"parallelism_config": {"dp_replicate_size": 3}}),
     ):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import Seq2SeqTrainingArguments, TrainingArguments, check_contradictions
-from fts.trainer.arguments.choices import IntervalStrategy
+from fts.trainer.arguments import (Seq2SeqTrainingArguments, TrainingArguments, check_conflicts)
+from fts.trainer.arguments.enums import IntervalStrategy
 
 BAD = [
     ("eval_strategy", "sometimes", "eval_strategy='sometimes' is unknown. Use one of 'no', 'steps', 'epoch'"),
@@ -219,9 +219,9 @@ def test_two_arguments_can_be_changed_one_after_the_other():
     args = TrainingArguments(eval_strategy="steps", eval_steps=100, save_steps=200, load_best_model_at_end=True)
     args.eval_strategy = "epoch"
     with pytest.raises(ArgumentError, match="eval_strategy='epoch' and save_strategy='steps'"):
-        check_contradictions(args)
+        check_conflicts(args)
     args.save_strategy = "epoch"
-    check_contradictions(args)
+    check_conflicts(args)
 
 
 def test_arguments_can_be_copied_pickled_and_replaced():

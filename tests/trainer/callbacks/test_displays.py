@@ -12,7 +12,7 @@ import pytest
 
 from fts.trainer import ProgressCallback, TrainerState
 from fts.trainer.callbacks import close_bars
-from fts.trainer.callbacks.displays import ROWS, table_of
+from fts.trainer.callbacks.displays import (MAX_TABLE_ROWS, html_table)
 from tests.trainer.helpers import arguments
 
 ROOT = Path(__file__).parents[3]
@@ -125,16 +125,16 @@ def test_a_table_of_many_logs_has_the_newest(notebook):
     state = TrainerState(max_steps=1000)
     shown = ProgressCallback()
     shown.on_train_begin(None, state, None)
-    for step in range(1, ROWS + 51):
+    for step in range(1, MAX_TABLE_ROWS + 51):
         state.global_step = step
         shown.on_step_end(None, state, None)
         shown.on_log(None, state, None, logs={"loss": 1.0})
     text = shown.training_bar.text()
-    assert re.findall(r"<tr><td>(\d+)</td>", text) == [str(step) for step in range(51, ROWS + 51)]
+    assert re.findall(r"<tr><td>(\d+)</td>", text) == [str(step) for step in range(51, MAX_TABLE_ROWS + 51)]
 
 
 def test_texts_do_not_become_markup():
-    assert "&lt;b&gt;" in table_of([{"note": "<b>"}])
+    assert "&lt;b&gt;" in html_table([{"note": "<b>"}])
 
 
 @pytest.mark.parametrize("where", ["lines", "terminal"])

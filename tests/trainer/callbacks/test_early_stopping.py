@@ -5,7 +5,7 @@ import pytest
 
 from fts.errors import ArgumentError
 from fts.trainer import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
-from fts.trainer.evaluation.best_model import note_best
+from fts.trainer.evaluation.best_model import update_best_metric
 from tests.trainer.helpers import make_trainer
 
 transformers = pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ def test_nan_is_no_progress():
     for value in (math.nan, 3.0, math.nan, 2.0, math.nan, math.nan):
         control = TrainerControl()
         stopper.on_evaluate(args, state, control, metrics={"eval_loss": value})
-        note_best(args, state, {"eval_loss": value})
+        update_best_metric(args, state, {"eval_loss": value})
         counts.append((stopper.early_stopping_patience_counter, control.should_training_stop))
     assert counts == [(1, False), (0, False), (1, False), (0, False), (1, False), (2, True)]
 

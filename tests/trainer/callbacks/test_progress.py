@@ -7,7 +7,7 @@ import pytest
 from fts.errors import MissingDependencyError
 from fts.trainer import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import close_bars
-from fts.trainer.callbacks.displays import Lines
+from fts.trainer.callbacks.displays import LineDisplay
 from tests.trainer.helpers import arguments, make_trainer
 
 transformers = pytest.importorskip("transformers")
@@ -97,11 +97,11 @@ def test_a_resumed_bar_goes_on_where_it_was(terminal):
 def test_the_speed_is_that_of_this_run(monkeypatch):
     state = TrainerState(global_step=40, max_steps=100, train_batch_size=4)
     shown = begun(state, arguments("unused", gradient_accumulation_steps=2))
-    assert isinstance(shown.training_bar, Lines)
+    assert isinstance(shown.training_bar, LineDisplay)
     state.global_step = 45
     shown.on_step_end(None, state, None)
     now = shown.training_bar.shown.start
-    monkeypatch.setattr("fts.trainer.callbacks.shown.time.monotonic", lambda: now + 10.0)
+    monkeypatch.setattr("fts.trainer.callbacks.progress_state.time.monotonic", lambda: now + 10.0)
     # 5 updates of 8 rows in 10 seconds, and 55 are left
     assert shown.training_bar.shown.line() == "train 45/100 (45%), 4 items/s, 0:00:10 so far, 0:01:50 left"
 

@@ -12,7 +12,7 @@ from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer.cards import card as cards, metadata
 from fts.trainer.cards.metadata import license_of
-from fts.trainer.cards.results import MOST, final_results, markdown, shown, table
+from fts.trainer.cards.results import (MAX_TABLE_ROWS, final_results, markdown_table, format_value, evaluation_table)
 from tests.trainer.helpers import Linear, make_trainer
 
 
@@ -119,7 +119,7 @@ def test_the_table_has_every_evaluation(tmp_path):
         loss = next(entry["loss"] for entry in history if "loss" in entry and entry["step"] == step)
         evaluated = next(entry for entry in history if "eval_loss" in entry and entry["step"] == step)
         expected = (loss, evaluated["epoch"], step, evaluated["eval_loss"], 0.875, 12.5, float("nan"))
-        assert row == [shown(value) for value in expected]
+        assert row == [format_value(value) for value in expected]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -167,14 +167,14 @@ def test_results_are_those_of_the_weights_that_are_there(tmp_path):
     assert final_results([{"loss": 1.0, "step": 1}]) == {}
     several = [{"eval_a_loss": 1.0, "step": 2}, {"eval_b_loss": 2.0, "step": 2}]
     assert final_results(several) == {"a_loss": 1.0, "b_loss": 2.0}
-    assert table(several) == [{"Training Loss": "No log", "Epoch": None, "Step": 2, "A Loss": 1.0, "B Loss": 2.0}]
+    assert evaluation_table(several) == [{"Training Loss": "No log", "Epoch": None, "Step": 2, "A Loss": 1.0, "B Loss": 2.0}]
 
 
 def test_long_tables_are_thinned():
-    rows = table([{"eval_loss": 1.0, "step": step} for step in range(1, 1001)])
-    assert len(rows) == MOST
+    rows = evaluation_table([{"eval_loss": 1.0, "step": step} for step in range(1, 1001)])
+    assert len(rows) == MAX_TABLE_ROWS
     assert rows[-1]["Step"] == 1000
-    assert "| 1000 |" in markdown(rows)
+    assert "| 1000 |" in markdown_table(rows)
 
 
 def test_what_people_wrote_stays(tmp_path):
@@ -182,7 +182,7 @@ def test_what_people_wrote_stays(tmp_path):
     trainer.create_model_card(tags="first", license="mit")
     path = tmp_path / "README.md"
     text = path.read_text()
-    text = text.replace(f"## Model description\n\n{cards.BLANK}", "## Model description\n\nIt adds.\n\n### More\n\nOf it.")
+    text = text.replace(f"## Model description\n\n{cards.PLACEHOLDER}", "## Model description\n\nIt adds.\n\n### More\n\nOf it.")
     path.write_text(text.replace("license: mit", "license: mit\nthumbnail: a.png"))
     trainer.log({"eval_accuracy": 0.5})
     trainer.create_model_card(tags=["second"])
@@ -236,18 +236,18 @@ def test_what_a_model_tells(tmp_path, monkeypatch):
     trainer.create_model_card()
     data = card(tmp_path).data
     assert (data.library_name, data.base_model, data.license) == ("transformers", "google/some-bert", None)
-    assert metadata.inferred(trainer).tasks == ["text-classification"]
+    assert metadata.infer_fields(trainer).tasks == ["text-classification"]
     assert "- Transformers 5." in card(tmp_path).text
     for local in (str(tmp_path), "a/path/of/folders", ""):
         made = make_trainer(tmp_path, bert(local), train_dataset=rows, eval_dataset=None)
-        assert metadata.inferred(made).finetuned_from is None
+        assert metadata.infer_fields(made).finetuned_from is None
 
 
 def test_what_a_data_set_tells(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"x": [[0.0] * 4], "labels": [0.0]}, split="validation")
     trainer = make_trainer(tmp_path, Linear(), eval_dataset=rows)
-    assert metadata.inferred(trainer).dataset_tags == []
+    assert metadata.infer_fields(trainer).dataset_tags == []
     rows.info.builder_name, rows.info.dataset_name, rows.info.config_name = "parquet", "glue", "mrpc"
     rows.info.builder_name = "glue"
     trainer.log({"eval_f1": 0.5})

@@ -11,7 +11,8 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_extra
 from fts.storage.manifest import write_manifest
 from fts.trainer import TrainerCallback
-from fts.trainer.checkpoints.resume import UNHEEDED, Cut, argument_changes, convert, seed_changes
+from fts.trainer.checkpoints.argument_changes import (IGNORED_ARGUMENTS, changed_arguments, seed_changes)
+from fts.trainer.checkpoints.epoch_layout import (EpochLayout, convert_position)
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 ROWS = 24
@@ -136,17 +137,17 @@ def test_streams_are_converted_unless_workers_divide_them(tmp_path):
 
 
 def test_conversion():
-    old = Cut(batch_size=4, micro_batches=1, items=22)  # 6 steps
+    old = EpochLayout(batch_size=4, micro_batches=1, items=22)  # 6 steps
     for position in (Position(0, 0), Position(1, 3), Position(1, 6)):
-        assert convert(position, old, old) == position
-    new = Cut(batch_size=2, micro_batches=2, items=22)
-    assert convert(Position(1, 3), old, new) == Position(1, 3)
-    new = Cut(batch_size=2, micro_batches=1, items=22)
-    assert convert(Position(1, 3), old, new) == Position(1, 6)
-    assert convert(Position(1, 6), old, new) == Position(1, 11)
-    assert convert(Position(1, 5), Cut(4, 1, 22, drop_last=True), old) == Position(1, 6)
+        assert convert_position(position, old, old) == position
+    new = EpochLayout(batch_size=2, micro_batches=2, items=22)
+    assert convert_position(Position(1, 3), old, new) == Position(1, 3)
+    new = EpochLayout(batch_size=2, micro_batches=1, items=22)
+    assert convert_position(Position(1, 3), old, new) == Position(1, 6)
+    assert convert_position(Position(1, 6), old, new) == Position(1, 11)
+    assert convert_position(Position(1, 5), EpochLayout(4, 1, 22, drop_last=True), old) == Position(1, 6)
     with pytest.raises(ArgumentError):
-        convert(Position(1, 1), old, Cut(3, 1, 22))
+        convert_position(Position(1, 1), old, EpochLayout(3, 1, 22))
 
 
 # other arguments
@@ -170,9 +171,9 @@ def test_each_argument_has_a_line_that_names_both_values(tmp_path):
     args = arguments(tmp_path)
     before = json.loads(json.dumps(args.to_dict(), default=str))
     assert len(before) > 100
-    assert argument_changes(args, before) == []
-    for name in before.keys() - set(UNHEEDED):
-        (line,) = argument_changes(args, before | {name: "another"})
+    assert changed_arguments(args, before) == []
+    for name in before.keys() - set(IGNORED_ARGUMENTS):
+        (line,) = changed_arguments(args, before | {name: "another"})
         assert line == f"{name}: {before[name]} (from args) != another (from training_args.json)"
     for name in ("seed", "data_seed"):  # the only ones that a checkpoint wins
         (line,) = seed_changes(arguments(tmp_path, **{name: 7}), 42, 42)

@@ -77,7 +77,7 @@ def test_a_disk_error_ends_the_run_at_the_next_step_with_its_cause(tmp_path, mon
 
     trainer = make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=3)
     calls = []
-    real = async_checkpointer.complete
+    real = async_checkpointer.commit
     monkeypatch.setattr(
         async_checkpointer, "complete", lambda *args: calls.append(1) or (real(*args) if len(calls) == 1 else full())
     )

@@ -5,14 +5,14 @@ import sys
 import pytest
 import torch
 
-from fts.trainer.data.collator import collator_for, default_data_collator
+from fts.trainer.data.collator import (get_data_collator, default_data_collator)
 from tests.trainer.data import minilm, tokenized
 
 
 def test_tokenizers_pad_as_in_transformers():
     transformers = pytest.importorskip("transformers")
     tokenizer = minilm()
-    collator = collator_for(tokenizer)
+    collator = get_data_collator(tokenizer)
     assert type(collator) is transformers.DataCollatorWithPadding
     rows = tokenized(tokenizer).remove_columns(["text", "number"])
     batch = collator([rows[i] for i in (0, 5)])
@@ -22,11 +22,11 @@ def test_tokenizers_pad_as_in_transformers():
 
 def test_feature_extractors_of_sequences_pad_and_image_processors_do_not():
     transformers = pytest.importorskip("transformers")
-    assert type(collator_for(transformers.Wav2Vec2FeatureExtractor())) is transformers.DataCollatorWithPadding
+    assert type(get_data_collator(transformers.Wav2Vec2FeatureExtractor())) is transformers.DataCollatorWithPadding
     images = (
         transformers.ViTImageProcessorPil if hasattr(transformers, "ViTImageProcessorPil") else transformers.ViTImageProcessor
     )
-    assert collator_for(images()) is default_data_collator
+    assert get_data_collator(images()) is default_data_collator
 
 
 class OwnTokenizer:
@@ -39,14 +39,14 @@ class OwnTokenizer:
 
 
 def test_a_tokenizer_of_ones_own_pads():
-    collator = pickle.loads(pickle.dumps(collator_for(OwnTokenizer())))  # noqa: S301 - as workers receive it
+    collator = pickle.loads(pickle.dumps(get_data_collator(OwnTokenizer())))  # noqa: S301 - as workers receive it
     batch = collator([{"input_ids": [1], "label": 1}, {"input_ids": [1, 2], "label": 0}])
     assert {name: value.tolist() for name, value in batch.items()} == {"input_ids": [[1, 0], [1, 2]], "labels": [1, 0]}
 
 
 def test_nothing_pads_without_a_processing_class():
-    assert collator_for(None) is default_data_collator
-    assert collator_for(object()) is default_data_collator
+    assert get_data_collator(None) is default_data_collator
+    assert get_data_collator(object()) is default_data_collator
 
 
 def test_no_collator_of_ours_needs_transformers():
@@ -54,11 +54,11 @@ def test_no_collator_of_ours_needs_transformers():
 import sys
 sys.modules["transformers"] = None
 import torch
-from fts.trainer.data.collator import collator_for
+from fts.trainer.data.collator import get_data_collator
 class Pads:
     def pad(self, features, padding, return_tensors):
         return {"x": torch.tensor([row["x"] for row in features])}
-assert collator_for(Pads())([{"x": 1}])["x"].tolist() == [1]
-assert collator_for(None)([{"x": 1, "label": 2}])["labels"].tolist() == [2]
+assert get_data_collator(Pads())([{"x": 1}])["x"].tolist() == [1]
+assert get_data_collator(None)([{"x": 1, "label": 2}])["labels"].tolist() == [2]
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

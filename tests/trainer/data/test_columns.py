@@ -6,8 +6,8 @@ from torch import nn
 
 from fts.errors import DataError
 from fts.trainer.data.collator import default_data_collator
-from fts.trainer.data.columns import accepted_columns, bare_model, label_names_of, takes_names, unexpected_keys, without_unused
-from fts.trainer.data.loading import eval_dataloader
+from fts.trainer.data.columns import (signature_columns, unwrap_model, find_labels, forward_arguments, unexpected_keys, remove_unused_columns)
+from fts.trainer.data.dataloader import eval_dataloader
 from tests.trainer.data import settings
 
 
@@ -28,18 +28,18 @@ def rows():
 
 
 def test_the_columns_of_a_model_are_the_arguments_of_its_forward():
-    assert accepted_columns(Net(), ["labels", "target"]) == ("x", "mask", "labels", "label", "label_ids", "target")
-    assert accepted_columns(Anything(), ["labels"]) is None
-    assert label_names_of(Net()) == ["labels"]
-    assert label_names_of(ReaderForQuestionAnswering()) == ["start_positions", "end_positions"]
+    assert signature_columns(Net(), ["labels", "target"]) == ("x", "mask", "labels", "label", "label_ids", "target")
+    assert signature_columns(Anything(), ["labels"]) is None
+    assert find_labels(Net()) == ["labels"]
+    assert find_labels(ReaderForQuestionAnswering()) == ["start_positions", "end_positions"]
     assert unexpected_keys(Net(), {"x": 1, "text": 2}) == ["text"]
     assert unexpected_keys(Anything(), {"text": 2}) == []
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_wrappers_are_looked_through(wrap):
-    assert bare_model(wrap(Net())).__class__ is Net
-    assert takes_names(wrap(Net())) == ["x", "mask", "labels"]
+    assert unwrap_model(wrap(Net())).__class__ is Net
+    assert forward_arguments(wrap(Net())) == ["x", "mask", "labels"]
 
 
 def test_models_of_peft_are_looked_through():
@@ -54,8 +54,8 @@ def test_models_of_peft_are_looked_through():
 
     config = peft.LoraConfig(target_modules=["lin"])
     for model in (peft.get_peft_model(Small(), config), peft.PeftMixedModel(Small(), config)):
-        assert type(bare_model(model)) is Small
-        assert accepted_columns(model, label_names_of(model)) == ("x", "labels", "label", "label_ids")
+        assert type(unwrap_model(model)) is Small
+        assert signature_columns(model, find_labels(model)) == ("x", "labels", "label", "label_ids")
 
 
 def batch_of(data, accepted):
@@ -67,7 +67,7 @@ def test_datasets_lose_what_the_model_does_not_take(form, caplog):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(rows()).with_format(form)
     with caplog.at_level(logging.INFO):
-        kept, collator = without_unused(data, default_data_collator, ["x", "label"], "training")
+        kept, collator = remove_unused_columns(data, default_data_collator, ["x", "label"], "training")
     assert kept.column_names == ["x", "label"]
     assert collator is default_data_collator
     assert "training set's columns text" in caplog.text
@@ -76,7 +76,7 @@ def test_datasets_lose_what_the_model_does_not_take(form, caplog):
     assert found["labels"].dtype == torch.int64
     assert found["labels"].tolist() == [1] * 4
     with pytest.raises(DataError, match="takes none of the training set's columns: they are x, text, label; it takes y"):
-        without_unused(data, default_data_collator, ["y"], "training")
+        remove_unused_columns(data, default_data_collator, ["y"], "training")
 
 
 def test_columns_that_a_transform_makes_are_kept():

@@ -10,10 +10,11 @@ from fts.errors import ArgumentError, DataError
 from fts.loops import Position
 from fts.steps import MicroBatches, PaddingBatch
 from fts.trainer import Trainer
-from fts.trainer.checkpoints.resume import Cut, convert
-from fts.trainer.data import loading, shards
-from fts.trainer.data.batch_samples import SampledBatches, drawn_by
-from fts.trainer.data.sampling import data_seed
+from fts.trainer.arguments import data_parallel
+from fts.trainer.checkpoints.epoch_layout import (EpochLayout, convert_position)
+from fts.trainer.data import (dataloader, shards)
+from fts.trainer.data.batch_samples import (SampledBatches, with_batch_samples)
+from fts.trainer.data.sampler import data_seed
 from fts.trainer.run.plan import make_plan
 from tests.trainer.data import settings
 from tests.trainer.helpers import Linear, make_trainer
@@ -39,8 +40,8 @@ def as_process(monkeypatch):
     """Let this process be one of several."""
 
     def become(rank, size):
-        for room in (shards, loading):
-            monkeypatch.setattr(room, "data_parallel_rank", lambda args: (rank, size))
+        for module in (data_parallel, shards, dataloader):
+            monkeypatch.setattr(module, "data_parallel_rank", lambda args: (rank, size))
 
     return become
 
@@ -100,7 +101,7 @@ def test_an_update_has_the_rows_that_one_process_gives_it(changes, size, tmp_pat
         expected = [[row for micro in step for row in micro] for step in visited(one, **where)]
         assert together(shares, **where) == expected
     assert {share.steps_per_epoch for share in shares} == {one.steps_per_epoch}
-    assert {share.num_items for share in shares} == {one.num_items}
+    assert {share.num_examples for share in shares} == {one.num_examples}
 
 
 def test_data_that_can_only_be_iterated_are_dispatched_unless_that_is_refused(tmp_path, as_process, monkeypatch):
@@ -148,10 +149,10 @@ def test_a_users_own_draw_sees_batches_that_count(tmp_path, as_process):
 
     as_process(1, 2)
     source = trainer_of(tmp_path, data=numbered(9), train_sampling_strategy="sequential").train_source(0)
-    first, last = drawn_by(draw, source, torch.device("cpu")).epoch(0)
-    assert isinstance(first, SampledBatches) and first.items_in_batch == 4
+    first, last = with_batch_samples(draw, source, torch.device("cpu")).epoch(0)
+    assert isinstance(first, SampledBatches) and first.num_items_in_batch == 4
     assert seen == [[[4.0, 5.0, 6.0, 7.0]], []]
-    assert len(last) == 1 and isinstance(last[0], PaddingBatch) and last.items_in_batch == 0
+    assert len(last) == 1 and isinstance(last[0], PaddingBatch) and last.num_items_in_batch == 0
 
 
 SIZES = st.integers(1, 4)
@@ -168,12 +169,12 @@ SIZES = st.integers(1, 4)
     at=st.integers(0, 9),
 )
 def test_positions_are_those_of_other_numbers_of_processes(items, batch, accumulate, before, after, drop_last, at):
-    old = Cut(batch, accumulate, items, drop_last, processes=before)
-    new = Cut(batch, accumulate, items, drop_last, processes=after)
+    old = EpochLayout(batch, accumulate, items, drop_last, processes=before)
+    new = EpochLayout(batch, accumulate, items, drop_last, processes=after)
     assert old.steps is not None and new.steps is not None
     position = Position(1, min(at, old.steps))
     try:
-        moved = convert(position, old, new)
+        moved = convert_position(position, old, new)
     except ArgumentError:
         assert 0 < position.batch < old.steps and position.batch * old.rows % new.rows
         return
@@ -181,7 +182,7 @@ def test_positions_are_those_of_other_numbers_of_processes(items, batch, accumul
         assert moved == Position(1, new.steps)
     else:
         assert moved.batch * new.rows == position.batch * old.rows
-        assert convert(moved, new, old) == position or moved.batch >= new.steps
+        assert convert_position(moved, new, old) == position or moved.batch >= new.steps
 
 
 def test_steps_of_a_cut_are_those_of_the_shared_source(tmp_path, as_process):
@@ -192,7 +193,7 @@ def test_steps_of_a_cut_are_those_of_the_shared_source(tmp_path, as_process):
                 tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=2, dataloader_drop_last=drop_last
             )
             source = trainer.train_source(data_seed(trainer.args))
-            assert source.steps_per_epoch == Cut(3, 2, ROWS, drop_last, processes=size).steps
+            assert source.steps_per_epoch == EpochLayout(3, 2, ROWS, drop_last, processes=size).steps
 
 
 def test_the_plan_counts_the_rows_of_all_processes(as_process):

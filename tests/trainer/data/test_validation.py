@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fts.errors import BatchError, DataError
 from fts.loops import source
-from fts.randomness import generator_states, same_states
+from fts.randomness import (get_rng_states, rng_states_equal)
 from fts.trainer.data.collator import default_data_collator
-from fts.trainer.data.validation import ROWS, check_batch, check_data, check_loader, checked
+from fts.trainer.data.validation import (MAX_EXAMPLES, check_batch, check_examples, check_dataloader, check_first_batch)
 
 OWN = SimpleNamespace(label_names=("labels",), fn=None)
 
@@ -21,7 +21,7 @@ class Net(nn.Module):
 
 
 def check(data, model=None, loss=OWN, collator=default_data_collator, **changes):
-    check_data(data, collator, Net() if model is None else model, loss, "training", rows=4, **changes)
+    check_examples(data, collator, Net() if model is None else model, loss, "training", rows=4, **changes)
 
 
 def rows(**changes):
@@ -97,11 +97,11 @@ class Noisy:
 
 
 def test_looking_changes_no_random_state_and_reads_few_rows():
-    data, before = Noisy(), generator_states(torch.device("cpu"))
+    data, before = Noisy(), get_rng_states(torch.device("cpu"))
     check(data)
-    check_data(data, default_data_collator, Net(), OWN, "training", rows=64)
-    assert same_states(before, generator_states(torch.device("cpu")))
-    assert data.read == [*range(4), *range(ROWS)]
+    check_examples(data, default_data_collator, Net(), OWN, "training", rows=64)
+    assert rng_states_equal(before, get_rng_states(torch.device("cpu")))
+    assert data.read == [*range(4), *range(MAX_EXAMPLES)]
 
 
 class Stream(IterableDataset):
@@ -117,22 +117,22 @@ def test_nothing_that_could_be_consumed_is_read():
     check(consumed())
     check([])
     for loader in (DataLoader(Stream()), consumed(), [{"x": 1}], DataLoader(Noisy(), sampler=[7], batch_size=None)):
-        check_loader(loader, Net(), OWN, "training")
+        check_dataloader(loader, Net(), OWN, "training")
     own = DataLoader(Noisy(), batch_sampler=[[7, 8], [9]])
-    check_loader(own, Net(), OWN, "training")
+    check_dataloader(own, Net(), OWN, "training")
     assert own.dataset.read == []
 
 
 def test_a_loader_is_checked_by_its_data_set_and_collator():
-    check_loader(DataLoader(rows(), batch_size=2, collate_fn=default_data_collator), Net(), OWN, "training")
+    check_dataloader(DataLoader(rows(), batch_size=2, collate_fn=default_data_collator), Net(), OWN, "training")
     with pytest.raises(DataError, match="evaluation set has no labels"):
-        check_loader(DataLoader([{"x": 1.0}], batch_size=2), Net(), OWN, "evaluation")
-    check_loader(DataLoader([{"x": 1.0}], batch_size=2), Net(), OWN, "evaluation", labelled=False)
+        check_dataloader(DataLoader([{"x": 1.0}], batch_size=2), Net(), OWN, "evaluation")
+    check_dataloader(DataLoader([{"x": 1.0}], batch_size=2), Net(), OWN, "evaluation", labelled=False)
 
 
 def test_what_cannot_be_looked_at_before_is_checked_at_its_first_batch():
     seen = []
-    watched = checked(source([[1], [2], [3]]), seen.append)
+    watched = check_first_batch(source([[1], [2], [3]]), seen.append)
     assert list(watched.epoch(0, start=1)) == [[2], [3]]
     assert list(watched.epoch(1)) == [[1], [2], [3]]
     assert seen == [[2]]
@@ -141,7 +141,7 @@ def test_what_cannot_be_looked_at_before_is_checked_at_its_first_batch():
         raise DataError("no")
 
     with pytest.raises(DataError, match="no"):
-        next(checked(source([[1]]), refuse).epoch(0))
+        next(check_first_batch(source([[1]]), refuse).epoch(0))
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

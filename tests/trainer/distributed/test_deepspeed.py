@@ -144,7 +144,7 @@ def test_no_run_resumes(tmp_path, without_engine):
 
 
 def test_what_stands_for_the_optimizer_cannot_be_called():
-    transform = deepspeed.inert("its own")
+    transform = deepspeed.placeholder_transform("its own")
     assert transform.init({"w": torch.zeros(1)}) == ()
     with pytest.raises(ArgumentError, match="no transform updates the weights, but its own"):
         transform.update({}, (), {})
@@ -154,9 +154,9 @@ def test_what_stands_for_the_optimizer_cannot_be_called():
 
 def test_parameters_in_buffers_are_known():
     layer = nn.Linear(2, 2)
-    assert not deepspeed.in_buffers(layer)
+    assert not deepspeed.has_flat_buffers(layer)
     layer.weight.data = torch.zeros(8)[:4].reshape(2, 2)
-    assert deepspeed.in_buffers(layer)
+    assert deepspeed.has_flat_buffers(layer)
     assert not deepspeed.is_partitioned(layer)
 
 

@@ -6,11 +6,11 @@ import pytest
 
 from fts.errors import DataError
 from fts.trainer.evaluation import arrays
-from fts.trainer.evaluation.arrays import Space, free_memory
+from fts.trainer.evaluation.arrays import (ArrayAllocator, available_memory)
 
 
 def test_arrays_beyond_the_limit_lie_in_files(tmp_path):
-    space = Space(limit=1000, folder=tmp_path)
+    space = ArrayAllocator(limit=1000, directory=tmp_path)
     small = space.array((100,), "float32")
     large = space.array((10, 30), "float32")  # 1200 bytes
     assert small.base is None
@@ -26,7 +26,7 @@ def test_a_file_is_gone_with_its_last_view(tmp_path):
     def mapped():
         return Path("/proc/self/maps").read_text().count(str(tmp_path))
 
-    view = Space(limit=0, folder=tmp_path).array((1000, 1000), "float32")[:10]
+    view = ArrayAllocator(limit=0, directory=tmp_path).array((1000, 1000), "float32")[:10]
     gc.collect()
     assert mapped() == 1
     del view
@@ -35,7 +35,7 @@ def test_a_file_is_gone_with_its_last_view(tmp_path):
 
 
 def test_the_limit_holds_for_all_arrays_together(tmp_path):
-    space = Space(limit=100, folder=tmp_path)
+    space = ArrayAllocator(limit=100, directory=tmp_path)
     first = space.array((60,), "uint8")
     second = space.array((60,), "uint8")
     assert first.base is None
@@ -49,20 +49,20 @@ def test_the_limit_holds_for_all_arrays_together(tmp_path):
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 10}))
     with pytest.raises(DataError, match=r"Predictions of .* GiB are too large for memory.*TMPDIR"):
-        Space(limit=0, folder=tmp_path).array((100,), "float32")
+        ArrayAllocator(limit=0, directory=tmp_path).array((100,), "float32")
 
 
 def test_the_default_limit_is_half_of_what_is_free():
-    space = Space()
+    space = ArrayAllocator()
     space.array((1,), "float32")
     assert space.limit is not None
-    assert space.limit == pytest.approx(free_memory() / 2, rel=0.2)
+    assert space.limit == pytest.approx(available_memory() / 2, rel=0.2)
 
 
 def test_a_container_may_have_less(tmp_path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
-    assert arrays._left_in_container(tmp_path) == 600
+    assert arrays._container_memory_left(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
-    assert arrays._left_in_container(tmp_path) > 2**60
-    assert arrays._left_in_container(tmp_path / "none") > 2**60
+    assert arrays._container_memory_left(tmp_path) > 2**60
+    assert arrays._container_memory_left(tmp_path / "none") > 2**60

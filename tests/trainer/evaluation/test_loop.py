@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 
 from fts.errors import ArgumentError, BatchError, DataError, LossError
 from fts.trainer import Trainer, TrainingArguments, default_data_collator
-from fts.trainer.evaluation.loop import EvaluationPlan, evaluating, plan_evaluation, rows_in, run_evaluation
-from fts.trainer.evaluation.prediction import predict_batch
-from fts.trainer.evaluation.trees import leaves_of, map_leaves
-from fts.trainer.model.loss import item_count
+from fts.trainer.evaluation.config import (EvaluationConfig, evaluation_config, dataset_length)
+from fts.trainer.model.modes import (evaluation_mode)
+from fts.trainer.evaluation.loop import (run_evaluation)
+from fts.trainer.evaluation.prediction import PredictionConfig, predict_batch
+from fts.trainer.evaluation.pytree import (tree_leaves_with_path, tree_map)
+from fts.trainer.model.label_counts import (loss_denominator)
 from tests.trainer.helpers import Linear, arguments, make_trainer, rows
 
 
@@ -273,13 +275,13 @@ def own_loss(model, inputs):
 
 
 def predicting(model, label_names=("labels",), **options):
-    return lambda inputs: predict_batch(model, inputs, compute_loss=own_loss, label_names=label_names, **options)
+    return lambda inputs: predict_batch(model, inputs, PredictionConfig(own_loss, label_names), **options)
 
 
-def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **plan):
-    how = EvaluationPlan(**({"weigh": lambda batch: item_count(model, batch, label_names)} | plan))
-    with evaluating(model):
-        return run_evaluation(predicting(model, label_names, prediction_loss_only=only_loss), batches, how=how)
+def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **settings):
+    config = EvaluationConfig(**({"loss_weight": lambda batch: loss_denominator(model, batch, label_names)} | settings))
+    with evaluation_mode(model):
+        return run_evaluation(predicting(model, label_names, prediction_loss_only=only_loss), batches, config=config)
 
 
 def cut(data, size, collate=pad):
@@ -359,9 +361,9 @@ def test_rows_are_known_where_data_has_a_length():
         def __len__(self):
             raise NotImplementedError
 
-    assert rows_in(cut([1, 2, 3], 2)) == 3
-    assert rows_in(DataLoader(Sized())) is None
-    assert rows_in(iter([])) is None
+    assert dataset_length(cut([1, 2, 3], 2)) == 3
+    assert dataset_length(DataLoader(Sized())) is None
+    assert dataset_length(iter([])) is None
 
 
 def test_no_batch_is_an_error():
@@ -390,12 +392,12 @@ def test_metrics_batch_by_batch(size):
         flags.append(compute_result)
         return {"accuracy": np.mean(right)} if compute_result else None
 
-    output = evaluated(model, cut(data, size), compute_metrics=compute_metrics, metrics_by_batch=True, keep=False)
+    output = evaluated(model, cut(data, size), compute_metrics=compute_metrics, batch_eval_metrics=True, keep=False)
     batches = math.ceil(len(data) / size)
     assert flags == [False] * (batches - 1) + [True]
     assert output.metrics["eval_accuracy"] == pytest.approx(by_hand(model, data)[1])
     assert output.predictions is None and output.label_ids is None
-    kept = evaluated(model, cut(data, size), compute_metrics=compute_metrics, metrics_by_batch=True)
+    kept = evaluated(model, cut(data, size), compute_metrics=compute_metrics, batch_eval_metrics=True)
     assert kept.predictions[0].shape[0] == len(data)  # predict gives the arrays, too
 
 
@@ -406,15 +408,15 @@ def test_metrics_batch_by_batch_get_inputs_and_losses():
         seen.append((prediction.inputs["input_ids"].shape[0], prediction.losses.tolist()))
         return {}
 
-    plan = {"metrics_by_batch": True, "keep": False, "input_name": "input_ids", "with_losses": True}
-    evaluated(Tagger(), cut(sentences(5), 3), compute_metrics=compute_metrics, **plan)
+    config = {"batch_eval_metrics": True, "keep": False, "main_input_name": "input_ids", "include_losses": True}
+    evaluated(Tagger(), cut(sentences(5), 3), compute_metrics=compute_metrics, **settings)
     assert [(rows, len(losses), len(set(losses))) for rows, losses in seen] == [(3, 3, 1), (2, 2, 1)]
 
 
 def test_inputs_and_losses_for_metrics():
     model, data = Tagger(), sentences(7)
     found = []
-    evaluated(model, cut(data, 3), compute_metrics=lambda p: found.append(p) or {}, input_name="input_ids", with_losses=True)
+    evaluated(model, cut(data, 3), compute_metrics=lambda p: found.append(p) or {}, main_input_name="input_ids", include_losses=True)
     (prediction,) = found
     predictions, labels, inputs, losses = prediction
     assert inputs.shape[0] == labels.shape[0] == predictions[0].shape[0] == 7
@@ -423,14 +425,14 @@ def test_inputs_and_losses_for_metrics():
     batch_losses = [float(predicting(model)(batch)[0]) for batch in cut(data, 3)]
     np.testing.assert_allclose(losses, np.repeat(batch_losses, [3, 3, 1]), rtol=1e-6)
     with pytest.raises(BatchError, match=r"needs batch\['pixels'\], but the batch has input_ids, labels.*main_input_name"):
-        evaluated(model, cut(data, 3), input_name="pixels")
+        evaluated(model, cut(data, 3), main_input_name="pixels")
 
 
 def test_batches_can_be_kept_apart():
     model, data = Tagger(), sentences(5)
     found = []
-    plan = {"concatenate": False, "compute_metrics": lambda p: found.append(p) or {}, "with_losses": True}
-    output = evaluated(model, cut(data, 2), **plan)
+    config = {"concat_batches": False, "compute_metrics": lambda p: found.append(p) or {}, "include_losses": True}
+    output = evaluated(model, cut(data, 2), **settings)
     assert [part[0].shape[0] for part in output.predictions] == [2, 2, 1]
     assert [part.shape[0] for part in output.label_ids] == [2, 2, 1]
     assert [part.shape for part in found[0].losses] == [(2,), (2,), (1,)]
@@ -444,10 +446,10 @@ def test_detections_of_any_number_can_be_kept_apart():
         boxes = [{"boxes": torch.ones(index + 1, 4)} for index in range(len(inputs["x"]))]
         return torch.tensor(1.0), (inputs["x"],), boxes
 
-    output = run_evaluation(predict, batches, how=EvaluationPlan(concatenate=False))
+    output = run_evaluation(predict, batches, how=EvaluationConfig(concat_batches=False))
     assert [[part["boxes"].shape[0] for part in batch] for batch in output.label_ids] == [[1, 2, 3], [1, 2]]
     with pytest.raises(BatchError, match="eval_do_concat_batches=False"):
-        run_evaluation(predict, batches, how=EvaluationPlan())
+        run_evaluation(predict, batches, config=EvaluationConfig())
 
 
 def test_logits_are_preprocessed_before_they_are_kept():
@@ -467,11 +469,11 @@ def test_logits_are_preprocessed_before_they_are_kept():
     assert given == [None] * 3
 
 
-def losses_of(values, weights=None, **plan):
+def losses_of(values, weights=None, **settings):
     batches = [torch.ones(2) for _ in values]
     numbers, given = iter(values), iter(weights or [2] * len(values))
-    how = EvaluationPlan(weigh=lambda batch: next(given), **plan)
-    return run_evaluation(lambda batch: (next(numbers), None, None), batches, how=how).metrics.get("eval_loss")
+    config = EvaluationConfig(loss_weight=lambda batch: next(given), **settings)
+    return run_evaluation(lambda batch: (next(numbers), None, None), batches, config=config).metrics.get("eval_loss")
 
 
 def test_losses_are_weighed():
@@ -498,8 +500,8 @@ def test_the_sum_of_many_losses_is_exact():
 
 def test_a_metric_may_be_called_loss_where_there_is_none():
     def run(loss):
-        how = EvaluationPlan(compute_metrics=lambda prediction: {"loss": 3.0})
-        return run_evaluation(lambda batch: (loss, batch, batch), [torch.ones(2)], how=how).metrics
+        config = EvaluationConfig(compute_metrics=lambda prediction: {"loss": 3.0})
+        return run_evaluation(lambda batch: (loss, batch, batch), [torch.ones(2)], config=config).metrics
 
     assert run(None) == {"eval_loss": 3.0}
     with pytest.raises(ArgumentError, match="there is another eval_loss"):
@@ -515,7 +517,7 @@ def test_each_batch_is_told():
 def test_large_results_lie_in_a_file(tmp_path):
     model, data = Tagger(), sentences(20)
     expected = evaluated(model, cut(data, 3), compute_metrics=accuracy)
-    found = evaluated(model, cut(data, 3), compute_metrics=accuracy, memory_limit=100, folder=tmp_path)
+    found = evaluated(model, cut(data, 3), compute_metrics=accuracy, memory_limit=100, directory=tmp_path)
     assert found.metrics == expected.metrics
     np.testing.assert_array_equal(found.predictions[0], expected.predictions[0])
     assert list(tmp_path.iterdir()) == []
@@ -526,7 +528,7 @@ def test_batches_stay_on_the_device_as_long_as_asked():
     model, data = Tagger(), sentences(9)
     expected = evaluated(model, cut(data, 2))
     for batches in (1, 2, 100):
-        np.testing.assert_array_equal(evaluated(model, cut(data, 2), hold_batches=batches).label_ids, expected.label_ids)
+        np.testing.assert_array_equal(evaluated(model, cut(data, 2), accumulation_steps=batches).label_ids, expected.label_ids)
 
 
 def test_a_prediction_step_may_change_its_batch():
@@ -537,8 +539,8 @@ def test_a_prediction_step_may_change_its_batch():
         outputs = model(inputs.pop("input_ids"), labels)
         return outputs["loss"], outputs["logits"], labels
 
-    how = EvaluationPlan(weigh=lambda batch: item_count(model, batch, ["labels"]), input_name="input_ids")
-    output = run_evaluation(predict, cut(data, 2), how=how)
+    config = EvaluationConfig(loss_weight=lambda batch: loss_denominator(model, batch, ["labels"]), main_input_name="input_ids")
+    output = run_evaluation(predict, cut(data, 2), config=config)
     assert output.num_samples == 5
     assert output.metrics["eval_loss"] == pytest.approx(by_hand(model, data)[0], rel=1e-5)
 
@@ -546,7 +548,7 @@ def test_a_prediction_step_may_change_its_batch():
 def test_no_gradients_and_each_module_as_it_was():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Dropout())
     model[1].eval()
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), evaluation_mode(model):
         assert not any(child.training for child in model.modules())
         assert not torch.is_grad_enabled()
         raise KeyError
@@ -582,7 +584,7 @@ def test_evaluation_in_half_precision_gives_the_weights_back(dtype):
     model.first.weight.register_post_accumulate_grad_hook(lambda parameter: fired.append(1))
     before = model.eval()(x)
     model.train()
-    with evaluating(model, dtype):
+    with evaluation_mode(model, dtype):
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert model.second.weight is model.first.weight
         assert torch.equal(model(x.to(dtype)), half(x.to(dtype)))
@@ -598,7 +600,7 @@ def test_evaluation_in_half_precision_gives_the_weights_back(dtype):
     assert fired == [1]
 
 
-def test_the_plan_of_arguments():
+def test_the_configuration_of_arguments():
     args = SimpleNamespace(
         include_for_metrics=["inputs", "loss"],
         batch_eval_metrics=True,
@@ -608,24 +610,25 @@ def test_the_plan_of_arguments():
     )
     model = Tagger()
     batch = pad(sentences(4))
-    plan = plan_evaluation(args, model, ["labels"], prefix="test", keep=False)
-    assert (plan.prefix, plan.keep, plan.concatenate, plan.hold_batches) == ("test", False, False, 3)
-    assert plan.metrics_by_batch and plan.with_losses and plan.skip_nonfinite
-    assert plan.input_name == "input_ids"
-    assert int(plan.weigh(batch)) == int((batch["labels"] != -100).sum())
-    assert plan.weigh([torch.ones(3)]) == 3
+    own = EvaluationConfig(prefix="test", keep=False)
+    config = evaluation_config(own, args, model, ["labels"])
+    assert (config.prefix, config.keep, config.concat_batches, config.accumulation_steps) == ("test", False, False, 3)
+    assert config.batch_eval_metrics and config.include_losses and config.skip_nonfinite
+    assert config.main_input_name == "input_ids"
+    assert int(config.loss_weight(batch)) == int((batch["labels"] != -100).sum())
+    assert config.loss_weight([torch.ones(3)]) == 3
     model.main_input_name = "pixels"
-    assert plan_evaluation(args, model, [], prefix="test", keep=True).input_name == "pixels"
+    assert evaluation_config(EvaluationConfig(prefix="test"), args, model, []).main_input_name == "pixels"
     args.batch_eval_metrics, args.include_for_metrics = False, []
-    plain = plan_evaluation(args, model, ["labels"], prefix="test", keep=False)
-    assert plain.keep and plain.input_name is None and not plain.with_losses
+    plain = evaluation_config(own, args, model, ["labels"])
+    assert plain.keep and plain.main_input_name is None and not plain.include_losses
 
 
 # Against transformers
 
 
 def same(ours, theirs):
-    mine, other = dict(leaves_of(ours)), dict(leaves_of(theirs))
+    mine, other = dict(tree_leaves_with_path(ours)), dict(tree_leaves_with_path(theirs))
     assert mine.keys() == other.keys()
     for path, array in other.items():
         assert mine[path].shape == array.shape and mine[path].dtype == array.dtype
@@ -647,7 +650,7 @@ def their_output(model, data, tmp_path, size, collate=None, **options):
         return trainer.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=count)
 
     def predict(inputs):
-        return predict_batch(model, inputs, compute_loss=compute_loss, label_names=trainer.label_names)
+        return predict_batch(model, inputs, PredictionConfig(compute_loss, trainer.label_names))
 
     return trainer.evaluation_loop(loader, "Evaluation"), trainer, loader, predict
 
@@ -655,17 +658,10 @@ def their_output(model, data, tmp_path, size, collate=None, **options):
 def compare(model, data, tmp_path, size, collate=None, **options):
     metrics, preprocess = options.get("compute_metrics"), options.get("preprocess_logits_for_metrics")
     theirs, trainer, loader, predict = their_output(model, data, tmp_path, size, collate, **options)
-    how = plan_evaluation(
-        trainer.args,
-        model,
-        trainer.label_names,
-        prefix="eval",
-        keep=False,
-        compute_metrics=metrics,
-        preprocess_logits=preprocess,
-    )
-    with evaluating(model):
-        ours = run_evaluation(predict, loader, how=how)
+    own = EvaluationConfig(keep=False, compute_metrics=metrics, preprocess_logits=preprocess)
+    config = evaluation_config(own, trainer.args, model, trainer.label_names)
+    with evaluation_mode(model):
+        ours = run_evaluation(predict, loader, config)
     same(ours.predictions, theirs.predictions)
     same(ours.label_ids, theirs.label_ids)
     assert ours.num_samples == theirs.num_samples
@@ -765,4 +761,4 @@ def test_what_metrics_are_given_is_as_in_transformers(tmp_path):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine[-1] == other[-1]
         assert type(mine[2]) is type(other[2]) is dict  # the whole batch
-        same(map_leaves(np.asarray, mine[:4]), map_leaves(np.asarray, other[:4]))
+        same(tree_map(np.asarray, mine[:4]), tree_map(np.asarray, other[:4]))

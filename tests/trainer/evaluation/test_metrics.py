@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.evaluation.metrics import check_batch_metrics, own_figures
+from fts.trainer.evaluation.metrics import (check_batch_metrics, parse_metrics)
 
 
 def test_numbers_become_pythons():
     values = {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.array(3.0), "d": np.array([4.0]), "e": True, "eval_f": 1}
-    found = own_figures(values, "eval")
+    found = parse_metrics(values, "eval")
     assert found == {"a": 0.5, "b": 2, "c": 3.0, "d": 4.0, "e": True, "f": 1}
     assert {type(value) for value in found.values()} == {int, float, bool}
 
@@ -16,7 +16,7 @@ def test_numbers_become_pythons():
 @pytest.mark.parametrize("value", ["high", None, [0.5], {"a": 1.0}, np.zeros(2), torch.zeros(2), 1j, np.array("a")])
 def test_a_figure_must_be_a_number(value):
     with pytest.raises(ArgumentError, match=r"compute_metrics returned .* for 'f1'.*number"):
-        own_figures({"accuracy": 1.0, "f1": value}, "eval")
+        parse_metrics({"accuracy": 1.0, "f1": value}, "eval")
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_a_figure_must_be_a_number(value):
 )
 def test_errors_of_figures(metrics, message):
     with pytest.raises(ArgumentError, match=message):
-        own_figures(metrics, "eval")
+        parse_metrics(metrics, "eval")
 
 
 def test_a_name_that_is_free_can_be_used():
-    assert own_figures({"loss": 1.0}, "eval", taken=["runtime"]) == {"loss": 1.0}
+    assert parse_metrics({"loss": 1.0}, "eval", taken=["runtime"]) == {"loss": 1.0}
 
 
 def test_batch_metrics_need_an_argument():

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fts.errors import BatchError, LossError
-from fts.trainer.evaluation.prediction import gives_loss, ignored_keys, logits_of, predict_batch
-from fts.trainer.evaluation.trees import leaves_of
+from fts.trainer.evaluation.prediction import (PredictionConfig, has_loss, keys_to_ignore, select_logits, predict_batch)
+from fts.trainer.evaluation.pytree import tree_leaves_with_path
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,8 +43,8 @@ BATCH = {"x": torch.arange(12.0).reshape(3, 4), "labels": torch.ones(3)}
 LOGITS = BATCH["x"] * 0.5
 
 
-def predict(form, batch=BATCH, **options):
-    return predict_batch(Net(form), batch, **({"compute_loss": own_loss, "label_names": ["labels"]} | options))
+def predict(form, batch=BATCH, compute_loss=own_loss, label_names=("labels",), **options):
+    return predict_batch(Net(form), batch, PredictionConfig(compute_loss, label_names), **options)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_ignored_keys():
     assert torch.equal(predict(form, ignore_keys=["hidden", "pooled"]).logits, LOGITS)
     model = Net(form)
     model.config = SimpleNamespace(keys_to_ignore_at_inference=["pooled", "hidden"])
-    found = predict_batch(model, BATCH, compute_loss=own_loss, label_names=["labels"])
+    found = predict_batch(model, BATCH, PredictionConfig(own_loss, ["labels"]))
     assert torch.equal(found.logits, LOGITS)
     model.config = SimpleNamespace()
-    assert ignored_keys(model) == ["cache"]
+    assert keys_to_ignore(model) == ["cache"]
 
 
 def test_several_labels():
@@ -125,7 +125,7 @@ def test_labels_of_another_name():
             return {"loss": (x - target).square().mean(), "logits": x}
 
     batch = {"x": torch.ones(2), "target": torch.zeros(2)}
-    found = predict_batch(Other(), batch, compute_loss=own_loss, label_names=["target"])
+    found = predict_batch(Other(), batch, PredictionConfig(own_loss, ["target"]))
     assert found.loss == 1.0
     assert found.labels.tolist() == [0.0, 0.0]
 
@@ -136,15 +136,13 @@ def test_a_loss_of_several_elements_is_averaged():
 
 
 def test_a_loss_without_labels():
-    assert gives_loss({"x": 1, "return_loss": True}, [])
-    assert not gives_loss({"x": 1, "return_loss": False}, [], can_return_loss=True)
-    assert not gives_loss({"x": 1}, ["labels"], can_return_loss=True)
+    assert has_loss({"x": 1, "return_loss": True}, [])
+    assert not has_loss({"x": 1, "return_loss": False}, [], can_return_loss=True)
+    assert not has_loss({"x": 1}, ["labels"], can_return_loss=True)
     found = predict_batch(
         Net(lambda loss, logits: {"loss": logits.mean(), "logits": logits}),
         {"x": BATCH["x"]},
-        compute_loss=own_loss,
-        label_names=[],
-        can_return_loss=True,
+        PredictionConfig(own_loss, [], can_return_loss=True),
     )
     assert found.loss == LOGITS.mean()
     assert found.labels == ()
@@ -160,7 +158,7 @@ def test_half_precision_of_autocast_becomes_float32():
             return {"logits": self.layer(x), "cls": (self.layer(x),)}
 
     def logits(model, x, context):
-        return predict_batch(model, {"x": x}, compute_loss=own_loss, label_names=["labels"], context=context).logits
+        return predict_batch(model, {"x": x}, PredictionConfig(own_loss, ["labels"], context=context)).logits
 
     first, second = logits(Small(), BATCH["x"], lambda: torch.autocast("cpu", torch.bfloat16))
     assert first.dtype == second[0].dtype == torch.float32
@@ -194,17 +192,11 @@ def check(model, batch, tmp_path, label_names=None, **options):
         count = trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
         return trainer.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=count)
 
-    found = predict_batch(
-        model,
-        batch,
-        compute_loss=compute_loss,
-        label_names=trainer.label_names,
-        can_return_loss=trainer.can_return_loss,
-        **options,
-    )
+    config = PredictionConfig(compute_loss, trainer.label_names, trainer.can_return_loss)
+    found = predict_batch(model, batch, config, **options)
     for ours, other in zip(found, expected, strict=True):
         assert type(ours) is type(other)
-        mine, other = dict(leaves_of(ours)), dict(leaves_of(other))
+        mine, other = dict(tree_leaves_with_path(ours)), dict(tree_leaves_with_path(other))
         assert mine.keys() == other.keys()
         for path, leaf in other.items():
             torch.testing.assert_close(mine[path], leaf)
@@ -268,5 +260,5 @@ def test_outputs_nested_in_dictionaries(tmp_path):
 
 
 def test_the_loss_is_not_among_the_logits():
-    assert logits_of({"loss": 1, "logits": torch.ones(1)}, ["loss"]).tolist() == [1.0]
-    assert logits_of({"text": "a"}) == ()
+    assert select_logits({"loss": 1, "logits": torch.ones(1)}, ["loss"]).tolist() == [1.0]
+    assert select_logits({"text": "a"}) == ()

@@ -30,4 +30,4 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """A server that is silent is given up soon."""
-    monkeypatch.setattr(repository, "SILENCE", 0.3)
+    monkeypatch.setattr(repository, "READ_TIMEOUT", 0.3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fts.errors import HubError
-from fts.trainer.hub.errors import is_refusal, reason, status_of, without_secrets
+from fts.trainer.hub.errors import (is_refusal, describe_error, status_of, redact_secrets)
 from tests.trainer.helpers import Linear, make_trainer
 from tests.trainer.hub.server import TOKEN
 
@@ -129,12 +129,12 @@ def test_reasons():
 
     assert status_of(Told()) == 503
     assert not is_refusal(Told())
-    assert reason(Told()) == "503 Busy: no <token>, see https://s.example/a"
+    assert describe_error(Told()) == "503 Busy: no <token>, see https://s.example/a"
     outer = RuntimeError("Error while uploading 'x' to the Hub.")
     outer.__cause__ = Told()
-    assert reason(outer) == f"RuntimeError: {outer} {reason(Told())}"
-    assert reason(ValueError("two\nlines sesame"), "sesame") == "ValueError: two lines <token>"
-    assert without_secrets("nothing to hide?") == "nothing to hide?"
+    assert describe_error(outer) == f"RuntimeError: {outer} {describe_error(Told())}"
+    assert describe_error(ValueError("two\nlines sesame"), "sesame") == "ValueError: two lines <token>"
+    assert redact_secrets("nothing to hide?") == "nothing to hide?"
 
 
 SCRIPT = """

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from fts.errors import FtsError, HubError
-from fts.trainer.hub.repository import Repository, bounded_silence, quietly
+from fts.trainer.hub.repository import (Repository, read_timeout, hidden_progress_bars)
 from tests.trainer.helpers import Linear, make_trainer
 from tests.trainer.hub.server import READER, TOKEN
 
@@ -139,11 +139,11 @@ def test_silence_is_bounded_unless_the_user_bounds_it(hub):
 
     client = get_session()
     assert client.timeout.read is None
-    with bounded_silence():
+    with read_timeout():
         assert client.timeout.read == 120
     assert client.timeout.read is None
     client.timeout = 7
-    with bounded_silence():
+    with read_timeout():
         assert client.timeout.read == 7
     assert client.timeout.read == 7
 
@@ -152,11 +152,11 @@ def test_bars_are_hidden_and_come_back():
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     assert not are_progress_bars_disabled()
-    with quietly():
+    with hidden_progress_bars():
         assert are_progress_bars_disabled()
     assert not are_progress_bars_disabled()
     disable_progress_bars()
-    with quietly():
+    with hidden_progress_bars():
         assert are_progress_bars_disabled()
     assert are_progress_bars_disabled()
     enable_progress_bars()

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fts.trainer.hub import snapshots
-from fts.trainer.hub.snapshots import drop_leftovers, take
+from fts.trainer.hub.snapshots import (delete_stale_snapshots, take_snapshot)
 
 
 def tree(root, *names):
@@ -23,7 +23,7 @@ def test_a_checkpoint_and_what_else_is_there(tmp_path):
     state = ("optimizer.safetensors", "state.json", "progress.json", "manifest.json", "trainer_state.json", "README.md")
     tree(checkpoint, "model.safetensors", "config.json", *state)
     tree(tmp_path, "README.md", "config.json", "runs/a", ".git/b", "_c", "checkpoint-2/d", ".checkpoint-4.writing/e")
-    taken = take(tmp_path, model=checkpoint, folders={"last-checkpoint": checkpoint})
+    taken = take_snapshot(tmp_path, model=checkpoint, folders={"last-checkpoint": checkpoint})
     inside = [f"last-checkpoint/{name}" for name in (*state, "config.json", "model.safetensors")]
     assert names(taken.folder) == sorted(["README.md", "config.json", "model.safetensors", "runs/a", *inside])
     assert os.path.samefile(taken.folder / "config.json", checkpoint / "config.json")
@@ -40,7 +40,7 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
 
     monkeypatch.setattr(snapshots.os, "link", refuse)
     tree(tmp_path / "checkpoint-1", "model.safetensors")
-    taken = take(tmp_path, model=tmp_path / "checkpoint-1")
+    taken = take_snapshot(tmp_path, model=tmp_path / "checkpoint-1")
     assert (taken.folder / "model.safetensors").read_text() == "model.safetensors"
 
 
@@ -52,19 +52,19 @@ def test_nothing_is_left_of_one_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(snapshots.shutil, "copy2", full)
     with pytest.raises(OSError, match="No space left"):
-        take(tmp_path)
+        take_snapshot(tmp_path)
     assert names(tmp_path) == ["a"]
 
 
 def test_leftovers_of_the_dead_go(tmp_path):
     tree(tmp_path, "a")
-    mine = take(tmp_path)
+    mine = take_snapshot(tmp_path)
     dead = tmp_path / f".uploading-{snapshots.socket.gethostname()}-{2**22 + 1}-abc"  # above the greatest number of a process
     elsewhere = tmp_path / ".uploading-another.host-7-abc"
     tree(dead, "x")
     tree(elsewhere, "x")
-    drop_leftovers(tmp_path)
+    delete_stale_snapshots(tmp_path)
     assert mine.folder.exists()
     assert elsewhere.exists()
     assert not dead.exists()
-    drop_leftovers(tmp_path / "not-there")
+    delete_stale_snapshots(tmp_path / "not-there")

@@ -7,8 +7,9 @@ from torch import nn
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer import TrainingArguments
-from fts.trainer.optimization.names import make_transform, parameter_groups
-from fts.trainer.optimization.optimizer_proxy import OptimizerProxy, SchedulerProxy, optimizer_proxy
+from fts.trainer.optimization.transform import (make_transform)
+from fts.trainer.optimization.parameter_groups import make_parameter_groups
+from fts.trainer.optimization.optimizer_proxy import (OptimizerProxy, SchedulerProxy, make_optimizer_proxy)
 from fts.trainer.optimization.schedules import make_schedule
 
 
@@ -40,7 +41,7 @@ def run(args, model, steps=3):
     state = transform.init(params)
     twin = copy.deepcopy(model)
     named = dict(twin.named_parameters())
-    groups = [{**group, "params": [named[name] for name in group["params"]]} for group in parameter_groups(args, twin)]
+    groups = [{**group, "params": [named[name] for name in group["params"]]} for group in make_parameter_groups(args, twin)]
     optimizer = cls(groups, lr=0.1, **options)
     schedule = make_schedule(args, 10, 2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / 0.1)
@@ -60,11 +61,11 @@ def run(args, model, steps=3):
 def test_the_view_shows_what_torch_has(name):
     args, model = arguments(name), network()
     state, schedule, optimizer, scheduler = run(args, model)
-    view = optimizer_proxy(args, model, lambda: state)
-    view.show(schedule(3))
+    view = make_optimizer_proxy(args, model, lambda: state)
+    view.set_lr(schedule(3))
     assert isinstance(view, torch.optim.Optimizer)
     assert [id(p) for group in view.param_groups for p in group["params"]] == [
-        id(dict(model.named_parameters())[name]) for group in parameter_groups(args, model) for name in group["params"]
+        id(dict(model.named_parameters())[name]) for group in make_parameter_groups(args, model) for name in group["params"]
     ]
     theirs, ours = optimizer.state_dict(), view.state_dict()
     _assert_alike(ours["param_groups"], theirs["param_groups"])
@@ -92,13 +93,13 @@ def _assert_alike(ours, theirs):
 
 
 def test_without_a_state_there_are_no_moments():
-    view = optimizer_proxy(arguments("adamw_torch"), network(), nothing)
+    view = make_optimizer_proxy(arguments("adamw_torch"), network(), nothing)
     assert dict(view.state) == {} and view.state_dict()["state"] == {}
 
 
 def test_gradients_are_cleared():
     model = network()
-    view = optimizer_proxy(arguments("sgd"), model, nothing)
+    view = make_optimizer_proxy(arguments("sgd"), model, nothing)
     model(torch.ones(1, 3)).sum().backward()
     view.zero_grad()
     assert all(p.grad is None for p in model.parameters())
@@ -108,34 +109,34 @@ def test_rates_keep_the_relation_of_the_groups():
     model = network()
     names = [name for name, _ in model.named_parameters()]
     view = OptimizerProxy(model, [{"params": names[:2], "lr": 0.1}, {"params": names[2:], "lr": 0.02}], nothing)
-    view.show(0.05)
+    view.set_lr(0.05)
     assert [group["lr"] for group in view.param_groups] == pytest.approx([0.05, 0.01])
     assert [group["initial_lr"] for group in view.param_groups] == [0.1, 0.02]
     assert SchedulerProxy(view, lambda step: 0.1 - 0.01 * step, lambda: 4).get_last_lr() == pytest.approx([0.06, 0.012])
 
 
 def test_what_is_written_is_noticed():
-    view = optimizer_proxy(arguments("adamw_torch"), network(), nothing)
-    assert view.changed() is None
-    view.show(0.07)
-    assert view.changed() is None
+    view = make_optimizer_proxy(arguments("adamw_torch"), network(), nothing)
+    assert view.changes() is None
+    view.set_lr(0.07)
+    assert view.changes() is None
     view.param_groups[0]["weight_decay"] = 0.5
     for group in view.param_groups:
         group["lr"] = 0.01
     view.param_groups[1]["note"] = "new"
-    assert view.changed() == {0: {"weight_decay": 0.5, "lr": 0.01}, 1: {"lr": 0.01, "note": "new"}}
-    assert view.changed() is not None  # until it is dealt with
-    view.settle()
-    assert view.changed() is None
+    assert view.changes() == {0: {"weight_decay": 0.5, "lr": 0.01}, 1: {"lr": 0.01, "note": "new"}}
+    assert view.changes() is not None  # until it is dealt with
+    view.accept_changes()
+    assert view.changes() is None
     view.param_groups[0]["betas"] = (0.9, 0.999)
-    assert view.changed() == {0: {"betas": (0.9, 0.999)}}
+    assert view.changes() == {0: {"betas": (0.9, 0.999)}}
     view.param_groups[0]["betas"] = (0.9, 0.98)
-    assert view.changed() is None
+    assert view.changes() is None
 
 
 def test_what_would_do_nothing_raises():
     model = network()
-    view = optimizer_proxy(arguments("adamw_torch"), model, nothing)
+    view = make_optimizer_proxy(arguments("adamw_torch"), model, nothing)
     scheduler = SchedulerProxy(view, tx.constant_schedule(0.1), lambda: 0)
     with pytest.raises(ArgumentError, match=r"optimizer.step\(\) of this view would do nothing.*optimizers=\(optimizer, None\)"):
         view.step()
@@ -158,5 +159,5 @@ def test_where_a_metric_decides_the_state_has_the_rate():
     for _ in range(2):
         state = tx.update_on_metric(state, 1.0, rule)
     for current, rate in ((state, 0.05), (None, 0.1)):
-        view = optimizer_proxy(args, network(), lambda current=current: current)
+        view = make_optimizer_proxy(args, network(), lambda current=current: current)
         assert SchedulerProxy(view, make_schedule(args, 10, 2), lambda: 5).get_last_lr() == [rate, rate]

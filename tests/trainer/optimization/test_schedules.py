@@ -7,8 +7,8 @@ import transformers
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer import TrainingArguments
-from fts.trainer.arguments.choices import SchedulerType
-from fts.trainer.optimization.schedules import make_rate_rule, make_schedule
+from fts.trainer.arguments.enums import SchedulerType
+from fts.trainer.optimization.schedules import (make_metric_rule, make_schedule)
 
 PEAK = 3e-4
 
@@ -95,19 +95,19 @@ def test_unusable_options(kind, options, words):
 
 
 def test_rules_have_the_options():
-    assert make_rate_rule(arguments("linear")) is None
-    assert make_rate_rule(arguments("reduce_lr_on_plateau")) == tx.Plateau()
-    assert make_rate_rule(arguments("reduce_lr_on_plateau", {"patience": 3, "min_lr": [1e-6, 1e-6]})) == tx.Plateau(
+    assert make_metric_rule(arguments("linear")) is None
+    assert make_metric_rule(arguments("reduce_lr_on_plateau")) == tx.Plateau()
+    assert make_metric_rule(arguments("reduce_lr_on_plateau", {"patience": 3, "min_lr": [1e-6, 1e-6]})) == tx.Plateau(
         patience=3, min_lr=1e-6
     )
-    assert make_rate_rule(arguments("greedy", {"smooth": True, "verbose": False})) == tx.Greedy(smooth=True)
+    assert make_metric_rule(arguments("greedy", {"smooth": True, "verbose": False})) == tx.Greedy(smooth=True)
     for kind, options, words in [
         ("reduce_lr_on_plateau", {"min_lr": [1e-6, 1e-7]}, "all parameter groups share one rate"),
         ("reduce_lr_on_plateau", {"factor": 2.0}, r"lr_scheduler_kwargs={'factor': 2.0} cannot work: Plateau: factor"),
         ("greedy", {"verbose": True}, "verbose=True prints nothing here"),
     ]:
         with pytest.raises(ArgumentError, match=words):
-            make_rate_rule(arguments(kind, options))
+            make_metric_rule(arguments(kind, options))
 
 
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
@@ -117,7 +117,7 @@ def test_where_a_metric_decides_the_schedule_is_constant_without_warmup(kind):
 
 
 def test_an_evaluation_changes_the_rate():
-    rule = make_rate_rule(arguments("reduce_lr_on_plateau", {"patience": 0, "factor": 0.5}))
+    rule = make_metric_rule(arguments("reduce_lr_on_plateau", {"patience": 0, "factor": 0.5}))
     state = tx.reduce_on_plateau(tx.sgd, PEAK, rule).init({"w": torch.zeros(1)})
     for metric in (0.5, 0.4, math.nan):
         state = tx.update_on_metric(state, metric, rule)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.reporting.log_level import ToStderr, apply_log_level
+from fts.trainer.reporting.log_level import (StderrHandler, apply_log_level)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_records_are_not_shown_twice(capsys):
         assert not capsys.readouterr().err
         logging.getLogger("fts").handlers.clear()
         apply_log_level(arguments("info"))  # set up before ours
-        assert not any(isinstance(handler, ToStderr) for handler in logging.getLogger("fts").handlers)
+        assert not any(isinstance(handler, StderrHandler) for handler in logging.getLogger("fts").handlers)
 
 
 def test_unknown_levels_are_named():

@@ -8,7 +8,7 @@ import torch
 
 from fts.errors import MissingDependencyError
 from fts.trainer.reporting import memory
-from fts.trainer.reporting.memory import MemoryMeter
+from fts.trainer.reporting.memory import TrainerMemoryTracker
 
 MIB = 1 << 20
 
@@ -47,8 +47,8 @@ def watchers():
 
 MEASURED = """
 import json, time, torch
-from fts.trainer.reporting.memory import MemoryMeter
-meter, MIB = MemoryMeter(True), 1 << 20
+from fts.trainer.reporting.memory import TrainerMemoryTracker
+meter, MIB = TrainerMemoryTracker(True), 1 << 20
 with meter.measuring("init") as figures:
     held = torch.ones(64 * MIB, dtype=torch.uint8)
 with meter.measuring("train") as figures:
@@ -72,7 +72,7 @@ def test_the_memory_of_the_process_is_measured():
 
 def test_names_and_their_order_are_those_of_transformers(monkeypatch):
     tracker = pytest.importorskip("transformers").trainer_utils.TrainerMemoryTracker()
-    device, meter = Device(), MemoryMeter(True)
+    device, meter = Device(), TrainerMemoryTracker(True)
     monkeypatch.setattr(memory, "_device", lambda: device)
     tracker.torch = torch  # as where there is a GPU
     tracker.cpu = {stage: {"begin": 1, "alloc": 2, "peaked": 3} for stage in ("init", "train", "test")}
@@ -89,7 +89,7 @@ def test_names_and_their_order_are_those_of_transformers(monkeypatch):
 
 
 def test_the_memory_of_a_device_is_measured(monkeypatch):
-    device, meter = Device(), MemoryMeter(True)
+    device, meter = Device(), TrainerMemoryTracker(True)
     monkeypatch.setattr(memory, "_device", lambda: device)
     device.take(1000)
     device.take(-1000)  # a peak before all stages
@@ -111,7 +111,7 @@ def test_the_memory_of_a_device_is_measured(monkeypatch):
 
 @pytest.mark.usefixtures("no_device")
 def test_an_inner_stage_counts_to_the_outer_one():
-    meter = MemoryMeter(True)
+    meter = TrainerMemoryTracker(True)
     with meter.measuring("train") as outer:
         with meter.measuring("eval") as inner:
             assert inner() == {}
@@ -125,7 +125,7 @@ def test_an_inner_stage_counts_to_the_outer_one():
 @pytest.mark.usefixtures("no_device")
 @pytest.mark.parametrize("stage", ["init", "train"])
 def test_a_failure_ends_the_measurement(stage):
-    meter = MemoryMeter(True)
+    meter = TrainerMemoryTracker(True)
     with pytest.raises(KeyError), meter.measuring(stage):
         assert len(watchers()) == 1
         raise KeyError
@@ -136,8 +136,8 @@ def test_a_failure_ends_the_measurement(stage):
 
 def test_nothing_is_measured_if_not_asked(monkeypatch):
     monkeypatch.setitem(sys.modules, "psutil", None)
-    with MemoryMeter(False).measuring("train") as figures:
+    with TrainerMemoryTracker(False).measuring("train") as figures:
         assert not watchers()
         assert figures() == {}
     with pytest.raises(MissingDependencyError, match=r"skip_memory_metrics=False needs psutil .*pip install psutil"):
-        MemoryMeter(True)
+        TrainerMemoryTracker(True)

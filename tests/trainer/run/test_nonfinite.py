@@ -8,7 +8,7 @@ import torch
 from fts import TrainState, loops, steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, NonFiniteError
 from fts.trainer import TrainerCallback
-from fts.trainer.model.loss import lacks_labels
+from fts.trainer.model.label_counts import (all_labels_ignored)
 from tests.trainer.helpers import Linear, Regression, losses, make_trainer, rows
 
 BAD = 13
@@ -148,7 +148,7 @@ def test_rolling_back_too_often_raises(tmp_path):
     data = with_bad(42, math.nan, 5, 13, 21)
     with pytest.raises(NonFiniteError) as caught:
         trainer_on(data, tmp_path, nonfinite="rollback", nonfinite_limit=2, max_steps=8).train()
-    assert any("had gone back 2 times before" in note for note in caught.value.__notes__)
+    assert any("had rolled back 2 times before" in note for note in caught.value.__notes__)
 
 
 def test_ignoring_goes_on_with_what_comes(tmp_path):
@@ -190,14 +190,14 @@ def test_a_torch_schedule_cannot_roll_back(tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch", "schedule_free_adamw"])
 @pytest.mark.parametrize(("before", "after"), [("raise", "skip"), ("skip", "raise")])
 def test_a_run_resumes_with_another_policy_bit_for_bit(tmp_path, caplog, before, after, optim):
-    caplog.set_level("INFO", "fts.trainer.checkpoints.state_loading")
+    caplog.set_level("INFO", "fts.trainer.checkpoints.train_state")
     options = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     whole = trainer_on(rows(22), tmp_path, nonfinite=before, **options)
     whole.train()
     resumed = trainer_on(rows(22), tmp_path, nonfinite=after, **options)
     resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert_same(whole, resumed)
-    (record,) = [record for record in caplog.records if record.name == "fts.trainer.checkpoints.state_loading"]
+    (record,) = [record for record in caplog.records if record.name == "fts.trainer.checkpoints.train_state"]
     assert ("their count begins at 0" if after == "skip" else "counts 0 skipped updates: this run skips none") in record.message
 
 
@@ -304,7 +304,7 @@ def test_a_batch_without_labels_that_count_is_named(tmp_path, accumulate):
 
 def test_labels_that_count():
     def lacks(labels, model=None, names=("labels",)):
-        return lacks_labels(model or Linear(), {"labels": labels}, names)
+        return all_labels_ignored(model or Linear(), {"labels": labels}, names)
 
     assert lacks(torch.tensor([-100, -100]))
     assert lacks(torch.tensor([[-100], [-100]]))
@@ -312,9 +312,9 @@ def test_labels_that_count():
     assert not lacks(torch.tensor([-100.0]))
     assert not lacks([-100])
     assert not lacks(torch.tensor([-100]), names=())
-    assert not lacks_labels(Linear(), torch.tensor([-100]), ["labels"])
+    assert not all_labels_ignored(Linear(), torch.tensor([-100]), ["labels"])
     full, empty = {"labels": torch.tensor([1])}, {"labels": torch.tensor([-100])}
-    assert lacks_labels(Linear(), steps.MicroBatches([full, empty]), ["labels"])
+    assert all_labels_ignored(Linear(), steps.MicroBatches([full, empty]), ["labels"])
 
 
 def test_the_first_token_of_a_causal_model_is_no_label_that_counts():
@@ -322,8 +322,8 @@ def test_the_first_token_of_a_causal_model_is_no_label_that_counts():
     from tests.trainer.parity.models import llama
 
     labels = {"labels": torch.tensor([[5, -100, -100]])}
-    assert lacks_labels(llama(), labels, ["labels"])
-    assert not lacks_labels(Linear(), labels, ["labels"])
+    assert all_labels_ignored(llama(), labels, ["labels"])
+    assert not all_labels_ignored(Linear(), labels, ["labels"])
 
 
 def test_a_log_has_the_total_of_skipped_updates_as_it_stands(tmp_path):

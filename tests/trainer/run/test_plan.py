@@ -4,7 +4,7 @@ import pytest
 
 from fts.errors import ArgumentError
 from fts.trainer import TrainingArguments
-from fts.trainer.run.plan import make_plan, steps_of
+from fts.trainer.run.plan import make_plan
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,3 @@ def test_plan(changes, batches, expected):
 def test_a_plan_without_an_end_is_an_error():
     with pytest.raises(ArgumentError, match="max_steps=-1 with training data that has no length"):
         make_plan(TrainingArguments(), batches=None, items=None)
-
-
-def test_shares_of_all_steps():
-    assert [steps_of(value, 30) for value in (0, 0.1, 0.33, 1, 5)] == [0, 3, 10, 1, 5]

@@ -36,16 +36,16 @@ def test_an_update_is_replayed_bit_for_bit(tmp_path, changes):
     torch.manual_seed(99)
     trainer = make_trainer(tmp_path, **(SAVING | changes))
     found = trainer.replay(tmp_path / "checkpoint-5", 10)
-    assert found.equal is True, found.differing
-    assert found.compared == tmp_path / "checkpoint-10"
+    assert found.equal is True, found.differences
+    assert found.compared_with == tmp_path / "checkpoint-10"
     assert set(found.gradients) == {name for name, _ in trainer.model.named_parameters()}
     logged = next(entry for entry in run.state.log_history if entry.get("step") == 10 and "loss" in entry)
     assert logged["loss"] == pytest.approx(found.loss, abs=1e-4)  # a log is rounded
     assert logged["grad_norm"] == pytest.approx(float(found.metrics["grad_norm"]), rel=1e-6)
-    assert len(found.items) == len(set(found.items)) > 1
+    assert len(found.examples) == len(set(found.examples)) > 1
     x = torch.cat([part["x"] for part in found.batch]) if isinstance(found.batch, tuple) else found.batch["x"]
     data = rows(changes.get("count", 22))
-    assert torch.equal(x, torch.stack([data[index]["x"] for index in found.items]))
+    assert torch.equal(x, torch.stack([data[index]["x"] for index in found.examples]))
 
 
 def test_a_torch_optimizer_and_its_schedule(tmp_path):
@@ -58,7 +58,7 @@ def test_a_torch_optimizer_and_its_schedule(tmp_path):
 
     trained(tmp_path, make)
     found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 15)
-    assert found.equal is True, found.differing
+    assert found.equal is True, found.differences
     assert found.gradients
 
 
@@ -92,7 +92,7 @@ def test_batches_that_a_trainer_draws_have_their_items(tmp_path):
     found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True
     x, data = torch.cat([part["x"] for part in found.batch]), rows(24)
-    assert torch.equal(x, torch.stack([data[index]["x"] for index in found.items]))
+    assert torch.equal(x, torch.stack([data[index]["x"] for index in found.examples]))
 
 
 def test_settings_that_a_callback_wrote_before_the_checkpoint(tmp_path):
@@ -103,7 +103,7 @@ def test_settings_that_a_callback_wrote_before_the_checkpoint(tmp_path):
 
     trained(tmp_path, callbacks=[Decay()])
     found = make_trainer(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
-    assert found.equal is True, found.differing
+    assert found.equal is True, found.differences
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore", "skip"])
@@ -117,14 +117,14 @@ def test_the_item_that_is_poisoned(tmp_path, nonfinite):
             data[poisoned] = {**data[poisoned], "x": torch.tensor([1.0, float("nan"), 0.0, 0.0])}
         return Trainer(Regression(), arguments(tmp_path, **settings), train_dataset=data)
 
-    item = make().train_source(42).items(0, 3)[1]  # of the fourth update
+    item = make().train_source(42).example_indices(0, 3)[1]  # of the fourth update
     if nonfinite == "raise":
         with pytest.raises(NonFiniteError, match="In step 4 the loss is nan"):
             make(item).train()
     else:
         make(item).train()
     found = make(item).replay(tmp_path / "checkpoint-2", 4)
-    assert found.bad_items == [item] and found.items[1] == item
+    assert found.nonfinite_examples == [item] and found.examples[1] == item
     assert found.loss != found.loss
     names = {name for name, _ in Regression().named_parameters()}
     assert set(found.nonfinite["gradients"]) == names
@@ -192,7 +192,7 @@ def test_a_transformer_with_dropout_and_padding(tmp_path, lora):
     trained(tmp_path, make)
     trainer = make(tmp_path, **SAVING)
     found = trainer.replay(tmp_path / "checkpoint-5", 10)
-    assert found.equal is True, found.differing
+    assert found.equal is True, found.differences
     assert set(found.gradients) == {name for name, tensor in trainer.model.named_parameters() if tensor.requires_grad}
 
 
@@ -221,5 +221,5 @@ def test_a_stream(tmp_path, stateful):
 
     trained(tmp_path, make)
     found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
-    assert found.equal is True, found.differing
-    assert found.items is None
+    assert found.equal is True, found.differences
+    assert found.examples is None

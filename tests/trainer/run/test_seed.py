@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.run import seed as seeding
+from fts.trainer.arguments import seed as seeding
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import pytest
 
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.trainer import HPSearchBackend
-from fts.trainer.search.backends import backend_of
-from tests.trainer.search.runs import make
+from fts.trainer.search.backends import resolve_backend
+from tests.trainer.search.search_jobs import make
 
 
 @pytest.fixture
@@ -22,27 +22,27 @@ def installed(monkeypatch):
 
 def test_optuna_is_preferred(installed):
     installed("optuna", "ray", "pandas")
-    assert backend_of(None) is HPSearchBackend.OPTUNA
-    assert backend_of("ray") is backend_of(HPSearchBackend.RAY) is HPSearchBackend.RAY
+    assert resolve_backend(None) is HPSearchBackend.OPTUNA
+    assert resolve_backend("ray") is resolve_backend(HPSearchBackend.RAY) is HPSearchBackend.RAY
     installed("ray", "pandas")
-    assert backend_of(None) is HPSearchBackend.RAY
+    assert resolve_backend(None) is HPSearchBackend.RAY
 
 
 def test_a_member_of_transformers_enum_will_do(installed):
     theirs = pytest.importorskip("transformers.trainer_utils").HPSearchBackend
     installed("optuna", "ray", "pandas")
-    assert backend_of(theirs.RAY) is HPSearchBackend.RAY
+    assert resolve_backend(theirs.RAY) is HPSearchBackend.RAY
 
 
 def test_what_is_missing_is_named(installed):
     installed("optuna", "ray")  # without what Tune needs
     with pytest.raises(MissingDependencyError, match=r"pip install 'ray\[tune\]'.* backend='optuna', which is installed"):
-        backend_of("ray")
+        resolve_backend("ray")
     installed()
     with pytest.raises(MissingDependencyError, match=r"neither is installed: pip install optuna or pip install 'ray\[tune\]'"):
-        backend_of(None)
+        resolve_backend(None)
     with pytest.raises(MissingDependencyError, match="pip install optuna"):
-        backend_of("optuna")
+        resolve_backend("optuna")
 
 
 @pytest.mark.parametrize(("name", "text"), [("wandb", "sweeps"), ("sigopt", "closed"), ("hyperopt", "no such backend")])

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests import torchrun
-from tests.trainer.search.together import searched
+from tests.trainer.search.distributed_search import searched
 
 SCRIPT = torchrun.ROOT / "tests" / "trainer" / "search" / "together.py"
 

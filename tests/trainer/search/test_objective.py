@@ -3,7 +3,7 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.trainer import default_compute_objective
-from fts.trainer.search.objective import Reports, checked_objective
+from fts.trainer.search.objective import (TrialReporter, check_objective)
 
 SPEED = {"eval_runtime": 3.0, "eval_samples_per_second": 5.0, "eval_steps_per_second": 7.0, "epoch": 2.0}
 
@@ -30,14 +30,14 @@ def test_what_says_nothing_of_the_model_is_left_out():
 
 
 def test_objectives_are_numbers():
-    assert checked_objective(torch.tensor(2.0), 1) == 2.0
-    assert checked_objective([1, torch.tensor(2.0)], 2) == [1.0, 2.0]
+    assert check_objective(torch.tensor(2.0), 1) == 2.0
+    assert check_objective([1, torch.tensor(2.0)], 2) == [1.0, 2.0]
     for value, count in ((None, 1), ("high", 1), ({"loss": 1.0}, 1), ([1.0, 2.0], 1), (1.0, 2), ([1.0, None], 2)):
         with pytest.raises(ArgumentError, match="compute_objective returned"):
-            checked_objective(value, count)
+            check_objective(value, count)
 
 
 def test_the_figures_of_the_run_are_not_changed_by_compute_objective():
     metrics = {"eval_loss": 0.5}
-    reports = Reports(lambda figures: figures.pop("eval_loss"), 1, lambda objective, figures, step: figures["eval_loss"] < 1)
+    reports = TrialReporter(lambda figures: figures.pop("eval_loss"), 1, lambda objective, figures, step: figures["eval_loss"] < 1)
     assert reports(metrics, 3) and reports.objective == 0.5 and metrics == {"eval_loss": 0.5}

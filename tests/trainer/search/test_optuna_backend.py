@@ -8,7 +8,7 @@ import pytest
 import fts
 from fts.errors import ArgumentError, CallbackError
 from fts.trainer import BestRun, PrinterCallback, TrainerCallback
-from tests.trainer.search.runs import make, rates, result, start
+from tests.trainer.search.search_jobs import (make, rates, result, start)
 
 
 @pytest.fixture

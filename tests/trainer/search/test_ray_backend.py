@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from fts.errors import ArgumentError
 from fts.trainer import TrainerCallback
-from tests.trainer.search.runs import ROOT, make
-from tests.trainer.search.test_page import BLOCKS
+from tests.trainer.search.search_jobs import (ROOT, make)
+from tests.trainer.search.test_docs import BLOCKS
 
 ray = pytest.importorskip("ray")
 tune = pytest.importorskip("ray.tune")
@@ -119,14 +119,14 @@ def test_what_cannot_be_sent_is_named(tmp_path):
 
 
 def test_a_trainer_is_shippable_after_it_has_trained(tmp_path):
-    from fts.trainer.search.ray_backend import shippable
+    from fts.trainer.search.ray_backend import copy_for_workers
 
     trainer = make(tmp_path, disable_tqdm=False, max_steps=3, skip_memory_metrics=False)
     trainer.train()
     trainer.evaluate()
     assert trainer.accelerator is not None
     trainer.create_optimizer_and_scheduler(3)
-    sent = ray.cloudpickle.loads(ray.cloudpickle.dumps(shippable(trainer)))
+    sent = ray.cloudpickle.loads(ray.cloudpickle.dumps(copy_for_workers(trainer)))
     assert sent.model is None and sent._accelerator is None and sent.optimizer is None
     assert Path(sent.args.output_dir).is_absolute()
     assert trainer.model is not None

@@ -3,7 +3,7 @@ import pytest
 
 from fts.errors import ArgumentError
 from fts.trainer import TrainingArguments, default_hp_space_optuna, default_hp_space_ray
-from fts.trainer.search.space import arguments_with
+from fts.trainer.search.space import with_trial_values
 
 
 class Asked:
@@ -31,20 +31,20 @@ def test_rays_space_is_that_of_transformers():
         {name: (type(value), value.domain_str, str(value.sampler)) for name, value in part.items()} for part in (theirs, ours)
     ]
     assert shown[0] == shown[1] and len(ours) == 4
-    arguments = arguments_with(TrainingArguments(), {name: value.sample() for name, value in ours.items()}, for_model=False)
+    arguments = with_trial_values(TrainingArguments(), {name: value.sample() for name, value in ours.items()}, for_model=False)
     assert 1 <= arguments.seed <= 40 and isinstance(arguments.seed, int)
 
 
 def test_values_are_made_of_the_kind_of_the_argument():
     values = {"seed": 3.9, "per_device_train_batch_size": np.int64(4), "learning_rate": np.float64(0.1), "data_seed": 2.5}
-    args = arguments_with(TrainingArguments(), values, for_model=False)
+    args = with_trial_values(TrainingArguments(), values, for_model=False)
     found = [getattr(args, name) for name in values]
     assert found == [3, 4, 0.1, 2] and [type(value) for value in found] == [int, int, float, int]
 
 
 def test_arguments_stay_and_what_follows_from_them_follows():
     args = TrainingArguments(eval_strategy="steps", logging_steps=10)
-    changed = arguments_with(args, {"logging_steps": 20, "optim": "sgd"}, for_model=False)
+    changed = with_trial_values(args, {"logging_steps": 20, "optim": "sgd"}, for_model=False)
     assert (args.logging_steps, args.eval_steps, str(args.optim)) == (10, 10, "adamw_torch")
     assert (changed.logging_steps, changed.eval_steps, str(changed.optim)) == (20, 20, "sgd")
 
@@ -65,14 +65,14 @@ def test_arguments_stay_and_what_follows_from_them_follows():
 )
 def test_wrong_values(values, for_model, text):
     with pytest.raises(ArgumentError, match=text):
-        arguments_with(TrainingArguments(), values, for_model=for_model)
+        with_trial_values(TrainingArguments(), values, for_model=for_model)
 
 
 def test_what_model_init_reads_has_a_name_of_its_own():
-    assert arguments_with(TrainingArguments(), {"layers": 2, "seed": 5}, for_model=True).seed == 5
+    assert with_trial_values(TrainingArguments(), {"layers": 2, "seed": 5}, for_model=True).seed == 5
 
 
 def test_a_whole_number_stays_one_where_a_command_line_was_parsed():
     transformers = pytest.importorskip("transformers")
     transformers.HfArgumentParser(TrainingArguments)  # exchanges the types of the fields
-    assert arguments_with(TrainingArguments(), {"seed": 3.7, "max_steps": 9.2}, for_model=False).max_steps == 9
+    assert with_trial_values(TrainingArguments(), {"seed": 3.7, "max_steps": 9.2}, for_model=False).max_steps == 9

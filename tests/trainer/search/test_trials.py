@@ -9,9 +9,9 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.trainer import Trainer, TrainerCallback
-from fts.trainer.search.space import arguments_with
-from fts.trainer.search.trials import fresh, parked
-from tests.trainer.search.runs import Noting, make, rates, result, start, whole
+from fts.trainer.search.space import with_trial_values
+from fts.trainer.search.trials import (copy_for_trial, offload_model)
+from tests.trainer.search.search_jobs import (Noting, make, rates, result, start, whole)
 
 VALUES = {
     "learning_rate": 0.03,
@@ -41,7 +41,7 @@ class Keeping(Trainer):
 @pytest.fixture
 def keeping(monkeypatch):
     monkeypatch.setattr(Keeping, "runs", [])
-    monkeypatch.setattr("tests.trainer.search.runs.Trainer", Keeping)
+    monkeypatch.setattr("tests.trainer.search.search_jobs.Trainer", Keeping)
     return Keeping
 
 
@@ -70,8 +70,8 @@ def test_a_fresh_trainer_is_as_one_that_is_made_with_the_arguments(tmp_path):
     changes = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}
     changes |= {"per_device_train_batch_size": 3, "logging_steps": 5, "skip_memory_metrics": False}
     trainer = make(tmp_path)
-    args = arguments_with(trainer.args, changes, for_model=False)
-    found, expected = vars(fresh(trainer, args)), vars(make(tmp_path, **changes))
+    args = with_trial_values(trainer.args, changes, for_model=False)
+    found, expected = vars(copy_for_trial(trainer, args)), vars(make(tmp_path, **changes))
     assert found.keys() == expected.keys()
     plain = [name for name, value in expected.items() if isinstance(value, (int, float, str, bool, type(None), list))]
     assert len(plain) > 10
@@ -100,7 +100,7 @@ def test_callbacks_that_know_the_trainer_know_the_trials_own(tmp_path):
 def test_data_and_uploads_that_run_are_not_copied(tmp_path):
     trainer = make(tmp_path)
     trainer._uploads._last = Future()
-    copied = fresh(trainer, trainer.args)
+    copied = copy_for_trial(trainer, trainer.args)
     assert copied.train_dataset is trainer.train_dataset and copied.eval_dataset is trainer.eval_dataset
     assert copied.callback_handler is not trainer.callback_handler and not copied._uploads.busy
 
@@ -188,7 +188,7 @@ def test_the_trainers_own_model_leaves_an_accelerator_while_trials_run():
     for placed, expected in ((None, ["cpu", "within", "cuda:0"]), (False, ["within"])):
         moves = []
         args = SimpleNamespace(device=torch.device("cuda", 0), place_model_on_device=placed)
-        with parked(SimpleNamespace(args=args, model=Moves())):
+        with offload_model(SimpleNamespace(args=args, model=Moves())):
             moves.append("within")
         assert moves == expected
 

@@ -9,7 +9,7 @@ import pytest
 from fts.errors import ArgumentError, CallbackError, CheckpointError, Interrupted
 from fts.trainer import TrainerCallback, TrainerState
 from fts.trainer.trackers import TrackerCallback, callback as room, tracker_callbacks
-from fts.trainer.trackers.tracker import Tracking
+from fts.trainer.trackers.tracker import TrackerRun
 from tests.trainer.helpers import arguments, make_trainer
 
 SHORT = {"max_steps": 6, "logging_steps": 1}
@@ -170,7 +170,7 @@ class Named:
     def __call__(self, opening):
         self.openings.append(opening)
         tracker = Memory()
-        return Tracking(tracker, opening.run_id or f"run-{len(self.openings)}", finish=tracker.finish)
+        return TrackerRun(tracker, opening.run_id or f"run-{len(self.openings)}", finish=tracker.finish)
 
 
 @pytest.fixture
@@ -207,10 +207,10 @@ def test_report_to_becomes_callbacks():
 
 
 def test_all_means_what_is_installed(monkeypatch):
-    from fts.trainer.arguments import trackers
+    from fts.trainer.arguments import tracker_packages
 
-    monkeypatch.setattr(trackers, "_found", lambda module: module in ("mlflow", "swanlab"))
-    monkeypatch.delenv(trackers.KUBEFLOW, raising=False)
+    monkeypatch.setattr(tracker_packages, "_found", lambda module: module in ("mlflow", "swanlab"))
+    monkeypatch.delenv(tracker_packages.KUBEFLOW_VARIABLE, raising=False)
     (several,) = tracker_callbacks(["all"])
     assert several.trackers == several.optional == ["mlflow", "swanlab"]
     (mixed,) = tracker_callbacks(["mlflow", "all"])

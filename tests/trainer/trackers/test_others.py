@@ -175,7 +175,7 @@ def job(tmp_path, monkeypatch):
 
 
 def test_kubeflow_hears_how_far_it_is(tmp_path, job, monkeypatch):
-    monkeypatch.setattr("fts.trainer.trackers.kubeflow.INTERVAL", 0.0)
+    monkeypatch.setattr("fts.trainer.trackers.kubeflow.SAMPLING_SECONDS", 0.0)
     trainer = make_trainer(tmp_path, **SHORT, report_to="kubeflow")
     trainer.train()
     assert {(path, head) for path, head, _ in job} == {("/status", "Bearer sesame")}

@@ -7,8 +7,8 @@ from torch import nn
 
 from fts.trainer import TrainingArguments
 from fts.trainer.run.plan import make_plan
-from fts.trainer.trackers.names import by_split, numbers
-from fts.trainer.trackers.run_config import facts_of
+from fts.trainer.trackers.logs import (rewrite_logs, numeric_logs)
+from fts.trainer.trackers.run_config import run_config
 from tests.trainer.helpers import Linear
 
 
@@ -31,7 +31,7 @@ def test_arguments_plan_model_and_environment_are_told():
     model = Configured(hidden_size=8, architectures=["Net"])
     frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
     model.register_parameter("frozen", frozen)
-    facts = facts_of(args, make_plan(args, batches=10, items=80), model)
+    facts = run_config(args, make_plan(args, batches=10, items=80), model)
     assert facts["learning_rate"] == 0.25 and facts["label_names"] == "['a']"
     assert facts["plan/total_steps"] == 30 and facts["plan/precision"] == "None"
     assert "plan/schedule" not in facts
@@ -43,7 +43,7 @@ def test_arguments_plan_model_and_environment_are_told():
 
 @pytest.mark.parametrize("name", ["token", "auth_token", "api_key", "wandb_api_key", "password", "client_secret", "ACCESS_KEY"])
 def test_what_is_called_a_secret_is_left_out(name):
-    facts = facts_of(
+    facts = run_config(
         TrainingArguments("out", hub_token="sesame"),
         None,
         Configured(**{name: "sesame", "inner": {name: "sesame", "deep": [{name: "sesame"}]}}),
@@ -53,26 +53,26 @@ def test_what_is_called_a_secret_is_left_out(name):
 
 
 def test_what_only_sounds_like_one_is_told():
-    facts = facts_of(TrainingArguments("out"), None, Configured(pad_token_id=3, num_key_value_heads=4, tokenizer_class="Bert"))
+    facts = run_config(TrainingArguments("out"), None, Configured(pad_token_id=3, num_key_value_heads=4, tokenizer_class="Bert"))
     assert (facts["model/pad_token_id"], facts["model/num_key_value_heads"], facts["model/tokenizer_class"]) == (3, 4, "Bert")
 
 
 @pytest.mark.parametrize("address", ["https://me:sesame@host/x", "s3://sesame@host/x", "postgresql://me:sesame@db:5432/runs"])
 def test_logins_in_addresses_are_masked(address):
-    facts = facts_of(TrainingArguments(address, run_name=address), None, Configured(source=[address]))
+    facts = run_config(TrainingArguments(address, run_name=address), None, Configured(source=[address]))
     assert "sesame" not in str(facts)
     assert facts["run_name"].partition("@")[2] == address.partition("@")[2]
 
 
 def test_the_model_keeps_its_configuration():
     values = {"inner": {"api_key": "sesame"}}
-    facts_of(TrainingArguments("out"), None, Configured(**values))
+    run_config(TrainingArguments("out"), None, Configured(**values))
     assert values == {"inner": {"api_key": "sesame"}}
 
 
 def test_numbers_of_all_kinds_are_numbers():
     logs = {"a": torch.tensor(0.5), "b": torch.tensor([0.5]).numpy(), "c": True, "d": float("nan"), "e": torch.ones(2), "f": "x"}
-    found = numbers(logs)
+    found = numeric_logs(logs)
     assert list(found) == ["a", "b", "c", "d"]
     assert (found["a"], found["b"], found["c"]) == (0.5, 0.5, True)
     assert all(type(value) in (float, bool) for value in found.values())
@@ -102,7 +102,7 @@ def test_names_are_those_that_transformers_writes(tmp_path):
 
 
 def test_a_split_needs_a_name_behind_it():
-    assert by_split({"eval": 1.0, "evaluation_loss": 2.0, "test_eval_f1": 3.0}) == {
+    assert rewrite_logs({"eval": 1.0, "evaluation_loss": 2.0, "test_eval_f1": 3.0}) == {
         "train/eval": 1.0,
         "train/evaluation_loss": 2.0,
         "test/eval_f1": 3.0,
