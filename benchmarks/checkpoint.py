@@ -1,16 +1,16 @@
-"""What a checkpoint costs the training beside it, in step times; each contestant in processes of its own, interleaved.
+"""The cost of a checkpoint for training, in step times; each candidate in processes of its own, interleaved.
 
     python benchmarks/checkpoint.py [--repeats 3] [--saves 4] [--batch 128] [--threads 2] [--only fts "torch.save"]
 
 The model has 20 million parameters; with the two moments of AdamW a checkpoint has 228 MiB. A run trains in windows of 8 steps,
-of which every other one has a save after its second step. `waits` is by how much the step of the save is longer than the median
-step: what the loop stands still. `total` is by how much the window is longer than the two beside it: the loop's wait, and what a
-writer beside it takes from the steps that follow. Both are in steps of the same run, medians over all saves. `processor` is as
-`total`, but of the processor time of the whole process: it is steadier on a machine that has other work. Target: a total of at
-most 0.4 for fts, with checksums and everything flushed to the disk (the peers do neither). Temporary files must be on a disk, not
-in memory: set TMPDIR. "transformers" and "lightning" are left out where they are not installed.
+of which every other one has a save after its second step. `waits` is the time by which the step of the save exceeds the median
+step: the time that the loop waits. `total` is the time by which the window exceeds the two next to it: the loop's wait, and the
+slowdown of later steps by an asynchronous writer. Both are in steps of the same run, medians over all saves. `processor` is like
+`total`, for the processor time of the process: it varies less on a busy machine. Target: a total of at most 0.4 for fts, with
+checksums and all files flushed to the disk (the peers do neither). Temporary files must be on a disk, not in memory: set TMPDIR.
+"transformers" and "lightning" are skipped if they are not installed.
 
-The last line counts the items that are read to go on in the middle of an epoch.
+The last line counts the examples that are read to resume in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fts import loops, steps, transforms as tx
 
 WIDTH, LAYERS, RATE = 1024, 19, 1e-4
 WINDOW, AT = 8, 2
-"""Steps in a window, and after how many of them it saves."""
+"""The number of steps in a window, and the step after which it saves."""
 
 
 class Mlp(nn.Module):
@@ -54,23 +54,23 @@ class Mlp(nn.Module):
         return {"loss": output.square().mean()}
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    """The same few rows again and again; counts what is read."""
+class Examples(Dataset[dict[str, torch.Tensor]]):
+    """A data set that repeats a few examples; counts the reads."""
 
     def __init__(self, count: int, width: int = WIDTH) -> None:
-        self.count, self.read, self.rows = count, 0, torch.randn(64, width)
+        self.count, self.read, self.examples = count, 0, torch.randn(64, width)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         self.read += 1
-        return {"x": self.rows[index % 64]}
+        return {"x": self.examples[index % 64]}
 
 
 @attrs.define
 class Clock:
-    """When each step began."""
+    """The start time of each step."""
 
     windows: int
     wall: list[float] = attrs.field(factory=list)
@@ -93,7 +93,7 @@ class Clock:
 # Contestants
 
 
-def fts_core(data: Rows, batch: int, clock: Clock, folder: str, *, background: bool = True) -> None:
+def fts_core(data: Examples, batch: int, clock: Clock, folder: str, *, background: bool = True) -> None:
     net, optimizer = Mlp(), tx.adamw(RATE, weight_decay=0.01)
     step = steps.train_step(steps.module_loss(net, lambda model, inputs: model(**inputs)["loss"]), optimizer)
     state = fts.TrainState.create(net, optimizer)
@@ -112,24 +112,24 @@ def fts_core(data: Rows, batch: int, clock: Clock, folder: str, *, background: b
                 clock.tick()
 
 
-def fts_synchronous(data: Rows, batch: int, clock: Clock, folder: str) -> None:
+def fts_synchronous(data: Examples, batch: int, clock: Clock, folder: str) -> None:
     fts_core(data, batch, clock, folder, background=False)
 
 
-def hand_written(data: Rows, batch: int, clock: Clock, folder: str) -> None:
+def hand_written(data: Examples, batch: int, clock: Clock, folder: str) -> None:
     model = Mlp()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
     for step in range(1, clock.steps + 1):
         clock.tick()
-        rows = torch.stack([data[index]["x"] for index in range((step - 1) * batch, step * batch)])
-        model(rows)["loss"].backward()
+        x = torch.stack([data[index]["x"] for index in range((step - 1) * batch, step * batch)])
+        model(x)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         if clock.due(step):
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}/{step}.pt")
 
 
-def any_trainer(package: Any, data: Rows, batch: int, clock: Clock, folder: str) -> None:
+def any_trainer(package: Any, data: Examples, batch: int, clock: Clock, folder: str) -> None:
     class Saving(package.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             clock.tick()
@@ -144,17 +144,17 @@ def any_trainer(package: Any, data: Rows, batch: int, clock: Clock, folder: str)
     package.Trainer(Mlp(), args, train_dataset=data, callbacks=[Saving()]).train()
 
 
-def fts_trainer(data: Rows, batch: int, clock: Clock, folder: str) -> None:
+def fts_trainer(data: Examples, batch: int, clock: Clock, folder: str) -> None:
     any_trainer(fts, data, batch, clock, folder)
 
 
-def transformers_trainer(data: Rows, batch: int, clock: Clock, folder: str) -> None:
+def transformers_trainer(data: Examples, batch: int, clock: Clock, folder: str) -> None:
     import transformers
 
     any_trainer(transformers, data, batch, clock, folder)
 
 
-def lightning(data: Rows, batch: int, clock: Clock, folder: str) -> None:
+def lightning(data: Examples, batch: int, clock: Clock, folder: str) -> None:
     import lightning as L
 
     class Module(L.LightningModule):
@@ -181,7 +181,7 @@ def lightning(data: Rows, batch: int, clock: Clock, folder: str) -> None:
     trainer.fit(Module(), torch.utils.data.DataLoader(data, batch))
 
 
-CONTESTANTS: dict[str, Callable[[Rows, int, Clock, str], None]] = {
+CANDIDATES: dict[str, Callable[[Examples, int, Clock, str], None]] = {
     "fts": fts_core,
     "fts, in the loop": fts_synchronous,
     "fts Trainer": fts_trainer,
@@ -199,7 +199,7 @@ def measure(name: str, batch: int, saves: int) -> dict[str, Any]:
     torch.manual_seed(0)
     clock = Clock(2 * saves + 1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        CONTESTANTS[name](Rows(clock.steps * batch), batch, clock, folder)
+        CANDIDATES[name](Examples(clock.steps * batch), batch, clock, folder)
         clock.tick()
     wall, processor = ([b - a for a, b in pairwise(times)] for times in (clock.wall, clock.processor))
     plain = [index for index in range(WINDOW, clock.steps) if index // WINDOW % 2 == 0]
@@ -209,8 +209,8 @@ def measure(name: str, batch: int, saves: int) -> dict[str, Any]:
         found["waits"].append(wall[window * WINDOW + AT - 1] / step - 1)
         for key, times, unit in (("total", wall, step), ("processor", processor, work)):
             # not the first window of the run, where memory is allocated
-            beside = [n for n in (window - 1, window + 1) if n > 0]
-            usual = statistics.mean(sum(times[n * WINDOW : (n + 1) * WINDOW]) for n in beside)
+            neighbors = [n for n in (window - 1, window + 1) if n > 0]
+            usual = statistics.mean(sum(times[n * WINDOW : (n + 1) * WINDOW]) for n in neighbors)
             found[key].append((sum(times[window * WINDOW : (window + 1) * WINDOW]) - usual) / unit)
     return found
 
@@ -221,13 +221,13 @@ def in_own_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr}")
-    os.sync()  # what is still to be written is not the next one's
+    os.sync()  # pending writes must not count for the next candidate
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def items_read_to_resume(count: int, at: int, batch: int = 100) -> int:
-    """How many items are read before the first batch, when a run goes on at item `at`."""
-    data = Rows(count, width=4)
+def examples_read_to_resume(count: int, at: int, batch: int = 100) -> int:
+    """The number of examples that are read before the first batch, when a run resumes at example `at`."""
+    data = Examples(count, width=4)
     batches = loops.source(data, batch_size=batch, shuffle=True).epoch(0, start=at // batch)
     next(iter(batches))
     return data.read - batch
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    parser.add_argument("--only", nargs="*", default=list(CANDIDATES), choices=list(CANDIDATES))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -248,7 +248,7 @@ def main() -> None:
         return
     names = [name for name in options.only if name not in ("transformers", "lightning") or find_spec(name)]
     if absent := set(options.only) - set(names):
-        print(f"Left out, since not installed: {', '.join(sorted(absent))}")
+        print(f"Skipped, since not installed: {', '.join(sorted(absent))}")
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for index in range(options.repeats):
         shift = index % len(names)
@@ -257,16 +257,18 @@ def main() -> None:
     parameters = sum(tensor.numel() for tensor in Mlp().parameters())
     saves = options.repeats * options.saves
     print(f"{parameters:,} parameters, {parameters * 12 / 2**20:.0f} MiB, {saves} saves each, in step times")
-    print(f"{'':<18}{'ms a step':>10}{'waits':>8}{'total':>8}{'min':>8}{'max':>8}{'processor':>11}")
+    print(f"{'':<18}{'ms per step':>10}{'waits':>8}{'total':>8}{'min':>8}{'max':>8}{'processor':>11}")
     for name in names:
         values = {key: [value for run in found[name] for value in run[key]] for key in ("waits", "total", "processor")}
         middle = {key: statistics.median(those) for key, those in values.items()}
         milliseconds = statistics.median(run["seconds"] for run in found[name]) * 1e3
-        spread = f"{min(values['total']):>8.2f}{max(values['total']):>8.2f}"
+        extremes = f"{min(values['total']):>8.2f}{max(values['total']):>8.2f}"
         print(
-            f"{name:<18}{milliseconds:>10.0f}{middle['waits']:>8.2f}{middle['total']:>8.2f}{spread}{middle['processor']:>11.2f}"
+            f"{name:<18}{milliseconds:>10.0f}{middle['waits']:>8.2f}{middle['total']:>8.2f}{extremes}{middle['processor']:>11.2f}"
         )
-    print(f"resume at item 190,000 of 200,000: items read before the first batch: {items_read_to_resume(200_000, 190_000)}")
+    print(
+        f"resume at example 190,000 of 200,000: examples read before the first batch: {examples_read_to_resume(200_000, 190_000)}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python benchmarks/distributed.py [--rounds 15] [--only bert]
 
-Both train the same model on the same items with AdamW, clipping by global norm and a linear schedule; each process has its own
-half of each batch, and one thread. The hand-written loops index tensors, use the fused optimizer and set the rate themselves;
-FSDP cuts each layer and what is left. In each round all contestants run one after another, in a rotating order and from a barrier
-on; the ratio is taken round by round, and its median is printed. The target is a ratio of at most 1.05. `processor` is the
-ratio of the processor's time, which does not grow while processes wait for each other, or where the machine has other work.
+Both train the same model on the same examples with AdamW, clipping by global norm and a linear schedule; each rank has one
+thread and half of each batch. The hand-written loops index tensors, use the fused optimizer and set the rate themselves;
+FSDP shards each layer, and the rest. In each round all candidates run one after another, in a rotating order, each after a
+barrier; the ratio is taken round by round, and its median is printed. The target is a ratio of at most 1.05. `processor` is the
+ratio of processor times, which do not grow while ranks wait for each other, or when the machine is busy.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fts import loops, steps, transforms as tx
 from fts.distributed import DDP, FSDP, Group, destroy_process_group, distribute, init_process_group
 from fts.distributed.fsdp import fully_shard
 
-RATE, DECAY, CLIP, ROWS = 1e-3, 0.01, 1.0, 32
-"""`MAX_EXAMPLES` are those of one process."""
+RATE, DECAY, CLIP, BATCH_SIZE = 1e-3, 0.01, 1.0, 32
+"""`BATCH_SIZE` is that of one rank."""
 
 
 @attrs.frozen
 class Task:
-    """A model and data for all contestants; FSDP gathers each `unit` as one; `steps` is how many steps one turn takes."""
+    """A model and data for all candidates; FSDP gathers each `unit` as one; `steps` is how many steps one run_steps takes."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -100,7 +100,7 @@ def new_model(task: Task) -> nn.Module:
     return task.model().train()
 
 
-def cut(model: nn.Module, unit: str) -> nn.Module:
+def shard_layers(model: nn.Module, unit: str) -> nn.Module:
     for module in reversed(list(model.modules())):
         if type(module).__name__ == unit:
             fsdp.fully_shard(module)
@@ -109,19 +109,21 @@ def cut(model: nn.Module, unit: str) -> nn.Module:
 
 def hand_written(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> Callable[[], None]:
     model = new_model(task)
-    model = DistributedDataParallel(model) if isinstance(strategy, DDP) else cut(model, task.unit)
+    model = DistributedDataParallel(model) if isinstance(strategy, DDP) else shard_layers(model, task.unit)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY, fused=True)
-    items = len(task.data["labels"])
+    num_examples = len(task.data["labels"])
     taken = epoch = 0
 
-    def turn() -> None:
+    def run_steps() -> None:
         nonlocal taken, epoch
-        order = torch.randperm(items, generator=torch.Generator().manual_seed(epoch)).split(ROWS)[group.rank :: group.size]
+        order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(epoch)).split(BATCH_SIZE)[
+            group.rank :: group.size
+        ]
         epoch += 1
         for index in range(task.steps):
             chosen = order[index % len(order)]
-            batch = {key: tensor[chosen] for key, tensor in task.data.items()}
+            batch = {key: tensor[chosen] for key, tensor in task.data.num_examples()}
             loss = F.cross_entropy(model(batch["x"]), batch["labels"])
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -131,7 +133,7 @@ def hand_written(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> 
             optimizer.zero_grad()
             taken += 1
 
-    return turn
+    return run_steps
 
 
 def with_fts(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> Callable[[], None]:
@@ -148,32 +150,32 @@ def with_fts(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> Call
     )
     state = fts.TrainState.create(model, optimizer, seed=0)
     source = loops.shard_source(
-        loops.source(TensorDataset(*task.data.values()), batch_size=ROWS, shuffle=True), group.rank, group.size
+        loops.source(TensorDataset(*task.data.values()), batch_size=BATCH_SIZE, shuffle=True), group.rank, group.size
     )
     position = loops.Position()
 
-    def turn() -> None:
+    def run_steps() -> None:
         nonlocal state, position
         end = int(state.step) + task.steps
         run = loops.fit(step, state, source, total_steps=end, start=position, due=loops.cadence(log=100), donate=True)
         last: Any = deque(run, maxlen=1).pop()
         state, position = last.state, last.counters.position
 
-    return turn
+    return run_steps
 
 
 def measure(task: Task, rounds: int, group: Group) -> dict[str, list[tuple[float, float]]]:
-    """Seconds per step of each contestant in each round, and of the processor's time."""
+    """Wall and processor seconds per step of each candidate in each round."""
     total = (rounds + 1) * task.steps
     strategies: list[DDP | FSDP] = [DDP(), FSDP(units=(task.unit,))]
-    turns = {
-        f"{strategy.name}, {name}": contestant(task, total, group, strategy)
+    runners = {
+        f"{strategy.name}, {name}": candidate(task, total, group, strategy)
         for strategy in strategies
-        for name, contestant in (("by hand", hand_written), ("fts", with_fts))
+        for name, candidate in (("by hand", hand_written), ("fts", with_fts))
     }
-    for turn in turns.values():
-        turn()
-    names = list(turns)
+    for run_steps in runners.values():
+        run_steps()
+    names = list(runners)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for index in range(rounds):
         shift = index % len(names)
@@ -181,21 +183,21 @@ def measure(task: Task, rounds: int, group: Group) -> dict[str, list[tuple[float
             gc.collect()
             group.barrier()
             wall, processor = time.perf_counter(), time.process_time()
-            turns[name]()
+            runners[name]()
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
             seconds[name].append((wall / task.steps, processor / task.steps))
     return seconds
 
 
 def report(seconds: dict[str, list[tuple[float, float]]]) -> None:
-    print(f"{'':<22}{'us a step':>12}{'ratio':>8}{'min':>8}{'max':>8}{'processor':>12}")
-    for name, times in seconds.items():
+    print(f"{'':<22}{'us per step':>12}{'ratio':>8}{'min':>8}{'max':>8}{'processor':>12}")
+    for name, times in seconds.num_examples():
         base = seconds[f"{name.split(',')[0]}, by hand"]
         ratios, of_processor = ([own[k] / other[k] for own, other in zip(times, base, strict=True)] for k in (0, 1))
-        figures = (
+        columns = (
             f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}{statistics.median(of_processor):>12.2f}"
         )
-        print(f"{name:<22}{1e6 * statistics.median(wall for wall, _ in times):>12.1f}{figures}")
+        print(f"{name:<22}{1e6 * statistics.median(wall for wall, _ in times):>12.1f}{columns}")
 
 
 def main() -> None:
@@ -215,7 +217,7 @@ def main() -> None:
         if options.only in (None, task.name):
             seconds = measure(task, options.rounds, group)
             if group.is_main_process:
-                print(f"\n{task.name}: {task.steps} steps a turn")
+                print(f"\n{task.name}: {task.steps} steps per round")
                 report(seconds)
     destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Clipping and AdamW on the shards of `fully_shard`: fts against torch, on the same gradients, in turns.
+"""Clipping and AdamW on the shards of `fully_shard`: fts against torch, on the same gradients, alternating.
 
 torchrun --nproc-per-node 2 benchmarks/sharded_updates.py
 """

@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--rounds 15] [--threads 2] [--only mlp]
 
-Every contestant trains the same model on the same items in the same order with AdamW (no decay for biases and norms, as
-the Trainer has it), clipping by global norm and a linear schedule, data fetching included. The hand-written loop indexes
-tensors (no DataLoader), uses the fused optimizer and sets the rate itself. In each round all contestants run one after
+Every candidate trains the same model on the same examples in the same order with AdamW (no decay for biases and norms, as
+in the Trainer), clipping by global norm and a linear schedule, data fetching included. The hand-written loop indexes
+tensors (no DataLoader), uses the fused optimizer and sets the rate itself. In each round all candidates run one after
 another, in a rotating order; the ratio is taken round by round, and its median is printed.
 """
 
@@ -31,12 +31,12 @@ from torch.utils.data import TensorDataset
 import fts
 from fts import loops, steps, transforms as tx
 
-RATE, DECAY, CLIP, ROWS = 1e-3, 0.01, 1.0, 32
+RATE, DECAY, CLIP, BATCH_SIZE = 1e-3, 0.01, 1.0, 32
 
 
 @attrs.frozen
 class Task:
-    """A model and data for all contestants; `steps` is how many steps one turn takes."""
+    """A model and data for all candidates; `steps` is the number of steps in a round."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -100,16 +100,16 @@ def hand_written(task: Task, total: int) -> Callable[[], None]:
         {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
-    items = len(task.data["labels"])
+    num_examples = len(task.data["labels"])
     taken = epoch = 0
 
-    def turn() -> None:
+    def run_steps() -> None:
         nonlocal taken, epoch
-        order = torch.randperm(items, generator=torch.Generator().manual_seed(epoch)).split(ROWS)
+        order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(epoch)).split(BATCH_SIZE)
         epoch += 1
         for index in range(task.steps):
             chosen = order[index % len(order)]
-            batch = {key: tensor[chosen] for key, tensor in task.data.items()}
+            batch = {key: tensor[chosen] for key, tensor in task.data.num_examples()}
             loss = model(**batch)["loss"]
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -119,7 +119,7 @@ def hand_written(task: Task, total: int) -> Callable[[], None]:
             optimizer.zero_grad()
             taken += 1
 
-    return turn
+    return run_steps
 
 
 def core(task: Task, total: int, *, compiled: bool = False, donate: bool = True) -> Callable[[], None]:
@@ -133,28 +133,28 @@ def core(task: Task, total: int, *, compiled: bool = False, donate: bool = True)
     if compiled:
         step = steps.compile(step)
     state = fts.TrainState.create(model, optimizer, seed=0)
-    source = loops.source(TensorDataset(*task.data.values()), batch_size=ROWS, shuffle=True)
+    source = loops.source(TensorDataset(*task.data.values()), batch_size=BATCH_SIZE, shuffle=True)
     position = loops.Position()
 
-    def turn() -> None:
+    def run_steps() -> None:
         nonlocal state, position
         end = int(state.step) + task.steps
         run = loops.fit(step, state, source, total_steps=end, start=position, due=loops.cadence(log=100), donate=donate)
         last: Any = deque(run, maxlen=1).pop()
         state, position = last.state, last.counters.position
 
-    return turn
+    return run_steps
 
 
 def trainer(task: Task, total: int) -> Callable[[], float]:
     from fts import Trainer, TrainingArguments
 
-    def turn() -> float:
-        """The seconds of `train` alone: a Trainer is built once and used for a whole run."""
+    def run_steps() -> float:
+        """The seconds of `train` alone, since a Trainer is built once per run."""
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(
                 output_dir=folder,
-                per_device_train_batch_size=ROWS,
+                per_device_train_batch_size=BATCH_SIZE,
                 max_steps=task.steps,
                 learning_rate=RATE,
                 weight_decay=DECAY,
@@ -171,11 +171,11 @@ def trainer(task: Task, total: int) -> Callable[[], float]:
             runner.train()
             return time.perf_counter() - started
 
-    return turn
+    return run_steps
 
 
 class Columns(torch.utils.data.Dataset):
-    """Rows of a few tensors; `__getitems__` fetches a whole batch at once, as torch's loaders allow."""
+    """Examples from a few tensors; `__getitems__` fetches a batch at once, as torch's loaders allow."""
 
     def __init__(self, columns: dict[str, torch.Tensor]) -> None:
         self.columns = columns
@@ -184,11 +184,11 @@ class Columns(torch.utils.data.Dataset):
         return len(self.columns["labels"])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {key: tensor[index] for key, tensor in self.columns.items()}
+        return {key: tensor[index] for key, tensor in self.columns.num_examples()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = torch.tensor(indices)
-        return {key: tensor[chosen] for key, tensor in self.columns.items()}
+        return {key: tensor[chosen] for key, tensor in self.columns.num_examples()}
 
 
 def new_model(task: Task) -> nn.Module:
@@ -196,7 +196,7 @@ def new_model(task: Task) -> nn.Module:
     return task.model()
 
 
-CONTESTANTS: dict[str, Callable[..., Callable[[], float | None]]] = {
+CANDIDATES: dict[str, Callable[..., Callable[[], float | None]]] = {
     "hand": hand_written,
     "fts core, donated": core,
     "fts core, pure": functools.partial(core, donate=False),
@@ -206,18 +206,18 @@ CONTESTANTS: dict[str, Callable[..., Callable[[], float | None]]] = {
 
 
 def measure(task: Task, rounds: int, names: list[str]) -> dict[str, list[float]]:
-    """Seconds per step of each contestant in each round."""
+    """Seconds per step of each candidate in each round."""
     total = (rounds + 1) * task.steps
-    turns = {name: CONTESTANTS[name](task, total) for name in names}
-    for turn in turns.values():  # caches fill, graphs are compiled
-        turn()
+    runners = {name: CANDIDATES[name](task, total) for name in names}
+    for run_steps in runners.values():  # a warm-up round: fills caches, compiles graphs
+        run_steps()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
             started = time.perf_counter()
-            own = turns[name]()
+            own = runners[name]()
             seconds[name].append((time.perf_counter() - started if own is None else own) / task.steps)
     return seconds
 
@@ -227,19 +227,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", help="the name of one task")
-    parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS))
+    parser.add_argument("--candidates", nargs="*", default=list(CANDIDATES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds")
     for task in tasks():
         if options.only not in (None, task.name):
             continue
-        seconds = measure(task, options.rounds, options.contestants)
-        print(f"\n{task.name}: {task.steps} steps a turn\n{'':<22}{'us a step':>12}{'ratio':>8}{'min':>8}{'max':>8}")
-        for name, times in seconds.items():
-            ratios = [own / base for own, base in zip(times, seconds[options.contestants[0]], strict=True)]
-            figures = f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}"
-            print(f"{name:<22}{1e6 * statistics.median(times):>12.1f}{figures}")
+        seconds = measure(task, options.rounds, options.candidates)
+        print(f"\n{task.name}: {task.steps} steps per round\n{'':<22}{'us per step':>12}{'ratio':>8}{'min':>8}{'max':>8}")
+        for name, times in seconds.num_examples():
+            ratios = [own / base for own, base in zip(times, seconds[options.candidates[0]], strict=True)]
+            columns = f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}"
+            print(f"{name:<22}{1e6 * statistics.median(times):>12.1f}{columns}")
 
 
 if __name__ == "__main__":

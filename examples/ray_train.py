@@ -1,11 +1,11 @@
-"""The Trainer on Ray Train: two workers of a local Ray cluster learn handwritten digits together.
+"""The Trainer on Ray Train: two workers of a local Ray cluster train a model on handwritten digits.
 
     pip install 'ray[train]'
     python examples/ray_train.py       # half a minute on a free machine; most of it is the start of Ray
 
-Ray starts the workers and joins them into a process group before the Trainer exists; the Trainer finds the group and shares the
-data. A callback of a few lines reports metrics and checkpoints to Ray, which keeps the checkpoints where all machines can read
-them, and gives the last one back to workers that are started again.
+Ray starts the workers and initializes their process group; the Trainer then uses that group and shards the data. A callback of a
+few lines reports metrics and checkpoints to Ray, which stores the checkpoints where all machines can read them, and gives the
+last one to workers that it restarts.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Digits(nn.Module):
 
 
 class ReportToRay(TrainerCallback):
-    """Every worker reports equally often: Ray waits for all of them. The first one brings the checkpoint."""
+    """Reports from every worker, since Ray waits for all of them; the checkpoint comes from the main process."""
 
     def __init__(self):
         self.latest = {}
@@ -56,12 +56,12 @@ class ReportToRay(TrainerCallback):
         ray.train.report({"step": state.global_step, **self.latest}, checkpoint=checkpoint)
 
 
-def load_rows():
+def load_examples():
     digits = load_digits()
     x, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [{"x": x[index], "labels": labels[index]} for index in order]
-    return rows[400:], rows[:400]
+    examples = [{"x": x[index], "labels": labels[index]} for index in order]
+    return examples[400:], examples[:400]
 
 
 def accuracy(prediction):
@@ -69,8 +69,8 @@ def accuracy(prediction):
 
 
 def train_one_worker(settings):
-    """What each worker does: what a script for one process does, and a callback."""
-    train_rows, test_rows = load_rows()
+    """The function of each worker: a script for one process, and a callback."""
+    train_examples, test_examples = load_examples()
     torch.manual_seed(0)
     args = TrainingArguments(
         output_dir=settings["output"],
@@ -89,16 +89,16 @@ def train_one_worker(settings):
     trainer = Trainer(
         model=Digits(),
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=test_rows,
+        train_dataset=train_examples,
+        eval_dataset=test_examples,
         compute_metrics=accuracy,
         callbacks=[ReportToRay()],
     )
-    left = ray.train.get_checkpoint()  # by workers that Ray has started anew
-    if left is None:
+    last = ray.train.get_checkpoint()  # of workers that Ray has restarted
+    if last is None:
         trainer.train()
     else:
-        with left.as_directory() as folder:
+        with last.as_directory() as folder:
             trainer.train(resume_from_checkpoint=folder)
 
 
@@ -110,7 +110,7 @@ def main():
     options = parser.parse_args()
     output = options.output.absolute()
 
-    ray.init(num_cpus=options.workers, include_dashboard=False)  # a cluster that is there: ray.init("auto")
+    ray.init(num_cpus=options.workers, include_dashboard=False)  # an existing cluster: ray.init("auto")
     result = TorchTrainer(
         train_one_worker,
         train_loop_config={"output": str(output / "trainer"), "steps": options.steps},
@@ -128,10 +128,10 @@ def main():
     model = Digits()
     with result.checkpoint.as_directory() as folder:
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-    _, test_rows = load_rows()
+    _, test_examples = load_examples()
     with torch.no_grad():
-        logits = model(torch.stack([row["x"] for row in test_rows]))["logits"]
-    right = float((logits.argmax(-1) == torch.stack([row["labels"] for row in test_rows])).float().mean())
+        logits = model(torch.stack([row["x"] for row in test_examples]))["logits"]
+    right = float((logits.argmax(-1) == torch.stack([row["labels"] for row in test_examples])).float().mean())
     print(f"reported to Ray at step {result.metrics['step']}: accuracy {result.metrics['eval_accuracy']:.1%}")
     print(f"the checkpoint that Ray kept, {result.checkpoint.path}: accuracy {right:.1%}")
     if right < NEEDED_ACCURACY:

@@ -2,10 +2,10 @@
 
     python examples/sentiment.py                      # a few minutes on two free cores
     python examples/sentiment.py wonderful gruesome   # then rate these words
-    torchrun --nproc-per-node 2 examples/sentiment.py # in two processes, each with half of the rows
+    torchrun --nproc-per-node 2 examples/sentiment.py # in two processes, each with half of the examples
 
 The model (22M parameters, real weights) and the ratings come with Python packages; nothing is downloaded. The words are split by
-family (their first four letters), so that no inflection of a training word is ever tested.
+family (their first four letters), so that no inflection of a training word is in the test set.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from fts import Trainer, TrainingArguments
 
 NEEDED_CORRELATION = 0.83
-transformers_logging.set_verbosity_error()  # it would announce the new head, which we are about to train
+transformers_logging.set_verbosity_error()  # it would warn of the new head, which is trained below
 transformers_logging.disable_progress_bar()
 
 
@@ -67,7 +67,7 @@ def draw_learning_curve(before, history, path):
     training = [(entry["epoch"], entry["loss"]) for entry in history if "loss" in entry]
     held_out = [{"epoch": 0, **before}, *(entry for entry in history if "eval_loss" in entry)]
     epochs = [entry["epoch"] for entry in held_out]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     left.plot([epoch for epoch, _ in training], [loss for _, loss in training], label="training words")
     left.plot(epochs, [entry["eval_loss"] for entry in held_out], "o-", label="held-out words")
     left.set(xlabel="epoch", ylabel="squared error", title="Loss")
@@ -77,7 +77,7 @@ def draw_learning_curve(before, history, path):
     right.axhline(NEEDED_CORRELATION, color="gray", linestyle=":", label="needed r")
     right.set(xlabel="epoch", title="Agreement with human ratings (held-out words)")
     right.legend()
-    figure.savefig(path, dpi=120)
+    fig.savefig(path, dpi=120)
 
 
 def main():
@@ -119,7 +119,7 @@ def main():
     words = options.words or ["serendipity", "cozy", "table", "gloomy", "mildew", "backstabber"]
     rated = trainer.predict([dict(tokenizer(word)) for word in words]).predictions.squeeze(-1)
     if not trainer.is_world_process_zero():
-        return  # of several processes the first one tells
+        return  # only the main process prints
 
     print(f"\n{'held-out words':24}{'before':>8}{'after':>8}")
     print(f"{'Pearson r':24}{before['eval_pearson_r']:8.3f}{after['eval_pearson_r']:8.3f}")

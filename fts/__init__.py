@@ -3,8 +3,8 @@
     fts.transforms   gradients -> updates                         (imported as tx)
     fts.steps        (state, batch) -> (state, metrics)
     fts.loops        many steps: events, data order, checkpoints  (loaded on first use)
-    fts.testing      the laws as checks for your own transforms   (loaded on first use)
-    fts.trainer      Trainer and TrainingArguments                (loaded on first use, as are its names here)
+    fts.testing      property checks for your own transforms      (loaded on first use)
+    fts.trainer      Trainer and TrainingArguments                (loaded on first use, with its names)
 
 >>> import fts, torch
 >>> fts.global_norm({"w": torch.tensor([3.0, 4.0])})
@@ -60,7 +60,7 @@ __version__ = "0.1.0"
 
 __all__ = ["LossOutput", "TrainState", "Transform", "__version__", "errors", "global_norm", "steps", "transforms"]
 
-_LAZY_ROOMS = ("loops", "testing", "trainer")
+_LAZY_PACKAGES = ("loops", "testing", "trainer")
 
 _LAZY_NAMES = (
     "AcceleratorConfig",
@@ -96,12 +96,12 @@ _LAZY_NAMES = (
     "enable_full_determinism",
     "set_seed",
 )
-"""The names of `fts.trainer` that `fts` offers, too; the room is loaded when the first one is used."""
+"""The names of `fts.trainer` that `fts` also exports; the package is loaded when the first one is used."""
 
 
 def __getattr__(name: str) -> object:
-    # Reached only for names that the module does not have yet; the result is kept, so each is looked up once.
-    if name in _LAZY_ROOMS:
+    # called only for names that the module does not have yet; the result is stored, so each is looked up once
+    if name in _LAZY_PACKAGES:
         return _import_module(f"fts.{name}")  # the import system sets the attribute
     if name in _LAZY_NAMES:
         value = globals()[name] = getattr(_import_module("fts.trainer"), name)
@@ -110,4 +110,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY_ROOMS, *_LAZY_NAMES})
+    return sorted({*globals(), *_LAZY_PACKAGES, *_LAZY_NAMES})

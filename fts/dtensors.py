@@ -1,8 +1,8 @@
-"""Tensors that are spread over processes: torch's DTensors, as `fully_shard` and tensor parallelism make them.
+"""Helpers for DTensors, the sharded tensors of `fully_shard` and tensor parallelism.
 
-A DTensor is known by its `full_tensor`, so that `torch.distributed.tensor` is imported only where there is one. In everything
-that fts makes, a gradient and the moments of a parameter are laid out as the parameter is, and none is an unfinished sum
-(`Partial`): so arithmetic that treats every number alike runs on what lies here, and only norms ask the other processes.
+A DTensor is recognized by its `full_tensor` method, so `torch.distributed.tensor` is imported only if there is one. In all that
+fts makes, gradients and moments have the placements of their parameter, and none is partial: so elementwise arithmetic runs on
+local shards, and only norms need collectives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is spread over processes.
+    """Whether a tensor is a DTensor.
 
     >>> is_dtensor(torch.zeros(2))
     False
@@ -26,12 +26,12 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def any_dtensor(tensors: Iterable[Any]) -> bool:
-    """Whether any of them is; quick for many."""
+    """Whether any of the tensors is a DTensor; fast for many."""
     return any(hasattr(kind, "full_tensor") for kind in set(map(type, tensors)))
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """What lies here of a tensor: shares its memory, and passes derivatives on. It may be empty.
+    """The local shard of a tensor: shares its memory, and is differentiable. It may be empty.
 
     >>> weight = torch.zeros(2)
     >>> to_local(weight) is weight
@@ -39,19 +39,19 @@ def to_local(tensor: Tensor) -> Tensor:
     """
     if not is_dtensor(tensor):
         return tensor
-    sharded = cast(Any, tensor)
-    found: Tensor = sharded.to_local() if tensor.requires_grad and torch.is_grad_enabled() else sharded._local_tensor
-    return found
+    dtensor = cast(Any, tensor)
+    local: Tensor = dtensor.to_local() if tensor.requires_grad and torch.is_grad_enabled() else dtensor._local_tensor
+    return local
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What lies here of each tensor, for kernels on lists, which take no mixture of plain and spread tensors."""
+    """The local shard of each tensor, for foreach kernels, which take no mixture of plain tensors and DTensors."""
     found = list(tensors)
     return [to_local(tensor) for tensor in found] if any_dtensor(found) else found
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor on every process; all must call it.
+    """The full tensor, on every rank; all ranks must call it.
 
     >>> weight = torch.zeros(2)
     >>> full_tensor(weight) is weight
@@ -61,32 +61,34 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_storage_ptr(tensor: Tensor) -> int:
-    """The address of the memory that a tensor has here."""
+    """The address of the storage of a tensor, or of its local shard."""
     return (cast(Any, tensor)._local_tensor if is_dtensor(tensor) else tensor).untyped_storage().data_ptr()
 
 
-def from_local_like(part: Tensor, like: Tensor) -> Tensor:
-    """What lies here, as a tensor of the shape and layout of `like`."""
+def from_local_like(local: Tensor, like: Tensor) -> Tensor:
+    """A local shard as a DTensor with the shape, mesh and placements of `like`."""
     if not is_dtensor(like):
-        return part
+        return local
     from torch.distributed.tensor import DTensor
 
-    form = cast(Any, like)
-    return DTensor.from_local(part, form.device_mesh, form.placements, run_check=False, shape=like.shape, stride=like.stride())
+    dtensor = cast(Any, like)
+    return DTensor.from_local(
+        local, dtensor.device_mesh, dtensor.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def shard_like(source: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, in the layout of `like`; nothing is sent."""
+    """A tensor that is full on every rank, with the placements of `like`; without communication."""
     if not is_dtensor(like):
         return source
     from torch.distributed.tensor import distribute_tensor
 
-    form = cast(Any, like)
-    return distribute_tensor(source, form.device_mesh, form.placements, src_data_rank=None)
+    dtensor = cast(Any, like)
+    return distribute_tensor(source, dtensor.device_mesh, dtensor.placements, src_data_rank=None)
 
 
 def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor that is the same on every process, to be used with `like`; it shares its memory."""
+    """A tensor that is equal on every rank, as a replicated DTensor on the mesh of `like`; shares its memory."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = _mesh(like)
@@ -94,11 +96,11 @@ def replicate_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def copy_into(target: AnyTensor, source: Tensor) -> AnyTensor:
-    """Copy into a tensor, each of the two spread or not. All processes must call it.
+    """Copy into a tensor; each of the two may be a DTensor. All ranks must call it.
 
     Args:
-        target: is written.
-        source: has its shape.
+        target: overwritten.
+        source: with the same shape.
 
     Returns:
         `target`.
@@ -113,79 +115,79 @@ def copy_into(target: AnyTensor, source: Tensor) -> AnyTensor:
 
 
 def reduce_partial(tensor: Tensor) -> Tensor:
-    """The same numbers, where they are an unfinished sum over processes as one that is done."""
+    """The tensor, with partial placements reduced to replicated ones."""
     if not is_dtensor(tensor):
         return tensor
-    sharded = cast(Any, tensor)
-    if not any(placement.is_partial() for placement in sharded.placements):
+    dtensor = cast(Any, tensor)
+    if not any(placement.is_partial() for placement in dtensor.placements):
         return tensor
     from torch.distributed.tensor import Replicate
 
-    done: Tensor = sharded.redistribute(placements=[Replicate() if p.is_partial() else p for p in sharded.placements])
-    return done
+    reduced: Tensor = dtensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in dtensor.placements])
+    return reduced
 
 
-def redistribute_like(tensors: Mapping[str, Tensor], forms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the layouts of those with the same names: gradients as their parameters.
+def redistribute_like(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with the placements of those with the same names, such as gradients with those of their parameters.
 
     Args:
-        tensors: by name; those that are laid out so already are passed on.
-        forms: of the same shapes; those without a name here do not matter.
+        tensors: by name; those that have these placements already are returned as they are.
+        targets: of the same shapes; names that are not in `tensors` are ignored.
 
     Returns:
         A new dictionary.
     """
-    if not any_dtensor(tensors.values()) and not any_dtensor(forms.values()):
+    if not any_dtensor(tensors.values()) and not any_dtensor(targets.values()):
         return dict(tensors)
-    return {name: redistribute(tensor, forms[name]) if name in forms else tensor for name, tensor in tensors.items()}
+    return {name: redistribute(tensor, targets[name]) if name in targets else tensor for name, tensor in tensors.items()}
 
 
-def redistribute(tensor: Tensor, form: Tensor) -> Tensor:
-    """A tensor in the layout of another with its shape; the tensor itself where it is laid out so already."""
-    if not is_dtensor(form):
+def redistribute(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor with the placements of another of the same shape; the tensor itself if it has them already."""
+    if not is_dtensor(like):
         return full_tensor(tensor)
     if not is_dtensor(tensor):
-        return shard_like(tensor, form)
-    ours, theirs = cast(Any, tensor)._spec, cast(Any, form)._spec
-    if ours is theirs or ours.placements == theirs.placements:
+        return shard_like(tensor, like)
+    own, target = cast(Any, tensor)._spec, cast(Any, like)._spec
+    if own is target or own.placements == target.placements:
         return tensor
-    moved: Tensor = cast(Any, tensor).redistribute(placements=theirs.placements)
-    return moved
+    result: Tensor = cast(Any, tensor).redistribute(placements=target.placements)
+    return result
 
 
 def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
-    """The sum of what each process computed from its part of `like`, on every process.
+    """Sum values that each rank has computed from its local shard of `like`; the result is on every rank.
 
     Args:
-        values: any shape, the same on all processes.
-        like: a sharded tensor: its layout says which processes have different parts.
+        values: of any shape, the same on all ranks.
+        like: a DTensor; its placements say which ranks have different shards.
 
     Returns:
-        A plain tensor like `values`. Derivatives go through it.
+        A plain tensor like `values`; differentiable.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    form = cast(Any, like)
-    for axis, placement in enumerate(form.placements):
+    dtensor = cast(Any, like)
+    for mesh_dim, placement in enumerate(dtensor.placements):
         if not placement.is_replicate():
-            along = [Partial() if other == axis else Replicate() for other in range(len(form.placements))]
-            values = DTensor.from_local(values, form.device_mesh, along, run_check=False).full_tensor()
+            placements = [Partial() if other == mesh_dim else Replicate() for other in range(len(dtensor.placements))]
+            values = DTensor.from_local(values, dtensor.device_mesh, placements, run_check=False).full_tensor()
     return values
 
 
 def mesh_and_placements(tensor: Tensor) -> Any:
-    """What tells tensors that are spread in another way apart; None for those that are not."""
+    """The mesh and placements of a DTensor, to be compared; None for a plain tensor."""
     return (_mesh(tensor), cast(Any, tensor).placements) if is_dtensor(tensor) else None
 
 
 def global_indices(tensor: Tensor) -> Tensor:
-    """The place of each number that lies here in the whole tensor, as if it were flattened.
+    """The index in the flattened full tensor of each element of the local shard.
 
     Args:
         tensor: any tensor.
 
     Returns:
-        int64, in the shape of what lies here, on its device.
+        int64, in the shape of the local shard, on its device.
 
     >>> global_indices(torch.zeros(2, 3))
     tensor([[0, 1, 2],
@@ -195,38 +197,38 @@ def global_indices(tensor: Tensor) -> Tensor:
         return torch.arange(tensor.numel(), dtype=torch.int64, device=tensor.device).reshape(tensor.shape)
     from torch.distributed.tensor import distribute_tensor
 
-    place, stride = torch.zeros((), dtype=torch.int64, device=tensor.device), 1
+    index, stride = torch.zeros((), dtype=torch.int64, device=tensor.device), 1
     for axis in reversed(range(tensor.ndim)):
-        along = torch.arange(tensor.shape[axis], dtype=torch.int64, device=tensor.device) * stride
-        parts = distribute_tensor(along, _mesh(tensor), _along(tensor, axis), src_data_rank=None)
-        place = place + to_local(parts).reshape(-1, *[1] * (tensor.ndim - 1 - axis))
+        offsets = torch.arange(tensor.shape[axis], dtype=torch.int64, device=tensor.device) * stride
+        shards = distribute_tensor(offsets, _mesh(tensor), _axis_placements(tensor, axis), src_data_rank=None)
+        index = index + to_local(shards).reshape(-1, *[1] * (tensor.ndim - 1 - axis))
         stride *= tensor.shape[axis]
-    return place
+    return index
 
 
-def _along(tensor: Tensor, axis: int) -> list[Any]:
-    """How one axis is cut, as the layout of a vector."""
+def _axis_placements(tensor: Tensor, axis: int) -> list[Any]:
+    """The placements of one axis, for a vector of its length."""
     from torch.distributed.tensor import Replicate, Shard
 
-    def cut(placement: Any) -> Any:
+    def of_axis(placement: Any) -> Any:
         if getattr(placement, "dim", None) != axis:
             return Replicate()
-        # fully_shard over an axis that tensor parallelism has cut keeps the factor of the other cut
+        # fully_shard on an axis that tensor parallelism has sharded has a strided placement, whose split factor must be kept
         return Shard(0) if placement.is_shard() else type(placement)(0, split_factor=placement.split_factor)
 
-    return [cut(placement) for placement in cast(Any, tensor).placements]
+    return [of_axis(placement) for placement in cast(Any, tensor).placements]
 
 
 def set_data(parameter: Tensor, tensor: Tensor) -> None:
-    """Let a Parameter live in the memory of another tensor; it stays the same object.
+    """Point a Parameter at the memory of another tensor, as `.data =`; it stays the same object.
 
     Args:
-        parameter: `.data =` has no effect on the part of a DTensor that lies here, so that is exchanged itself.
-        tensor: spread if the parameter is.
+        parameter: for a DTensor, on which `.data =` has no effect, the local tensor is replaced.
+        tensor: a DTensor if the parameter is one.
     """
     if is_dtensor(parameter):
-        ours, theirs = cast(Any, parameter), cast(Any, tensor)
-        ours._local_tensor, ours._spec = theirs._local_tensor, theirs._spec
+        own, other = cast(Any, parameter), cast(Any, tensor)
+        own._local_tensor, own._spec = other._local_tensor, other._spec
     else:
         parameter.data = tensor
 

@@ -1,4 +1,4 @@
-"""Every exception that fts raises on purpose.
+"""The exceptions that fts raises.
 
 Each says what was wrong, with the value, and what to do. All derive from `FtsError`, and also from the
 built-in exception that a caller would expect, so `except ValueError` keeps working.
@@ -20,7 +20,7 @@ class UnknownParameterError(FtsError, KeyError):
 
 
 class BatchError(FtsError, ValueError):
-    """A batch cannot be used: a key is missing, it is empty, or its rows cannot be split."""
+    """A batch cannot be used: a key is missing, it is empty, or it cannot be split into micro-batches."""
 
 
 class LossError(FtsError, ValueError):
@@ -28,7 +28,7 @@ class LossError(FtsError, ValueError):
 
 
 class ScheduleError(FtsError, ValueError):
-    """A schedule is misconfigured or returned a value that no training can use."""
+    """A schedule is misconfigured or returned an invalid value."""
 
 
 class NonFiniteError(FtsError, FloatingPointError):
@@ -36,7 +36,7 @@ class NonFiniteError(FtsError, FloatingPointError):
 
 
 class SpikeError(FtsError, ArithmeticError):
-    """Norms of gradients stayed far above what they had been for longer than allowed."""
+    """Gradient norms stayed far above their usual level for longer than allowed."""
 
 
 class DonatedStateError(FtsError, RuntimeError):
@@ -48,23 +48,23 @@ class DataError(FtsError, ValueError):
 
 
 class WorkerError(FtsError, RuntimeError):
-    """A process that reads the data was killed, or left."""
+    """A data worker process was killed, or exited."""
 
 
 class CheckpointError(FtsError, RuntimeError):
-    """A checkpoint is missing, damaged, or does not fit the state it is loaded into."""
+    """A checkpoint is missing, corrupt, or does not fit the state it is loaded into."""
 
 
 class DistributedError(FtsError, RuntimeError):
-    """Processes that train together do not fit together, or one of them is gone."""
+    """The ranks of a group do not fit each other, or one of them is gone."""
 
 
 class MissingDependencyError(FtsError, ImportError):
-    """An optional package or a piece of hardware is needed and absent."""
+    """An optional package or a hardware device is required, but missing."""
 
 
 class HubError(FtsError, RuntimeError):
-    """The Hugging Face Hub could not be reached, or refused what was asked; nothing on the disk is lost.
+    """The Hugging Face Hub could not be reached, or refused a request; nothing on the disk is lost.
 
     Attributes:
         refused: whether it is so at each try, for example because the token is wrong.
@@ -84,7 +84,7 @@ class CompileFallbackWarning(UserWarning):
 
 
 class Interrupted(SystemExit):
-    """A run was stopped by a signal, after it had saved what it was asked to save. Left alone, it ends the process.
+    """A signal stopped a run, after its checkpoint was saved. If it is not caught, the process exits.
 
     It is no `FtsError`: nothing that catches errors should catch it.
 

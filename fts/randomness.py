@@ -1,4 +1,4 @@
-"""Folded randomness: every random number is a function of a seed and of where in the run it is drawn."""
+"""Counter-based randomness: every random number is a function of the seed and of its position in the run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from fts.dtensors import from_local_like, global_indices
 
 STEP, DATA, EVALUATION = 1, 2, 3
-"""The first position of a fold: what the random numbers are for, so that two uses never share a stream."""
+"""The first position argument of `fold_in`: the purpose of the random numbers, so that no two purposes share a stream."""
 
 _MASK = (1 << 64) - 1
 
 
 def fold_in(seed: int, *position: int) -> int:
-    """Mix a seed with integers that say where in a run we are, into a new 64-bit seed.
+    """Fold integers, the position in a run, into a seed; gives a new 64-bit seed.
 
     Args:
         seed: any integer.
-        position: integers that say where: `GLOBAL_STEP`, `DATA` or `EVALUATION`, then for instance the step and the micro-batch.
+        position: `STEP`, `DATA` or `EVALUATION`, then integers such as the step and the micro-batch.
 
     Returns:
         A non-negative integer below 2**63, different for different positions.
 
-    >>> fold_in(0, GLOBAL_STEP, 2) == fold_in(0, GLOBAL_STEP, 2), fold_in(0, GLOBAL_STEP, 2) == fold_in(0, DATA, 2)
+    >>> fold_in(0, STEP, 2) == fold_in(0, STEP, 2), fold_in(0, STEP, 2) == fold_in(0, DATA, 2)
     (True, False)
 
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators").
@@ -42,13 +42,13 @@ def fold_in(seed: int, *position: int) -> int:
 
 
 def seed_generators(seed: int, device: torch.device | None = None) -> None:
-    """Seed torch's, numpy's and Python's generators, and that of `device` where it has one of its own.
+    """Seed torch's, numpy's and Python's generators, and that of `device` if it has its own.
 
     `torch.manual_seed` would visit every backend (139 us on a machine where this takes 7).
 
     Args:
         seed: a non-negative integer, usually from `fold_in`.
-        device: the device on which the next random numbers are drawn; None means the CPU.
+        device: on which the next random numbers are drawn; None means the CPU.
     """
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -58,14 +58,14 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
 
 
 def get_rng_states(device: torch.device) -> tuple[Any, ...]:
-    """The states of all generators that `seed_generators` seeds, to be compared by `rng_states_equal`."""
-    own = () if device.type == "cpu" else (_device_generator(device).get_state(),)
+    """The states of all generators that `seed_generators` seeds, for `rng_states_equal`."""
+    device_state = () if device.type == "cpu" else (_device_generator(device).get_state(),)
     numpy = np.random.get_state(legacy=False)["state"]
-    return (torch.default_generator.get_state(), *own, numpy["key"], numpy["pos"], random.getstate())
+    return (torch.default_generator.get_state(), *device_state, numpy["key"], numpy["pos"], random.getstate())
 
 
 def rng_states_equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether nothing was drawn between two calls of `get_rng_states`."""
+    """Whether no random number was drawn between two calls of `get_rng_states`."""
     return all(np.array_equal(a, b) if isinstance(a, (Tensor, np.ndarray)) else a == b for a, b in zip(one, other, strict=True))
 
 
@@ -80,16 +80,16 @@ def _device_generator(device: torch.device) -> torch.Generator:
 
 
 def randn_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
-    """Standard normal numbers that are a pure function of a seed and counters: no generator is read or moved.
+    """Standard normal numbers as a pure function of a seed and counters, without a generator.
 
     Args:
         tensor: gives the shape, dtype (floating) and device.
-        seed: an integer known when the program is built.
+        seed: an integer, constant in a graph.
         counters: integers or 0-d integer tensors, such as the number of updates.
 
     Returns:
-        A tensor of independent N(0, 1) values like `tensor`; the same where it is spread over processes. Works inside a graph and
-        under vmap.
+        A tensor of independent N(0, 1) values like `tensor`; the values do not depend on its sharding. Works inside a graph
+        and under vmap.
 
     >>> like = torch.zeros(2)
     >>> torch.equal(randn_like(like, 0, 3), randn_like(like, 0, 3))
@@ -106,15 +106,15 @@ def randn_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
 
 
 def random_bits_like(tensor: Tensor, seed: int, *counters: Tensor | int) -> Tensor:
-    """64 random bits for each number of a tensor, as a pure function of a seed and counters, as in `randn_like`.
+    """64 random bits for each element of a tensor, as a pure function of a seed and counters; see `randn_like`.
 
     Args:
         tensor: gives the shape and device.
-        seed: an integer known when the program is built.
+        seed: an integer, constant in a graph.
         counters: integers or 0-d integer tensors.
 
     Returns:
-        int64; of a tensor that is spread over processes the bits of what lies here.
+        int64; for a DTensor, the bits of its local shard.
 
     >>> random_bits_like(torch.zeros(2), 0, 3).dtype
     torch.int64

@@ -26,18 +26,18 @@ FORMAT_VERSION = 1
 WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME = "model.safetensors", "optimizer.safetensors", "state.json"
 
 MAX_SHARD_FILE_SIZE = 4 * 10**9
-"""Bytes of tensors in the files of all processes with one number: what a process holds of them, it copies to write it."""
+"""Bytes of tensors in each set of sharded files. Each rank copies its shards of one set in order to write them."""
 
 TRAINABLE_NAME = "trained.safetensors"
-"""Takes the place of `WEIGHTS_NAME` where the frozen parameters are left out, so that nobody takes it for a model."""
+"""Replaces `WEIGHTS_NAME` if the frozen parameters are omitted: the file is no complete model."""
 
 
 @attrs.frozen
 class ModuleMetadata:
-    """What the names of a state mean in the module that it came from.
+    """Tied names and non-persistent buffers of the module that a state was created from.
 
     Attributes:
-        ties: (alias, name) pairs: `alias` is a second name of the tensor that the state holds under `name`.
+        ties: (alias, name) pairs: `alias` is a second name of the tensor that the state has under `name`.
         non_persistent: names of the buffers that a checkpoint omits (`persistent=False`).
     """
 
@@ -47,19 +47,19 @@ class ModuleMetadata:
 
 @attrs.frozen(slots=False, eq=False, repr=False)
 class TrainState:
-    """Everything that training changes, as one immutable value.
+    """Everything that training changes, as an immutable value.
 
     A step takes a state and returns a new one; the old one stays valid, unless it was donated (see `donate` in
     `fts.steps.train_step`): then any use of it raises `DonatedStateError`.
 
     Attributes:
         params: the tensors that are trained, by name.
-        frozen: parameters with `requires_grad=False`; shared with the module, since no step ever writes them.
+        frozen: parameters with `requires_grad=False`; shared with the module, since no step writes them.
         buffers: the module's buffers, such as BatchNorm's running statistics.
         opt_state: the transform's state.
-        step: 0-d int64 tensor on the CPU: how many steps were taken, also those whose update was skipped.
-        seed: the integer that all randomness of the run is folded from.
-        metadata: aliases of tied tensors, and which buffers a checkpoint omits.
+        step: 0-d int64 tensor on the CPU: the number of steps, including those whose update was skipped.
+        seed: the integer that all random numbers of the run derive from.
+        metadata: names of tied tensors, and of the buffers that a checkpoint omits.
 
     >>> from fts import transforms as tx
     >>> state = TrainState.create({"w": torch.zeros(2)}, tx.sgd(0.1), seed=0)
@@ -79,18 +79,18 @@ class TrainState:
     def create(
         cls, model_or_params: nn.Module | Mapping[str, Tensor], transform: Transform, *, seed: int = 0, copy: bool = True
     ) -> TrainState:
-        """Make the first state of a run.
+        """Create the initial state of a run.
 
         Args:
             model_or_params: a module, or a dictionary of floating-point tensors by name.
             transform: initialises `opt_state`.
             seed: any integer; the same seed replays the same run.
             copy: copy trainable tensors and buffers, so that training never writes the caller's. With False the
-                state takes them over, which saves their size in memory.
+                state shares them, which saves their size in memory.
 
         Returns:
-            A state at step 0. It is detached from its source: to differentiate with respect to parameters, put them in by
-            `replace(params=...)`. States that are to be stacked (for vmap) need the same seed.
+            A state at step 0. It is detached from its source: to differentiate with respect to parameters, set them by
+            `replace(params=...)`. States to be stacked (for vmap) need the same seed.
 
         Raises:
             ArgumentError: there is nothing to train, or a parameter is not a floating-point tensor.
@@ -104,20 +104,20 @@ class TrainState:
                 f"TrainState.create takes a torch.nn.Module or a dictionary of tensors, not {type(model_or_params).__name__}."
             )
         _check_params(params)
-        keep = _copy if copy else Tensor.detach
-        params = {name: keep(tensor) for name, tensor in params.items()}
-        buffers = {name: keep(tensor) for name, tensor in buffers.items()}
+        copy_or_detach = _copy if copy else Tensor.detach
+        params = {name: copy_or_detach(tensor) for name, tensor in params.items()}
+        buffers = {name: copy_or_detach(tensor) for name, tensor in buffers.items()}
         frozen = {name: tensor.detach() for name, tensor in frozen.items()}
         step = torch.zeros((), dtype=torch.int64)
-        # what a transform keeps of the parameters must not change with them
-        owners = {local_storage_ptr(tensor) for tensor in params.values()}
+        # parameters in the optimizer state must not change with the trained ones
+        trained = {local_storage_ptr(tensor) for tensor in params.values()}
         opt_state = optree.tree_map(
-            lambda tensor: tensor.clone() if local_storage_ptr(tensor) in owners else tensor, transform.init(params)
+            lambda tensor: tensor.clone() if local_storage_ptr(tensor) in trained else tensor, transform.init(params)
         )
         return cls(params, frozen, buffers, opt_state, step, int(seed), metadata)
 
     def replace(self, **changes: Any) -> TrainState:
-        """A new state with some attributes exchanged; it shares the others, so a step that consumes one consumes both.
+        """A new state with some attributes replaced; it shares the others, so a step that consumes one consumes both.
 
         >>> from fts import transforms as tx
         >>> state = TrainState.create({"w": torch.zeros(2)}, tx.sgd(0.1))
@@ -127,24 +127,24 @@ class TrainState:
         if unknown := changes.keys() - _FIELDS:
             raise TypeError(f"TrainState has no attribute {', '.join(sorted(unknown))}; it has {', '.join(sorted(_FIELDS))}.")
         if "params" not in self.__dict__:
-            self.params  # noqa: B018  # raises, and says where the state went
-        # as attrs.evolve does, in a third of the time: this is in every step
+            self.params  # noqa: B018  # raises DonatedStateError
+        # like attrs.evolve, in a third of the time: every step does this
         new = object.__new__(TrainState)
         new.__dict__.update(self.__dict__, **changes)
         return new
 
     def apply_to(self, module: nn.Module) -> nn.Module:
-        """Write parameters and buffers back into a module, in place.
+        """Copy parameters and buffers into a module, in place.
 
         Args:
-            module: has the same parameter and buffer names as the one that the state was created from.
+            module: with the parameter and buffer names of the one that the state was created from.
 
         Returns:
             The module.
 
         Raises:
-            UnknownParameterError: the names differ; none was written.
-            ArgumentError: a shape differs; none was written.
+            UnknownParameterError: the names differ; nothing was written.
+            ArgumentError: a shape differs; nothing was written.
         """
         targets = dict(module.named_parameters()) | dict(module.named_buffers())
         sources = self.params | self.frozen | self.buffers
@@ -164,11 +164,11 @@ class TrainState:
         """Write the state to `model.safetensors`, `optimizer.safetensors` and `state.json`.
 
         Args:
-            directory: is made if need be. The files are written in place; `fts.loops.save_checkpoint` makes it atomic.
-            frozen: also write the parameters that are not trained. Without them the weights are in `trained.safetensors`,
-                which is no model, and loading takes the frozen ones from `like`.
-            shard_size: bytes of tensors that a file may have; where there are more, there are several files with an index,
-                as transformers writes and reads them.
+            directory: created if missing. The files are written in place; `fts.loops.save_checkpoint` is atomic.
+            frozen: also write the frozen parameters. Without them the weights are in `trained.safetensors`, which is no
+                complete model, and loading takes the frozen ones from `like`.
+            shard_size: maximum bytes of tensors in a file; beyond it there are several files and an index, as transformers
+                writes and reads them.
 
         Returns:
             The directory.
@@ -181,19 +181,19 @@ class TrainState:
     def save_sharded(
         self, directory: str | Path, *, frozen: bool = True, shard_size: int = storage.MAX_SHARD_SIZE, process_group: Any = None
     ) -> dict[str, storage.FileChecksum]:
-        """Write the state as several processes have it: each what it has of each tensor. All of them call it.
+        """Write a sharded state: each rank writes its local shards. All ranks must call it.
 
         Args:
-            directory: is there, in a file system that all processes share.
+            directory: exists, in a file system that all ranks share.
             frozen: see `save`.
-            shard_size: see `save`; of all processes taken together.
-            process_group: torch's process group; by default that of all processes, or of this one alone where there is none.
+            shard_size: see `save`; the sum over all ranks.
+            process_group: torch's process group; by default the one of all ranks, or this process alone if there is none.
 
         Returns:
-            The files of tensors that this process wrote, relative to the directory, with their checksums.
+            The tensor files that this rank wrote, relative to the directory, with their checksums.
 
         Raises:
-            CheckpointError: a process could not write.
+            CheckpointError: a rank could not write.
         """
         directory = Path(directory)
         if storage.get_rank(process_group) == 0:
@@ -208,14 +208,14 @@ class TrainState:
         }
 
     def checkpoint_contents(self, *, frozen: bool = True, shard_size: int = storage.MAX_SHARD_SIZE) -> storage.DirectoryContents:
-        """What `save` writes, laid out but not written: it holds the tensors of the state, not copies.
+        """What `save` writes, as files with their tensors, which are those of the state, not copies.
 
         Args:
             frozen: see `save`.
             shard_size: see `save`.
 
         Raises:
-            CheckpointError: the state of the transform has parts that are no tensors.
+            CheckpointError: the transform's state has leaves that are no tensors.
         """
         weights = storage.split_into_shards(
             WEIGHTS_NAME if frozen else TRAINABLE_NAME, self._saved_tensors(frozen=frozen), shard_size
@@ -235,19 +235,18 @@ class TrainState:
 
     @classmethod
     def load(cls, directory: str | Path, *, like: TrainState) -> TrainState:
-        """Read what `save` or `save_sharded` wrote, in any number of processes; each reads what it is to have.
+        """Read what `save` or `save_sharded` wrote, on any number of ranks; each reads its local shards.
 
         Args:
-            directory: where it was written.
-            like: a state of the same model and transform, for instance a freshly created one. It gives the
-                structure, the devices, how tensors are spread over processes, and the buffers and frozen parameters that a
-                checkpoint omits.
+            directory: that it was written to.
+            like: a state of the same model and transform, for instance a newly created one. It gives the structure, the
+                devices, the sharding, and the buffers and frozen parameters that a checkpoint omits.
 
         Returns:
             A new state; `like` is not changed.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or names, shapes or dtypes differ from those of `like`.
+            CheckpointError: a file is missing or corrupt, or names, shapes or dtypes differ from those of `like`.
         """
         directory = Path(directory)
         document = _read_document(directory)
@@ -279,7 +278,7 @@ class TrainState:
         )
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only when an attribute is absent, so a live state pays nothing for this check.
+        # Called only for missing attributes, so it costs nothing before the state is donated.
         donated_to = self.__dict__.get("donated_to")
         if donated_to is None or name.startswith("__"):
             raise AttributeError(f"TrainState has no attribute {name!r}")
@@ -293,14 +292,14 @@ _FIELDS = frozenset(field.name for field in attrs.fields(TrainState))
 
 
 def mark_donated(state: TrainState, step_name: str) -> None:
-    """Make every later use of `state` raise `DonatedStateError` that names the step; drops its tensors."""
+    """Drop the tensors of a state, and make every later use raise a `DonatedStateError` that names the step."""
     attributes = state.__dict__
     attributes.clear()
     attributes["donated_to"] = step_name
 
 
 def is_donated(state: Any) -> bool:
-    """Whether a step has consumed the state, so that nothing of it is left."""
+    """Whether the state was donated to a step."""
     return "donated_to" in state.__dict__
 
 
@@ -313,14 +312,14 @@ def _tensors_of(module: nn.Module) -> tuple[Params, Params, Params, ModuleMetada
         (params if tensor.requires_grad else frozen)[name] = tensor
     buffers = dict(module.named_buffers())
     canonical = {id(tensor): name for name, tensor in (params | frozen | buffers).items()}
-    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    ties = tuple((name, canonical[id(tensor)]) for name, tensor in every if canonical[id(tensor)] != name)
-    transient = {
+    all_names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    ties = tuple((name, canonical[id(tensor)]) for name, tensor in all_names if canonical[id(tensor)] != name)
+    non_persistent = {
         f"{prefix}.{name}" if prefix else name
         for prefix, child in module.named_modules()
         for name in child._non_persistent_buffers_set
     }
-    return params, frozen, buffers, ModuleMetadata(ties, frozenset(transient & buffers.keys()))
+    return params, frozen, buffers, ModuleMetadata(ties, frozenset(non_persistent & buffers.keys()))
 
 
 def _check_params(params: Params) -> None:
@@ -338,18 +337,18 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _check_names(who: str, *, have: Iterable[str], want: Iterable[str]) -> None:
+def _check_names(subject: str, *, have: Iterable[str], want: Iterable[str]) -> None:
     have, want = set(have), set(want)
     if have != want:
         missing, extra = sorted(want - have), sorted(have - want)
         raise UnknownParameterError(
-            f"{who} does not fit the state: missing {abbreviate(missing)}, unexpected {abbreviate(extra)}. "
+            f"{subject} does not fit the state: missing {abbreviate(missing)}, unexpected {abbreviate(extra)}. "
             "Use the module (or a copy of the module) that the state was created from."
         )
 
 
 def _flatten_by_path(tree: Any) -> dict[str, Tensor]:
-    """Leaves by a readable path such as `1.mu.layer.weight`; the order is that of optree."""
+    """Leaves by a readable path such as `1.mu.layer.weight`, in the order of optree."""
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
     flat = {".".join(str(part) for part in path) or "value": leaf for path, leaf in zip(paths, leaves, strict=True)}
     if len(flat) != len(leaves):
@@ -386,9 +385,10 @@ def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[s
         source = found[name]
         if source.shape != target.shape or source.dtype != target.dtype:
             raise CheckpointError(
-                f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, {target.dtype}{list(target.shape)} here."
+                f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, and {target.dtype}{list(target.shape)} in the "
+                "state."
             )
-    # what is read is mapped from the file and must not be written in place
+    # tensors that are mapped from a file must not be written in place
     targets = {name: torch.empty_like(target) for name, target in like.items()}
     storage.read_into(directory, file, targets)
     return targets

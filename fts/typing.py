@@ -1,4 +1,4 @@
-"""The protocols that everything else is written against.
+"""The types and protocols of all packages.
 
 LossFn      (params or model, batch) -> loss, with an optional weight and metrics
 Schedule    step -> value
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 from torch import Tensor
 
 Params: TypeAlias = dict[str, Tensor]
-"""Tensors by parameter name. Gradients and updates have the same shape of dictionary."""
+"""Tensors by parameter name. Gradients and updates are dictionaries of the same names."""
 
 OptState: TypeAlias = Any
 """A transform's state: a tensor, or tuples, NamedTuples and dicts of tensors. Never Python numbers."""
 
 Info: TypeAlias = dict[str, Tensor]
-"""What a transform reports about one update: a flat dictionary of 0-d tensors."""
+"""The report of a transform about one update: a flat dictionary of 0-d tensors."""
 
 Metrics: TypeAlias = dict[str, Tensor]
-"""What a step reports: a flat dictionary of 0-d tensors on the device."""
+"""The metrics of a step: a flat dictionary of 0-d tensors on the device."""
 
 Batch: TypeAlias = Any
 """Any tree (dict, tuple, list, dataclass) of tensors and other values."""
@@ -34,8 +34,8 @@ Number: TypeAlias = float | Tensor
 class Schedule(Protocol):
     """A pure function from the number of applied updates to a value.
 
-    It takes and returns a Python number or a 0-d tensor: the first in an eager step, the second inside a
-    graph, where the step counter is data and not a constant.
+    It takes and returns a Python number in an eager step, and a 0-d tensor inside a graph, where the step counter is no
+    constant.
     """
 
     def __call__(self, step: Any, /) -> Any: ...
@@ -46,16 +46,16 @@ class Transform(NamedTuple):
 
     Attributes:
         init: `init(params) -> state`.
-        update: `update(grads, state, params) -> (updates, state, info)`. Pure: it writes none of its inputs,
-            can be differentiated, vmapped and traced. The new parameters are `params + updates`.
+        update: `update(grads, state, params) -> (updates, state, info)`. Pure: it does not write its inputs,
+            and can be differentiated, vmapped and traced. The new parameters are `params + updates`.
         apply: `apply(grads, state, params) -> (params, state, info)`, or None. The fast path: it may overwrite
-            every tensor that it is given, and its result equals that of `update` to rounding.
+            all its arguments, and its result equals that of `update` to rounding.
         update_: like `update`, but it may overwrite `grads` and `state` (never `params`), or None.
-        check: `check(info)`, or None. Reads the info of a finished update and raises if training must not go on.
-        label: the transform in words, for `describe`.
-        children: the transforms that it is made of, for `describe`.
+        check: `check(info)`, or None. Reads the info of an update, and raises if training must stop.
+        label: a description, for `describe`.
+        children: the transforms that it is composed of, for `describe`.
 
-    A transform is a pair of functions; the other attributes have defaults that always work:
+    A transform is a pair of functions; the other attributes are optional:
 
     >>> import torch
     >>> from fts.typing import Transform
@@ -75,13 +75,12 @@ class Transform(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """A loss in full: its mean, how many items the mean runs over, and what else to log.
+    """The result of a loss function: a mean loss, its weight, and further metrics.
 
     Attributes:
-        loss: 0-d tensor, a mean over items.
-        weight: how many items the mean runs over (a number or 0-d tensor); None leaves it to the step, which
-            takes the rows of the micro-batch.
-        metrics: 0-d tensors by name, each a mean over the same items as the loss, or a pair (mean, weight).
+        loss: 0-d tensor, a mean over examples (or tokens).
+        weight: the number of examples (or tokens) that the mean is over, a number or 0-d tensor; by default the batch size.
+        metrics: 0-d tensors by name, each a mean over the same examples as the loss, or a pair (mean, weight).
     """
 
     loss: Tensor
@@ -92,7 +91,7 @@ class LossOutput(NamedTuple):
 class LossFn(Protocol):
     """A loss: `(params, batch)` for a plain function, `(model, batch)` inside `steps.module_loss`.
 
-    What a step is given behind the batch is passed on: `step(state, batch, teacher)` calls `(model, batch, teacher)`.
+    Further arguments of the step are passed on: `step(state, batch, teacher)` calls `(model, batch, teacher)`.
     It returns a 0-d tensor, or `(loss, weight)`, `(loss, metrics)`, `(loss, weight, metrics)`, a `LossOutput`,
     or an output object with `.loss`.
     """

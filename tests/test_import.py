@@ -1,4 +1,4 @@
-"""`import fts` is light; everything else loads on first use and is found under its name."""
+"""`import fts` is fast; the other packages and names load on first use."""
 
 import json
 import subprocess
@@ -43,9 +43,9 @@ def test_import_fts_does_not_load(loaded: set[str], name: str) -> None:
     assert name not in loaded
 
 
-@pytest.mark.parametrize("room", fts._LAZY_ROOMS)
-def test_import_fts_leaves_later_rooms_alone(loaded: set[str], room: str) -> None:
-    assert f"fts.{room}" not in loaded
+@pytest.mark.parametrize("package", fts._LAZY_PACKAGES)
+def test_import_fts_does_not_load_lazy_packages(loaded: set[str], package: str) -> None:
+    assert f"fts.{package}" not in loaded
 
 
 def test_loops_need_no_hugging_face_training_stack() -> None:
@@ -54,7 +54,7 @@ def test_loops_need_no_hugging_face_training_stack() -> None:
     assert not {"transformers", "datasets", "accelerate", "fts.trainer", "hypothesis"} & loaded
 
 
-def test_a_lazy_room_is_an_attribute_after_a_plain_import() -> None:
+def test_a_lazy_package_is_an_attribute_after_a_plain_import() -> None:
     code = "import fts\nimport types\nassert isinstance(fts.loops, types.ModuleType)\nassert fts.loops is fts.loops"
     assert "fts.loops" in modules_after(code)
 
@@ -64,12 +64,12 @@ def test_lazy_names_are_exactly_the_facade() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(fts._LAZY_NAMES))
-def test_lazy_name_is_the_object_of_its_room(name: str) -> None:
+def test_lazy_name_is_the_object_of_its_package(name: str) -> None:
     assert getattr(fts, name) is getattr(fts.trainer, name)
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:
-    names = {*fts.__all__, *fts._LAZY_NAMES, *fts._LAZY_ROOMS}
+    names = {*fts.__all__, *fts._LAZY_NAMES, *fts._LAZY_PACKAGES}
     assert names <= set(dir(fts))
     for name in names:
         assert getattr(fts, name) is not None

@@ -28,7 +28,7 @@ def imported(name: str) -> Iterator[tuple[str, str | None]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} has a relative import"
             module = str(node.module)
-            if module.split(".")[0] == "fts":
+            if module.split(".", maxsplit=1)[0] == "fts":
                 for alias in node.names:
                     inner = f"{module}.{alias.name}"
                     yield (inner, None) if inner in FILES else (module, alias.name)

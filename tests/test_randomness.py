@@ -1,4 +1,4 @@
-"""Folded randomness: distinct seeds, normal numbers that are a function of their counters."""
+"""Counter-based randomness: distinct seeds, normal numbers that are a function of their counters."""
 
 import random
 
@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from fts.randomness import DATA, EVALUATION, STEP, fold_in, randn_like, seed_generators
 
-try:  # scikit-learn brings it, and only the examples need that
+try:  # installed with scikit-learn, which only the examples need
     from scipy import stats
 except ImportError:
     stats = None
@@ -35,19 +35,19 @@ def test_shorter_and_longer_positions_differ():
 
 
 @given(seeds, st.lists(small, max_size=4))
-def test_a_fold_is_a_seed_that_every_generator_takes(seed, position):
+def test_fold_in_gives_a_seed_for_every_generator(seed, position):
     value = fold_in(seed, *position)
     assert 0 <= value < 2**63 and value == fold_in(seed, *position)
     torch.Generator().manual_seed(value)
 
 
 @given(seeds, small, small)
-def test_neighbouring_folds_look_unrelated(seed, step, micro):
+def test_neighbouring_positions_give_unrelated_seeds(seed, step, micro):
     one, two = fold_in(seed, STEP, step, micro), fold_in(seed, STEP, step + 1, micro)
     assert 8 <= (one ^ two).bit_count() <= 56
 
 
-def test_one_bit_of_the_seed_changes_half_of_the_fold():
+def test_one_bit_of_the_seed_changes_half_of_the_bits():
     flips = [(fold_in(n, STEP, 0) ^ fold_in(n ^ (1 << bit), STEP, 0)).bit_count() for n in range(50) for bit in range(0, 64, 7)]
     assert 31 <= sum(flips) / len(flips) <= 32
 
@@ -88,7 +88,7 @@ def test_normal_numbers_are_standard_normal(counters):
 
 
 def test_one_number_over_many_counters_is_standard_normal_too():
-    """What add_noise draws for a 0-d parameter over a run."""
+    """The numbers that add_noise draws for a 0-d parameter in a run."""
     x = np.array([float(randn_like(torch.empty((), dtype=torch.float64), 0, step)) for step in range(5_000)])
     assert stats is None or stats.kstest(x, "norm").pvalue > 1e-3
     assert abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < 5 / len(x) ** 0.5

@@ -54,7 +54,7 @@ def given() -> dict[str, object]:
 
 
 def facade() -> dict[str, object]:
-    """A model, arguments and rows for the snippets of the Trainer."""
+    """A model, arguments and examples for the snippets of the Trainer."""
 
     class Regression(nn.Module):
         def __init__(self) -> None:
@@ -65,9 +65,9 @@ def facade() -> dict[str, object]:
             guess = self.line(x).squeeze(-1)
             return {"loss": nn.functional.mse_loss(guess, labels), "logits": guess}
 
-    rows = [{"x": torch.randn(8), "labels": 1.0} for _ in range(20)]
+    examples = [{"x": torch.randn(8), "labels": 1.0} for _ in range(20)]
     args = fts.TrainingArguments(tempfile.mkdtemp(), use_cpu=True, disable_tqdm=True)
-    return {"Trainer": fts.Trainer, "model": Regression(), "args": args, "rows": rows}
+    return {"Trainer": fts.Trainer, "model": Regression(), "args": args, "examples": examples}
 
 
 def run(blocks: list[Block], namespace: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The state of a run: what it holds, how it is kept, and that training it is training the model."""
+"""TrainState: its fields, its files, and its training against torch.optim and `loss.backward()`."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ ENGINES = ["module", "func"]
 
 
 class Net(nn.Module):
-    """Everything at once: a tie, a frozen parameter, BatchNorm, a buffer that checkpoints omit, a 0-d parameter."""
+    """A tied weight, a frozen parameter, BatchNorm, a non-persistent buffer, and a 0-d parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def assert_same(one: fts.TrainState, two: fts.TrainState) -> None:
 # Creation
 
 
-def test_what_a_state_holds():
+def test_the_fields_of_a_state():
     state = fts.TrainState.create(net_of(), optimizer(), seed=5)
     assert set(state.params) == {"embedding.weight", "temperature", "norm.weight", "norm.bias"}
     assert list(state.frozen) == ["position"]
@@ -151,7 +151,7 @@ def test_apply_to_another_module_writes_nothing():
 
 @pytest.mark.parametrize("width", [2, 5])
 def test_apply_to_a_module_of_other_shapes_writes_nothing(width):
-    """Also where a tensor could be broadcast, and where those before it fit."""
+    """Also if a tensor could be broadcast, or others would fit."""
     state = fts.TrainState.create(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), tx.sgd(0.1))
     other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, width))
     before = copy.deepcopy(other.state_dict())
@@ -183,7 +183,7 @@ def test_a_population_of_states_is_vmapped():
         torch.testing.assert_close(metrics["loss"][index], said["loss"])
 
 
-def test_deepcopy_is_apart_from_the_original():
+def test_a_deepcopy_is_independent():
     state = trained()
     twin = copy.deepcopy(state)
     assert_same(twin, state)
@@ -192,8 +192,8 @@ def test_deepcopy_is_apart_from_the_original():
     assert copy.copy(state).params is state.params
 
 
-def test_a_state_crosses_process_borders():
-    """Worker processes and torch.save pickle what they send; fts itself never does."""
+def test_a_state_can_be_sent_to_another_process():
+    """Worker processes and torch.save pickle a state; fts itself does not."""
     import pickle
 
     state = trained()
@@ -276,7 +276,7 @@ def test_frozen_parameters_can_be_left_out_and_are_those_of_like(tmp_path):
     state = trained()
     state.save(tmp_path)
     state.save(tmp_path / "trained", frozen=False)
-    assert not (tmp_path / "trained" / WEIGHTS_NAME).exists()  # nobody takes it for a model
+    assert not (tmp_path / "trained" / WEIGHTS_NAME).exists()  # which would be taken for a complete model
     assert load_file(tmp_path / "trained" / TRAINABLE_NAME).keys() == load_file(tmp_path / WEIGHTS_NAME).keys() - {"position"}
     fresh = fts.TrainState.create(net_of(), optimizer(), seed=0)
     assert_same(fts.TrainState.load(tmp_path / "trained", like=fresh), state)
@@ -291,7 +291,7 @@ def test_frozen_parameters_can_be_left_out_and_are_those_of_like(tmp_path):
         fts.TrainState.load(tmp_path, like=fresh)
 
 
-def test_training_goes_on_with_the_same_bits_after_loading(tmp_path):
+def test_training_resumes_with_the_same_bits(tmp_path):
     net = net_of()
     step = steps.train_step(steps.module_loss(net, loss_fn), optimizer(), donate=True)
     state = fts.TrainState.load(trained(net, 2).save(tmp_path), like=fts.TrainState.create(net, optimizer()))
@@ -313,7 +313,7 @@ def test_the_weights_file_is_what_the_model_itself_would_save(tmp_path):
 
 def test_views_shared_storage_and_strides_are_saved(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
-    params = {"view": base[1:], "turned": base.t(), "whole": base}
+    params = {"view": base[1:], "transposed": base.t(), "full": base}
     state = fts.TrainState.create(params, tx.trace(0.9), copy=False)
     loaded = fts.TrainState.load(state.save(tmp_path), like=fts.TrainState.create(params, tx.trace(0.9)))
     assert all(torch.equal(loaded.params[name], params[name]) for name in params)
@@ -322,7 +322,7 @@ def test_views_shared_storage_and_strides_are_saved(tmp_path):
 @pytest.mark.parametrize(
     "transform", [tx.identity(), tx.adam(0.1), fts.Transform(lambda p: torch.zeros(()), lambda g, s, p: (g, s + 1, {}))]
 )
-def test_any_form_of_state_is_saved(transform, tmp_path):
+def test_any_structure_of_state_is_saved(transform, tmp_path):
     state = fts.TrainState.create({"w": torch.ones(2)}, transform)
     assert_same(fts.TrainState.load(state.save(tmp_path), like=state), state)
 
@@ -334,12 +334,12 @@ def test_a_state_of_python_numbers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, OPTIMIZER_NAME, STATE_NAME])
-def test_a_missing_or_damaged_file_is_named(name, tmp_path):
+def test_a_missing_or_corrupt_file_is_named(name, tmp_path):
     state = trained()
     state.save(tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"\xff" * 64, b'{"format": 99}', b"[]"):
-        (tmp_path / name).write_bytes(damaged)
+    valid = (tmp_path / name).read_bytes()
+    for corrupt in (b"", valid[: len(valid) // 2], b"\xff" * 64, b'{"format": 99}', b"[]"):
+        (tmp_path / name).write_bytes(corrupt)
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             fts.TrainState.load(tmp_path, like=state)
     (tmp_path / name).unlink()
@@ -417,7 +417,7 @@ def tokens() -> dict[str, torch.Tensor]:
 def test_gradients_of_real_models_are_those_of_backward(make, engine):
     model = make()
     state = fts.TrainState.create(model, tx.identity())
-    # not at the module's own values, so that a tensor that was not exchanged shows
+    # not the module's own values, so that a tensor that was not swapped is noticed
     state = state.replace(params={name: tensor * 1.1 for name, tensor in state.params.items()})
     before = copy.deepcopy(model.state_dict())
     value, grads = steps.value_and_grad(steps.module_loss(model), engine=engine)(state, tokens())
@@ -601,7 +601,7 @@ def test_the_pure_update_of_a_hundred_steps_equals_torch_optim(name):
         torch.testing.assert_close(state.params[key], expected[key], rtol=1e-10, atol=1e-13)
 
 
-# What transformers makes of the files
+# The files in transformers
 
 
 def bert():
@@ -615,7 +615,7 @@ def bert():
 
 @pytest.mark.parametrize("shard_size", [10**9, 2000])
 @pytest.mark.parametrize("make", [bert, gpt2, t5])
-def test_from_pretrained_loads_a_tied_model_without_a_word(make, shard_size, tmp_path):
+def test_from_pretrained_loads_a_tied_model_without_warnings(make, shard_size, tmp_path):
     state = fts.TrainState.create(make(), tx.sgd(0.1))
     assert state.metadata.ties
     state = state.replace(params={name: tensor + 1.0 for name, tensor in state.params.items()})

@@ -3,9 +3,8 @@
     python examples/huggingface/classification.py --model_name_or_path MODEL --output_dir runs/classification
         --train_file train.csv --validation_file dev.csv --test_file test.csv --do_train --do_eval --do_predict
 
-A script as people write them for Hugging Face's Trainer: every argument of TrainingArguments can be given, all arguments can
-stand in a JSON file instead, and a run that was interrupted goes on at its last checkpoint. The one line that differs is the
-import from fts.
+A typical script for Hugging Face's Trainer: it takes every argument of TrainingArguments, or all arguments from a JSON file, and
+an interrupted run resumes from its last checkpoint. The only line that differs is the import from fts.
 """
 
 import logging
@@ -38,11 +37,11 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str | None = field(default=None, metadata={"help": "CSV file to learn from."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "CSV file to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "CSV file to predict; labels are not read."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Take only the first rows of the training file."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are truncated to this number of tokens."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first examples of the training file."})
 
 
 def parse_arguments():
@@ -53,12 +52,12 @@ def parse_arguments():
 
 
 def find_checkpoint(training_args):
-    """Where to go on: what was asked for, else the newest checkpoint in the output directory, if there is one."""
+    """The checkpoint to resume from: as given, else the last one in the output directory, if there is one."""
     if training_args.resume_from_checkpoint is not None:
         return training_args.resume_from_checkpoint
     last = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
     if last is not None:
-        logger.info("Going on at %s; choose another --output_dir to train from scratch.", last)
+        logger.info("Resuming from %s; choose another --output_dir to train from scratch.", last)
     return last
 
 
@@ -84,16 +83,16 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
     model = AutoModelForSequenceClassification.from_pretrained(model_args.model_name_or_path, config=config)
 
-    def tokenize(rows):
-        return tokenizer(rows["text"], max_length=data_args.max_seq_length, truncation=True)
+    def tokenize(examples):
+        return tokenizer(examples["text"], max_length=data_args.max_seq_length, truncation=True)
 
-    def with_labels(rows):
-        return {**tokenize(rows), "labels": [label2id[label] for label in rows["label"]]}
+    def with_labels(examples):
+        return {**tokenize(examples), "labels": [label2id[label] for label in examples["label"]]}
 
     with training_args.main_process_first(desc="tokenizing"):
         ready = {
-            split: rows.map(tokenize if split == "test" else with_labels, batched=True, remove_columns=rows.column_names)
-            for split, rows in raw.items()
+            split: dataset.map(tokenize if split == "test" else with_labels, batched=True, remove_columns=dataset.column_names)
+            for split, dataset in raw.items()
         }
     if data_args.max_train_samples is not None:
         ready["train"] = ready["train"].select(range(min(data_args.max_train_samples, len(ready["train"]))))

@@ -3,9 +3,8 @@
     python examples/huggingface/language_model.py --model_type llama --config_overrides num_hidden_layers=2,hidden_size=128
         --tokenizer_name TOKENIZER --train_file book.txt --output_dir runs/language_model --do_train --do_eval
 
-A script as people write them for Hugging Face's Trainer: all texts are put in a row and cut into blocks of one size, so that no
-token is padding. Without a validation file the last share of the blocks is held out. The one line that differs is the import
-from fts.
+A typical script for Hugging Face's Trainer: all texts are concatenated and split into blocks of one size, without padding. If
+there is no validation file, the last blocks are held out. The only line that differs is the import from fts.
 """
 
 import logging
@@ -34,7 +33,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str = field(metadata={"help": "Text file to learn from."})
+    train_file: str = field(metadata={"help": "Text file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "Text file to evaluate on."})
     validation_share: float = field(default=0.1, metadata={"help": "Share of blocks to hold out without a validation file."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
@@ -50,16 +49,16 @@ def make_model(model_args, tokenizer):
     return AutoModelForCausalLM.from_config(config)
 
 
-def cut_into_blocks(rows, block_size):
-    """Put the tokens of all rows in one row, and cut it; what is left over at the end is dropped."""
-    joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
+def group_texts(examples, block_size):
+    """Concatenate the tokens of all examples, and split them into blocks; the remainder is dropped."""
+    joined = {name: list(chain.from_iterable(values)) for name, values in examples.items()}
     total = len(joined["input_ids"]) // block_size * block_size
     blocks = {name: [values[i : i + block_size] for i in range(0, total, block_size)] for name, values in joined.items()}
     return {**blocks, "labels": [list(block) for block in blocks["input_ids"]]}
 
 
 def preprocess_logits_for_metrics(logits, labels):
-    """Keep the most likely token alone: all logits of a validation set would not fit into memory."""
+    """Keep only the most likely tokens: the logits of a validation set would not fit into memory."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
@@ -83,9 +82,9 @@ def main():
     raw = load_dataset(
         "text", data_files={split: file for split, file in named.items() if file is not None}, keep_linebreaks=True
     )
-    with training_args.main_process_first(desc="cutting texts into blocks"):
-        tokens = raw.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns=["text"])
-        blocks = tokens.map(cut_into_blocks, batched=True, fn_kwargs={"block_size": data_args.block_size})
+    with training_args.main_process_first(desc="grouping texts into blocks"):
+        tokens = raw.map(lambda examples: tokenizer(examples["text"]), batched=True, remove_columns=["text"])
+        blocks = tokens.map(group_texts, batched=True, fn_kwargs={"block_size": data_args.block_size})
     if "validation" not in blocks:
         parts = blocks["train"].train_test_split(test_size=data_args.validation_share, shuffle=False)
         blocks = DatasetDict(train=parts["train"], validation=parts["test"])

@@ -4,8 +4,8 @@
         --train_file train.csv --validation_file dev.csv --test_file test.csv --do_train --do_eval --do_predict
         --predict_with_generate
 
-A script as people write them for Hugging Face's Seq2SeqTrainer: translation, summaries, spelling, pronunciation. With
-`--predict_with_generate` texts are generated and compared with those of the file. The one line that differs is the import from
+A typical script for Hugging Face's Seq2SeqTrainer: translation, summaries, spelling, pronunciation. With
+`--predict_with_generate` texts are generated and compared with those of the file. The only line that differs is the import from
 fts.
 """
 
@@ -30,14 +30,14 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str | None = field(default=None, metadata={"help": "CSV file to learn from."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "CSV file to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "CSV file to write texts for."})
-    source_column: str = field(default="source", metadata={"help": "Column of the texts that are given."})
-    target_column: str = field(default="target", metadata={"help": "Column of the texts that are wanted."})
-    source_prefix: str = field(default="", metadata={"help": "Is put before each source, as T5 wants it."})
-    max_source_length: int = field(default=128, metadata={"help": "Longer sources are cut to so many tokens."})
-    max_target_length: int = field(default=128, metadata={"help": "Longer targets are cut to so many tokens."})
+    source_column: str = field(default="source", metadata={"help": "Column of the source texts."})
+    target_column: str = field(default="target", metadata={"help": "Column of the target texts."})
+    source_prefix: str = field(default="", metadata={"help": "Prefix of each source, for T5."})
+    max_source_length: int = field(default=128, metadata={"help": "Longer sources are truncated to this number of tokens."})
+    max_target_length: int = field(default=128, metadata={"help": "Longer targets are truncated to this number of tokens."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams of the search; --generation_num_beams if not given."})
     ignore_pad_token_for_loss: bool = field(default=True, metadata={"help": "Leave padding out of the loss."})
 
@@ -54,14 +54,18 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(model_args.model_name_or_path)
 
-    def tokenize(rows):
-        sources = [data_args.source_prefix + text for text in rows[data_args.source_column]]
+    def tokenize(examples):
+        sources = [data_args.source_prefix + text for text in examples[data_args.source_column]]
         inputs = tokenizer(sources, max_length=data_args.max_source_length, truncation=True)
-        targets = tokenizer(text_target=rows[data_args.target_column], max_length=data_args.max_target_length, truncation=True)
+        targets = tokenizer(
+            text_target=examples[data_args.target_column], max_length=data_args.max_target_length, truncation=True
+        )
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": targets["input_ids"]}
 
     with training_args.main_process_first(desc="tokenizing"):
-        ready = {split: rows.map(tokenize, batched=True, remove_columns=rows.column_names) for split, rows in raw.items()}
+        ready = {
+            split: dataset.map(tokenize, batched=True, remove_columns=dataset.column_names) for split, dataset in raw.items()
+        }
 
     def decode(ids):
         texts = tokenizer.batch_decode(np.where(ids == -100, tokenizer.pad_token_id, ids), skip_special_tokens=True)

@@ -1,8 +1,8 @@
 """Distillation: a small network learns from the outputs of a large one.
 
 The frozen teacher's softened probabilities teach the student on every image (kd); one image in twenty has a label, too
-(ce). What a loss function returns beside the loss is logged. Each figure is the mean over its own items: the
-cross-entropy comes as a pair with its number of labels, which differs from batch to batch.
+(ce). The metrics that a loss function returns are logged. Each is a mean over its own examples: the
+cross-entropy is a pair with its number of labels, which differs from batch to batch.
 
 Paper: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network". https://arxiv.org/abs/1503.02531
 Shows: the student is more accurate than the same network trained on the labels alone, and all three losses fall by far.
@@ -61,10 +61,10 @@ def main() -> dict[str, float]:
     logs = train(student, distillation_loss, TensorDataset(x, y, labelled), total_steps=600)
 
     nets = {"teacher": teacher, "student": student, "labels alone": baseline}
-    figures = {name: (net(test_x).argmax(1) == test_y).float().mean().item() for name, net in nets.items()}
-    assert figures["student"] > figures["labels alone"] + 0.04, f"the teacher does not help the student: {figures}"
+    results = {name: (net(test_x).argmax(1) == test_y).float().mean().item() for name, net in nets.items()}
+    assert results["student"] > results["labels alone"] + 0.04, f"the teacher does not help the student: {results}"
     assert all(logs[-1][name] < 0.1 * logs[0][name] for name in ("loss", "kd", "ce")), f"{logs[0]} became {logs[-1]}"
-    return figures | {f"last {name}": value for name, value in logs[-1].items()}
+    return results | {f"last {name}": value for name, value in logs[-1].items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generative adversarial network: two states, two optimizers, one step that moves both.
 
-A generator turns noise into points; a discriminator learns to tell them from real ones, and the generator learns to
-be mistaken for real (the non-saturating loss). Each network is trained while the other one is held fixed.
+A generator turns noise into points; a discriminator learns to distinguish them from real ones, and the generator learns to
+fool it (the non-saturating loss). Each network is trained while the other one is held fixed.
 
 Paper: Goodfellow et al. 2014, "Generative Adversarial Networks". https://arxiv.org/abs/1406.2661
 Shows: mean and covariance of generated points come much closer to those of a correlated 2-D Gaussian.

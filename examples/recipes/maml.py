@@ -57,17 +57,17 @@ def main() -> dict[str, float]:
         joint, _ = joint_step(joint, tasks)
 
     new_tasks = draw_tasks(500, generator)
-    figures = {name: meta_loss(state.params, new_tasks).item() for name, state in (("meta", meta), ("joint", joint))}
+    metrics = {name: meta_loss(state.params, new_tasks).item() for name, state in (("meta", meta), ("joint", joint))}
 
     exact = meta.replace(params={name: param.double() for name, param in meta.params.items()})
     tasks = draw_tasks(25, generator, torch.float64)
     _, grads = steps.value_and_grad(meta_loss)(exact, tasks)
     ahead, behind = (meta_loss({name: p + h * grads[name] for name, p in exact.params.items()}, tasks) for h in (1e-7, -1e-7))
-    figures["gradient error"] = abs((ahead - behind) / 2e-7 / fts.global_norm(grads) ** 2 - 1).item()
+    metrics["gradient error"] = abs((ahead - behind) / 2e-7 / fts.global_norm(grads) ** 2 - 1).item()
 
-    assert figures["meta"] < 0.5 * figures["joint"], f"one step from the meta-learned weights is no better: {figures}"
-    assert figures["gradient error"] < 1e-6, f"the meta-gradient is not that of the meta-loss: {figures}"
-    return figures
+    assert metrics["meta"] < 0.5 * metrics["joint"], f"one step from the meta-learned weights is no better: {metrics}"
+    assert metrics["gradient error"] < 1e-6, f"the meta-gradient is not that of the meta-loss: {metrics}"
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Mean teacher: an average of the student labels the data that nobody labelled.
+"""Mean teacher: an average of the student labels the unlabelled data.
 
 The student learns from a few labels, and to agree with the teacher on unlabelled points when both see them with noise.
-The teacher is the moving average of the student's weights. The optimizer keeps it, and each step gets it behind the batch.
+The teacher is the moving average of the student's weights. The optimizer keeps it, and each step gets it after the batch.
 
 Paper: Tarvainen, Valpola 2017, "Mean teachers are better role models". https://arxiv.org/abs/1703.01780
 Shows: on two moons with eight labels the teacher is more accurate than the same network trained on the labels alone.
@@ -53,9 +53,9 @@ def main() -> dict[str, float]:
     def accuracy(params):
         return (functional_call(net, params, test_x).argmax(1) == test_y).float().mean().item()
 
-    figures = {"labels alone": accuracy(supervised.params), "teacher": accuracy(tx.averaged_params(student.opt_state))}
-    assert figures["teacher"] > figures["labels alone"] + 0.05, f"the unlabelled points do not help: {figures}"
-    return figures
+    metrics = {"labels alone": accuracy(supervised.params), "teacher": accuracy(tx.averaged_params(student.opt_state))}
+    assert metrics["teacher"] > metrics["labels alone"] + 0.05, f"the unlabelled points do not help: {metrics}"
+    return metrics
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def main() -> dict[str, float]:
             episodes = play(policy, draw)
         state, _ = step(state, episodes)
         lengths.append(episodes["alive"].sum(0).mean().item())
-    figures = {"steps at the start": lengths[0], "steps at the end": lengths[-1]}
-    assert lengths[-1] > 3 * lengths[0], f"the policy did not improve: {figures}"
-    return figures
+    metrics = {"steps at the start": lengths[0], "steps at the end": lengths[-1]}
+    assert lengths[-1] > 3 * lengths[0], f"the policy did not improve: {metrics}"
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sharpness-aware minimization: two gradients in one step.
 
 The step climbs from the weights to the worst point nearby (RHO along the gradient), takes the gradient there, and
-applies it at the original weights. So it looks for weights whose whole neighbourhood has a low loss.
+applies it at the original weights. So it looks for weights in a neighbourhood of low loss.
 
 Paper: Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving Generalization".
 https://arxiv.org/abs/2010.01412
@@ -45,15 +45,15 @@ def main() -> dict[str, float]:
             total += steps.eval_step(loss)(state.replace(params=moved), (x, y))["loss"][0].item()
         return total / 20
 
-    figures = {}
+    metrics = {}
     for name, step in {"SGD": steps.train_step(loss, optimizer), "SAM": sam_step}.items():
         *_, last = loops.fit(step, fts.TrainState.create(net, optimizer, seed=0), data, total_steps=1000)
-        figures[f"{name}: loss"] = loss_at(last.state, noise=0.0)
-        figures[f"{name}: rise under noise"] = loss_at(last.state, noise=0.1) - figures[f"{name}: loss"]
+        metrics[f"{name}: loss"] = loss_at(last.state, noise=0.0)
+        metrics[f"{name}: rise under noise"] = loss_at(last.state, noise=0.1) - metrics[f"{name}: loss"]
 
-    assert max(figures["SGD: loss"], figures["SAM: loss"]) < 0.02, f"one of them does not fit the data: {figures}"
-    assert figures["SAM: rise under noise"] < 0.7 * figures["SGD: rise under noise"], f"SAM's minimum is not flatter: {figures}"
-    return figures
+    assert max(metrics["SGD: loss"], metrics["SAM: loss"]) < 0.02, f"one of them does not fit the data: {metrics}"
+    assert metrics["SAM: rise under noise"] < 0.7 * metrics["SGD: rise under noise"], f"SAM's minimum is not flatter: {metrics}"
+    return metrics
 
 
 if __name__ == "__main__":

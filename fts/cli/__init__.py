@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fts.cli import checkpoints, plan, replay
+from fts.cli import checkpoints, consolidate, plan, replay
 from fts.errors import FtsError
 from fts.messages import check_installation
 
@@ -15,26 +15,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words behind `fts`; None for those of the process.
+        argv: the arguments after `fts`; None for those of the process.
 
     Returns:
-        The exit status: 0; 1 where something is wrong with what was looked at; 2 where the command could not be done.
+        The exit status: 0; 1 if the command found a problem; 2 if the command failed.
 
     >>> main(["checkpoints", "/nowhere"])
     2
     """
     check_installation()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:2] == ["checkpoints", "prune"]:
-        words[:2] = ["checkpoints prune"]
-    parser = argparse.ArgumentParser(prog="fts", description="Checkpoints of a run, and what a run would need.")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:2] == ["checkpoints", "prune"]:
+        arguments[:2] = ["checkpoints prune"]
+    parser = argparse.ArgumentParser(prog="fts", description="Checkpoints of a run, and the resources that a run needs.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     checkpoints.add_to(commands)
+    consolidate.add_to(commands)
     replay.add_to(commands)
     plan.add_to(commands)
     try:
-        options = parser.parse_args(words)
-    except SystemExit as stop:  # of --help, or of words that argparse does not understand
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # of --help, or of arguments that argparse rejects
         return int(stop.code or 0)
     try:
         return int(options.run(options))

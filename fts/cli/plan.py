@@ -1,4 +1,4 @@
-"""`fts plan`: memory of each process and bytes sent in a step, before a training is started."""
+"""`fts plan`: memory of each process and bytes sent in a step, before training starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="memory of each process and bytes sent in a step, for each strategy",
-        description="Compute what a training needs: bytes of memory on each process, and bytes that each sends in a step. "
+        description="Compute the resources of a run: bytes of memory on each process, and bytes that each sends in a step. "
         "Nothing is started. Without --strategy, all strategies are compared. docs/scale.md derives the formulas.",
     )
     size = parser.add_argument_group("the model")
@@ -35,37 +35,43 @@ def add_to(commands: Any) -> None:
     known.add_argument("--model", metavar="DIR", help="a directory with a config.json of transformers: weights are not read")
     size.add_argument("--layers", type=integer, default=0, metavar="N", help="blocks of the transformer")
     size.add_argument("--hidden", type=integer, default=0, metavar="N", help="its width")
-    size.add_argument("--heads", type=integer, default=0, metavar="N", help="of attention (default: one for each 128 of the width)")
-    size.add_argument("--vocabulary", type=integer, default=0, metavar="N", help="tokens that it tells apart")
+    size.add_argument("--heads", type=integer, default=0, metavar="N", help="of attention (default: one per 128 of the width)")
+    size.add_argument("--vocabulary", type=integer, default=0, metavar="N", help="size of the vocabulary")
 
-    spread = parser.add_argument_group("the processes")
-    spread.add_argument("--strategy", choices=STRATEGIES, help="how the model is spread (default: show all)")
-    spread.add_argument("--world", type=integer, default=1, metavar="N", help="processes (default: 1)")
-    spread.add_argument(
-        "--shard", type=integer, default=8, metavar="N", help="processes that hold a model among them, for hsdp (default: 8)"
+    processes = parser.add_argument_group("the processes")
+    processes.add_argument("--strategy", choices=STRATEGIES, help="how the model is distributed (default: show all)")
+    processes.add_argument("--world", type=integer, default=1, metavar="N", help="processes (default: 1)")
+    processes.add_argument(
+        "--shard",
+        type=integer,
+        default=8,
+        metavar="N",
+        help="processes that shard one replica, for hsdp (default: 8)",
     )
-    spread.add_argument(
+    processes.add_argument(
         "--tensor", type=integer, metavar="N", help="processes that share each matrix (default: 1; all of them for tp)"
     )
-    spread.add_argument(
+    processes.add_argument(
         "--reshard-after-forward",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="fsdp and hsdp: free parameters after the forward pass, and gather them again (the default)",
     )
-    spread.add_argument(
+    processes.add_argument(
         "--each-batch",
         action="store_true",
-        help="fsdp and hsdp: exchange gradients in each micro-batch (default: once a step, and they are whole till then)",
+        help="fsdp and hsdp: reduce gradients in each micro-batch (default: once a step; until then they are unsharded)",
     )
-    spread.add_argument(
-        "--reduce", choices=list(REDUCE), help="fsdp and hsdp: in which gradients are summed (default: as they are kept)"
+    processes.add_argument(
+        "--reduce",
+        choices=list(REDUCE),
+        help="fsdp and hsdp: type of the gradient reduction (default: that of the gradients)",
     )
-    spread.add_argument(
+    processes.add_argument(
         "--bucket-view",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="ddp: gradients lie in the buckets (gradient_as_bucket_view; the default)",
+        help="ddp: gradients are views of the buckets (gradient_as_bucket_view; the default)",
     )
 
     step = parser.add_argument_group("the step")
@@ -73,12 +79,16 @@ def add_to(commands: Any) -> None:
         "--precision", choices=list(PRECISIONS), default="bf16", help="(default: bf16, cast from float32 parameters)"
     )
     step.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(default: adamw)")
-    step.add_argument("--batch", type=integer, default=1, metavar="N", help="rows of a micro-batch of one process (default: 1)")
+    step.add_argument("--batch", type=integer, default=1, metavar="N", help="examples in one process's micro-batch (default: 1)")
     step.add_argument(
-        "--sequence", type=integer, default=0, metavar="N", help="tokens of a row; without it, activations are not counted"
+        "--sequence", type=integer, default=0, metavar="N", help="tokens of an example; without it, activations are not counted"
     )
     step.add_argument("--accumulate", type=integer, default=1, metavar="N", help="micro-batches of a step (default: 1)")
-    step.add_argument("--checkpointing", action="store_true", help="keep the inputs of layers only, and compute them again")
+    step.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="keep the inputs of layers only, and recompute the rest",
+    )
     step.add_argument(
         "--attention", choices=["fused", "eager"], default="fused", help="eager keeps the weights of attention (default: fused)"
     )
@@ -117,12 +127,12 @@ def run(options: argparse.Namespace) -> int:
     if not (options.sequence and model.layers and model.hidden):
         print("Activations are not counted: give --sequence, --layers and --hidden.")
     if len(model.units) == 1:
-        print("The model is one unit, which FSDP has whole at a time, and tp cannot cut: give --layers and --hidden.")
+        print("The model is one unit, which FSDP gathers in full, and tp cannot shard: give --layers and --hidden.")
     return 0
 
 
 def as_dict(found: ResourcePlan) -> dict[str, Any]:
-    """A plan as JSON has it.
+    """A plan as a JSON object.
 
     Args:
         found: the plan.
@@ -177,8 +187,8 @@ def compared(plans: dict[str, ResourcePlan]) -> Iterator[str]:
     names = [field.name for field in attrs.fields(Memory)]
     rows = [("GB a process", *names, "total", "sent")]
     for name, found in plans.items():
-        figures = [*attrs.astuple(found.memory), found.memory.total, found.sent]
-        rows.append((name, *(f"{figure / 1e9:.3f}" for figure in figures)))
+        values = [*attrs.astuple(found.memory), found.memory.total, found.sent]
+        rows.append((name, *(f"{value / 1e9:.3f}" for value in values)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for first, *others in rows:
         yield " ".join([f"{first:<{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))])
@@ -200,9 +210,9 @@ def _plans(model: ModelShapes, options: argparse.Namespace) -> Iterator[tuple[st
     given = {name: getattr(options, name) for name in taken}
     given |= {"no_sync": not options.each_batch, "reshard": options.reshard_after_forward, "reduce": REDUCE.get(options.reduce)}
     for name in [options.strategy] if options.strategy else STRATEGIES:
-        if name == "tp" and len(model.units) == 1:  # there is nothing to cut
+        if name == "tp" and len(model.units) == 1:  # no matrix is known to shard
             if options.strategy is not None:
-                raise ArgumentError("Which matrices tp cuts follows from the layers: give --layers and --hidden, or --model.")
+                raise ArgumentError("tp shards the matrices of the layers: give --layers and --hidden, or --model.")
             continue
         tensor = options.tensor or (options.world if name == "tp" else 1)
         own: dict[str, Any] = {}
@@ -211,7 +221,7 @@ def _plans(model: ModelShapes, options: argparse.Namespace) -> Iterator[tuple[st
         try:
             yield name, plan_resources(model, TrainingSetup(name, **(given | {"tensor": tensor} | own)))
         except ArgumentError:
-            if options.strategy is not None or name != "hsdp":  # of all, what cannot be is left out
+            if options.strategy is not None or name != "hsdp":  # when all are shown, one that is not possible is left out
                 raise
 
 

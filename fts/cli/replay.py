@@ -1,4 +1,4 @@
-"""`fts replay`: one step of a run once more, with what is wrong in it."""
+"""`fts replay`: run one step of a run again, and show what is wrong in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fts.errors import ArgumentError
-from fts.loops.error_context import SHOWN
+from fts.loops.error_context import MAX_LISTED
 from fts.loops.replay import ReplayedStep, replay
 from fts.messages import abbreviate
 
@@ -30,13 +30,13 @@ def add_to(commands: Any) -> None:
     """Add the command to a parser's."""
     parser = commands.add_parser(
         "replay",
-        help="run a step of a run once more, bit for bit, and look into it",
-        description="Go from a checkpoint to a step, as the run went, and show the step: its items, loss, gradients, and what is "
-        "NaN or infinite. If checkpoint-N is beside the checkpoint, the states are compared bit for bit; the exit status is 1 "
-        "if they differ.",
+        help="run a step of a run again, bit for bit, and inspect it",
+        description="Run from a checkpoint to a step, as the run did, and show the step: its examples, loss, gradients, and what "
+        "is NaN or infinite. If checkpoint-N is next to the checkpoint, the states are compared bit for bit; the exit status is "
+        "1 if they differ.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint-N directory from before the step")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="the number of the step to look into")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="the number of the step to inspect")
     parser.add_argument(
         "--run",
         dest="call_model_init",
@@ -52,18 +52,18 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Replay and report; 1 if the state is not that of the run."""
     if options.top < 0:
-        raise ArgumentError(f"--top {options.top} is no number of gradients. Give 0 or more.")
-    found = replayed(made_by(options.made_by), options.checkpoint, options.step, options.made_by)
+        raise ArgumentError(f"--top {options.top} is not a number of gradients. Give 0 or more.")
+    found = replay_run(call_function(options.made_by), options.checkpoint, options.step, options.made_by)
     for line in report(found, options.checkpoint, options.top):
         print(line)
     return int(found.equal is False)
 
 
-def replayed(made: Any, checkpoint: Path, step: int, name: str) -> ReplayedStep:
-    """Replay what a function of the user's returned.
+def replay_run(run: Any, checkpoint: Path, step: int, name: str) -> ReplayedStep:
+    """Replay the run that a function of the user returned.
 
     Args:
-        made: a Trainer, or `(step, state, data)`.
+        run: a Trainer, or `(step, state, data)`.
         checkpoint: from before the step.
         step: the number of the step.
         name: of the function, for errors.
@@ -71,42 +71,42 @@ def replayed(made: Any, checkpoint: Path, step: int, name: str) -> ReplayedStep:
     Raises:
         ArgumentError: it is neither.
     """
-    if isinstance(made, tuple) and len(made) == 3:
-        return replay(*made, checkpoint, step)
-    if callable(getattr(made, "replay", None)):
-        found: ReplayedStep = made.replay(checkpoint, step)
+    if isinstance(run, tuple) and len(run) == 3:
+        return replay(*run, checkpoint, step)
+    if callable(getattr(run, "replay", None)):
+        found: ReplayedStep = run.replay(checkpoint, step)
         return found
-    raise ArgumentError(f"{name} returned {type(made).__name__}; it must return a Trainer, or (step, state, data).")
+    raise ArgumentError(f"{name} returned {type(run).__name__}; it must return a Trainer, or (step, state, data).")
 
 
-def made_by(text: str) -> Any:
+def call_function(text: str) -> Any:
     """What the function that `CARD_FILE.py:FUNCTION` or `module:function` names returns.
 
     Raises:
         ArgumentError: there is no such file, module or function.
     """
-    place, _, name = text.rpartition(":")
-    if not place or not name.isidentifier():
+    path, _, name = text.rpartition(":")
+    if not path or not name.isidentifier():
         raise ArgumentError(f"--run {text!r} names no function: write CARD_FILE.py:FUNCTION or module:function.")
-    module = _module(place)
+    module = _import(path)
     function = getattr(module, name, None)
     if not callable(function):
-        there = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ArgumentError(f"{place} has no function {name!r}. It has {there or 'none'}.")
+        functions = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise ArgumentError(f"{path} has no function {name!r}. It has {functions or 'none'}.")
     return function()
 
 
-def _module(place: str) -> ModuleType:
-    if not place.endswith(".py"):
+def _import(source: str) -> ModuleType:
+    if not source.endswith(".py"):
         sys.path.insert(0, str(Path.cwd()))
         try:
-            return importlib.import_module(place)
+            return importlib.import_module(source)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-                raise  # the module is there, and something that it imports is not
-            raise ArgumentError(f"There is no module {place!r} here. Give a file as CARD_FILE.py:FUNCTION.") from error
-    path = Path(place)
-    name = path.stem if path.stem not in sys.modules else f"run_of_{path.stem}"  # a module of that name may be in use
+            if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+                raise  # the module exists, but one that it imports does not
+            raise ArgumentError(f"There is no module {source!r}. Give a file as CARD_FILE.py:FUNCTION.") from error
+    path = Path(source)
+    name = path.stem if path.stem not in sys.modules else f"run_of_{path.stem}"  # that name may be imported already
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ArgumentError(f"There is no file {path}.")
@@ -118,24 +118,24 @@ def _module(place: str) -> ModuleType:
 
 
 def report(found: ReplayedStep, checkpoint: Path, top: int = 20) -> Iterator[str]:
-    """What was found, in lines.
+    """The replayed step, in lines.
 
     Args:
-        found: the step.
+        found: the replayed step.
         checkpoint: from which it was replayed.
-        top: how many gradients are shown.
+        top: how many gradients to show.
     """
     yield f"Step {found.step}, from {checkpoint}: epoch {found.position.epoch}, batch {found.position.batch} (from 0)"
-    if found.items is not None:
-        yield f"items    {abbreviate(found.items, SHOWN)}"
-    yield f"loss     {'not told' if found.loss is None else f'{found.loss:.9g}'}"
-    figures = {name: float(value) for name, value in found.metrics.items() if name != "loss" and _is_number(value)}
-    width = max(map(len, [*figures, "metric"]))
-    yield from (f"  {name:<{width}}  {value:.9g}" for name, value in figures.items())
+    if found.examples is not None:
+        yield f"examples {abbreviate(found.examples, MAX_LISTED)}"
+    yield f"loss     {'unknown' if found.loss is None else f'{found.loss:.9g}'}"
+    metrics = {name: float(value) for name, value in found.metrics.items() if name != "loss" and _is_number(value)}
+    width = max(map(len, [*metrics, "metric"]))
+    yield from (f"  {name:<{width}}  {value:.9g}" for name, value in metrics.items())
     if found.error is not None:
         yield f"The step raised {type(found.error).__name__}: {found.error}"
     yield from _gradients(found.gradients, top)
-    yield from _faults(found)
+    yield from _nonfinite(found)
     yield _comparison(found)
 
 
@@ -154,21 +154,21 @@ def _gradients(gradients: Mapping[str, Tensor] | None, top: int) -> Iterator[str
         yield f"  and {len(ordered) - top} more"
 
 
-def _faults(found: ReplayedStep) -> Iterator[str]:
+def _nonfinite(found: ReplayedStep) -> Iterator[str]:
     if not found.nonfinite:
         yield "All numbers of the batch, the gradients and the parameters are finite."
     for part, names in found.nonfinite.items():
         yield f"Not finite in {HEADINGS[part]}:"
         yield from (f"  {name}: {counts}" for name, counts in names.items())
     if found.nonfinite_examples:
-        yield f"The items with such numbers: {abbreviate(found.nonfinite_examples, SHOWN)}"
+        yield f"The examples with such numbers: {abbreviate(found.nonfinite_examples, MAX_LISTED)}"
 
 
 def _comparison(found: ReplayedStep) -> str:
     number = f"checkpoint-{found.step}"
     if found.compared_with is None:
-        why = "the step raised" if found.after is None else f"there is no whole {number} beside the checkpoint"
-        return f"The state after the step is compared with nothing: {why}."
+        why = "the step raised" if found.after is None else f"there is no complete {number} next to the checkpoint"
+        return f"The state after the step is not compared with a checkpoint: {why}."
     if found.equal:
         return f"The state after the step equals {number}, bit for bit."
     return f"The state after the step DIFFERS from {number} in {abbreviate(found.differences, 10)}."

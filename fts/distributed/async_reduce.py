@@ -31,7 +31,7 @@ class AsyncAllReduceMax:
         DistributedError: (from calls and `close`) a process has ended, or hangs.
 
     >>> agree = AsyncAllReduceMax(Group())
-    >>> all_reduce_control(143)
+    >>> agree(143)
     143
     >>> agree.close()
     """

@@ -71,8 +71,8 @@ class DeepSpeedStep:
                 total_weight = num_batches
                 if not isinstance(micro_batch, PaddingBatch) and weight != 1:
                     raise LossError(
-                        f"Under DeepSpeed the micro-batches of an update must have equal weights, but one has the weight {weight}. "
-                        "Return the loss without a weight, or do not accumulate gradients."
+                        f"Under DeepSpeed the micro-batches of an update must have equal weights, but one has {weight}. Return "
+                        "the loss without a weight, or do not accumulate gradients."
                     )
             # the engine averages gradients over ranks
             engine.backward(output.loss * (weight * group.size / total_weight), scale_wrt_gas=False)
@@ -164,8 +164,8 @@ def initialize(
 
 
 NOT_INSTALLED = (
-    "deepspeed= needs the package deepspeed, which is not installed: pip install deepspeed, or use fsdp='full_shard', which shards "
-    "what ZeRO's stage 3 does."
+    "deepspeed= needs the package deepspeed, which is not installed: pip install deepspeed, or use fsdp='full_shard', which "
+    "shards what ZeRO's stage 3 does."
 )
 
 

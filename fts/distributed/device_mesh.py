@@ -30,7 +30,7 @@ class Mesh:
         ArgumentError: a size is below 1, or context and sequence are both above 1.
 
     >>> mesh = Mesh(shard=2, tensor=2)
-    >>> mesh.size, mesh.data_parallel_size_parallel_size
+    >>> mesh.size, mesh.data_parallel_size
     (4, 2)
     """
 
@@ -47,7 +47,8 @@ class Mesh:
                 raise ArgumentError(f"Mesh: {name}={size!r} must be a whole number of at least 1.")
         if self.context > 1 and self.sequence > 1:
             raise ArgumentError(
-                f"Mesh: context={self.context} and sequence={self.sequence} both shard the tokens of an example. Leave one of them at 1."
+                f"Mesh: context={self.context} and sequence={self.sequence} both shard the tokens of an example. Leave one of "
+                "them at 1."
             )
 
     @property
@@ -80,7 +81,7 @@ def data_parallel_rank_and_size(rank: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def init_device_mesh(group: Group, mesh: Mesh) -> Any:
-    """torch's DeviceMesh for all processes; collective.
+    """Torch's DeviceMesh for all processes; collective.
 
     Args:
         group: all processes.

@@ -22,8 +22,8 @@ def distribute(step: Any, group: Group, strategy: DDP | None = None, *, sync_eac
     A model after `fully_shard` is trained with FSDP2. Another one is replicated: DDP averages the gradients during the backward
     pass; where it cannot (plain functions, the func engine, graphs, a manual backward pass) they are averaged after it.
 
-    The gradient is `sum(w * g) / sum(w)` over the micro-batches of all ranks, and so are the loss and the metrics. Micro-batch i of
-    rank r draws the random numbers that micro-batch `i * world_size + r` draws in a single process.
+    The gradient is `sum(w * g) / sum(w)` over the micro-batches of all ranks, and so are the loss and the metrics. Micro-batch i
+    of rank r draws the random numbers that micro-batch `i * world_size + r` draws in a single process.
 
     Args:
         step: from `steps.train_step` and the like, also compiled.
@@ -51,7 +51,7 @@ def distribute(step: Any, group: Group, strategy: DDP | None = None, *, sync_eac
     if gradients is None:
         raise ArgumentError(f"distribute needs a step of fts.steps, not {type(step).__name__}: it cannot see its gradients.")
     binding = gradients.binding
-    if binding is not None and binding.sharded:
+    if binding is not None and binding.fully_sharded:
         return steps.with_collectives(step, FSDPGradients(group, binding.module, sync_each_batch))
     options = attrs.asdict(DDP() if strategy is None else strategy)
     broadcast_buffers = options.pop("broadcast_buffers")

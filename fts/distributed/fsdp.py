@@ -30,7 +30,7 @@ def fully_shard(module: nn.Module, mesh: Any, strategy: FSDP = FSDP()) -> nn.Mod
     """Shard the parameters of a module, in place; its forward and backward passes gather them.
 
     All ranks start with the weights of the main process, which are scattered one tensor after the other; those of the other ranks
-    may be on the meta device. Names, ties and frozen parameters stay. Make a step of `steps.train_step` distributed by `distribute`.
+    may be on the meta device. Names, ties and frozen parameters stay. Use `distribute` for its steps.
 
     Args:
         module: any whose forward passes are calls of modules. Parameters become DTensors on the mesh's device.

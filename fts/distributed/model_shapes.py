@@ -102,7 +102,8 @@ def shard_matrices(model: ModelShapes, processes: int) -> ModelShapes:
         model: the full shapes.
         processes: of the group.
 
-    >>> [unit.trained for unit in shard_matrices(ModelShapes((FSDPUnit(((6, 2), (6, 2), (2,))), FSDPUnit(((4, 2), (4,))))), 2).units]
+    >>> model = ModelShapes((FSDPUnit(((6, 2), (6, 2), (2,))), FSDPUnit(((4, 2), (4,)))))
+    >>> [unit.trained for unit in shard_matrices(model, 2).units]
     [((6, 2), (3, 2), (2,)), ((2, 2), (4,))]
     """
 

@@ -231,8 +231,8 @@ def _init_torch_process_group(backend: str | None, timeout: float | timedelta | 
         distributed.init_process_group(backend, **options)
     except ValueError as error:
         raise ArgumentError(
-            f"The process group cannot be initialized with backend={backend!r}: {error} Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, "
-            "and start the script with torchrun."
+            f"The process group cannot be initialized with backend={backend!r}: {error} Use 'gloo' on CPUs and 'nccl' on NVIDIA "
+            "GPUs, and start the script with torchrun."
         ) from error
 
 

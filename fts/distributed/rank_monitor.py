@@ -65,7 +65,7 @@ class RankMonitor:
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """A block in which torch's errors about lost processes become a `DistributedError` that says which one, and what to do."""
+        """A block in which torch's errors about lost processes become a `DistributedError` with the rank, and what to do."""
         try:
             yield
         except RuntimeError as error:

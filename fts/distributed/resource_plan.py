@@ -1,6 +1,6 @@
-"""What a training needs on each process, before it is started: bytes of memory, and bytes that are sent in a step.
+"""The memory of each process, and the bytes that it sends in a step, before a training is started.
 
-Nothing is allocated and no process is started: these are formulas over shapes (docs/scale.md derives them). Sources: Rajbhandari
+Nothing is allocated and no process is started: these are formulas of shapes (docs/scale.md derives them). Sources: Rajbhandari
 et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"; Korthikanti et al. 2022, "Reducing Activation
 Recomputation in Large Transformer Models"; Shoeybi et al. 2019, "Megatron-LM"; Patarasuk and Yuan 2009, "Bandwidth Optimal
 All-reduce Algorithms", for rings.
@@ -18,21 +18,21 @@ from fts.distributed.model_shapes import ModelShapes, Shape, local_shapes, numel
 from fts.errors import ArgumentError
 
 DEEPSPEED_BUCKET = 500_000_000
-"""How many gradients DeepSpeed sends at a time (its `reduce_bucket_size`)."""
+"""DeepSpeed's `reduce_bucket_size`: the number of gradient elements that it reduces at a time."""
 
-FORWARD_SUMS, BACKWARD_SUMS = 2, 5
-"""How often a tensor-parallel layer sums: activations behind attention and MLP, and the gradient of the input of each matrix that
-is cut by columns (query, key, value, gate, up). Megatron, which joins them into two matrices, has 2 and 2."""
+FORWARD_REDUCTIONS, BACKWARD_REDUCTIONS = 2, 5
+"""The all-reduces of a tensor-parallel layer: of activations after attention and MLP, and of the gradient of the input of each
+column-parallel matrix (query, key, value, gate, up). Megatron, which fuses these into two matrices, has 2 and 2."""
 
 
 @attrs.frozen
 class Precision:
-    """Bytes for each number.
+    """Bytes per element.
 
     Attributes:
-        parameters: that the optimizer updates, or that are updated from master weights.
+        parameters: that the optimizer updates, or that are copies of master weights.
         compute: parameters in the forward and backward pass, and activations.
-        gradients: as they are kept.
+        gradients: as they are accumulated.
         moments: of the optimizer.
         master: a second copy of the parameters in float32; 0 for none.
     """
@@ -47,7 +47,7 @@ class Precision:
 PRECISIONS = MappingProxyType(
     {
         "fp32": Precision(4, 4, 4, 4),
-        "bf16": Precision(4, 2, 4, 4),  # `bf16=True`: float32 parameters that are cast where they are used
+        "bf16": Precision(4, 2, 4, 4),  # `bf16=True`: float32 parameters under autocast
         "fp16": Precision(4, 2, 4, 4),
         "bf16-master": Precision(2, 2, 2, 4, 4),  # ZeRO's 16 bytes a parameter, with AdamW
         "bf16-pure": Precision(2, 2, 2, 2),
@@ -69,7 +69,7 @@ OPTIMIZERS: MappingProxyType[str, Callable[[Shape], float]] = MappingProxyType(
         "adamw-8bit": lambda shape: 2 * numel([shape]) / 4,  # of the 4 bytes of a float32
     }
 )
-"""How many numbers an optimizer keeps for a parameter of a shape."""
+"""The number of float32 values in an optimizer's state for a parameter of a shape."""
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "tp", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 
@@ -80,29 +80,29 @@ class TrainingSetup:
 
     Attributes:
         strategy: one of `STRATEGIES`.
-        world: how many processes there are.
-        shard: how many processes hold one copy of the model among them, under "hsdp".
-        tensor: how many processes share each matrix; the others are left to the strategy. "tp" is that and DDP.
+        world: the world size.
+        shard: over how many processes each replica is sharded, under "hsdp".
+        tensor: over how many processes each matrix is sharded; the strategy is over the rest. "tp" is that and DDP.
         precision: one of `PRECISIONS`.
         optimizer: one of `OPTIMIZERS`.
-        batch: rows of a micro-batch of one process.
-        sequence: tokens of a row; 0 leaves activations out.
+        batch: examples of a micro-batch of one process.
+        sequence: tokens of an example; 0 leaves activations out.
         accumulate: micro-batches of a step.
-        no_sync: whether FSDP exchanges gradients once a step, which keeps them whole until then, and not in each micro-batch.
+        no_sync: whether FSDP reduces gradients once a step, and keeps full gradients until then, not after each micro-batch.
         reshard: whether FSDP frees the parameters of layers after the forward pass, and gathers them again
-            (`reshard_after_forward`). What lies outside of the layers is needed first in the backward pass, and stays.
-        reduce: bytes of each number in which FSDP sums gradients; None for those in which they are kept.
-        bucket_view: whether DDP's gradients lie in its buckets (`gradient_as_bucket_view`).
-        checkpointing: whether each layer keeps its input only and is computed again in the backward pass.
-        attention: "fused" does not keep the weights of attention, "eager" does.
+            (`reshard_after_forward`). The backward pass needs parameters outside the layers first, so they stay gathered.
+        reduce: bytes per element in which FSDP reduces gradients; None for those in which they are accumulated.
+        bucket_view: whether DDP's gradients are views of its buckets (`gradient_as_bucket_view`).
+        checkpointing: whether each layer keeps its input only and recomputes its activations in the backward pass.
+        attention: "eager" keeps the attention weights for the backward pass, "fused" does not.
 
     Raises:
-        ArgumentError: a value is unknown, or numbers of processes do not divide.
+        ArgumentError: a value is unknown, or a number of processes is not divisible.
 
     >>> TrainingSetup("ddp", world=6, tensor=4)
     Traceback (most recent call last):
         ...
-    fts.errors.ArgumentError: 6 processes cannot be cut into groups of 4 that share matrices. Choose a divisor of 6.
+    fts.errors.ArgumentError: 6 processes cannot be divided into groups of 4 that share matrices. Choose a divisor of 6.
     """
 
     strategy: str = "single"
@@ -138,50 +138,50 @@ class TrainingSetup:
             raise ArgumentError(f"world={self.world}: 'single' is one process. Choose another strategy, such as 'ddp'.")
         if self.world % self.tensor:
             raise ArgumentError(
-                f"{self.world} processes cannot be cut into groups of {self.tensor} that share matrices. "
+                f"{self.world} processes cannot be divided into groups of {self.tensor} that share matrices. "
                 f"Choose a divisor of {self.world}."
             )
         if self.strategy == "hsdp" and self.data_parallel_size % self.shard:
             raise ArgumentError(
-                f"{self.data_parallel_size} processes cannot be cut into groups of {self.shard} that each hold the model. "
+                f"{self.data_parallel_size} processes cannot be divided into groups of {self.shard} that each hold the model. "
                 f"Choose a divisor of {self.data_parallel_size}."
             )
 
     @property
     def data_parallel_size(self) -> int:
-        """How many processes, or tensor-parallel groups, see different rows."""
+        """How many processes, or tensor-parallel groups, have examples of their own."""
         return self.world // self.tensor
 
     @property
     def num_shards(self) -> int:
-        """Over how many processes something is sharded."""
+        """Over how many processes the strategy shards."""
         return {"single": 1, "ddp": 1, "tp": 1, "hsdp": self.shard}.get(self.strategy, self.data_parallel_size)
 
     @property
     def dtype_bytes(self) -> Precision:
-        """Bytes for each number. DeepSpeed has master weights wherever it computes in 16 bits."""
+        """Bytes per element. DeepSpeed has master weights whenever it computes in 16 bits."""
         deepspeed = self.strategy.startswith("deepspeed") and self.precision in ("bf16", "fp16")
         return PRECISIONS["bf16-master" if deepspeed else self.precision]
 
     @property
     def reduce_bytes(self) -> int:
-        """Bytes of each number in which gradients are summed over processes."""
+        """Bytes per element in which gradients are reduced."""
         return self.reduce or self.dtype_bytes.gradients
 
 
 @attrs.frozen
 class Memory:
-    """Bytes on the process that has most; all at once, so it is an upper bound.
+    """Bytes on the process with the largest shards; all at the same time, so it is an upper bound.
 
     Attributes:
-        parameters: as they are kept.
-        gradients: as they are kept until the update.
+        parameters: those that are kept, sharded or replicated.
+        gradients: those that are kept until the update.
         moments: of the optimizer.
-        master: weights in float32 beside parameters of 16 bits.
+        master: float32 weights for parameters of 16 bits.
         copies: parameters that autocast has cast, kept from the forward to the backward pass.
-        buckets: what gradients are copied into to be sent (DDP without `gradient_as_bucket_view`, DeepSpeed).
-        gathered: parameters and gradients that FSDP or ZeRO 3 has whole at a time.
-        activations: what the forward pass keeps for the backward pass, and the logits.
+        buckets: into which gradients are copied (DDP without `gradient_as_bucket_view`, DeepSpeed).
+        gathered: full parameters and gradients that FSDP or ZeRO 3 has at a time.
+        activations: those that are kept for the backward pass, and the logits.
     """
 
     parameters: int
@@ -201,13 +201,13 @@ class Memory:
 
 @attrs.frozen
 class Collective:
-    """What is exchanged in a step, in a ring.
+    """A collective of a step, in a ring.
 
     Attributes:
         kind: all-reduce, reduce-scatter or all-gather.
         what: parameters, gradients or activations.
         times: how often in a step.
-        nbytes: of the whole, at a time.
+        nbytes: of the full tensors, each time.
         processes: in the ring.
 
     >>> Collective("all-reduce", "gradients", times=1, nbytes=1000, processes=4).sent
@@ -222,7 +222,7 @@ class Collective:
 
     @property
     def sent(self) -> int:
-        """Bytes that each process sends in a step, and receives: (n - 1) / n of the whole, twice for an all-reduce."""
+        """Bytes that each process sends, and receives, in a step: (n - 1) / n of the full tensors, twice for an all-reduce."""
         passes = 2 if self.kind == "all-reduce" else 1
         return passes * self.times * self.nbytes * (self.processes - 1) // self.processes
 
@@ -233,7 +233,7 @@ class ResourcePlan:
 
     Attributes:
         memory: in bytes.
-        traffic: what is exchanged in each step.
+        traffic: the collectives of a step.
     """
 
     memory: Memory
@@ -242,7 +242,7 @@ class ResourcePlan:
     @property
     def sent(self) -> int:
         """Bytes that each process sends in a step."""
-        return sum(one.sent for one in self.traffic)
+        return sum(collective.sent for collective in self.traffic)
 
 
 def plan_resources(model: ModelShapes, setup: TrainingSetup) -> ResourcePlan:
@@ -253,17 +253,18 @@ def plan_resources(model: ModelShapes, setup: TrainingSetup) -> ResourcePlan:
         setup: how it is trained.
 
     >>> from fts.distributed.model_shapes import shapes_from_counts
-    >>> found = plan_resources(shapes_from_counts(7_500_000_000), TrainingSetup("deepspeed-3", world=64, precision="bf16"))
-    >>> sum((found.memory.parameters, found.memory.gradients, found.memory.master, found.memory.moments)) / 1e9
+    >>> setup = TrainingSetup("deepspeed-3", world=64, precision="bf16")
+    >>> memory = plan_resources(shapes_from_counts(7_500_000_000), setup).memory
+    >>> sum((memory.parameters, memory.gradients, memory.master, memory.moments)) / 1e9
     1.875
 
-    which is figure 1 of Rajbhandari et al. 2020: 1.9 GB.
+    Figure 1 of Rajbhandari et al. 2020 has 1.9 GB.
     """
     return ResourcePlan(estimate_memory(model, setup), estimate_traffic(model, setup))
 
 
 def estimate_memory(model: ModelShapes, setup: TrainingSetup) -> Memory:
-    """The bytes of one process.
+    """The memory of one process.
 
     Args:
         model: its dimensions.
@@ -273,20 +274,19 @@ def estimate_memory(model: ModelShapes, setup: TrainingSetup) -> Memory:
     >>> estimate_memory(shapes_from_counts(1000), TrainingSetup("fsdp", world=4)).moments
     2000
     """
-    own, size, strategy = shard_matrices(model, setup.tensor), setup.dtype_bytes, setup.strategy
-    of_parameters = setup.num_shards if strategy in ("fsdp", "hsdp", "deepspeed-3") else 1
-    of_gradients = setup.num_shards if strategy in ("fsdp", "hsdp", "deepspeed-2", "deepspeed-3") else 1
-    trained = numel(own.trained)
-    updated = local_shapes(own.trained, setup.num_shards)
-    copied = size.compute < size.parameters and strategy in ("single", "ddp", "tp")
+    local, size, strategy = shard_matrices(model, setup.tensor), setup.dtype_bytes, setup.strategy
+    parameter_shards = setup.num_shards if strategy in ("fsdp", "hsdp", "deepspeed-3") else 1
+    gradient_shards = setup.num_shards if strategy in ("fsdp", "hsdp", "deepspeed-2", "deepspeed-3") else 1
+    updated = local_shapes(local.trained, setup.num_shards)
+    has_copies = size.compute < size.parameters and strategy in ("single", "ddp", "tp")
     return Memory(
-        parameters=size.parameters * numel(local_shapes(own.shapes, of_parameters)),
-        gradients=size.gradients * numel(local_shapes(own.trained, of_gradients)),
+        parameters=size.parameters * numel(local_shapes(local.shapes, parameter_shards)),
+        gradients=size.gradients * numel(local_shapes(local.trained, gradient_shards)),
         moments=round(size.moments * sum(map(OPTIMIZERS[setup.optimizer], updated))),
         master=size.master * numel(updated),
-        copies=size.compute * numel(own.shapes) * copied,
-        buckets=size.gradients * _bucket_size(trained, setup),
-        gathered=_gathered_bytes(own, setup),
+        copies=size.compute * numel(local.shapes) * has_copies,
+        buckets=size.gradients * _bucket_size(numel(local.trained), setup),
+        gathered=_gathered_bytes(local, setup),
         activations=estimate_activations(model, setup),
     )
 
@@ -297,31 +297,31 @@ def _bucket_size(trained: int, setup: TrainingSetup) -> int:
     return trained if setup.strategy in ("ddp", "tp") and setup.data_parallel_size > 1 and not setup.bucket_view else 0
 
 
-def _gathered_bytes(own: ModelShapes, setup: TrainingSetup) -> int:
-    """What is whole at a time: parameters of a layer, the next, and outside of layers; gradients that are new, and being sent."""
+def _gathered_bytes(local: ModelShapes, setup: TrainingSetup) -> int:
+    """Full tensors at a time: parameters of two layers and outside layers; gradients that are new, and that are being reduced."""
     if setup.strategy not in ("fsdp", "hsdp", "deepspeed-3") or setup.num_shards == 1:
         return 0
     compute, n = setup.dtype_bytes.compute, setup.num_shards
-    whole = [n * numel(local_shapes(unit.shapes, n)) for unit in own.units]
-    trained = [n * numel(local_shapes(unit.trained, n)) for unit in own.units]
+    full = [n * numel(local_shapes(unit.shapes, n)) for unit in local.units]
+    trained = [n * numel(local_shapes(unit.trained, n)) for unit in local.units]
     if setup.strategy == "deepspeed-3":
-        parameters = compute * min(2, len(whole)) * max(whole)
+        parameters = compute * min(2, len(full)) * max(full)
     elif setup.reshard:
-        outside, *layers = whole
-        parameters = compute * (outside + min(2, len(layers)) * max(layers, default=0))
+        root, *layers = full
+        parameters = compute * (root + min(2, len(layers)) * max(layers, default=0))
     else:
-        parameters = compute * sum(whole)
-    waiting = sum(trained) if setup.strategy != "deepspeed-3" and setup.no_sync and setup.accumulate > 1 else 0
-    return parameters + compute * max(trained) + setup.reduce_bytes * (max(trained) + waiting)
+        parameters = compute * sum(full)
+    accumulated = sum(trained) if setup.strategy != "deepspeed-3" and setup.no_sync and setup.accumulate > 1 else 0
+    return parameters + compute * max(trained) + setup.reduce_bytes * (max(trained) + accumulated)
 
 
 def estimate_activations(model: ModelShapes, setup: TrainingSetup) -> int:
-    """Bytes that the forward pass of a transformer keeps (Korthikanti et al. 2022, equation 2, for any width of numbers).
+    """Bytes of a transformer's activations (Korthikanti et al. 2022, equation 2, for any dtype).
 
-    A layer keeps `s b h (4 c + 2 + 12 c / t)` bytes, and `a s^2 b (2 c + 1) / t` more for weights of attention, with `s` tokens,
-    `b` rows, width `h`, `a` heads, `c` bytes a number and `t` processes that share matrices. With c = 2 and t = 1 it is the
-    paper's `s b h (34 + 5 a s / h)`. Checkpointed, it keeps its input, and one layer at a time is there as a whole. Logits are
-    float32, and whole.
+    A layer keeps `s b h (4 c + 2 + 12 c / t)` bytes, and `a s^2 b (2 c + 1) / t` more for attention weights, with `s` tokens, `b`
+    examples, hidden size `h`, `a` heads, `c` bytes per element and tensor-parallel size `t`. With c = 2 and t = 1 it is the
+    paper's `s b h (34 + 5 a s / h)`. With activation checkpointing each layer keeps its input, and one at a time all its
+    activations. Logits are float32, and not sharded.
 
     Args:
         model: its dimensions.
@@ -336,52 +336,52 @@ def estimate_activations(model: ModelShapes, setup: TrainingSetup) -> int:
     layer = tokens * model.hidden * (4 * c + 2) + tokens * model.hidden * 12 * c // t
     if setup.attention == "eager":
         layer += model.heads * setup.sequence * tokens * (2 * c + 1) // t
-    kept = model.layers * c * tokens * model.hidden + layer if setup.checkpointing else model.layers * layer
-    return (kept if model.layers else 0) + 4 * tokens * model.vocabulary
+    layers = model.layers * c * tokens * model.hidden + layer if setup.checkpointing else model.layers * layer
+    return (layers if model.layers else 0) + 4 * tokens * model.vocabulary
 
 
 def estimate_traffic(model: ModelShapes, setup: TrainingSetup) -> tuple[Collective, ...]:
-    """What is exchanged in a step. Sums of a few numbers (norms, metrics, flags) are left out.
+    """The collectives of a step, without those of a few numbers (norms, metrics, flags).
 
     Args:
         model: its dimensions.
         setup: how it is trained.
 
     >>> from fts.distributed.model_shapes import shapes_from_counts
-    >>> [(one.kind, one.times, one.sent) for one in estimate_traffic(shapes_from_counts(1000), TrainingSetup("fsdp", world=4, accumulate=2))]
+    >>> setup = TrainingSetup("fsdp", world=4, accumulate=2)
+    >>> [(collective.kind, collective.times, collective.sent) for collective in estimate_traffic(shapes_from_counts(1000), setup)]
     [('all-gather', 4, 12000), ('reduce-scatter', 1, 3000)]
     """
-    own, size, data = shard_matrices(model, setup.tensor), setup.dtype_bytes, setup.data_parallel_size
-    gradients, parameters, micro = numel(own.trained), numel(own.shapes), setup.accumulate
-    each = 1 if setup.no_sync else micro
-    found: list[Collective] = []
+    local, size, data = shard_matrices(model, setup.tensor), setup.dtype_bytes, setup.data_parallel_size
+    gradients, parameters, micro_batches = numel(local.trained), numel(local.shapes), setup.accumulate
+    traffic: list[Collective] = []
     if setup.strategy in ("ddp", "tp"):  # with `no_sync`, as fts runs it
-        found = [Collective("all-reduce", "gradients", 1, size.gradients * gradients, data)]
+        traffic = [Collective("all-reduce", "gradients", 1, size.gradients * gradients, data)]
     elif setup.strategy in ("fsdp", "hsdp"):
-        n = setup.num_shards
-        outside, *layers = (size.compute * n * numel(local_shapes(unit.shapes, n)) for unit in own.units)
-        reduced = setup.reduce_bytes * n * numel(local_shapes(own.trained, n))
-        found = [
-            Collective("all-gather", "parameters of layers", micro * (1 + setup.reshard), sum(layers), n),
-            Collective("all-gather", "other parameters", micro * (1 + (setup.reshard and not layers)), outside, n),
-            Collective("reduce-scatter", "gradients", each, reduced, n),
-            Collective("all-reduce", "parts of gradients", each, reduced // n, data // n),
+        n, syncs = setup.num_shards, 1 if setup.no_sync else micro_batches
+        root, *layers = (size.compute * n * numel(local_shapes(unit.shapes, n)) for unit in local.units)
+        reduced = setup.reduce_bytes * n * numel(local_shapes(local.trained, n))
+        traffic = [
+            Collective("all-gather", "parameters of layers", micro_batches * (1 + setup.reshard), sum(layers), n),
+            Collective("all-gather", "other parameters", micro_batches * (1 + (setup.reshard and not layers)), root, n),
+            Collective("reduce-scatter", "gradients", syncs, reduced, n),
+            Collective("all-reduce", "parts of gradients", syncs, reduced // n, data // n),
         ]
     elif setup.strategy in ("deepspeed-1", "deepspeed-2"):
-        times = 1 if setup.strategy == "deepspeed-1" else micro
-        found = [
+        times = 1 if setup.strategy == "deepspeed-1" else micro_batches
+        traffic = [
             Collective("reduce-scatter", "gradients", times, size.gradients * gradients, data),
             Collective("all-gather", "parameters", 1, size.parameters * gradients, data),
         ]
     elif setup.strategy == "deepspeed-3":
-        found = [
-            Collective("all-gather", "parameters", 2 * micro, size.compute * parameters, data),
-            Collective("reduce-scatter", "gradients", micro, size.gradients * gradients, data),
+        traffic = [
+            Collective("all-gather", "parameters", 2 * micro_batches, size.compute * parameters, data),
+            Collective("reduce-scatter", "gradients", micro_batches, size.gradients * gradients, data),
         ]
-    sums = model.layers * (FORWARD_SUMS * (1 + setup.checkpointing) + BACKWARD_SUMS)
-    tokens = size.compute * setup.batch * setup.sequence
-    if own.units[0] != model.units[0]:  # the output matrix is cut by columns
-        sums += 1
-        found.append(Collective("all-gather", "logits", micro, tokens * model.vocabulary, setup.tensor))
-    found.append(Collective("all-reduce", "activations", micro * sums, tokens * model.hidden, setup.tensor))
-    return tuple(one for one in found if one.processes > 1 and one.times * one.nbytes)
+    reductions = model.layers * (FORWARD_REDUCTIONS * (1 + setup.checkpointing) + BACKWARD_REDUCTIONS)
+    token_bytes = size.compute * setup.batch * setup.sequence
+    if local.units[0] != model.units[0]:  # the output matrix is column-parallel
+        reductions += 1
+        traffic.append(Collective("all-gather", "logits", micro_batches, token_bytes * model.vocabulary, setup.tensor))
+    traffic.append(Collective("all-reduce", "activations", micro_batches * reductions, token_bytes * model.hidden, setup.tensor))
+    return tuple(collective for collective in traffic if collective.processes > 1 and collective.times * collective.nbytes)

@@ -1,4 +1,4 @@
-"""A module whose matrices are cut, so that several processes work on the same rows (tensor parallelism)."""
+"""Tensor parallelism: the matrices of a module are sharded over ranks that work on the same examples."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ PLAN_STYLES = (
     *("colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_rep", "rowwise_split_input"),
     *("embedding_rowwise", "replicated_with_grad_allreduce", "replicate"),
 )
-"""What a plan may say: with the names of transformers."""
+"""The styles that a plan may have, with the names of transformers."""
 
 HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
 def parallelize_module(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = None) -> nn.Module:
-    """Cut matrices of a module among processes that see the same rows, in place.
+    """Shard the matrices of a module over ranks that work on the same examples, in place.
 
-    All processes begin with the weights of the first. Matrices that are cut become DTensors; the rest is the same in each
-    process, and has the same gradients. The forward pass of each process has the whole output. `fully_shard` may then cut what each
-    has among those that see other rows.
+    All ranks start with the weights of the main process. Sharded matrices become DTensors; other parameters are replicated, and
+    so are their gradients. The output of the forward pass is replicated. `fully_shard` may then shard the result over
+    data-parallel ranks.
 
     Args:
-        module: a transformers model with a plan of its own, or any with one that is given. One that transformers has loaded in
-            parts stays as it is.
+        module: a transformers model with a plan of its own, or any with a given plan. One that transformers has loaded with its
+            own tensor parallelism stays as it is.
         mesh: torch's DeviceMesh of one dimension.
-        plan: from names of modules, where "*" stands for a number, to words of transformers ("colwise": rows of the weight, so
-            that outputs are cut; "rowwise": its columns, so that outputs are summed …) or to styles of
+        plan: from names of modules, where "*" stands for a number, to styles of transformers ("colwise": by rows of the weight,
+            so that outputs are sharded; "rowwise": by its columns, so that outputs are reduced …) or to styles of
             `torch.distributed.tensor.parallel`. By default the model's own.
 
     Returns:
         The module.
 
     Raises:
-        ArgumentError: there is no plan, it has a word that is not known here, or sizes do not divide.
+        ArgumentError: there is no plan, it has an unknown style, or a size is not divisible.
 
     Source: Shoeybi et al. 2019, "Megatron-LM", and torch's `parallelize_module`.
     """
@@ -59,8 +59,8 @@ def parallelize_module(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | N
         )
     size = int(mesh.size())
     _check_heads(module, size)
-    planned = _match_plan(module, plan)
-    styles = {name: _parallel_style(name, what, module.get_submodule(name), size) for name, what in planned.items()}
+    matched = _match_plan(module, plan)
+    styles = {name: _parallel_style(name, style, module.get_submodule(name), size) for name, style in matched.items()}
     ties = _find_tied_parameters(module)
     _broadcast_replicated(module, mesh, except_for={f"{name}." for name, style in styles.items() if style is not None})
     parallel.parallelize_module(module, mesh, {name: style for name, style in styles.items() if style is not None})
@@ -70,47 +70,45 @@ def parallelize_module(module: nn.Module, mesh: Any, plan: Mapping[str, Any] | N
 
 
 def _match_plan(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan, with the names that are there in the places of patterns."""
-    found: dict[str, Any] = {}
+    """The styles of the modules that the plan's patterns match, by name."""
+    matched: dict[str, Any] = {}
     names = [name for name, _ in module.named_modules() if name]
-    for pattern, what in plan.items():
+    for pattern, style in plan.items():
         expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-        fitting = [name for name in names if expression.fullmatch(name)]
-        if isinstance(what, str) and what not in PLAN_STYLES:
+        if isinstance(style, str) and style not in PLAN_STYLES:
             raise ArgumentError(
-                f"The plan for tensor parallelism says {what!r} for {pattern!r}, which fts cannot do; it can do "
-                f"{', '.join(PLAN_STYLES)}. Share this model's parameters by FSDP, or load it with transformers' DistributedConfig."
+                f"The plan for tensor parallelism has {style!r} for {pattern!r}, which fts does not support. Use one of "
+                f"{', '.join(PLAN_STYLES)}; or shard the model by FSDP, or load it with transformers' DistributedConfig."
             )
-        found.update(dict.fromkeys(fitting, what))
-    if not found:
-        raise ArgumentError(
-            f"The plan for tensor parallelism fits no module of {type(module).__name__}: {abbreviate(list(plan))}."
-        )
-    return found
+        matched.update(dict.fromkeys((name for name in names if expression.fullmatch(name)), style))
+    if not matched:
+        patterns = abbreviate(list(plan))
+        raise ArgumentError(f"The plan for tensor parallelism fits no module of {type(module).__name__}: {patterns}.")
+    return matched
 
 
-def _parallel_style(name: str, what: Any, part: nn.Module, size: int) -> Any:
+def _parallel_style(name: str, style: Any, submodule: nn.Module, size: int) -> Any:
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-    if not isinstance(what, str):
-        return what
-    if what == "replicate":
+    if not isinstance(style, str):
+        return style
+    if style == "replicate":
         return None
-    if what == "replicated_with_grad_allreduce":
-        return SequenceParallel(sequence_dim=2, use_local_output=True)  # norms of heads: (rows, tokens, heads, width)
-    weight: Tensor = part.weight  # type: ignore[assignment]
-    axis = 1 if what.startswith("rowwise") else 0
-    whole = "gather" in what or "rep" in what or what == "embedding_rowwise"
-    if weight.shape[axis] % size and not whole:
+    if style == "replicated_with_grad_allreduce":
+        return SequenceParallel(sequence_dim=2, use_local_output=True)  # norms of heads: (batch, tokens, heads, head_dim)
+    weight: Tensor = submodule.weight  # type: ignore[assignment]
+    axis = 1 if style.startswith("rowwise") else 0
+    may_be_uneven = "gather" in style or "rep" in style or style == "embedding_rowwise"
+    if weight.shape[axis] % size and not may_be_uneven:
         raise ArgumentError(
-            f"{name!r} has a weight of {tuple(weight.shape)}, whose axis {axis} cannot be cut into {size} equal parts."
+            f"{name!r} has a weight of {tuple(weight.shape)}, whose axis {axis} cannot be sharded into {size} equal parts."
         )
-    if what in ("colwise_rep", "colwise_gather_output"):
+    if style in ("colwise_rep", "colwise_gather_output"):
         return ColwiseParallel(output_layouts=Replicate())
-    if what in ("rowwise_rep", "rowwise_split_input", "embedding_rowwise"):
+    if style in ("rowwise_rep", "rowwise_split_input", "embedding_rowwise"):
         return RowwiseParallel(input_layouts=Replicate())
-    return ColwiseParallel() if what == "colwise" else RowwiseParallel()
+    return ColwiseParallel() if style == "colwise" else RowwiseParallel()
 
 
 def _check_heads(module: nn.Module, size: int) -> None:
@@ -119,12 +117,12 @@ def _check_heads(module: nn.Module, size: int) -> None:
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:
             raise ArgumentError(
-                f"{type(module).__name__} has {name}={heads}, which {size} processes cannot share. Use a divisor."
+                f"{type(module).__name__} has {name}={heads}, which {size} processes cannot divide. Use a divisor."
             )
 
 
 def _find_tied_parameters(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Where each parameter lives that lives in several places."""
+    """For each tied parameter, the modules that have it, with the name of the attribute."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for key, parameter in part._parameters.items():
@@ -135,12 +133,12 @@ def _find_tied_parameters(module: nn.Module) -> list[list[tuple[nn.Module, str]]
 
 def _restore_tied_parameters(module: nn.Module, ties: list[list[tuple[nn.Module, str]]]) -> None:
     for places in ties:
-        forms = {str(getattr(part._parameters[key], "placements", "whole")) for part, key in places}
-        if len(forms) > 1:
+        placements = {str(getattr(part._parameters[key], "placements", "replicated")) for part, key in places}
+        if len(placements) > 1:
             shown = " and ".join(f"{type(part).__name__}.{key}" for part, key in places)
             raise ArgumentError(
-                f"{shown} of {type(module).__name__} are one tensor, but the plan cuts them differently: "
-                f"{', '.join(sorted(forms))}. Say 'embedding_rowwise' for one and 'colwise_gather_output' for the other."
+                f"{shown} of {type(module).__name__} are one tensor, but the plan shards them differently: "
+                f"{', '.join(sorted(placements))}. Use 'embedding_rowwise' for one and 'colwise_gather_output' for the other."
             )
         first, name = places[0]
         for part, key in places[1:]:
@@ -149,15 +147,15 @@ def _restore_tied_parameters(module: nn.Module, ties: list[list[tuple[nn.Module,
 
 @torch.no_grad()
 def _broadcast_replicated(module: nn.Module, mesh: Any, except_for: set[str]) -> None:
-    """Give all processes the first one's tensors; those that are cut are scattered from it anyway."""
+    """Broadcast the tensors of the main process, except those that torch scatters from it."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if not name.startswith(tuple(except_for)):
             distributed.broadcast(tensor, group_src=0, group=mesh.get_group())
 
 
 def _redistribute_gradients(module: nn.Module) -> None:
-    """Cut each gradient as its parameter is: autograd gives that of an embedding whole, and that of a norm as terms of a sum."""
+    """Redistribute each gradient like its parameter: autograd leaves that of an embedding replicated, that of a norm partial."""
     for parameter in module.parameters():
         if is_dtensor(parameter):
             hooked: Any = parameter
-            hooked.register_hook(functools.partial(redistribute, form=parameter))
+            hooked.register_hook(functools.partial(redistribute, like=parameter))

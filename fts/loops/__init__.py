@@ -1,4 +1,7 @@
-"""Many steps: the order of the data, events, evaluation, checkpoints and resume."""
+"""The training loop: data sources, events, evaluation, checkpoints and resume.
+
+It uses `fts.steps`, `fts.distributed` and `fts.storage`, and knows nothing of `fts.trainer`.
+"""
 
 from fts.loops.async_checkpointer import AsyncCheckpointer
 from fts.loops.cadence import Cadence, Counters, Due, cadence
@@ -25,10 +28,10 @@ from fts.loops.fit import fit
 from fts.loops.metric_accumulator import MetricAccumulator
 from fts.loops.position import Position
 from fts.loops.preemption import StopRequest, handle_preemption, with_stop
-from fts.loops.replay import (ReplayedStep, replay)
+from fts.loops.replay import ReplayedStep, replay
 from fts.loops.retention import rotate_checkpoints
 from fts.loops.rollback import RollbackPolicy, with_rollback
-from fts.loops.sampling import (EpochSampler, length_grouped_indices, permutation)
+from fts.loops.sampling import EpochSampler, length_grouped_indices, permutation
 from fts.loops.sharded_source import shard_source
 from fts.loops.source import Source
 from fts.loops.source_factory import source
@@ -73,12 +76,12 @@ __all__ = [
     "on_device",
     "permutation",
     "replay",
-    "with_rollback",
     "rotate_checkpoints",
     "save_checkpoint",
     "shard_source",
     "source",
     "verify_checkpoint",
     "with_error_context",
+    "with_rollback",
     "with_stop",
 ]

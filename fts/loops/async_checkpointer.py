@@ -13,13 +13,13 @@ from typing import Any, Literal
 import attrs
 
 from fts.distributed.error_propagation import fail_together
-from fts.distributed.process_group import (SINGLE_PROCESS, Group)
+from fts.distributed.process_group import SINGLE_PROCESS, Group
 from fts.errors import ArgumentError, CheckpointError, Interrupted
-from fts.loops.checkpoints import (SaveJob, prepare_save)
+from fts.loops.checkpoints import SaveJob, prepare_save
 from fts.loops.events import Event, StepEnd, Stopped
 from fts.loops.position import Position
-from fts.storage import (MAX_SHARD_SIZE, StagingBuffer, FileChecksum, join_gather, write_contents, write_direct, write_text_files)
-from fts.storage.atomic import (remove_on_error, temporary_directory, commit, translate_disk_errors)
+from fts.storage import MAX_SHARD_SIZE, FileChecksum, StagingBuffer, join_gather, write_contents, write_direct, write_text_files
+from fts.storage.atomic import commit, remove_on_error, temporary_directory, translate_disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,7 @@ class AsyncCheckpointer:
         job = prepare_save(state, position, extra, None, frozen=frozen, shard_size=shard_size)
         return self._run(Path(directory), job, write, on_complete)
 
-    def write_directory(
-        self, directory: str | Path, write: WriteFiles, on_complete: Callable[[], object] | None = None
-    ) -> Path:
+    def write_directory(self, directory: str | Path, write: WriteFiles, on_complete: Callable[[], object] | None = None) -> Path:
         """Begin to write a directory without a state, as `atomic_directory` does.
 
         Args:
@@ -208,9 +206,7 @@ class AsyncCheckpointer:
             except Exception as other:  # noqa: BLE001  # the first error is the one to raise
                 error.add_note(f"Besides, the last checkpoint failed: {other}")
 
-    def _run(
-        self, directory: Path, job: SaveJob, write: WriteFiles | None, on_complete: Callable[[], object] | None
-    ) -> Path:
+    def _run(self, directory: Path, job: SaveJob, write: WriteFiles | None, on_complete: Callable[[], object] | None) -> Path:
         with ExitStack() as stack:
             with fail_together(self.group), translate_disk_errors(directory):
                 self.wait()

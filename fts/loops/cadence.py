@@ -11,10 +11,10 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.position import Position
-from fts.loops.timer import (Agree, Clock, Timer, single_process, every_interval)
+from fts.loops.timer import Agree, Clock, Timer, every_interval, single_process
 
 Moment: TypeAlias = Literal["step", "epoch", "end", "stop"]
-"""When `due` is asked: after a step, after a whole epoch, at the planned end, or where the run was asked to stop early."""
+"""When `due` is called: after a step, after a complete epoch, at the planned end, or where the run stops early."""
 
 Every: TypeAlias = int | str | timedelta | None
 """Every so many steps, at the end of each "epoch", by time ("20min", a timedelta), or never."""
@@ -22,15 +22,15 @@ Every: TypeAlias = int | str | timedelta | None
 
 @attrs.frozen
 class Counters:
-    """How far a run has come. All are Python integers that the loop counts itself: reading one never waits for a device.
+    """The progress of a run. All are Python integers that the loop counts itself: reading one never waits for a device.
 
     Attributes:
         step: how many steps were taken since the state was created.
         epoch: the pass over the data, from 0.
         batch: how many of the steps' batches were consumed in this epoch.
         total_steps: the step at which the run ends as planned; None where that is not known.
-        steps_per_epoch: None where the data does not tell its length.
-        moment: "step"; "epoch" when a whole epoch has just ended (`epoch` and `batch` then name the next one's first batch);
+        steps_per_epoch: None where the data has no length.
+        moment: "step"; "epoch" when a complete epoch has just ended (`epoch` and `batch` then name the next one's first batch);
             "end" or "stop" when the run is over, as planned or early.
 
     >>> Counters(step=12, epoch=1, batch=2, steps_per_epoch=10).progress
@@ -46,7 +46,7 @@ class Counters:
 
     @property
     def position(self) -> Position:
-        """The place of the next batch: where to resume from."""
+        """The position of the next batch: where to resume from."""
         return Position(self.epoch, self.batch)
 
     @property
@@ -76,10 +76,10 @@ NOTHING = Due()
 
 @attrs.define(eq=False)
 class ByTime:
-    """Due at the first step after an interval of time, which begins anew there.
+    """Due at the first step after an interval of time; the interval restarts there.
 
     Attributes:
-        timer: tells when the interval is over.
+        timer: of the interval.
         step: the step at which it was last due.
     """
 
@@ -87,7 +87,7 @@ class ByTime:
     step: int | None = None
 
     def __call__(self, counters: Counters) -> bool:
-        """Whether it is due; if so, the interval begins anew."""
+        """Whether it is due; if so, the interval restarts."""
         at_end = counters.moment in ("end", "stop")
         due = counters.step != self.step if at_end else counters.moment == "step" and self.timer.due()
         if due:
@@ -97,7 +97,7 @@ class ByTime:
 
 
 Pace: TypeAlias = int | Literal["epoch"] | ByTime | None
-"""An `Every` that was read."""
+"""A parsed `Every`."""
 
 
 @attrs.frozen
@@ -112,7 +112,7 @@ class Cadence:
     def __call__(self, counters: Counters) -> Due:
         log, evaluate, save = _due(self.log, counters), _due(self.evaluate, counters), _due(self.save, counters)
         if counters.moment == "stop":
-            evaluate = False  # who asks a run to stop does not want to wait for an evaluation
+            evaluate = False  # a run that is asked to stop should stop soon
         stop = self.stop is not None and self.stop(counters)
         return Due(log, evaluate, save, stop) if log or evaluate or save or stop else NOTHING
 
@@ -126,23 +126,23 @@ def cadence(
     clock: Clock = time.monotonic,
     agree: Agree = single_process,
 ) -> Cadence:
-    """Regular logging, evaluation and saving, each at a pace of its own.
+    """Regular logging, evaluation and saving, each at its own interval.
 
-    Each happens every so many steps, counted from the start of training and not of this run; at the end of each epoch; or at
-    the first step after an interval of time, counted from now and then from the last time that it happened. What happens
-    at all also happens once more at the end of the run, if the last step was not due anyway: so the last steps' metrics are
-    logged and the last state is saved. A run that is stopped early logs and saves, but does not evaluate.
+    Each is due every so many steps, counted from the start of training and not of this run; at the end of each epoch; or at
+    the first step after an interval of time, counted from now and then from the last time that it was due. Each that is not
+    None is also due at the end of the run, if it was not due at the last step: so the last steps' metrics are logged and the
+    last state is saved. A run that is stopped early logs and saves, but does not evaluate.
 
     Args:
         log: steps between two logs, "epoch", a time such as "20min" or a `timedelta`, or None for never.
         evaluate: the same for evaluations.
         save: the same for checkpoints.
-        stop: asked after each step; True ends the run.
+        stop: called after each step; True ends the run.
         clock: gives the time in seconds, for intervals of time.
-        agree: combines the answers of all processes for such an interval, as in `Timer`.
+        agree: all-reduces whether such an interval is over, as in `Timer`.
 
     Returns:
-        A function `Counters -> Due`: pure, but for the clock.
+        A function `Counters -> Due`: pure, except for the clock.
 
     Raises:
         ArgumentError: an interval is not a positive number of steps, nor "epoch" or a length of time.
@@ -189,7 +189,7 @@ def _due(every: Pace, counters: Counters) -> bool:
     if isinstance(every, ByTime):
         return every(counters)
     if every == "epoch":
-        # at the end, `batch` is 0 if the epoch was complete, and then it had its turn
+        # at the end, `batch` is 0 if the epoch was complete, and then it was due at the epoch's end
         return counters.moment == "epoch" or (counters.moment in ("end", "stop") and counters.batch != 0)
     hit = counters.step % every == 0
     return hit if counters.moment == "step" else not hit and counters.moment != "epoch"

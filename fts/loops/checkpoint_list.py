@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 
 import attrs
 
-from fts.loops.trainer_state import (best_step, read_trainer_state, metrics_at)
-from fts.loops.checkpoint_status import (CheckpointStatus, checkpoint_status)
+from fts.loops.checkpoint_status import CheckpointStatus, checkpoint_status
+from fts.loops.trainer_state import best_step, metrics_at, read_trainer_state
 from fts.storage.atomic import recover_interrupted
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,9 @@ def list_checkpoints(root: str | Path, progress: Callable[[int, int], None] | No
 def _examined(path: Path, step: int) -> CheckpointInfo:
     status, problem = checkpoint_status(path)
     trainer_state = read_trainer_state(path)
-    return CheckpointInfo(step, path, status, problem, _size(path), _time(path), metrics_at(trainer_state, step), best_step(trainer_state))
+    return CheckpointInfo(
+        step, path, status, problem, _size(path), _time(path), metrics_at(trainer_state, step), best_step(trainer_state)
+    )
 
 
 def newest_checkpoint(root: str | Path, *, also: Callable[[Path], bool] | None = None) -> Path | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fts.errors import CheckpointError
-from fts.loops.checkpoints import (PROGRESS_NAME, verify_checkpoint)
+from fts.loops.checkpoints import PROGRESS_NAME, verify_checkpoint
 from fts.state import STATE_NAME
 from fts.storage import read_json
 from fts.storage.manifest import FORMAT, MANIFEST, verify_files

@@ -11,13 +11,22 @@ import attrs
 import optree
 
 from fts.distributed.error_propagation import fail_together
-from fts.distributed.process_group import (SINGLE_PROCESS, Group)
+from fts.distributed.process_group import SINGLE_PROCESS, Group
 from fts.dtensors import any_dtensor
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops.position import Position
 from fts.state import OPTIMIZER_NAME, STATE_NAME, TRAINABLE_NAME, WEIGHTS_NAME, TrainState
-from fts.storage import (MAX_SHARD_SIZE, DirectoryContents, FileChecksum, list_files, has_tensors, read_json, get_int, write_contents)
-from fts.storage.atomic import (atomic_directory, recover_interrupted)
+from fts.storage import (
+    MAX_SHARD_SIZE,
+    DirectoryContents,
+    FileChecksum,
+    get_int,
+    has_tensors,
+    list_files,
+    read_json,
+    write_contents,
+)
+from fts.storage.atomic import atomic_directory, recover_interrupted
 from fts.storage.manifest import verify_files
 
 PROGRESS_NAME = "progress.json"
@@ -151,7 +160,9 @@ def _save_custom_state(state: Any, directory: Path, *, frozen: bool, shard_size:
     try:
         _required_files(directory)
     except CheckpointError as error:
-        raise ArgumentError(f"{type(state).__name__}.save did not write the files that a checkpoint is loaded from: {error}") from error
+        raise ArgumentError(
+            f"{type(state).__name__}.save did not write the files that a checkpoint is loaded from: {error}"
+        ) from error
 
 
 def _required_files(directory: Path) -> list[str]:
@@ -202,7 +213,7 @@ def load_extra(directory: str | Path) -> dict[str, Any]:
     """
     extra = read_json(Path(directory), PROGRESS_NAME, version=FORMAT).get("extra", {})
     if not isinstance(extra, dict):
-        raise CheckpointError(f'{Path(directory) / PROGRESS_NAME} has "extra" of type {type(extra).__name__}; it must be an object.')
+        raise CheckpointError(f'{Path(directory) / PROGRESS_NAME} has "extra" of type {type(extra).__name__}, not an object.')
     return extra
 
 

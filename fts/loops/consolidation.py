@@ -11,7 +11,16 @@ import torch
 from fts.errors import CheckpointError
 from fts.loops.checkpoints import PROGRESS_NAME
 from fts.state import OPTIMIZER_NAME, STATE_NAME, WEIGHTS_NAME
-from fts.storage import (MAX_SHARD_SIZE, FileChecksum, read_tensor_specs, has_sharded_tensors, split_into_shards, mmap_file, read_into, write_text_files)
+from fts.storage import (
+    MAX_SHARD_SIZE,
+    FileChecksum,
+    has_sharded_tensors,
+    mmap_file,
+    read_into,
+    read_tensor_specs,
+    split_into_shards,
+    write_text_files,
+)
 from fts.storage.atomic import atomic_directory
 from fts.storage.manifest import MANIFEST, verify_files
 
@@ -44,7 +53,9 @@ def consolidate_checkpoint(checkpoint: str | Path, directory: str | Path, *, sha
         for path in sorted(checkpoint.iterdir()):
             if path.is_file() and path.name not in NOT_MODEL_FILES and not path.name.startswith((WEIGHTS_NAME, OPTIMIZER_NAME)):
                 shutil.copyfile(path, hidden / path.name)
-        forms = {name: torch.empty_like(form, device="meta") for name, form in read_tensor_specs(checkpoint, WEIGHTS_NAME).items()}
+        forms = {
+            name: torch.empty_like(form, device="meta") for name, form in read_tensor_specs(checkpoint, WEIGHTS_NAME).items()
+        }
         contents = split_into_shards(WEIGHTS_NAME, forms, shard_size)
         write_text_files(hidden, contents)
         for file in contents.files:

@@ -18,8 +18,8 @@ def on_device(source: Source, device: torch.device | str) -> Source:
     """The same source with its batches' tensors on a device.
 
     Args:
-        source: made by `fts.loops.source`, with `pin_memory=True` to copy beside computation.
-        device: such as "cuda"; nothing happens for the CPU, where batches are made.
+        source: made by `fts.loops.source`, with `pin_memory=True` to copy asynchronously.
+        device: such as "cuda"; for the CPU the source is returned as it is.
 
     Returns:
         A source.
@@ -28,18 +28,18 @@ def on_device(source: Source, device: torch.device | str) -> Source:
     >>> [batch.device for batch in on_device(loops.source([torch.ones(1)]), "meta").epoch(0)]
     [device(type='meta')]
     """
-    place = torch.device(device)
-    if place.type == "cpu":
+    target = torch.device(device)
+    if target.type == "cpu":
         return source
 
-    def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
-        return (send_to_device(batch, place) for batch in source.batches(epoch, start, **how))
+    def batches(epoch: int, start: int, **kwargs: Any) -> Iterator[Batch]:
+        return (send_to_device(batch, target) for batch in source.batches(epoch, start, **kwargs))
 
     return attrs.evolve(source, batches=batches)
 
 
 def send_to_device(tree: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device, in the same containers; a mapping becomes a dictionary."""
+    """A batch with its tensors on a device, in the same containers; a mapping becomes a dict."""
     if isinstance(tree, Tensor):
         return tree.to(device, non_blocking=True)
     if isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""Lengths of time, as people and schedulers write them."""
+"""Durations as text, such as "2h30m" or Slurm's "1-02:30:00"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLOCK = re.compile(r"(?:(\d+)[-:])?(\d+):(\d\d):(\d\d)")
 
 
 def parse_duration(time: float | str | timedelta) -> float:
-    """A length of time in seconds.
+    """A duration in seconds.
 
     Args:
         time: seconds; a `timedelta`; or text: "2h30m", "20min", "1 hour 30 sec" with the units d, h, m and s or their names, or
@@ -26,7 +26,7 @@ def parse_duration(time: float | str | timedelta) -> float:
         Seconds.
 
     Raises:
-        ArgumentError: it cannot be read, or is negative.
+        ArgumentError: it cannot be parsed, or is negative.
 
     >>> parse_duration("2h30m"), parse_duration("20min"), parse_duration("1-00:00:10"), parse_duration(90)
     (9000.0, 1200.0, 86410.0, 90.0)
@@ -34,7 +34,7 @@ def parse_duration(time: float | str | timedelta) -> float:
     seconds: Any = _seconds_in(time) if isinstance(time, str) else time.total_seconds() if isinstance(time, timedelta) else time
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
     if not number or not seconds >= 0:  # also NaN
-        raise ArgumentError(f'{time!r} is no length of time. Give seconds, or text such as "2h30m", "20min" or "1-02:30:00".')
+        raise ArgumentError(f'{time!r} is not a duration. Give seconds, or text such as "2h30m", "20min" or "1-02:30:00".')
     return float(seconds)
 
 

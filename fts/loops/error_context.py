@@ -1,4 +1,4 @@
-"""Where in a run, and in its data, an error happened."""
+"""Notes on errors: at which step, batch and examples they happened."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fts.loops.position import Position
 from fts.loops.source import Source
 from fts.messages import abbreviate
 
-SHOWN = 64
-"""So many items of a batch a note lists."""
+MAX_LISTED = 64
+"""A note lists at most so many examples of a batch."""
 
 
 def with_error_context(events: Iterator[Event], data: Any = None) -> Iterator[Event]:
-    """The same events; an error that ends them says in a note at which step, epoch and batch, and which items that batch has.
+    """The same events; an error that ends them gets a note with the step, epoch, batch and the examples of that batch.
 
     Args:
         events: those of `fit`.
-        data: the `source` that they run over, to tell the items where they have numbers.
+        data: the `source` that they run over, to list the examples where they have indices.
 
     Returns:
         An iterator of events.
@@ -36,15 +36,15 @@ def with_error_context(events: Iterator[Event], data: Any = None) -> Iterator[Ev
     ...     print(error.__notes__[0])
     In step 3: epoch 0, batch 2 (from 0).
     """
-    counters, inside = Counters(), False
+    counters, in_step = Counters(), False
     try:
         for event in events:
             if not isinstance(event, Saved):
                 counters = event.counters
-            inside = isinstance(event, StepBegin)
+            in_step = isinstance(event, StepBegin)
             yield event
     except Exception as error:
-        if inside:
+        if in_step:
             error.add_note(f"In step {counters.step + 1}: {describe_batch(data, counters.position)}.")
         else:
             error.add_note(f"After step {counters.step}, before {describe_batch(data, counters.position)}.")
@@ -52,12 +52,12 @@ def with_error_context(events: Iterator[Event], data: Any = None) -> Iterator[Ev
 
 
 def describe_batch(data: Any, position: Position) -> str:
-    """Say which batch is at a position, and of which items it is made.
+    """The batch at a position, and its examples, in words.
 
     >>> from fts import loops
     >>> describe_batch(loops.source(list(range(6)), batch_size=3), Position(0, 1))
-    'epoch 0, batch 1 (from 0), items 3, 4, 5 of the data'
+    'epoch 0, batch 1 (from 0), examples 3, 4, 5 of the data'
     """
     text = f"epoch {position.epoch}, batch {position.batch} (from 0)"
-    items = data.items(*attrs.astuple(position)) if isinstance(data, Source) else None
-    return f"{text}, items {abbreviate(items, SHOWN)} of the data" if items else text
+    examples = data.example_indices(*attrs.astuple(position)) if isinstance(data, Source) else None
+    return f"{text}, examples {abbreviate(examples, MAX_LISTED)} of the data" if examples else text

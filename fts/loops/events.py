@@ -1,4 +1,4 @@
-"""What happens in a run, as frozen values. Two events are equal if their counters and figures are.
+"""The events of a run, as frozen values. Two events are equal if their counters and metrics are.
 
 A state in an event is valid until the next step if the loop donates states (the default).
 """
@@ -46,10 +46,10 @@ class Logged:
     """Metrics were read from the device.
 
     Attributes:
-        counters: how far the run has come.
+        counters: the progress of the run.
         metrics: the mean of each scalar metric over the steps since the last log.
-        last: the last step's values: what a learning rate or gradient norm is logged by.
-        steps: over how many steps the means run.
+        last: the last step's values, for metrics such as the learning rate and the gradient norm.
+        steps: the number of steps in the means.
     """
 
     counters: Counters
@@ -63,9 +63,9 @@ class EvalBatch:
     """One batch of an evaluation is done.
 
     Attributes:
-        counters: how far training had come.
+        counters: the progress of training.
         index: the batch's number, from 0.
-        batches: how many batches there are; None where the data does not tell.
+        batches: how many batches there are; None where the data has no length.
         metrics: what the step returned: (mean, weight) by name, on the device.
     """
 
@@ -85,7 +85,7 @@ class Evaluated:
 
 @attrs.frozen
 class Saved:
-    """A checkpoint was saved as `path`; a `AsyncCheckpointer` may still be writing it."""
+    """A checkpoint was saved as `path`; an `AsyncCheckpointer` may still be writing it."""
 
     counters: Counters
     path: Path
@@ -93,12 +93,12 @@ class Saved:
 
 @attrs.frozen
 class RolledBack:
-    """A step failed, and the run goes on from an earlier state, past the batch that failed.
+    """A step failed, and the run continues from an earlier state, after the batch that failed.
 
     Attributes:
-        counters: how far the run had come; `counters.position` is where in the data it goes on.
-        step: the step of the state that it goes on from.
-        error: what the step raised.
+        counters: the progress of the run; `counters.position` is where in the data it continues.
+        step: the step of the state that it continues from.
+        error: of the step that failed.
     """
 
     counters: Counters
@@ -111,9 +111,9 @@ class EpochEnd:
     """An epoch ended.
 
     Attributes:
-        counters: how far the run has come.
+        counters: the progress of the run.
         state: the current state.
-        complete: False where the run, or the epoch, was ended before the data was.
+        complete: False where the run, or the epoch, was ended before the end of the data.
     """
 
     counters: Counters
@@ -126,9 +126,9 @@ class Stopped:
     """The run is over; always the last event.
 
     Attributes:
-        counters: how far the run has come; `counters.position` is where to resume.
+        counters: the progress of the run; `counters.position` is where to resume.
         state: the final state.
-        reason: "total_steps", "epochs", or "due" if it was asked to stop.
+        reason: "total_steps", "epochs", or "due" if `due` stopped it.
     """
 
     counters: Counters

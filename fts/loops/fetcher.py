@@ -27,7 +27,7 @@ from fts.loops.dataloader_state import (
 from fts.loops.loader_options import Collate, LoaderOptions
 from fts.loops.sampling import Indices, set_epoch
 from fts.loops.shards import BatchIndices
-from fts.randomness import DATA, fold, seed_generators
+from fts.randomness import DATA, fold_in, seed_generators
 from fts.steps.microbatches import PaddingBatch
 from fts.typing import Batch
 
@@ -148,11 +148,11 @@ class IterableDatasetFetcher(IterableDataset[Batch]):
         data = isolate(self.options.data)
         if state is not None:
             restore_state(data, state)
-        seed_generators(fold(seed, DATA, epoch, worker_id))
+        seed_generators(fold_in(seed, DATA, epoch, worker_id))
         ended = state is not None and state.ended
         examples = iter(()) if ended else iter(data)
         for number in count(0 if state is None else start):
-            seed_generators(fold(seed, DATA, epoch, worker_id + number * num_workers))
+            seed_generators(fold_in(seed, DATA, epoch, worker_id + number * num_workers))
             try:
                 found = list(islice(examples, size or 1))
             except Exception as error:

@@ -150,7 +150,9 @@ def dataloader_kwargs(workers: int, given: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if (not value if name == "in_order" else value)}
     unknown = sorted(given.keys() - set(_DATALOADER_KWARGS))
     if unknown:
-        raise ArgumentError(f"source has no argument {', '.join(unknown)}. Those for loading are workers, {', '.join(_DATALOADER_KWARGS)}.")
+        raise ArgumentError(
+            f"source has no argument {', '.join(unknown)}. Those for loading are workers, {', '.join(_DATALOADER_KWARGS)}."
+        )
     if not torch.accelerator.is_available():
         options.pop("pin_memory", None)
     if workers:

@@ -1,4 +1,4 @@
-"""Where in the order of the data a run is."""
+"""The position of a run in the order of the data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import attrs
 
 @attrs.frozen(order=True)
 class Position:
-    """The place of the next batch: everything before it was consumed.
+    """The position of the next batch: all batches before it were consumed.
 
     Attributes:
-        epoch: which pass over the data, from 0.
-        batch: how many of the steps' batches were consumed in that epoch. Its length means "consumed to the end".
+        epoch: from 0.
+        batch: how many of the steps' batches were consumed in that epoch; at the end of the epoch, its length.
 
     >>> Position(epoch=1) > Position(epoch=0, batch=7)
     True

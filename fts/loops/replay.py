@@ -1,4 +1,4 @@
-"""One step of a run, once more: what went in, what happened inside, and what came out."""
+"""Replay of one step of a run: its inputs, gradients and outputs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from fts.errors import ArgumentError
 from fts.loops.cadence import cadence
+from fts.loops.checkpoint_status import is_complete
 from fts.loops.checkpoints import load_checkpoint
 from fts.loops.error_context import with_error_context
 from fts.loops.events import StepBegin
-from fts.loops.fit import (state_attribute, fit)
+from fts.loops.fit import fit, state_attribute
 from fts.loops.position import Position
 from fts.loops.rollback import clone_state
 from fts.loops.source import Source
 from fts.loops.source_factory import source
-from fts.loops.checkpoint_status import is_complete
 from fts.state import TrainState
 from fts.steps.inspection import compute_gradients, has_gradients
 from fts.steps.microbatches import MicroBatches, batch_size_of
-from fts.steps.nonfinite import (NonFiniteCounts, find_nonfinite)
+from fts.steps.nonfinite import NonFiniteCounts, find_nonfinite
 from fts.typing import Batch, Metrics, Params
 
 logger = logging.getLogger(__name__)
@@ -34,29 +34,29 @@ logger = logging.getLogger(__name__)
 
 @attrs.frozen(eq=False)
 class ReplayedStep:
-    """A step of a run, as `replay` found it.
+    """A step of a run that `replay` ran again.
 
     Attributes:
-        step: its number, the first being 1.
+        step: its number, from 1.
         position: where in the data its batch is.
-        items: the indices of the batch's items; None where they have none.
-        batch: what the step was given.
-        before: the state that it was given.
+        examples: the indices of the batch's examples; None where they have none.
+        batch: its input.
+        before: the state before it.
         after: the state that it returned; None if it raised.
-        metrics: what it returned beside it; empty if it raised.
-        error: what it raised, or what the check of its metrics raised.
-        loss: None where the step tells none.
-        gradients: by the parameter's name, before any clipping; None where they cannot be reached, or computing them raised.
-        nonfinite: what has numbers that are NaN or infinite: of the "batch", the parameters "before", the "gradients" and the
-            parameters "after", each by name; empty where all are finite.
-        nonfinite_examples: those of the items whose own numbers in the batch are not finite.
-        compared_with: the checkpoint that was written after this step, if it is there.
-        differences: the names of the tensors of that checkpoint which are not bit for bit those of `after`.
+        metrics: that it returned; empty if it raised.
+        error: of the step, or of the check of its metrics.
+        loss: None where the step returns none.
+        gradients: by the parameter's name, before any clipping; None where the step does not expose them, or raised an error.
+        nonfinite: tensors with numbers that are NaN or infinite: of the "batch", the parameters "before", the "gradients" and
+            the parameters "after", each by name; empty where all are finite.
+        nonfinite_examples: the examples with numbers in the batch that are not finite.
+        compared_with: the checkpoint that was written after this step, if there is one.
+        differences: the names of the tensors of that checkpoint that are not bit for bit those of `after`.
     """
 
     step: int
     position: Position
-    items: list[Any] | None
+    examples: list[Any] | None
     batch: Batch = attrs.field(repr=False)
     before: Any = attrs.field(repr=False)
     after: Any = attrs.field(repr=False)
@@ -76,26 +76,26 @@ class ReplayedStep:
 
 
 def replay(step: Any, state: Any, data: Any, checkpoint: str | Path, to_step: int) -> ReplayedStep:
-    """Run the steps after a checkpoint once more, and look into the last of them.
+    """Run the steps after a checkpoint again, and inspect the last of them.
 
     The order of the data and all randomness are functions of the seeds, so the steps are those of the run, bit for bit, if
-    it ran on the same kind of device with the same step, data and versions. It had not to skip or change anything
-    in between (a rollback, a callback that writes weights).
+    it ran on the same kind of device with the same step, data and versions, and only its steps changed the state (no rollback,
+    no callback that writes weights).
 
     Args:
-        step: that of the run: `(state, batch) -> (state, metrics)`. Steps made by `fts.steps.train_step` show their gradients.
+        step: that of the run: `(state, batch) -> (state, metrics)`. Steps made by `fts.steps.train_step` expose their gradients.
         state: one of the same model and transform, for instance a freshly created one; it is not changed.
         data: that of the run, as for `fit`.
-        checkpoint: from before the step, the nearer the better. If `checkpoint-<to_step>` is beside it, the states are compared.
-        to_step: the number of the step to look into.
+        checkpoint: from before the step, best the nearest. If `checkpoint-<to_step>` is next to it, the states are compared.
+        to_step: the number of the step to inspect.
 
     Returns:
-        What went in and what came out. An error that the step raised is in it.
+        The inputs and outputs of the step, or the error that it raised.
 
     Raises:
         ArgumentError: the step is not after the checkpoint.
-        CheckpointError: the checkpoint is damaged, or of another model or transform.
-        Exception: whatever an earlier step or the data raised; a note says where.
+        CheckpointError: the checkpoint is corrupt, or of another model or transform.
+        Exception: of an earlier step or the data; a note says where.
 
     >>> import tempfile
     >>> from fts import loops, steps, transforms as tx
@@ -117,11 +117,11 @@ def replay(step: Any, state: Any, data: Any, checkpoint: str | Path, to_step: in
             "earlier checkpoint."
         )
     batches = data if isinstance(data, Source) else source(data, seed=state_attribute(loaded, "seed"))
-    begin = _fold(step, clone_state(loaded), batches, start, to_step)
-    return _look_into(step, begin, batches, to_step, _beside(checkpoint, to_step))
+    begin = _run_to(step, clone_state(loaded), batches, start, to_step)
+    return _inspect(step, begin, batches, to_step, _checkpoint_of(checkpoint.parent, to_step))
 
 
-def _fold(step: Any, state: Any, batches: Source, start: Position, to_step: int) -> StepBegin:
+def _run_to(step: Any, state: Any, batches: Source, start: Position, to_step: int) -> StepBegin:
     """Run to the beginning of a step."""
     events = with_error_context(fit(step, state, batches, total_steps=to_step, start=start, due=cadence(), donate=False), batches)
     begin = next(event for event in events if isinstance(event, StepBegin) and event.counters.step == to_step - 1)
@@ -129,9 +129,9 @@ def _fold(step: Any, state: Any, batches: Source, start: Position, to_step: int)
     return begin
 
 
-def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside: Path | None) -> ReplayedStep:
+def _inspect(step: Any, begin: StepBegin, batches: Source, number: int, checkpoint: Path | None) -> ReplayedStep:
     batch, position = begin.batch, begin.counters.position
-    before = clone_state(begin.state)  # a step of the user's may write into its state
+    before = clone_state(begin.state)  # a user's step may write into its state
     error: Exception | None = None
     after, metrics, value, gradients = None, dict[str, Any](), None, None
     try:
@@ -140,9 +140,9 @@ def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside
             gradients = {name: grad.detach().clone() for name, grad in found.items()}
         after, metrics = step(begin.state, batch)
         _check(step, metrics)
-    except Exception as raised:  # noqa: BLE001  # it is what the caller wants to see
+    except Exception as raised:  # noqa: BLE001  # it is part of the result
         error = raised
-    items = batches.items(*attrs.astuple(position))
+    examples = batches.example_indices(*attrs.astuple(position))
     loss = metrics.get("loss") if value is None else value.loss
     parts: dict[str, Params] = {
         "batch": dict(_floats_in(batch, "")),
@@ -151,11 +151,11 @@ def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside
         "after": {} if after is None else _params_of(after),
     }
     nonfinite = {part: bad for part, tensors in parts.items() if (bad := find_nonfinite(tensors))}
-    compared = None if after is None else beside
+    compared_with = None if after is None else checkpoint
     return ReplayedStep(
         number,
         position,
-        items,
+        examples,
         batch,
         before,
         after,
@@ -164,38 +164,38 @@ def _look_into(step: Any, begin: StepBegin, batches: Source, number: int, beside
         None if loss is None else float(loss),
         gradients,
         nonfinite,
-        _bad_items(batch, items) if "batch" in nonfinite else [],
-        compared,
-        () if compared is None else _differing(after, position, begin, batches, compared),
+        _nonfinite_examples(batch, examples) if "batch" in nonfinite else [],
+        compared_with,
+        () if compared_with is None else _differences(after, position, begin, batches, compared_with),
     )
 
 
 def _check(step: Any, metrics: Metrics) -> None:
-    """What a step on another device than the CPU leaves to whoever reads its metrics."""
+    """The check that a step on a device other than the CPU leaves to the reader of its metrics."""
     check = getattr(step, "check", None)
     if check is not None:
         check({name: value.cpu() if isinstance(value, Tensor) else value for name, value in metrics.items()})
 
 
-def _beside(checkpoint: Path, number: int) -> Path | None:
-    path = checkpoint.parent / f"checkpoint-{number}"
+def _checkpoint_of(root: Path, step: int) -> Path | None:
+    path = root / f"checkpoint-{step}"
     if not path.is_dir():
         return None
     if not is_complete(path):
-        logger.warning("%s is not whole, so the replayed step is not compared with it.", path)
+        logger.warning("%s is not complete, so the replayed step is not compared with it.", path)
         return None
     return path
 
 
-def _differing(after: Any, position: Position, begin: StepBegin, batches: Source, path: Path) -> tuple[str, ...]:
+def _differences(after: Any, position: Position, begin: StepBegin, batches: Source, path: Path) -> tuple[str, ...]:
     expected, expected_position = load_checkpoint(path, like=after)
     ours, theirs = dict(_tensors_of(after)), dict(_tensors_of(expected))
     names = [name for name, tensor in ours.items() if not _same_bits(tensor, theirs[name])]
     per_epoch = batches.steps_per_epoch
-    places = [Position(position.epoch, position.batch + 1)]
-    if per_epoch is None or places[0].batch == per_epoch:
-        places.append(Position(position.epoch + 1, 0))  # the same place, told after the epoch's end
-    return (*names, *([] if expected_position in places else ["position in the data"]))
+    positions = [Position(position.epoch, position.batch + 1)]
+    if per_epoch is None or positions[0].batch == per_epoch:
+        positions.append(Position(position.epoch + 1, 0))  # the same position, as saved after the epoch's end
+    return (*names, *([] if expected_position in positions else ["position in the data"]))
 
 
 def _tensors_of(state: Any) -> Iterator[tuple[str, Tensor]]:
@@ -217,7 +217,7 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    """Also of NaN, of which no two are equal as numbers."""
+    """Equality that also holds for NaN."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     left, right = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right))
@@ -231,7 +231,7 @@ def _params_of(state: Any) -> Params:
 
 
 def _floats_in(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The floating-point tensors of a batch, by where they are."""
+    """The floating-point tensors of a batch, by their paths."""
     if isinstance(batch, Tensor):
         if batch.is_floating_point():
             yield name or "batch", batch
@@ -241,8 +241,8 @@ def _floats_in(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield from _floats_in(child, f"{name}.{key}" if name else str(key))
 
 
-def _bad_items(batch: Any, items: list[Any] | None) -> list[Any]:
-    """The items whose rows have numbers that are not finite, where each item is a row."""
+def _nonfinite_examples(batch: Any, examples: list[Any] | None) -> list[Any]:
+    """The examples with numbers that are not finite, where the first dimension of each tensor is that of the examples."""
     bad: list[int] = []
     offset = 0
     for part in batch if isinstance(batch, MicroBatches) else [batch]:
@@ -252,4 +252,4 @@ def _bad_items(batch: Any, items: list[Any] | None) -> list[Any]:
                 finite = tensor.isfinite().reshape(count, -1).all(dim=1)
                 bad += [offset + row for row in (~finite).nonzero().flatten().tolist()]
         offset += count
-    return [items[row] for row in sorted(set(bad))] if items is not None and offset == len(items) else []
+    return [examples[row] for row in sorted(set(bad))] if examples is not None and offset == len(examples) else []

@@ -11,7 +11,7 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops.checkpoint_list import checkpoints_in, leftovers_in
-from fts.loops.checkpoint_status import (is_model_only, looks_complete)
+from fts.loops.checkpoint_status import is_model_only, looks_complete
 from fts.storage.atomic import delete_atomically
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,9 @@ def rotate_checkpoints(
         _delete(path)
     paths = checkpoints_in(root)
     best_step, latest_step = _step_of(paths, best), _step_of(paths, latest)
-    scores = [CheckpointScore(step, complete=looks_complete(path), resumable=not is_model_only(path)) for step, path in paths.items()]
+    scores = [
+        CheckpointScore(step, complete=looks_complete(path), resumable=not is_model_only(path)) for step, path in paths.items()
+    ]
     kept = select_to_keep(scores, limit, best=best_step)
     oldest = min(kept - {best_step}, default=math.inf)
     for one in scores:

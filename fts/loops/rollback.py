@@ -116,7 +116,7 @@ def _with_rollback(run: Run, state: Any, start: Position, policy: RollbackPolicy
             return
         except policy.errors as error:
             if count == policy.limit:
-                error.add_note(f"The run had rolled back {count} times before, which is the limit: RollbackPolicy(limit={count}).")
+                error.add_note(f"The run had rolled back {count} times before, the limit of RollbackPolicy(limit={count}).")
                 raise
             fault = error
         state = clone_state(good) if restore is None else restore()

@@ -90,8 +90,8 @@ def _check(source: Source, rank: int, world_size: int, split_batches: bool) -> N
         )
     if world_size > 1 and source.sharded_by:
         raise DataError(
-            f"The data, {source.kind}, is sharded over processes already by {source.sharded_by}, and would be sharded twice. Give "
-            "the full data: each process takes its shard by itself."
+            f"The data, {source.kind}, is sharded over processes already by {source.sharded_by}, and would be sharded twice. "
+            "Give the full data: each process takes its shard by itself."
         )
 
 
@@ -117,7 +117,9 @@ class _End:
     """What it sends after the last batch."""
 
 
-def _dispatched(source: Source, epoch: int, start: int, shard: Shard, group: Group, state_dict: dict[str, Any]) -> Iterator[Batch]:
+def _dispatched(
+    source: Source, epoch: int, start: int, shard: Shard, group: Group, state_dict: dict[str, Any]
+) -> Iterator[Batch]:
     """This process's batches, which the first one of the group reads."""
     if not group.is_main_process:
         yield from _received(group)

@@ -156,6 +156,7 @@ class Source:
         examples = "an unknown number of" if self.num_examples is None else self.num_examples
         size = "" if self.batch_size is None else f" and batches of {self.batch_size}"
         return (
-            f"Epoch {epoch} of the data holds no batch: it is {self.kind} with {examples} examples{size}. Give data that is not empty; "
-            "with drop_last=True there must be at least one full batch, and an iterator inside a dataset serves only one epoch."
+            f"Epoch {epoch} of the data has no batch: it is {self.kind} with {examples} examples{size}. Give data that is not "
+            "empty; with drop_last=True there must be at least one full batch, and an iterator inside a dataset is good for one "
+            "epoch only."
         )

@@ -18,7 +18,14 @@ from fts.loops.fetcher import (
     may_use_randomness,
     tensor_dataset_batches,
 )
-from fts.loops.loader_options import Collate, LoaderOptions, dataloader_kwargs, options_from_dataloader, sharded_by, unwrap_dataloader
+from fts.loops.loader_options import (
+    Collate,
+    LoaderOptions,
+    dataloader_kwargs,
+    options_from_dataloader,
+    sharded_by,
+    unwrap_dataloader,
+)
 from fts.loops.sampling import EpochSampler, Order, batch_order, regular_order, sampled_order
 from fts.loops.shards import UNSHARDED, Shard
 from fts.loops.source import Source
@@ -92,9 +99,7 @@ def source(
         if sampler is not None and shuffle:
             raise ArgumentError("source was given shuffle=True and a sampler. Give one of them: each sets the order.")
         if drop_last and batch_size is None:
-            raise ArgumentError(
-                "source(drop_last=True) has no effect on ready batches. Give a batch_size, or leave it out."
-            )
+            raise ArgumentError("source(drop_last=True) has no effect on ready batches. Give a batch_size, or leave it out.")
         if batch_size is not None and collate is None:
             collate = default_collate
         kwargs = dataloader_kwargs(workers, loading)

@@ -1,4 +1,4 @@
-"""Things that are due by the clock."""
+"""Timers for saving by the clock."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Clock: TypeAlias = Callable[[], float]
 """Seconds since some moment, such as `time.monotonic`."""
 
 Agree: TypeAlias = Callable[[int], int]
-"""From this process's number to the greatest of all processes."""
+"""An all-reduce: from this process's number to the maximum over all processes."""
 
 
 def single_process(number: int) -> int:
-    """What one process agrees on: its own number."""
+    """The `Agree` of a single process: the number itself."""
     return number
 
 
 @attrs.define(eq=False)
 class Timer:
-    """Whether so many seconds have gone by since it was made, or last reset; made by `every_interval`.
+    """Whether so many seconds have passed since it was made, or last reset; made by `every_interval`.
 
     Attributes:
         seconds: the interval.
-        clock: gives the time.
-        agree: combines the answers of all processes at each `due`, so that all save at the same step. Every process
-            must ask at the same places.
+        clock: returns the time.
+        agree: all-reduces the result of each `due`, so that all processes save at the same step. All must call `due` at the
+            same places.
         since: when the interval began, by the clock.
     """
 
@@ -49,23 +49,23 @@ class Timer:
         return bool(self.agree(int(self.clock() - self.since >= self.seconds)))
 
     def reset(self) -> None:
-        """Begin the interval now: what it is for was just done."""
+        """Restart the interval."""
         self.since = self.clock()
 
 
 def every_interval(interval: float | str | timedelta, *, clock: Clock = time.monotonic, agree: Agree = single_process) -> Timer:
-    """A timer to ask after each step, and to reset after each save, whatever that was for.
+    """A timer to check after each step, and to reset after each save.
 
     Args:
-        interval: seconds, or as `parse_duration` reads it: "20min", a `timedelta`.
-        clock: gives the time, in seconds.
+        interval: see `parse_duration`: seconds, "20min", a `timedelta`.
+        clock: returns the time, in seconds.
         agree: see `Timer`.
 
     Returns:
         The timer; its first interval begins now.
 
     Raises:
-        ArgumentError: the interval cannot be read, or is not positive.
+        ArgumentError: the interval cannot be parsed, or is not positive.
 
     >>> now = 0.0
     >>> timer = every_interval("20min", clock=lambda: now)
@@ -75,5 +75,5 @@ def every_interval(interval: float | str | timedelta, *, clock: Clock = time.mon
     """
     seconds = parse_duration(interval)
     if seconds == 0:
-        raise ArgumentError(f'{interval!r} is no interval: it must be longer than 0 seconds, such as "20min".')
+        raise ArgumentError(f'{interval!r} is not an interval: it must be longer than 0 seconds, such as "20min".')
     return Timer(seconds, clock, agree)

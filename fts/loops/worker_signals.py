@@ -1,4 +1,4 @@
-"""Workers that live through the signals which ask a run to stop: schedulers send them to every process of a job."""
+"""DataLoader workers that ignore the signals that stop a run: schedulers send them to every process of a job."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fts.loops.preemption import SignalHandler
 
 
 def iterate_ignoring_signals(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What torch's DataLoader iterates by, whose workers pass over the signals that `handle_preemption` handles at present.
+    """An iterator of torch's DataLoader, whose workers ignore the signals that `handle_preemption` handles now.
 
-    A worker that died of them would take the batches with it that the last update needs. They end when this process closes them,
-    or is gone.
+    A worker that is killed by one would lose the batches that the last update needs. The workers end when this process shuts them
+    down, or dies.
 
     >>> list(iterate_ignoring_signals(DataLoader(range(4), batch_size=2)))
     [tensor([0, 1]), tensor([2, 3])]
@@ -29,21 +29,21 @@ def iterate_ignoring_signals(loader: DataLoader[Any]) -> Iterator[Any]:
         return DataLoader.__iter__(loader)
     given = loader.worker_init_fn
     closing = multiprocessing.RawValue("b", 0)
-    loader.worker_init_fn = partial(_begin, numbers, closing, given)
+    loader.worker_init_fn = partial(_init_worker, numbers, closing, given)
     try:
-        with _held_back(numbers):
+        with _blocked(numbers):
             batches = DataLoader.__iter__(loader)
     finally:
         loader.worker_init_fn = given
     for worker in getattr(batches, "_workers", ()):
         if hasattr(worker._popen, "_send_signal"):  # not on Windows, where they are killed anyway
-            worker._popen.terminate = partial(_end, worker._popen, closing)
+            worker._popen.terminate = partial(_terminate, worker._popen, closing)
     return batches
 
 
 @contextmanager
-def _held_back(numbers: Iterable[int]) -> Iterator[None]:
-    """A block during which signals wait, here and in the processes that start in it: these are not ready for them."""
+def _blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """Block signals in this process and in the workers that start meanwhile, until these have their handlers."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -54,25 +54,25 @@ def _held_back(numbers: Iterable[int]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(numbers: list[int], closing: Any, given: Callable[[int], object] | None, worker: int) -> None:
-    """What a worker does first."""
+def _init_worker(numbers: list[int], closing: Any, given: Callable[[int], object] | None, worker: int) -> None:
+    """The `worker_init_fn` of a worker."""
     for number in numbers:
-        # a handler rather than SIG_IGN: programs that the data start are not to inherit it
-        signal.signal(number, partial(_pass_over, closing))
+        # a handler, not SIG_IGN, which programs that the data starts would inherit
+        signal.signal(number, partial(_ignore, closing))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     if given is not None:
         given(worker)
 
 
-def _pass_over(closing: Any, number: int, frame: Any) -> None:
-    """Leave it to the process that loads when its workers end."""
+def _ignore(closing: Any, number: int, frame: Any) -> None:
+    """Ignore a signal, unless the main process is shutting its workers down."""
     if closing.value:
         os._exit(0)  # any other status would be an error to torch
 
 
-def _end(process: Any, closing: Any) -> None:
-    """End a worker that does not end when it is closed, for which torch and multiprocessing send SIGTERM."""
+def _terminate(process: Any, closing: Any) -> None:
+    """End a worker that does not end by itself, for which torch and multiprocessing send SIGTERM."""
     closing.value = 1
     process._send_signal(signal.SIGTERM)
     if process.wait(1.0) is None:

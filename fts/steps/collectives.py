@@ -13,7 +13,7 @@ from fts.typing import LossOutput, Params
 
 
 def global_microbatch_index(index: int, collectives: Collectives | None) -> int:
-    """The index of a local micro-batch among those of all ranks; its random numbers are seeded by it.
+    """The global index of a local micro-batch, which seeds its random numbers.
 
     >>> global_microbatch_index(3, None)
     3

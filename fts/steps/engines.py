@@ -218,7 +218,7 @@ def _loss_factor(inputs: GradientInputs, weight: Number | None, total: WeightedM
 
 
 def _is_zero(weight: Number) -> bool:
-    """Whether a weight is 0; False where only a synchronization with a device could tell."""
+    """Whether a weight is 0; False where that would need a synchronization."""
     return check_weight(float(weight)) == 0 if not isinstance(weight, Tensor) or weight.is_cpu else False
 
 

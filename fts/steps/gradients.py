@@ -112,7 +112,7 @@ def value_and_grad(
         engine: "module" for speed, hooks and activation checkpointing, or "func" for `torch.func`. Inside a graph or a
             `torch.func` transformation, and if the parameters require gradients, it is always "func"; for what
             `torch.func` does not support (activation checkpointing, hooks) "module" runs instead.
-        accumulate: the number of micro-batches that each batch is split into, to save memory; the result is that of the full batch.
+        accumulate: the number of micro-batches of a batch, to save memory; the result is that of the full batch.
         precision: None, "bf16" or "fp16"; see `autocast_dtype`. "fp16" needs a state of `tx.dynamic_loss_scale`.
 
     Returns:

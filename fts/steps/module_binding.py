@@ -50,8 +50,9 @@ class ModuleBinding:
         state_names = state.params.keys() | state.frozen.keys() | state.buffers.keys()
         if module_names != state_names:
             raise UnknownParameterError(
-                f"The state does not fit the module {type(self.module).__name__}: the state lacks {sorted(module_names - state_names)[:5]}, the "
-                f"module lacks {sorted(state_names - module_names)[:5]}. Create the state from the module that the loss runs."
+                f"The state does not fit the module {type(self.module).__name__}: the state lacks "
+                f"{sorted(module_names - state_names)[:5]}, the module lacks {sorted(state_names - module_names)[:5]}. "
+                "Create the state from the module that the loss runs."
             )
         self._checked_keys = tuple(frozenset(keys) for keys in current)  # type: ignore[assignment]
 
@@ -65,8 +66,8 @@ class ModuleBinding:
             for buffers, key in self.empty_buffers:
                 buffers[key] = None
             raise UnknownParameterError(
-                f"The forward pass of {type(self.module).__name__} registered {added[:5]}, which the state does not have, so they would "
-                "be neither trained nor saved. Run one batch through the module before you create the state and the loss."
+                f"The forward pass of {type(self.module).__name__} registered {added[:5]}, which the state does not have, so "
+                "they would be neither trained nor saved. Run one batch through the module before you create the state and the loss."
             )
         self._structure_checked = True
 

@@ -56,7 +56,7 @@ def get_loss_scale(opt_state: OptState, precision: str | None) -> Tensor | None:
     scale = find_loss_scale(opt_state)
     if scale is None and precision == "fp16":
         raise ArgumentError(
-            "precision='fp16' needs a loss scale, without which small gradients vanish: wrap the whole optimizer, as in "
+            "precision='fp16' needs a loss scale, without which small gradients vanish: wrap the complete optimizer, as in "
             "tx.dynamic_loss_scale(tx.adamw(1e-3)), for the step and for TrainState.create. Or use precision='bf16'."
         )
     return scale

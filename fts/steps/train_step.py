@@ -71,10 +71,10 @@ def train_step(
     Args:
         loss: `loss(params, batch)` or a `module_loss`; returns a 0-d tensor, optionally with weight and metrics.
         transform: the optimizer, such as `tx.adamw(1e-3)`; the same that the state is created with.
-        accumulate: the number of micro-batches that each batch is split into, to save memory; the gradient is that of the full batch.
+        accumulate: the number of micro-batches of a batch, to save memory; the gradient is that of the full batch.
         engine: "module" (fast, with hooks and activation checkpointing) or "func" (`torch.func`; for vmap and graphs).
         precision: None, or "bf16" or "fp16" to compute the loss under autocast while parameters keep their dtype. "fp16" needs
-            `tx.dynamic_loss_scale` around the optimizer; the loss is multiplied by its scale for the backward pass, and reported without it.
+            `tx.dynamic_loss_scale` around the optimizer, whose scale multiplies the loss for the backward pass only.
         donate: reuse the storage of the input state; using that state afterwards raises `DonatedStateError`.
 
     Returns:
@@ -123,8 +123,8 @@ def gradient_step(gradient_fn: GradientFn, transform: Transform, *, donate: bool
     _check_transform("gradient_step", transform)
     if not callable(gradient_fn) or not hasattr(gradient_fn, "binding"):
         raise ArgumentError(
-            f"gradient_step needs a gradient function such as steps.value_and_grad(loss), not {type(gradient_fn).__name__}; it has a "
-            "`binding` (None for a plain function) and is called as (state, batch, *args, inplace_buffers=...)."
+            f"gradient_step needs a gradient function such as steps.value_and_grad(loss), not {type(gradient_fn).__name__}; it "
+            "has a `binding` (None for a plain function) and is called as (state, batch, *args, inplace_buffers=...)."
         )
     return TrainStep(gradient_fn, transform, donate)
 
@@ -172,7 +172,7 @@ def _call_with_unscaled(fn: Callable[[Params], Transform | None], grads: Params,
 def _check_transform(caller: str, transform: Any) -> None:
     if not isinstance(transform, Transform):
         raise ArgumentError(
-            f"{caller} needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. Make one of a torch optimizer by "
-            "tx.from_torch(torch.optim.RMSprop, lr=1e-3)."
+            f"{caller} needs a Transform such as tx.adamw(1e-3), not {type(transform).__name__}. Make one of a torch optimizer "
+            "by tx.from_torch(torch.optim.RMSprop, lr=1e-3)."
         )
     check_unscales_first(transform)

@@ -1,4 +1,4 @@
-"""Tensors, documents and records as files: how they are written so that one notices damage, and read with suspicion."""
+"""Files of tensors and JSON: written atomically and with checksums, and validated when they are read."""
 
 from fts.storage.files import FileChecksum, compute_checksum, fsync, resolve_file, write_direct
 from fts.storage.json_io import get_int, read_json

@@ -1,4 +1,4 @@
-"""Directories that are whole or absent, whatever happens while they are written."""
+"""Atomic directories: complete or absent, also after a crash while they are written."""
 
 from __future__ import annotations
 
@@ -17,141 +17,141 @@ from fts.storage.manifest import write_manifest
 
 
 def atomic_directory(directory: str | Path, fill: Callable[[Path], Mapping[str, FileChecksum] | None]) -> Path:
-    """Write a directory that is, at any instant, either complete or not there.
+    """Write a directory that is, at any instant, either complete or absent.
 
     Args:
-        directory: where it shall be; an earlier one of that name is replaced.
-        fill: called with the hidden directory, to write the files. It may return what it knows of files that it wrote; the
-            others are read for their checksums.
+        directory: the path; an earlier directory is replaced.
+        fill: writes the files to a temporary directory. It may return the checksums of files that it wrote; the others are read
+            for theirs.
 
     Returns:
         The directory.
 
     Raises:
-        CheckpointError: the disk is full or not writable. What was there before stays.
+        CheckpointError: the disk is full or not writable. An earlier directory stays.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as root:
-    ...     path = atomic_directory(f"{root}/notes", lambda hidden: hidden.joinpath("a.txt").write_text("a") and None)
+    ...     path = atomic_directory(f"{root}/notes", lambda temporary: temporary.joinpath("a.txt").write_text("a") and None)
     ...     sorted(file.name for file in path.iterdir())
     ['a.txt', 'manifest.json']
     """
     directory = Path(directory)
-    with temporary_directory(directory) as hidden:
-        commit(directory, hidden, fill(hidden))
+    with temporary_directory(directory) as temporary:
+        commit(directory, temporary, fill(temporary))
     return directory
 
 
 @contextmanager
 def temporary_directory(directory: Path) -> Iterator[Path]:
-    """A new hidden directory beside `directory`, to be filled for `commit`; it goes if the block fails.
+    """A new hidden directory next to `directory`, for `commit`; it is removed if the block fails.
 
     Raises:
-        CheckpointError: in the place of what the system says of a disk that is full or not writable.
+        CheckpointError: the disk is full or not writable.
     """
     with translate_disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         recover_interrupted(directory)
         _delete_leftovers(directory)
-        hidden = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.writing")
-        hidden.mkdir()
-    with remove_on_error(directory, hidden):
-        yield hidden
+        temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.writing")
+        temporary.mkdir()
+    with remove_on_error(directory, temporary):
+        yield temporary
 
 
 @contextmanager
-def remove_on_error(directory: Path, hidden: Path) -> Iterator[None]:
-    """A block that writes to a hidden directory, which goes if the block fails; errors are as those of `temporary_directory`."""
+def remove_on_error(directory: Path, temporary: Path) -> Iterator[None]:
+    """A block that writes to a temporary directory, which is removed if the block fails; it raises as `temporary_directory`."""
     try:
         with translate_disk_errors(directory):
             yield
     except BaseException as error:
-        if isinstance(error.__cause__, FileNotFoundError) and not hidden.exists():
+        if isinstance(error.__cause__, FileNotFoundError) and not temporary.exists():
             raise CheckpointError(
                 f"{directory} could not be written: another run began to write the same checkpoint. Give each run a directory of "
                 "its own."
             ) from error
-        shutil.rmtree(hidden, ignore_errors=True)
-        with suppress(OSError):  # where nothing can be written, the next load does it
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # on a disk that is not writable, the next load does it
             recover_interrupted(directory)
         raise
 
 
 @contextmanager
 def translate_disk_errors(directory: Path) -> Iterator[None]:
-    """A block in which what the system says of a disk becomes a `CheckpointError`."""
-    from safetensors import SafetensorError  # what safetensors makes of an OSError
+    """A block in which errors of the disk become a `CheckpointError`."""
+    from safetensors import SafetensorError  # safetensors raises it for an OSError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{directory} could not be written: {error}. Earlier checkpoints are whole. Make room or choose another directory, "
-            "then resume from the newest one."
+            f"{directory} could not be written: {error}. Earlier checkpoints are complete. Free disk space or choose another "
+            "directory, then resume from the newest one."
         ) from error
 
 
-def commit(directory: Path, hidden: Path, written: Mapping[str, FileChecksum] | None = None) -> None:
-    """Seal a hidden directory and put it into its place.
+def commit(directory: Path, temporary: Path, checksums: Mapping[str, FileChecksum] | None = None) -> None:
+    """Write the manifest of a temporary directory, and move it to its final path.
 
     Args:
-        directory: the place.
-        hidden: of `temporary_directory`.
-        written: see `write_manifest`.
+        directory: the final path.
+        temporary: of `temporary_directory`.
+        checksums: see `write_manifest`.
     """
-    write_manifest(hidden, written)
-    _replace(directory, hidden)
+    write_manifest(temporary, checksums)
+    _replace(directory, temporary)
 
 
-def _replace(directory: Path, sealed: Path) -> None:
-    aside = _backup_path(directory)
+def _replace(directory: Path, temporary: Path) -> None:
+    backup = _backup_path(directory)
     for attempt in range(3):
         if os.path.lexists(directory):
-            _discard(aside)
+            _remove(backup)
             with suppress(FileNotFoundError):  # another writer was faster
-                os.rename(directory, aside)
+                os.rename(directory, backup)
         try:
-            os.rename(sealed, directory)
+            os.rename(temporary, directory)
             break
         except OSError as error:
-            # a reader took the gap for an interrupted replacement and moved the old one back, or another writer was faster
+            # a reader saw an interrupted replacement and moved the old directory back, or another writer was faster
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 2:
                 raise
     fsync(directory.parent)
-    _discard(aside)
+    _remove(backup)
 
 
 def recover_interrupted(directory: Path) -> None:
-    """Finish what a run that died inside `_replace` left: move an old checkpoint back, or delete it if it was replaced."""
-    aside = _backup_path(directory)
-    if not os.path.lexists(aside):
+    """Recover from a run that died inside `_replace`: move the old directory back, or delete it if it was replaced."""
+    backup = _backup_path(directory)
+    if not os.path.lexists(backup):
         return
     if os.path.lexists(directory):
-        _discard(aside)
+        _remove(backup)
         return
     try:
-        os.rename(aside, directory)
+        os.rename(backup, directory)
     except FileNotFoundError:  # another process was faster
         return
 
 
 def _delete_leftovers(directory: Path) -> None:
-    """Delete what runs that died here left. One that lives finds at its next file that its directory is gone."""
-    left = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]+)?\.writing")
+    """Delete temporary directories of runs that died. A run that is still writing to one fails at its next file."""
+    leftover = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]+)?\.writing")
     for path in directory.parent.iterdir():
-        if left.fullmatch(path.name):
+        if leftover.fullmatch(path.name):
             with suppress(OSError):
                 delete_atomically(path)
 
 
 def delete_atomically(path: Path) -> None:
-    """Delete a checkpoint so that nothing that looks like one is left if that is interrupted: it is renamed first.
+    """Delete a checkpoint; it is renamed first, so that an interrupted deletion does not leave a partial checkpoint.
 
     Args:
-        path: a checkpoint, or what is left of one.
+        path: a checkpoint, or the leftovers of one.
 
     Raises:
-        OSError: it could not be renamed, or not be deleted whole; what is left of it has a hidden name.
+        OSError: it could not be renamed, or not be deleted completely; the rest has a hidden name.
     """
     if not path.name.endswith(".deleting"):
         hidden = path.with_name(f".{path.name.removeprefix('.').removesuffix('.writing')}.deleting")
@@ -165,8 +165,8 @@ def delete_atomically(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _discard(path: Path) -> None:
-    """Delete what may be there: a directory, a file, or a link, but not what that leads to."""
+def _remove(path: Path) -> None:
+    """Delete a directory, a file, or a link without its target, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

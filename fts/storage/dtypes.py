@@ -1,4 +1,4 @@
-"""What the safetensors format calls the kinds of numbers."""
+"""The names of dtypes in the safetensors format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are written in one go, and read with suspicion."""
+"""Writing files with checksums, and resolving paths that a file names."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ import xxhash
 from fts.errors import CheckpointError
 
 CHUNK_SIZE = 2**24
-"""Bytes that are read or written at a time."""
+"""Bytes that are read or written at once."""
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @attrs.frozen
 class FileChecksum:
-    """What tells whether a file is still as it was written.
+    """Size and checksum of a file.
 
     Attributes:
         size: in bytes.
-        digest: XXH3-128, in hexadecimal digits. It finds damage; against a forger, who can make a file of any digest, it
-            is no protection.
+        digest: XXH3-128, in hexadecimal digits. It detects corruption, but not forgery: a file with a given digest can be made.
     """
 
     size: int
@@ -33,7 +32,7 @@ class FileChecksum:
 
 
 def compute_checksum(path: Path) -> FileChecksum:
-    """Size and checksum of a file, by reading it."""
+    """Read a file and compute its checksum."""
     size, digest = 0, xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_SIZE):
@@ -42,8 +41,8 @@ def compute_checksum(path: Path) -> FileChecksum:
     return FileChecksum(size, digest.hexdigest())
 
 
-def write_chunks(path: Path, parts: Iterable[bytes | memoryview]) -> FileChecksum:
-    """Write a file from parts that follow each other.
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> FileChecksum:
+    """Write a file from consecutive chunks.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -53,29 +52,29 @@ def write_chunks(path: Path, parts: Iterable[bytes | memoryview]) -> FileChecksu
     """
     size, digest = 0, xxhash.xxh3_128()
     with path.open("wb", buffering=0) as file:
-        for part in parts:
-            digest.update(part)
-            _write_all(file.fileno(), memoryview(part))
-            size += len(part)
+        for chunk in chunks:
+            digest.update(chunk)
+            _write_all(file.fileno(), memoryview(chunk))
+            size += len(chunk)
     return FileChecksum(size, digest.hexdigest())
 
 
-def write_direct(path: Path, image: memoryview, size: int) -> FileChecksum:
-    """Write a file that lies in memory as a whole, past the system's cache where the file system lets us.
+def write_direct(path: Path, buffer: memoryview, size: int) -> FileChecksum:
+    """Write a file from one buffer with O_DIRECT, that is, without the page cache, where the file system supports it.
 
-    A write past the cache costs a tenth of the processor time: the disk reads the memory itself. It also leaves the cache to
-    what is read again, such as the data.
+    It takes a tenth of the processor time, since the disk reads the memory itself, and keeps the page cache free for files that
+    are read again, such as the data.
 
     Args:
         path: the file; an earlier one is replaced.
-        image: its bytes from a page boundary on, and as many more as fill the last page.
-        size: how many of them are the file's.
+        buffer: the bytes of the file, page-aligned and padded to full pages.
+        size: of the file, without the padding.
     """
     digest = xxhash.xxh3_128()
     descriptor = _open_direct(path)
     try:
-        for start in range(0, len(image), CHUNK_SIZE):
-            chunk = image[start : start + CHUNK_SIZE]
+        for start in range(0, len(buffer), CHUNK_SIZE):
+            chunk = buffer[start : start + CHUNK_SIZE]
             digest.update(chunk[: size - start])
             _write_all(descriptor, chunk)
         os.ftruncate(descriptor, size)
@@ -94,16 +93,16 @@ def _open_direct(path: Path) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _write_all(descriptor: int, part: memoryview) -> None:
-    while part:
+def _write_all(descriptor: int, chunk: memoryview) -> None:
+    while chunk:
         try:
-            count = os.write(descriptor, part)
+            count = os.write(descriptor, chunk)
         except OSError as error:
-            # the file system cannot write past the cache, or not from here (after a write that stopped within a block)
+            # no direct I/O on this file system, or not at this offset (after a write that stopped within a block)
             if error.errno != errno.EINVAL or not _disable_direct_io(descriptor):
                 raise
         else:
-            part = part[count:]
+            chunk = chunk[count:]
 
 
 def _disable_direct_io(descriptor: int) -> bool:
@@ -128,17 +127,17 @@ def fsync(path: Path) -> None:
 
 
 def resolve_file(directory: Path, name: str) -> Path:
-    """The path of a file that a document names.
+    """The path of a file whose name comes from a file of the directory, such as a manifest.
 
     Args:
-        directory: where it must lie.
+        directory: that must contain it.
         name: relative to it.
 
     Returns:
-        The path, of a file that is there.
+        The path of an existing file.
 
     Raises:
-        CheckpointError: it is missing, no regular file, or not in the directory: an absolute path, `..`, or a link that leads
+        CheckpointError: it is missing, not a regular file, or outside the directory: an absolute path, `..`, or a link to a path
             outside.
     """
     remedy = "Use an earlier checkpoint."
@@ -146,15 +145,15 @@ def resolve_file(directory: Path, name: str) -> Path:
         pure = PurePath(name)
         path = directory / pure
         target = path.resolve()
-        here, there, regular = target.is_relative_to(directory.resolve()), path.exists(), path.is_file()
+        is_inside, exists, is_regular = target.is_relative_to(directory.resolve()), path.exists(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a link to itself
         raise CheckpointError(f"The file {name!r} in {str(directory)!r} cannot be read: {error}. {remedy}") from error
     if not pure.name or pure.anchor or ".." in pure.parts:
-        raise CheckpointError(f"{directory} has an entry that cannot be used: {name!r} does not lie in it. {remedy}")
-    if not here:
-        raise CheckpointError(f"{path} is a link that leads outside, to {target}. Copy the file into its place.")
-    if not there:
+        raise CheckpointError(f"{directory} has an entry that cannot be used: {name!r} is not inside it. {remedy}")
+    if not is_inside:
+        raise CheckpointError(f"{path} is a link that leads outside, to {target}. Replace the link with a copy of the file.")
+    if not exists:
         raise CheckpointError(f"{path} is missing. {remedy}")
-    if not regular:
-        raise CheckpointError(f"{path} is no regular file. {remedy}")
+    if not is_regular:
+        raise CheckpointError(f"{path} is not a regular file. {remedy}")
     return path

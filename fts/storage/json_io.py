@@ -1,4 +1,4 @@
-"""JSON objects that are read with suspicion."""
+"""Reading and validating JSON objects."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fts.errors import CheckpointError
 from fts.storage.files import resolve_file
 
 MAX_INT64 = 2**63 - 1
-"""The largest whole number that a counter can hold."""
+"""The largest integer that an int64 counter can hold."""
 
 
 def read_json(directory: Path, name: str, *, version: int | None = None) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        directory: where the file lies.
-        name: its name.
-        version: what its "format" must be; None where it has none.
+        directory: that contains the file.
+        name: of the file.
+        version: the required "format"; None where it has none.
 
     Raises:
-        CheckpointError: the file is missing, leads outside the directory, is damaged, gives a key twice, or is of another format.
+        CheckpointError: the file is missing, outside the directory or corrupt, has a duplicate key, or has another format.
     """
     path = directory / name
     try:
@@ -37,29 +37,29 @@ def read_json(directory: Path, name: str, *, version: int | None = None) -> dict
     return document
 
 
-def get_int(path: Path, document: dict[str, Any], key: str, *, least: int = 0) -> int:
-    """A counter of a document.
+def get_int(path: Path, document: dict[str, Any], key: str, *, minimum: int = 0) -> int:
+    """A counter of a JSON object.
 
     Raises:
-        CheckpointError: it is missing, no whole number, less than `least`, or larger than a counter can be.
+        CheckpointError: it is missing, not an integer, less than `minimum`, or too large for int64.
     """
     value = document.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_INT64:
-        raise CheckpointError(f"{path} has {key} = {short_repr(value)}; a whole number from {least} to 2**63 - 1 is needed.")
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= MAX_INT64:
+        raise CheckpointError(f"{path} has {key} = {short_repr(value)}; an integer from {minimum} to 2**63 - 1 is needed.")
     return value
 
 
 def short_repr(value: Any) -> str:
-    """A value in a few words, for an error.
+    """A short text of a value, for an error message.
 
-    >>> format_tensor(7), format_tensor(2**64)
+    >>> short_repr(7), short_repr(2**64)
     ('7', 'a number of 65 bits')
     """
     if isinstance(value, int) and not -MAX_INT64 - 1 <= value <= MAX_INT64:
         return f"a number of {value.bit_length()} bits"
     try:
         return f"{value!r:.80}"
-    except ValueError:  # a number within it that is too long for text
+    except ValueError:  # it contains an integer with too many digits
         return f"a {type(value).__name__}"
 
 
@@ -67,6 +67,6 @@ def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {duplicate!r} is there twice")
     return result

@@ -1,4 +1,4 @@
-"""Memory that holds files of tensors as they will be on the disk."""
+"""The staging buffer of an asynchronous checkpoint: the bytes of files of tensors, in CPU memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PAGE = mmap.PAGESIZE
 
 @attrs.define(eq=False)
 class StagingBuffer:
-    """A copy of tensors, byte for byte what their files will be, in memory that is kept for the next copy.
+    """A copy of tensors with the bytes that their files will have, in memory that the next copy reuses.
 
-    To copy into memory that was used before takes an eighth of the time that fresh memory takes, and what lies in one piece from
-    a page boundary on can be written without a further copy.
+    A copy into used memory takes an eighth of the time of a copy into new memory, and one page-aligned buffer can be written
+    without a further copy.
 
-    >>> from fts.storage import setup_parallelism
-    >>> image, tensor = StagingBuffer(), torch.ones(3)
+    >>> from fts.storage import split_into_shards
+    >>> buffer, tensor = StagingBuffer(), torch.ones(3)
     >>> contents = split_into_shards("a.safetensors", {"x": tensor})
-    >>> views = image.copy_from(contents.files)
-    >>> bytes(views[0][: contents.files[0].size])[-4:] == tensor[:1].numpy().tobytes(), image.nbytes == PAGE
+    >>> views = buffer.copy_from(contents.files)
+    >>> bytes(views[0][: contents.files[0].size])[-4:] == tensor[:1].numpy().tobytes(), buffer.nbytes == PAGE
     (True, True)
     """
 
@@ -43,18 +43,18 @@ class StagingBuffer:
     def copy_from(self, files: Sequence[TensorFile]) -> list[memoryview]:
         """Copy the tensors of files; they may be overwritten as soon as this returns.
 
-        Those that are spread over processes are gathered one after the other; the other processes `join_gather`.
+        Sharded tensors are gathered one after the other; the other ranks call `join_gather`.
 
         Returns:
-            For each file its bytes, with those that fill the last page.
+            For each file its bytes, padded to full pages.
 
         Raises:
-            MemoryError: there is not so much.
+            MemoryError: there is not enough memory.
         """
         sources = [tensor for file in files for tensor in file.tensors]
         layout = tuple((file.name, file.header) for file in files)
         if layout != self.layout:
-            self._lay_out(files, on_cuda=any(source.is_cuda for source in sources))
+            self._allocate_views(files, on_cuda=any(source.is_cuda for source in sources))
             self.layout = layout
         with torch.no_grad():
             for view, source in zip(self.views, sources, strict=True):
@@ -64,7 +64,7 @@ class StagingBuffer:
         memory = self.memory.numpy().data
         return [memory[span] for span in self.spans]
 
-    def _lay_out(self, files: Sequence[TensorFile], *, on_cuda: bool) -> None:
+    def _allocate_views(self, files: Sequence[TensorFile], *, on_cuda: bool) -> None:
         ends, end = [], 0
         for file in files:
             end += -(-file.size // PAGE) * PAGE
@@ -72,7 +72,7 @@ class StagingBuffer:
         spans = tuple(slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False))
         if end > self.nbytes:
             self.views = ()
-            self.memory = torch.empty(0, dtype=torch.uint8)  # the old memory goes before the new one comes
+            self.memory = torch.empty(0, dtype=torch.uint8)  # free the old memory before the new one is allocated
             self.memory = _allocate(end, pinned=on_cuda)
         views = []
         for file, span in zip(files, spans, strict=True):
@@ -88,7 +88,7 @@ def _allocate(size: int, *, pinned: bool) -> Tensor:
     try:
         if pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        # shared with child processes: in private memory a fork during a write past the cache could tear what is written (open(2))
+        # shared with child processes: with private memory, a fork during an O_DIRECT write could corrupt the file (open(2))
         return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
-        raise MemoryError(f"{size / 2**20:.0f} MiB could not be had: {error}") from error
+        raise MemoryError(f"{size / 2**20:.0f} MiB could not be allocated: {error}") from error

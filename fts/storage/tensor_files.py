@@ -1,4 +1,4 @@
-"""Tensors in files of the safetensors format, in one file or in several with an index, as Hugging Face lays them out."""
+"""Tensors in safetensors files, in one file or in several with an index, in the layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.storage.dtypes import DTYPES
 from fts.storage.files import FileChecksum, resolve_file, write_chunks
 from fts.storage.json_io import read_json
-from fts.storage.sharded import index_name, load_sharded, read_index, remove_sharded
+from fts.storage.sharded import load_sharded, parts_index_name, read_index, remove_sharded
 
 MAX_SHARD_SIZE = 50 * 10**9
-"""Bytes of tensors that one file holds at most, as in `save_pretrained` of transformers."""
+"""The most bytes of tensors in one file, as in `save_pretrained` of transformers."""
 
 ALIGNMENT = 64
-"""Bytes of which the data of a file begins at a multiple."""
+"""Bytes to which the data of a file is aligned."""
 
 
 @attrs.frozen(eq=False)
@@ -34,7 +34,7 @@ class TensorFile:
         name: of the file.
         header: its first bytes; the data of the tensors follows without gaps.
         tensors: in the order of their data.
-        keys: their names.
+        keys: the names of the tensors.
     """
 
     name: str
@@ -50,12 +50,12 @@ class TensorFile:
 
 @attrs.frozen(eq=False)
 class DirectoryContents:
-    """What is to be written to a directory.
+    """The files to be written to a directory.
 
     Attributes:
-        files: those of tensors.
-        texts: small files by name.
-        base_names: the files that these stand for; whatever an earlier writer left of them is removed.
+        files: with tensors.
+        texts: small text files by name.
+        base_names: the names without sharding; files of an earlier save under these names are removed.
     """
 
     files: tuple[TensorFile, ...] = ()
@@ -69,16 +69,16 @@ class DirectoryContents:
 
 
 def split_into_shards(name: str, tensors: Mapping[str, Tensor], shard_size: int = MAX_SHARD_SIZE) -> DirectoryContents:
-    """Files for tensors: one, or where that would be too large several, with an index that says what lies where.
+    """Files for tensors: one, or several with an index if one would be too large.
 
     Args:
-        name: of the file, such as "model.safetensors"; the others are then "model-00001-of-00003.safetensors" and so on, and
-            the index is "model.safetensors.index.json".
-        tensors: by name. They may share storage; nothing is copied here.
-        shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+        name: of the file, such as "model.safetensors"; several are "model-00001-of-00003.safetensors" and so on, and their index
+            is "model.safetensors.index.json".
+        tensors: by name. They may share storage; nothing is copied yet.
+        shard_size: the most bytes of tensors in a file; a larger tensor has a file of its own.
 
     Raises:
-        ArgumentError: the size is not positive, or a tensor's dtype has no name in the format.
+        ArgumentError: the size is not positive, or the format does not support the dtype of a tensor.
 
     >>> contents = split_into_shards("a.safetensors", {"x": torch.zeros(4), "y": torch.zeros(4)}, shard_size=16)
     >>> [file.name for file in contents.files], list(contents.texts)
@@ -87,13 +87,13 @@ def split_into_shards(name: str, tensors: Mapping[str, Tensor], shard_size: int 
     if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
         raise ArgumentError(f"shard_size={shard_size!r} must be a positive number of bytes.")
     shards: list[dict[str, Tensor]] = [{}]
-    room = shard_size
+    remaining = shard_size
     for key, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
+        if shards[-1] and tensor.nbytes > remaining:
             shards.append({})
-            room = shard_size
+            remaining = shard_size
         shards[-1][key] = tensor
-        room -= tensor.nbytes
+        remaining -= tensor.nbytes
     if len(shards) == 1:
         return DirectoryContents((_tensor_file(name, shards[0]),), base_names=(name,))
     stem, suffix = PurePath(name).stem, PurePath(name).suffix
@@ -107,13 +107,15 @@ def split_into_shards(name: str, tensors: Mapping[str, Tensor], shard_size: int 
 
 
 def _tensor_file(name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
-    # by size of a number, so that each tensor is aligned wherever the data is
+    # by element size, so that each tensor is aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, tensor in ordered:
         if tensor.dtype not in DTYPES:
-            raise ArgumentError(f"{key!r} has dtype {tensor.dtype}, which safetensors cannot hold. Keep it as another one.")
+            raise ArgumentError(
+                f"{key!r} has dtype {tensor.dtype}, which safetensors does not support. Convert it to another one."
+            )
         end = offset + tensor.nbytes
         header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -126,27 +128,26 @@ def _tensor_file(name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
 def write_contents(directory: Path, contents: DirectoryContents) -> dict[str, FileChecksum]:
     """Write the files, from the tensors themselves.
 
-    Tensors that are spread over processes are gathered one after the other: the other processes `join_gather`, also where an
-    error ends the writing here.
+    Sharded tensors are gathered one after the other: the other ranks call `join_gather`, also if an error ends the writing.
 
     Returns:
         The sizes and checksums of the files of tensors, by name.
     """
-    gathered = _full_tensors(contents.files)
+    full_tensors = _full_tensors(contents.files)
     try:
         write_text_files(directory, contents)
-        return {file.name: write_chunks(directory / file.name, _file_chunks(file, gathered)) for file in contents.files}
+        return {file.name: write_chunks(directory / file.name, _file_chunks(file, full_tensors)) for file in contents.files}
     finally:
-        for _ in gathered:  # which the others wait for
+        for _ in full_tensors:  # the other ranks take part in all gathers
             pass
 
 
 def mmap_file(directory: Path, file: TensorFile) -> dict[str, Tensor]:
-    """Make a file of zeros, and map it: what is written to the tensors is written to the file.
+    """Create a file of zeros and map it into memory: what is written to the tensors is written to the file.
 
     Args:
-        directory: where it shall lie.
-        file: its tensors need only have the right shapes and dtypes.
+        directory: of the file.
+        file: only the shapes and dtypes of its tensors count.
 
     Returns:
         Tensors by name.
@@ -165,7 +166,7 @@ def mmap_file(directory: Path, file: TensorFile) -> dict[str, Tensor]:
 
 
 def join_gather(contents: DirectoryContents) -> None:
-    """Send what this process has of the tensors to the one that writes the same contents, or holds them in an `StagingBuffer`."""
+    """Take part in the gathers of the rank that writes the same contents, or copies them to a `StagingBuffer`."""
     for _ in _full_tensors(contents.files):
         pass
 
@@ -177,7 +178,7 @@ def _full_tensors(files: Iterable[TensorFile]) -> Iterator[Tensor]:
 
 
 def write_text_files(directory: Path, contents: DirectoryContents) -> None:
-    """Write the small files alone, and remove what an earlier writer left of the others."""
+    """Write the text files alone, and remove tensor files of an earlier save."""
     for name in contents.base_names:
         pure = PurePath(name)
         shards = re.compile(rf"{re.escape(pure.stem)}-\d+-of-\d+{re.escape(pure.suffix)}")
@@ -189,9 +190,9 @@ def write_text_files(directory: Path, contents: DirectoryContents) -> None:
         (directory / name).write_text(text, encoding="utf-8")
 
 
-def _file_chunks(file: TensorFile, gathered: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
+def _file_chunks(file: TensorFile, full_tensors: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
     yield file.header
-    for tensor in islice(gathered, len(file.tensors)):
+    for tensor in islice(full_tensors, len(file.tensors)):
         flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
@@ -201,27 +202,27 @@ def _index_name(name: str) -> str:
 
 
 def list_files(directory: Path, name: str) -> tuple[str, ...]:
-    """Which files are read for a name: the file itself, or an index and what it names.
+    """The files that are read for a name: the file itself, or an index and the files that it lists.
 
     Raises:
         CheckpointError: there is neither, or the index cannot be used.
     """
     if _exists(directory / name) or not _exists(directory / _index_name(name)):
         if not _exists(directory / name) and has_sharded_tensors(directory, name):
-            return (index_name(name), *read_index(directory, name).files)
+            return (parts_index_name(name), *read_index(directory, name).files)
         resolve_file(directory, name)
         return (name,)
     return (_index_name(name), *sorted(set(_weight_map(directory, name).values())))
 
 
 def has_tensors(directory: Path, name: str) -> bool:
-    """Whether there is something to read: the file of that name, or an index."""
-    return any(_exists(directory / one) for one in (name, _index_name(name), index_name(name)))
+    """Whether there are tensors to read: the file of that name, or an index."""
+    return any(_exists(directory / one) for one in (name, _index_name(name), parts_index_name(name)))
 
 
 def has_sharded_tensors(directory: Path, name: str) -> bool:
-    """Whether several processes wrote their parts of what has that name."""
-    return _exists(directory / index_name(name))
+    """Whether the tensors of that name were saved by `save_sharded`."""
+    return _exists(directory / parts_index_name(name))
 
 
 def _exists(path: Path) -> bool:
@@ -229,56 +230,56 @@ def _exists(path: Path) -> bool:
 
 
 def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Read what was laid out under a name, whole; the tensors are mapped from the files and must not be written.
+    """Read the full tensors of a name; they are mapped from the files and must not be written.
 
     Raises:
-        CheckpointError: a file is missing, damaged or leads outside the directory, or the index does not fit the files.
+        CheckpointError: a file is missing, corrupt or outside the directory, or the index does not fit the files.
     """
     first, *shards = list_files(directory, name)
-    if first == index_name(name):
+    if first == parts_index_name(name):
         index = read_index(directory, name)
-        found = {key: torch.empty_like(form, device="cpu") for key, form in index.meta_tensors.items()} | index.scalars
-        load_sharded(directory, name, found)
-        return found
+        tensors = {key: torch.empty_like(meta, device="cpu") for key, meta in index.meta_tensors.items()} | index.scalars
+        load_sharded(directory, name, tensors)
+        return tensors
     if first == name:
         return _read_file(resolve_file(directory, name))
-    found = {}
+    tensors = {}
     weight_map = _weight_map(directory, name)
     for shard in shards:
-        tensors = _read_file(resolve_file(directory, shard))
-        named = {key for key, file in weight_map.items() if file == shard}
-        if wrong := sorted(named ^ tensors.keys()):
+        found = _read_file(resolve_file(directory, shard))
+        expected = {key for key, file in weight_map.items() if file == shard}
+        if wrong := sorted(expected ^ found.keys()):
             raise CheckpointError(f"{directory / _index_name(name)} does not fit {shard}: {wrong[0]!r} is in one of them only.")
-        found |= tensors
-    return found
+        tensors |= found
+    return tensors
 
 
 def read_tensor_specs(directory: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a name: their shapes and dtypes are right, their values need not be there.
+    """The shapes and dtypes of the tensors of a name, as tensors that may be on the meta device.
 
     Raises:
-        CheckpointError: as `read_tensors` says it.
+        CheckpointError: see `read_tensors`.
     """
-    if list_files(directory, name)[0] != index_name(name):
+    if list_files(directory, name)[0] != parts_index_name(name):
         return read_tensors(directory, name)
     index = read_index(directory, name)
     return index.meta_tensors | index.scalars
 
 
 def read_into(directory: Path, name: str, targets: Mapping[str, Tensor]) -> None:
-    """Read what was laid out under a name into memory that is there; of a tensor that is spread, what lies here.
+    """Read the tensors of a name into existing ones; of a sharded tensor, the local shard.
 
-    Nothing is sent: each process reads for itself.
+    There is no communication: each rank reads for itself.
 
     Args:
-        directory: where the files lie.
+        directory: that contains the files.
         name: see `split_into_shards`.
-        targets: tensors with names, shapes and dtypes that `read_tensor_specs` has; not necessarily all. They are written.
+        targets: tensors with names, shapes and dtypes of `read_tensor_specs`; not necessarily all. They are overwritten.
 
     Raises:
-        CheckpointError: as `read_tensors` says it.
+        CheckpointError: see `read_tensors`.
     """
-    if list_files(directory, name)[0] == index_name(name):
+    if list_files(directory, name)[0] == parts_index_name(name):
         load_sharded(directory, name, targets)
         return
     found = read_tensors(directory, name)
@@ -293,7 +294,7 @@ def _weight_map(directory: Path, name: str) -> dict[str, str]:
         raise CheckpointError(f'{path} has no "weight_map" from names of tensors to names of files.')
     for file in weight_map.values():
         if PurePath(file).name != file:
-            raise CheckpointError(f"{path} names the file {file!r}; only files beside it can be used.")
+            raise CheckpointError(f"{path} names the file {file!r}; only files next to it can be used.")
     return weight_map
 
 
@@ -303,6 +304,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
     try:
         return dict(load_file(path))
-    # what a damaged header leads to: an unknown dtype, a shape that no tensor can have
+    # a corrupt header leads to many errors: an unknown dtype, an impossible shape
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Use an earlier checkpoint.") from error

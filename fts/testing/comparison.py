@@ -1,4 +1,4 @@
-"""How laws compare trees of tensors, and what they raise."""
+"""Comparison of trees of tensors, and the error of a broken law."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fts.state import TrainState
 from fts.typing import Transform
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
-"""How far two ways of computing the same may differ, relative to the numbers involved.
+"""The tolerance by dtype, relative to the size of the numbers involved.
 
-The float64 figure holds the formula. The others leave room for rounding: in 16 bits about ten roundings, since a moment squares a
+That of float64 checks the formula. The others leave room for rounding: in 16 bits about ten roundings, since a moment squares a
 gradient that was itself rounded; a division by a small number enlarges them.
 """
 
@@ -27,7 +27,7 @@ class LawError(FtsError, AssertionError):
 
 
 def transform_summary(transform: Transform) -> str:
-    """A transform and what it is made of, in one line.
+    """A transform and its parts, in one line.
 
     >>> from fts import transforms as tx
     >>> transform_summary(tx.chain(tx.scale(2.0), tx.sgd(0.1)))
@@ -38,14 +38,14 @@ def transform_summary(transform: Transform) -> str:
 
 @contextmanager
 def law(name: str, subject: str) -> Iterator[None]:
-    """Name the law and its subject in everything that goes wrong inside.
+    """Name the law and its subject in every error inside the block.
 
     Args:
         name: of the law.
-        subject: the transform's label, or the step in words.
+        subject: the transform's label, or a summary of the step.
 
     Raises:
-        LawError: something inside raised; the original exception is the cause, unless it was a LawError already.
+        LawError: the block raised; the original exception is the cause, unless it was a LawError.
 
     >>> with law("inputs_unchanged", "sgd(0.1)"):
     ...     fail("grads['w'] was written")
@@ -59,13 +59,13 @@ def law(name: str, subject: str) -> Iterator[None]:
     except LawError as error:
         text = str(error)
         raise LawError(text if " breaks the law " in text else prefix + text) from error.__cause__
-    except Exception as error:  # anything that a user's function raises breaks the law
-        words = " ".join(str(error).split())[:600]
-        raise LawError(f"{prefix}it raised {type(error).__name__}: {words}") from error
+    except Exception as error:  # any error of a user's function breaks the law
+        text = " ".join(str(error).split())[:600]
+        raise LawError(f"{prefix}it raised {type(error).__name__}: {text}") from error
 
 
 def fail(message: str) -> NoReturn:
-    """Raise LawError; `law` adds which one."""
+    """Raise LawError; `law` adds its name."""
     raise LawError(message)
 
 
@@ -78,9 +78,9 @@ def require_equal(what: str, found: Any, expected: Any) -> None:
     """Raise LawError unless two trees have the same structure and the same bits.
 
     Args:
-        what: the trees in words, for the message.
-        found: what came out.
-        expected: what should have come out.
+        what: a name of the trees, for the message.
+        found: the result.
+        expected: the expected result.
 
     >>> require_equal("updates", {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])})
     Traceback (most recent call last):
@@ -95,23 +95,25 @@ def require_equal(what: str, found: Any, expected: Any) -> None:
             fail(f"{path} is {format_tensor(one)}, expected {format_tensor(two)}")
 
 
-def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, looser: float = 1.0, made_from: Any = ()) -> None:
+def require_close(
+    what: str, found: Any, expected: Any, *, scale: float = 0.0, tolerance_factor: float = 1.0, inputs: Any = ()
+) -> None:
     """Raise LawError unless two trees have the same structure and dtypes, and values equal to rounding.
 
-    Where a value is expected to be NaN or infinite, any such value will do.
+    Where NaN or infinity is expected, any value that is not finite passes.
 
     Args:
-        what: the trees in words, for the message.
-        found: what came out.
-        expected: what should have come out.
-        scale: the size of the numbers that the values were computed from, which cancellation may leave as an error.
-        looser: a factor on the tolerance.
-        made_from: the tensors that the values were computed from: a float32 norm of bfloat16 gradients is no better
-            than these.
+        what: a name of the trees, for the message.
+        found: the result.
+        expected: the expected result.
+        scale: the size of the inputs, relative to which cancellation leaves errors.
+        tolerance_factor: multiplies the tolerance.
+        inputs: the tensors that the values were computed from: a float32 norm of bfloat16 gradients is as precise as
+            these.
 
     >>> require_close("updates", {"w": torch.tensor([1.0])}, {"w": torch.tensor([1.0 + 1e-7])})
     """
-    least = max((TOLERANCE.get(tensor.dtype, 0.0) for tensor in tree_tensors(made_from)), default=0.0)
+    input_tolerance = max((TOLERANCE.get(tensor.dtype, 0.0) for tensor in tree_tensors(inputs)), default=0.0)
     for path, one, two in _pairs(what, found, expected):
         if not isinstance(one, Tensor) or not isinstance(two, Tensor):
             if one is not two and one != two:
@@ -122,7 +124,7 @@ def require_close(what: str, found: Any, expected: Any, *, scale: float = 0.0, l
             if not _same_bits(one, two):
                 fail(f"{path} is {format_tensor(one)}, expected {format_tensor(two)}")
             continue
-        bound = looser * max(tolerance, least) * max(max_abs(two), scale)
+        bound = tolerance_factor * max(tolerance, input_tolerance) * max(max_abs(two), scale)
         if not torch.allclose(_plain(one), _plain(two), rtol=0.0, atol=bound, equal_nan=True):
             fail(f"{path} is {format_tensor(one)}, expected {format_tensor(two)} (within {bound:.3g})")
 
@@ -147,19 +149,19 @@ def named_tensors(what: str, tree: Any) -> dict[str, Tensor]:
 
 
 def storage_ptrs(tensors: Iterable[Tensor]) -> set[int]:
-    """The memory that tensors live in; empty tensors live nowhere."""
+    """The addresses of the storages of tensors that are not empty."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
 def format_tensor(tensor: Tensor) -> str:
     """A tensor in one short line."""
-    words = " ".join(str(tensor.detach()).split())
-    return words if len(words) <= 200 else f"{words[:200]}... of shape {list(tensor.shape)}"
+    text = " ".join(str(tensor.detach()).split())
+    return text if len(text) <= 200 else f"{text[:200]}... of shape {list(tensor.shape)}"
 
 
 def _named(what: str, tree: Any) -> list[tuple[str, Any]]:
     if isinstance(tree, TrainState):
-        # optree numbers the attributes of a state; a message names them
+        # optree numbers the attributes of a state; messages need names
         parts = {name: getattr(tree, name) for name in ("params", "frozen", "buffers", "opt_state", "step")}
         return [pair for name, part in parts.items() for pair in _named(f"{what}.{name}", part)]
     accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)

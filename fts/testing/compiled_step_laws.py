@@ -1,4 +1,4 @@
-"""Laws of compiled steps: they equal eager ones, replay, and are compiled once for each shape."""
+"""Laws of compiled steps: they equal eager steps, can be replayed, and are compiled once for each shape."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from fts.typing import Batch, StepFn
 Step = StepFn[TrainState]
 
 
-def backend() -> str:
-    """`inductor` where a C++ compiler is found to build its kernels with, else `aot_eager`.
+def available_backend() -> str:
+    """`inductor` if a C++ compiler is found, else `aot_eager`.
 
-    >>> backend() in ("inductor", "aot_eager")
+    >>> available_backend() in ("inductor", "aot_eager")
     True
     """
     return "inductor" if any(map(shutil.which, ("g++", "clang++", "c++"))) else "aot_eager"
 
 
-def compiled_equals_eager(step: Step, state: TrainState, batches: Sequence[Batch], *, using: str = "aot_eager") -> None:
-    """A step compiled as one graph gives what the eager step gives, to rounding; donated or not, and compiled once.
+def compiled_equals_eager(step: Step, state: TrainState, batches: Sequence[Batch], *, backend: str = "aot_eager") -> None:
+    """A step compiled as one graph equals the eager step, to rounding, with and without donation, and is compiled once.
 
     Args:
-        step: is checked; it must not draw random numbers.
-        state: the first state.
-        batches: the first is used alone, since each shape costs a graph.
-        using: the backend of torch.compile.
+        step: to check; it must not draw random numbers.
+        state: the initial state.
+        batches: only the first is used, since each shape is compiled.
+        backend: of torch.compile.
 
     Raises:
-        LawError: the step cannot be one graph, gives something else, or is compiled again for the same shapes.
+        LawError: the step cannot be one graph, has other results, or is compiled again for the same shapes.
     """
-    with law("compiled_equals_eager", step_summary(step)), _whole_graphs():
+    with law("compiled_equals_eager", step_summary(step)), _no_fallback():
         plain = with_donation(step, donate=False)
-        compiled, in_place = (compile(step, donate=donate, backend=using) for donate in (False, True))
+        compiled, in_place = (compile(step, donate=donate, backend=backend) for donate in (False, True))
         before = clone_tree(state)
-        # twice, because the second step starts from what the first one counted
+        # twice, because the second step has other counters
         for _ in range(2):
-            (expected, said), (found, told) = plain(before, batches[0]), compiled(before, batches[0])
-            require_close("the compiled state", found, expected, scale=max_abs(expected.params), looser=100)
-            require_close("the compiled metrics", told, said, looser=100)
-            written, announced = in_place(clone_tree(before), batches[0])
-            require_close("the state that was donated to the compiled step", written, found)
-            require_close("the metrics of the compiled step with donation", announced, told)
+            (expected, expected_metrics), (found, metrics) = plain(before, batches[0]), compiled(before, batches[0])
+            require_close("the compiled state", found, expected, scale=max_abs(expected.params), tolerance_factor=100)
+            require_close("the compiled metrics", metrics, expected_metrics, tolerance_factor=100)
+            donated, donated_metrics = in_place(clone_tree(before), batches[0])
+            require_close("the state that was donated to the compiled step", donated, found)
+            require_close("the metrics of the compiled step with donation", donated_metrics, metrics)
             before = expected
         _require_one_graph(compiled)
         _require_one_graph(in_place)
 
 
-def compiled_replays(step: Step, state: TrainState, batches: Sequence[Batch], *, using: str = "eager") -> None:
-    """A compiled step gives the same bits again, also with dropout, and is compiled once.
+def compiled_replays(step: Step, state: TrainState, batches: Sequence[Batch], *, backend: str = "eager") -> None:
+    """A replayed compiled step gives the same bits, also with dropout, and is compiled once.
 
     Args:
-        step: is checked.
-        state: the first state.
-        batches: the first is used alone, since each shape costs a graph.
-        using: the backend of torch.compile.
+        step: to check.
+        state: the initial state.
+        batches: only the first is used, since each shape is compiled.
+        backend: of torch.compile.
 
     Raises:
-        LawError: a replayed step gave something else, or the step was compiled again for the same shapes.
+        LawError: a replayed step had other results, or the step was compiled again for the same shapes.
     """
-    with law("compiled_replays", step_summary(step)), _whole_graphs():
-        compiled = compile(step, donate=False, backend=using)
+    with law("compiled_replays", step_summary(step)), _no_fallback():
+        compiled = compile(step, donate=False, backend=backend)
         before = clone_tree(state)
         for _ in range(2):
             first = compiled(before, batches[0])
@@ -88,7 +88,7 @@ def _require_one_graph(step: CompiledStep) -> None:
 
 
 @contextmanager
-def _whole_graphs() -> Iterator[None]:
+def _no_fallback() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", CompileFallbackWarning)
         yield

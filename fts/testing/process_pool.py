@@ -1,7 +1,6 @@
-"""Laws that need several processes: real ones, started once for many examples.
+"""A pool of processes that form a gloo process group, started once for many examples.
 
-The processes start afresh (`spawn`), so a script that calls this needs `if __name__ == "__main__":`, and what they run is found
-by its name in its module.
+The processes are spawned, so a script that uses this needs `if __name__ == "__main__":`, and functions are pickled by name.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -20,54 +19,48 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 
 from fts.errors import ArgumentError
-from fts.testing import strategies
 from fts.testing.comparison import LawError
-from fts.testing.sharded import SHARDING_LAYOUTS, sharded_equals_full
-from fts.testing.transform_checks import run_examples
-from fts.typing import Params, Transform
 
 Run: TypeAlias = Callable[..., list[Any]]
-"""`run(function, *arguments)`: what each process makes of it, by rank."""
+"""`run(function, *arguments)`: the results of all ranks."""
 
-_PATIENCE = 5.0  # seconds that the others get to answer where one process has failed
+_GRACE_SECONDS = 5.0  # for the results of the other processes, after one has failed
 
 
-class _Answer(NamedTuple):
+class _Result(NamedTuple):
     value: Any
     error: str = ""
-    is_law: bool = False
-    silent: bool = False
+    is_law_error: bool = False
+    is_missing: bool = False
 
 
-_MEET = pickle.dumps((torch.distributed.barrier, ()))
+_BARRIER = pickle.dumps((torch.distributed.barrier, ()))
 
 
 @contextmanager
 def process_pool(count: int = 2, *, timeout: float = 120.0) -> Iterator[Run]:
-    """Start processes that form a group with gloo, and let them run functions until the block ends.
+    """Start processes that form a gloo group, and let them run functions until the block ends.
 
     Args:
-        count: how many.
-        timeout: seconds for one function, and for each exchange in it.
+        count: the world size.
+        timeout: seconds for one function, and for each collective in it.
 
     Yields:
-        `run(function, *arguments)`: every process calls the function, which must be found by its name in a module; the arguments
-        and results are pickled. It returns the results by rank. Where a function raises, `run` raises LawError or RuntimeError
-        with the words of a process that failed; where the processes have lost each other they are started anew for the next.
+        `run(function, *arguments)`: every process calls the function, which must be at the top of a module; the arguments and
+        results are pickled. It returns the results by rank. If a function raises, `run` raises LawError or RuntimeError with the
+        message of a process that failed; if the processes have lost their connections, the next call starts new ones.
 
     Raises:
-        ArgumentError: `count` is below 2, or what is to be run cannot be sent.
+        ArgumentError: `count` is below 2, or the function cannot be pickled.
 
     >>> with process_pool(2) as run:  # doctest: +SKIP
     ...     run(torch.distributed.get_rank)
     [0, 1]
     """
     if count < 2:
-        raise ArgumentError(f"processes: count must be at least 2, not {count!r}.")
+        raise ArgumentError(f"process_pool: count must be at least 2, not {count!r}.")
     started: list[tuple[Any, Connection]] = []
 
     def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -79,16 +72,18 @@ def process_pool(count: int = 2, *, timeout: float = 120.0) -> Iterator[Run]:
             ) from error
         if not started:
             started.extend(_start(count, timeout))
-        answers = _asked(started, message, timeout)
-        failed = [answer for answer in answers if answer.error]
+        results = _call_all(started, message, timeout)
+        failed = [result for result in results if result.error]
         if failed:
-            # those that have lost each other are of no more use, and one that still waits may not be asked anything else
-            if any(answer.silent for answer in answers) or any(answer.error for answer in _asked(started, _MEET, _PATIENCE)):
+            # processes that have lost their connections, or still wait, cannot be used any more
+            if any(result.is_missing for result in results) or any(
+                result.error for result in _call_all(started, _BARRIER, _GRACE_SECONDS)
+            ):
                 _stop(started)
-            # a process that lost the others says less than the one that left them
-            first = min(failed, key=lambda answer: (not answer.is_law, answer.silent))
-            raise LawError(first.error) if first.is_law else RuntimeError(first.error)
-        return [answer.value for answer in answers]
+            # the error of the first failure says more than the lost connections that follow
+            first = min(failed, key=lambda result: (not result.is_law_error, result.is_missing))
+            raise LawError(first.error) if first.is_law_error else RuntimeError(first.error)
+        return [result.value for result in results]
 
     try:
         yield run
@@ -96,115 +91,67 @@ def process_pool(count: int = 2, *, timeout: float = 120.0) -> Iterator[Run]:
         _stop(started)
 
 
-def check_sharded_transform(
-    make_transform: Callable[[], Transform],
-    *,
-    processes: int = 2,
-    params: SearchStrategy[Params] | Params | None = None,
-    steps: int = 2,
-    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
-    spreads: Collection[str] = tuple(SHARDING_LAYOUTS),
-) -> None:
-    """Check that a transform gives on tensors that are spread over processes what it gives on whole ones.
-
-    The processes are started once; Hypothesis's active profile says how many examples they see.
-
-    Args:
-        make_transform: makes the transform in each process: a function at the top of a module, or `functools.partial` of one.
-        processes: how many; an even number.
-        params: parameters, or a strategy of them, for a transform that knows names or shapes; None generates any.
-        steps: the largest number of successive updates.
-        dtypes: of generated parameters.
-        spreads: how tensors are spread: names of `fts.testing.sharded.SHARDING_LAYOUTS`.
-
-    Raises:
-        LawError: the law does not hold. The message names the transform, the layout, the parameter and both values.
-        ArgumentError: the function cannot be sent to other processes, or an argument is out of range.
-
-    >>> import functools
-    >>> from fts import transforms as tx
-    >>> check_sharded_transform(functools.partial(tx.clip_by_global_norm, 1.0))  # doctest: +SKIP
-    """
-    if processes < 2 or processes % 2:
-        raise ArgumentError(f"check_sharded_transform: processes must be an even number, not {processes!r}.")
-    tree = (
-        strategies.params(dtypes=dtypes) if params is None else st.just(dict(params)) if isinstance(params, Mapping) else params
-    )
-    examples = st.tuples(strategies.trajectories(tree, length=steps), st.sampled_from(sorted(spreads)))
-    with _group(processes) as run:
-
-        def check(example: Any) -> None:
-            trajectory, spread = example
-            run(_holds, make_transform, *trajectory, spread)
-
-        run_examples(check, examples)
-
-
-def _holds(make_transform: Callable[[], Transform], params: Params, gradients: list[Params], spread: str) -> None:
-    sharded_equals_full(make_transform(), params, gradients, spread=spread)
-
-
-_group = process_pool  # an argument has the same name
-
-
 def _start(count: int, timeout: float) -> list[tuple[Any, Connection]]:
     context = multiprocessing.get_context("spawn")
-    meeting = Path(tempfile.mkdtemp(prefix="fts-processes-")) / "meeting"
+    rendezvous = Path(tempfile.mkdtemp(prefix="fts-processes-")) / "rendezvous"
     started: list[tuple[Any, Connection]] = []
     for rank in range(count):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, count, str(meeting), timeout, theirs), daemon=True)
+        parent_end, child_end = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, count, str(rendezvous), timeout, child_end), daemon=True)
         process.start()
-        theirs.close()
-        started.append((process, ours))
+        child_end.close()
+        started.append((process, parent_end))
     return started
 
 
 def _stop(started: list[tuple[Any, Connection]]) -> None:
-    for process, line in started:
-        line.close()
+    for process, connection in started:
+        connection.close()
         process.kill()
     for process, _ in started:
         process.join()
     started.clear()
 
 
-def _asked(started: list[tuple[Any, Connection]], message: bytes, timeout: float) -> list[_Answer]:
-    """What each process says; where one has failed, the others, which may wait for it, get little time."""
-    lines = [line for _, line in started]
-    for line in lines:
-        with suppress(OSError):  # one that has ended does not answer either
-            line.send_bytes(message)
-    answers = {line: _Answer(None, f"a process gave no answer in {timeout:g} seconds", silent=True) for line in lines}
-    waiting, until = set(lines), time.monotonic() + timeout
+def _call_all(started: list[tuple[Any, Connection]], message: bytes, timeout: float) -> list[_Result]:
+    """The result of each process; once one has failed, the others, which may wait for it, get little time."""
+    connections = [connection for _, connection in started]
+    for connection in connections:
+        with suppress(OSError):  # the process has ended
+            connection.send_bytes(message)
+    results = {
+        connection: _Result(None, f"a process did not answer in {timeout:g} seconds", is_missing=True)
+        for connection in connections
+    }
+    waiting, until = set(connections), time.monotonic() + timeout
     while waiting and (ready := wait(list(waiting), max(0.0, until - time.monotonic()))):
-        for line in waiting.intersection(ready):
-            waiting.remove(line)
+        for connection in waiting.intersection(ready):
+            waiting.remove(connection)
             try:
-                answers[line] = _Answer(*pickle.loads(line.recv_bytes()))  # noqa: S301  # from a process that this one started
+                results[connection] = _Result(*pickle.loads(connection.recv_bytes()))  # noqa: S301  # from a process that this one started
             except (EOFError, ConnectionError):
-                answers[line] = _Answer(None, "a process has ended", silent=True)
-            if answers[line].error:
-                until = min(until, time.monotonic() + _PATIENCE)
-    return [answers[line] for line in lines]
+                results[connection] = _Result(None, "a process has ended", is_missing=True)
+            if results[connection].error:
+                until = min(until, time.monotonic() + _GRACE_SECONDS)
+    return [results[connection] for connection in connections]
 
 
-def _serve(rank: int, count: int, meeting: str, timeout: float, line: Connection) -> None:
-    """Run what comes, in one of the processes."""
+def _serve(rank: int, count: int, rendezvous: str, timeout: float, connection: Connection) -> None:
+    """Serve calls, in one of the processes."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
     )
     while True:
         try:
-            message = line.recv_bytes()
-        except EOFError:  # the other end has gone
+            message = connection.recv_bytes()
+        except EOFError:  # the parent has closed the connection
             return
         try:
             function, arguments = pickle.loads(message)  # noqa: S301  # from the process that started this one
-            answer = _Answer(function(*arguments))
+            result = _Result(function(*arguments))
         except LawError as error:
-            answer = _Answer(None, str(error), True)
-        except Exception as error:  # noqa: BLE001  # is told to the other end
-            answer = _Answer(None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        line.send_bytes(pickle.dumps(tuple(answer)))
+            result = _Result(None, str(error), True)
+        except Exception as error:  # noqa: BLE001  # is sent to the parent
+            result = _Result(None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        connection.send_bytes(pickle.dumps(tuple(result)))

@@ -1,4 +1,4 @@
-"""Laws of pure functions: the same inputs give the same outputs, and inputs are only read."""
+"""Laws of purity: the same inputs give the same outputs, and inputs are not changed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fts.typing import Params, Transform
 
 
 def same_inputs_same_outputs(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """`init` and `update` are functions of their arguments: no hidden state, no ambient randomness.
+    """`init` and `update` are functions of their arguments: no hidden state, no global random numbers.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters, at which all updates are taken.
         gradients: of successive updates.
 
     Raises:
-        LawError: a second call gave something else.
+        LawError: a second call gave another result.
     """
     with law("same_inputs_same_outputs", transform_summary(transform)):
         state = transform.init(params)
-        torch.rand(1)  # whatever else draws random numbers must not matter
+        torch.rand(1)  # other random numbers must not matter
         require_equal("init(params)", transform.init(params), state)
         for grads in gradients:
             first = transform.update(grads, state, params)
@@ -44,10 +44,10 @@ def same_inputs_same_outputs(transform: Transform, params: Params, gradients: Se
 
 
 def inputs_unchanged(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """`init` and `update` write none of their arguments.
+    """`init` and `update` do not write their arguments.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters, at which all updates are taken.
         gradients: of successive updates.
 
@@ -55,9 +55,9 @@ def inputs_unchanged(transform: Transform, params: Params, gradients: Sequence[P
         LawError: an argument was changed.
     """
     with law("inputs_unchanged", transform_summary(transform)):
-        kept = clone_tree(params)
+        copy = clone_tree(params)
         state = transform.init(params)
-        require_equal("after init, params", params, kept)
+        require_equal("after init, params", params, copy)
         for grads in gradients:
             inputs = {"grads": grads, "state": state, "params": params}
             copies = {name: clone_tree(tree) for name, tree in inputs.items()}
@@ -70,10 +70,10 @@ def inputs_unchanged(transform: Transform, params: Params, gradients: Sequence[P
 def state_owns_its_memory(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
     """A fresh state shares no memory with the parameters, nor do two of its tensors, so that steps may write in place.
 
-    After the fast paths `apply` and `update_` this holds as well.
+    The same is true after the fast paths `apply` and `update_`.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters.
         gradients: of successive updates.
 
@@ -81,30 +81,30 @@ def state_owns_its_memory(transform: Transform, params: Params, gradients: Seque
         LawError: memory is shared.
     """
     with law("state_owns_its_memory", transform_summary(transform)):
-        mine = clone_tree(params)
-        state = transform.init(mine)
-        _require_apart("init(params)", state, mine)
+        own_params = clone_tree(params)
+        state = transform.init(own_params)
+        _require_unshared("init(params)", state, own_params)
         if transform.apply is not None:
             for grads in gradients:
-                given = clone_tree(grads)
-                mine, state, _ = transform.apply(given, state, mine)
-                _require_apart("apply's state", state, mine, given)
+                own_grads = clone_tree(grads)
+                own_params, state, _ = transform.apply(own_grads, state, own_params)
+                _require_unshared("apply's state", state, own_params, own_grads)
         if transform.update_ is not None:
-            state = transform.init(mine)
+            state = transform.init(own_params)
             for grads in gradients:
-                given = clone_tree(grads)
-                updates, state, _ = transform.update_(given, state, mine)
-                # what comes next may overwrite the updates and the gradients, never the parameters or the state
-                _require_apart("update_'s state", state, mine, given, updates)
-                shared = storage_ptrs(tree_tensors(updates)) & storage_ptrs(tree_tensors(mine))
+                own_grads = clone_tree(grads)
+                updates, state, _ = transform.update_(own_grads, state, own_params)
+                # the next step may overwrite the updates and the gradients, but not the parameters or the state
+                _require_unshared("update_'s state", state, own_params, own_grads, updates)
+                shared = storage_ptrs(tree_tensors(updates)) & storage_ptrs(tree_tensors(own_params))
                 if shared:
                     fail("update_'s updates share memory with the parameters; return copies")
 
 
-def _require_apart(what: str, state: object, *others: Params) -> None:
+def _require_unshared(what: str, state: object, *others: Params) -> None:
     owners: dict[int, str] = {}
-    for other, words in zip(others, ("the parameter", "the gradient", "the update"), strict=False):
-        owners |= {tensor.untyped_storage().data_ptr(): f"{words} {name!r}" for name, tensor in other.items() if tensor.numel()}
+    for other, kind in zip(others, ("the parameter", "the gradient", "the update"), strict=False):
+        owners |= {tensor.untyped_storage().data_ptr(): f"{kind} {name!r}" for name, tensor in other.items() if tensor.numel()}
     for path, tensor in named_tensors(what, state).items():
         if not tensor.numel():
             continue

@@ -1,4 +1,4 @@
-"""All laws of a step, on given or generated batches."""
+"""The check of all laws of a step, on given or generated batches."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ SLOW_LAWS: tuple[StepLaw, ...] = (compiled_equals_eager, compiled_replays)
 STEP_LAWS: dict[str, StepLaw] = {law.__name__: law for law in (*FAST_LAWS, *SLOW_LAWS)}
 """Every law of a step, `law(step, state, batches)`, by name."""
 
-_SHARES = {FAST_LAWS: 4, SLOW_LAWS: 20}
-"""One in how many of the profile's examples a group of laws gets."""
+_EXAMPLES_DIVISOR = {FAST_LAWS: 4, SLOW_LAWS: 20}
+"""By group of laws: the number of examples in Hypothesis's profile for one that the group gets."""
 
 
 def check_step(
@@ -59,17 +59,17 @@ def check_step(
 
     Args:
         step: from `train_step`, or any function `(state, batch) -> (state, metrics)`. Laws of engines, donation and
-            accumulation are checked on the first kind alone, since a composition decides about these by itself.
-        state: the first state; it is not consumed.
-        batches: of successive steps, at least one; or a strategy of such sequences, a quarter as many as
-            Hypothesis's active profile says, and a twentieth for laws that compile.
-        laws: check these alone; the names are those of `STEP_LAWS`.
-        skip: leave these out: `accumulated_equals_big_batch` and `engines_agree` for what mixes or draws at random
-            within a batch (BatchNorm, dropout), `compiled_equals_eager` for what draws at random.
+            accumulation are checked for the first kind only, since a function has no such options.
+        state: the initial state; it is not consumed.
+        batches: of successive steps, at least one; or a strategy for such sequences. Of the examples of Hypothesis's active
+            profile laws get a quarter, those that compile a twentieth.
+        laws: check only these; the names are those of `STEP_LAWS`.
+        skip: do not check these: `accumulated_equals_big_batch` and `engines_agree` if examples of a batch depend on each
+            other (BatchNorm) or on random numbers (dropout), `compiled_equals_eager` for random numbers.
 
     Raises:
-        LawError: a law does not hold. The message names it, the step, the parameter and both values.
-        ArgumentError: there is no law of a given name, or there are no batches.
+        LawError: a law is broken. The message names it, the step, the parameter and both values.
+        ArgumentError: there is no law of a given name, or no batch.
 
     >>> import torch
     >>> from fts import steps, transforms as tx
@@ -80,12 +80,12 @@ def check_step(
     if not callable(step):
         raise ArgumentError(f"check_step needs a step (state, batch) -> (state, metrics), not {type(step).__name__}.")
     chosen = select_laws(STEP_LAWS, laws, skip)
-    for group, share in _SHARES.items():
-        wanted = [law for law in group if law.__name__ in chosen]
+    for group, divisor in _EXAMPLES_DIVISOR.items():
+        selected = [law for law in group if law.__name__ in chosen]
         if not isinstance(batches, SearchStrategy):
-            _check_all(wanted, step, state, batches)
-        elif wanted:
-            run_examples(partial(_check_all, wanted, step, state), batches, share=share, shrink=group is not SLOW_LAWS)
+            _check_all(selected, step, state, batches)
+        elif selected:
+            run_examples(partial(_check_all, selected, step, state), batches, divisor=divisor, shrink=group is not SLOW_LAWS)
 
 
 def _check_all(laws: Sequence[StepLaw], step: StepFn[TrainState], state: TrainState, batches: Sequence[Batch]) -> None:

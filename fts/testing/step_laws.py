@@ -24,7 +24,7 @@ Step = StepFn[TrainState]
 
 
 def step_summary(step: Any) -> str:
-    """A step in one line, for messages."""
+    """A step and its parts in one line, for messages."""
     return " / ".join(line.strip("│├└─ ") for line in describe(step).splitlines())
 
 
@@ -32,46 +32,46 @@ def metrics_are_flat(step: Step, state: TrainState, batches: Sequence[Batch]) ->
     """Metrics are a dictionary of 0-d tensors without gradients, with the same names in every step.
 
     Args:
-        step: is checked.
-        state: the first state.
+        step: to check.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
-        LawError: they are something else.
+        LawError: they are not.
     """
     with law("metrics_are_flat", step_summary(step)):
         state = clone_tree(state)
-        first: set[str] | None = None
+        names: set[str] | None = None
         for batch in batches:
-            state, metrics = _undonated(step)(state, batch)
+            state, metrics = _without_donation(step)(state, batch)
             for name, value in metrics.items():
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
                     fail(f"metrics[{name!r}] is {found}, not a 0-d tensor")
                 if value.requires_grad:
-                    fail(f"metrics[{name!r}] holds on to the step's graph; detach it")
-            first = set(metrics) if first is None else first
-            if set(metrics) != first:
-                fail(f"the metrics' names became {sorted(metrics)} from {sorted(first)}")
+                    fail(f"metrics[{name!r}] keeps the step's autograd graph; detach it")
+            names = set(metrics) if names is None else names
+            if set(metrics) != names:
+                fail(f"the metrics' names became {sorted(metrics)} from {sorted(names)}")
 
 
 def state_advances(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """A new state has the structure, shapes and dtypes of the old one, and a higher step.
+    """The new state has the structure, shapes and dtypes of the old one, and a higher step.
 
     Args:
-        step: is checked.
-        state: the first state.
+        step: to check.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
-        LawError: the form of the state changed, or its step did not rise.
+        LawError: the structure of the state changed, or its step did not increase.
     """
     with law("state_advances", step_summary(step)):
         state = clone_tree(state)
         for batch in batches:
-            after, _ = _undonated(step)(state, batch)
+            after, _ = _without_donation(step)(state, batch)
             if int(after.step) <= int(state.step):
-                fail(f"state.step is {int(after.step)} after a step from {int(state.step)}; a step raises it")
+                fail(f"state.step is {int(after.step)} after a step from {int(state.step)}; a step increases it")
             found, expected = optree.tree_structure(after), optree.tree_structure(state)  # type: ignore[arg-type]
             if found != expected:
                 fail(f"the state's structure became {found} from {expected}")
@@ -80,16 +80,16 @@ def state_advances(step: Step, state: TrainState, batches: Sequence[Batch]) -> N
                 if (tensor.shape, tensor.dtype, tensor.device) != (old.shape, old.dtype, old.device):
                     fail(f"{path} became {tensor.dtype}{list(tensor.shape)} from {old.dtype}{list(old.shape)}")
                 if tensor.requires_grad:
-                    fail(f"{path} holds on to the step's graph; detach it")
+                    fail(f"{path} keeps the step's autograd graph; detach it")
             state = after
 
 
 def step_inputs_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """A step that does not donate writes neither the state nor the batch, nor do later steps write what it returned.
+    """A step without donation does not write the state or the batch, and later steps do not write its results.
 
     Args:
-        step: is checked.
-        state: the first state.
+        step: to check.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
@@ -101,7 +101,7 @@ def step_inputs_unchanged(step: Step, state: TrainState, batches: Sequence[Batch
         for index, batch in enumerate(batches):
             kept.append((f"state {index}", state, clone_tree(state)))
             before = clone_tree(batch)
-            state, metrics = _undonated(step)(state, batch)
+            state, metrics = _without_donation(step)(state, batch)
             kept.append((f"metrics {index}", metrics, clone_tree(metrics)))
             require_equal("after the step, batch", batch, before)
         for what, now, copied in kept:
@@ -109,11 +109,11 @@ def step_inputs_unchanged(step: Step, state: TrainState, batches: Sequence[Batch
 
 
 def module_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """The module that a loss runs is as it was: tensors, their values, gradients and modes.
+    """The module of a loss is unchanged: its tensors, their values, gradients and training flags.
 
     Args:
-        step: is checked, where it comes from `train_step` with a `module_loss`.
-        state: the first state.
+        step: to check, if it is from `train_step` with a `module_loss`.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
@@ -126,41 +126,41 @@ def module_unchanged(step: Step, state: TrainState, batches: Sequence[Batch]) ->
     module = step.gradient_fn.forward.loss.module
     with law("module_unchanged", step_summary(step)):
         for variant in (step, with_donation(step)):
-            before, tensors = _portrait(module), clone_tree(module.state_dict())
+            before, tensors = _module_snapshot(module), clone_tree(module.state_dict())
             run_steps(variant, clone_tree(state), batches)
-            if _portrait(module) != before:
-                fail("a parameter or buffer was exchanged, or a gradient, requires_grad or training flag changed")
+            if _module_snapshot(module) != before:
+                fail("a parameter or buffer was replaced, or a gradient, requires_grad or training flag changed")
             require_equal("module", module.state_dict(), tensors)
 
 
 def replayed_equals_first(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """The same state and batch give the same bits, whatever was drawn from any generator in between.
+    """The same state and batch give the same bits, even if random numbers were drawn from any generator in between.
 
     Args:
-        step: is checked.
-        state: the first state.
+        step: to check.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
-        LawError: a replayed step gave something else.
+        LawError: a replayed step had other results.
     """
     with law("replayed_equals_first", step_summary(step)):
         state = clone_tree(state)
         for batch in batches:
-            first = _undonated(step)(state, batch)
+            first = _without_donation(step)(state, batch)
             _disturb_generators()
-            again = _undonated(step)(state, batch)
+            again = _without_donation(step)(state, batch)
             require_equal("state", again[0], first[0])
             require_equal("metrics", again[1], first[1])
             state = first[0]
 
 
 def donated_equals_pure(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """Steps that reuse the old state's storage give the same bits, and consume that state.
+    """Steps with donation give the same bits, and consume their input state.
 
     Args:
-        step: is checked, where it can donate.
-        state: the first state.
+        step: to check, if it can donate.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
@@ -169,9 +169,8 @@ def donated_equals_pure(step: Step, state: TrainState, batches: Sequence[Batch])
     if with_donation(step) is step and not getattr(step, "donate", False):
         return
     with law("donated_equals_pure", step_summary(step)):
-        expected, metrics = run_steps(_undonated(step), clone_tree(state), batches)
-        given = clone_tree(state)
-        found = given
+        expected, metrics = run_steps(_without_donation(step), clone_tree(state), batches)
+        found = clone_tree(state)
         donated_metrics: Any = {}
         for batch in batches:
             before = found
@@ -189,8 +188,8 @@ def engines_agree(step: Step, state: TrainState, batches: Sequence[Batch]) -> No
     """The engines `module` and `func` give the same states and metrics, to rounding.
 
     Args:
-        step: is checked, where it comes from `train_step`.
-        state: the first state.
+        step: to check, if it is from `train_step`.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
@@ -200,74 +199,74 @@ def engines_agree(step: Step, state: TrainState, batches: Sequence[Batch]) -> No
         return
     with law("engines_agree", step_summary(step)):
         for batch in batches:
-            (one, said), (two, told) = (
-                _undonated(_with(step, engine=name))(clone_tree(state), batch) for name in ("module", "func")
+            (expected, expected_metrics), (found, metrics) = (
+                _without_donation(_with(step, engine=name))(clone_tree(state), batch) for name in ("module", "func")
             )
-            _require_close_states("the state by engine 'func'", two, one)
-            require_close("the metrics by engine 'func'", told, said, looser=_loose(step))
-            state = one
+            _require_close_states("the state by engine 'func'", found, expected)
+            require_close("the metrics by engine 'func'", metrics, expected_metrics, tolerance_factor=_metrics_tolerance(step))
+            state = expected
 
 
 def accumulated_equals_big_batch(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """A batch that is cut into two, three or all its rows gives the state and metrics of the whole, to rounding.
+    """Accumulation over two, three or batch-size micro-batches gives the state and metrics of the full batch, to rounding.
 
     Args:
-        step: is checked, where it comes from `train_step`.
-        state: the first state.
-        batches: of successive steps; those without rows are left out.
+        step: to check, if it is from `train_step`.
+        state: the initial state.
+        batches: of successive steps; those without a batch size are skipped.
 
     Raises:
-        LawError: a cut batch gives something else, as when a loss is not a mean over the items that its weight counts.
+        LawError: the results differ, as when a loss is not a mean over the examples that its weight counts.
     """
     if not isinstance(step, TrainStep) or not isinstance(step.gradient_fn, ValueAndGrad):
         return
     with law("accumulated_equals_big_batch", step_summary(step)):
         for batch in batches:
-            whole, said = _undonated(_with(step, accumulate=1))(clone_tree(state), batch)
+            expected, expected_metrics = _without_donation(_with(step, accumulate=1))(clone_tree(state), batch)
             for parts in sorted({2, 3, batch_size_of(batch) or 1}):
                 if parts > (batch_size_of(batch) or 1):
                     continue
                 for engine in ("module", "func"):
-                    cut, told = _undonated(_with(step, accumulate=parts, engine=engine))(clone_tree(state), batch)
+                    found, metrics = _without_donation(_with(step, accumulate=parts, engine=engine))(clone_tree(state), batch)
                     what = f"of {parts} micro-batches by engine {engine!r}"
-                    _require_close_states(f"the state {what}", cut, whole)
-                    require_close(f"the metrics {what}", told, said, looser=_loose(step))
-            state = whole
+                    _require_close_states(f"the state {what}", found, expected)
+                    require_close(f"the metrics {what}", metrics, expected_metrics, tolerance_factor=_metrics_tolerance(step))
+            state = expected
 
 
 def resumed_equals_uninterrupted(step: Step, state: TrainState, batches: Sequence[Batch]) -> None:
-    """A run that is saved and loaded between any two steps ends with the same bits.
+    """A run that is saved and resumed between any two steps ends with the same bits.
 
     Args:
-        step: is checked.
-        state: the first state.
+        step: to check.
+        state: the initial state.
         batches: of successive steps.
 
     Raises:
-        LawError: the resumed run ends elsewhere, or the state cannot be saved.
+        LawError: the resumed run has other results, or the state cannot be saved.
     """
     with law("resumed_equals_uninterrupted", step_summary(step)):
-        expected, metrics = run_steps(_undonated(step), clone_tree(state), batches)
-        for cut in range(len(batches)):
-            middle, _ = run_steps(_undonated(step), clone_tree(state), batches[:cut])
+        expected, metrics = run_steps(_without_donation(step), clone_tree(state), batches)
+        for resumed_at in range(len(batches)):
+            middle, _ = run_steps(_without_donation(step), clone_tree(state), batches[:resumed_at])
             with tempfile.TemporaryDirectory() as directory:
-                # what the file does not hold must come from a fresh state, not from the one that was trained
+                # values that the file lacks must come from a new state, not from the trained one
                 middle = TrainState.load(middle.save(directory), like=clone_tree(state).replace(seed=state.seed + 1))
             _disturb_generators()
-            found, told = run_steps(_undonated(step), middle, batches[cut:])
-            require_equal(f"resumed at {cut}, state", found, expected)
-            require_equal(f"resumed at {cut}, metrics", told, metrics)
+            found, found_metrics = run_steps(_without_donation(step), middle, batches[resumed_at:])
+            require_equal(f"resumed at {resumed_at}, state", found, expected)
+            require_equal(f"resumed at {resumed_at}, metrics", found_metrics, metrics)
 
 
 def run_steps(step: Step, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Any]:
-    """Fold a step over batches; the metrics are those of the last one."""
+    """Run a step over batches; the metrics are those of the last one."""
     metrics: Any = {}
     for batch in batches:
         state, metrics = step(state, batch)
     return state, metrics
 
 
-def _undonated(step: Step) -> Step:
+def _without_donation(step: Step) -> Step:
     return with_donation(step, donate=False)  # type: ignore[no-any-return]
 
 
@@ -277,14 +276,16 @@ def _with(step: TrainStep, **changes: Any) -> TrainStep:
 
 
 def _require_close_states(what: str, found: TrainState, expected: TrainState) -> None:
-    # an optimizer that divides by the gradient's size makes much of a small one's rounding
-    require_close(f"{what}, params", found.params, expected.params, scale=max_abs(expected.params), looser=100)
-    require_close(f"{what}, buffers", found.buffers, expected.buffers, looser=100)
-    require_close(f"{what}, opt_state", found.opt_state, expected.opt_state, scale=max_abs(expected.opt_state), looser=100)
+    # an optimizer that divides by the gradient's size enlarges the rounding errors of small gradients
+    require_close(f"{what}, params", found.params, expected.params, scale=max_abs(expected.params), tolerance_factor=100)
+    require_close(f"{what}, buffers", found.buffers, expected.buffers, tolerance_factor=100)
+    require_close(
+        f"{what}, opt_state", found.opt_state, expected.opt_state, scale=max_abs(expected.opt_state), tolerance_factor=100
+    )
     require_equal(f"{what}, step", found.step, expected.step)
 
 
-def _loose(step: TrainStep) -> float:
+def _metrics_tolerance(step: TrainStep) -> float:
     return 1e4 if getattr(step.gradient_fn, "precision", None) == "bf16" else 100.0
 
 
@@ -294,7 +295,7 @@ def _disturb_generators() -> None:
     random.random()
 
 
-def _portrait(module: nn.Module) -> list[Any]:
+def _module_snapshot(module: nn.Module) -> list[Any]:
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return [(name, id(t), t.data_ptr(), t.requires_grad, id(t.grad) if t.grad is not None else None) for name, t in tensors] + [
         child.training for child in module.modules()

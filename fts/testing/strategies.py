@@ -20,7 +20,7 @@ from fts.typing import Params
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 VALUE_KINDS = ("normal", "zeros", "mixed", "tiny", "huge", "equal")
-"""What the values of a tensor are like; their squares stay finite."""
+"""Kinds of values of a tensor; their squares are finite."""
 
 
 class Trajectory(NamedTuple):
@@ -34,7 +34,7 @@ def names() -> SearchStrategy[str]:
     """Parameter names as modules have them, such as `w`, `0.weight` or `layers.1.attention.bias`.
 
     Returns:
-        A strategy of strings.
+        A strategy for strings.
     """
     part = r"[a-z_][a-z0-9_]{0,4}"
     return st.one_of(
@@ -47,36 +47,36 @@ def shapes(*, empty: bool = True) -> SearchStrategy[tuple[int, ...]]:
     """Shapes of zero to three axes of length 1 to 4, and some with enough numbers for vectorized kernels.
 
     Args:
-        empty: now and then an axis has the length 0.
+        empty: sometimes an axis has the length 0.
 
     Returns:
-        A strategy of tuples.
+        A strategy for tuples.
     """
     small = st.lists(st.integers(1, 4), max_size=3).map(tuple)
-    # a kernel may treat a whole vector of numbers unlike the rest: 64 bytes hold 8 to 32 numbers
+    # a vectorized kernel may treat the last elements differently: 64 bytes have 8 to 32 numbers
     large = st.sampled_from([(33,), (5, 13), (64,), (3, 4, 7)])
     return st.one_of(small, small, large, st.sampled_from([(0,), (3, 0)])) if empty else st.one_of(small, small, large)
 
 
 @st.composite
 def tensors(draw: DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, nonfinite: bool = False, strided: bool = True) -> Tensor:
-    """Tensors with values of one kind: ordinary, zero, partly zero, tiny, huge, or all the same.
+    """Tensors with values of one kind: normal, zero, partly zero, tiny, huge, or all equal.
 
     Args:
-        draw: is given by Hypothesis.
+        draw: from Hypothesis.
         shape: of the tensor.
         dtype: a floating dtype.
-        nonfinite: now and then one value is NaN or infinite.
-        strided: now and then the memory is laid out in another order than the axes.
+        nonfinite: sometimes one value is NaN or infinite.
+        strided: sometimes permute the axes, so that the memory is not contiguous.
 
     Returns:
-        A strategy of tensors.
+        A strategy for tensors.
     """
     kind = draw(st.sampled_from(VALUE_KINDS))
     # one integer instead of a number for each value, so that thousands of trees are generated in seconds
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    turned = strided and len(shape) > 1 and draw(st.integers(0, 4)) == 4
-    values = torch.randn(shape[::-1] if turned else shape, dtype=torch.float64, generator=generator)
+    permuted = strided and len(shape) > 1 and draw(st.integers(0, 4)) == 4
+    values = torch.randn(shape[::-1] if permuted else shape, dtype=torch.float64, generator=generator)
     if kind == "zeros":
         values.zero_()
     elif kind == "mixed":
@@ -90,7 +90,7 @@ def tensors(draw: DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, nonfini
             st.sampled_from([float("nan"), float("inf"), -float("inf")])
         )
     tensor = values.to(dtype)
-    return tensor.permute(*range(len(shape))[::-1]) if turned else tensor
+    return tensor.permute(*range(len(shape))[::-1]) if permuted else tensor
 
 
 @st.composite
@@ -105,14 +105,14 @@ def params(
     """Parameters: one to `max_size` tensors by name, mostly of one dtype.
 
     Args:
-        draw: is given by Hypothesis.
-        named: the names, for transforms that know them; None generates some.
-        dtypes: what to choose from.
+        draw: from Hypothesis.
+        named: the names, for transforms that need certain ones; None generates some.
+        dtypes: to choose from.
         max_size: the largest number of generated names.
-        empty: now and then a tensor has no values.
+        empty: sometimes a tensor has no values.
 
     Returns:
-        A strategy of dictionaries.
+        A strategy for dictionaries.
     """
     chosen = list(named) if named is not None else draw(st.lists(names(), min_size=1, max_size=max_size, unique=True))
     common = draw(st.sampled_from(list(dtypes)))
@@ -129,12 +129,12 @@ def grads_like(draw: DrawFn, params: Params, *, nonfinite: bool = False) -> Para
     """Gradients with the names, shapes and dtypes of parameters.
 
     Args:
-        draw: is given by Hypothesis.
+        draw: from Hypothesis.
         params: the parameters.
-        nonfinite: now and then a value is NaN or infinite.
+        nonfinite: sometimes a value is NaN or infinite.
 
     Returns:
-        A strategy of dictionaries.
+        A strategy for dictionaries.
     """
     return {name: draw(tensors(tuple(p.shape), p.dtype, nonfinite=nonfinite)) for name, p in params.items()}
 
@@ -146,13 +146,13 @@ def trajectories(
     """Parameters and the gradients of one to `length` updates.
 
     Args:
-        draw: is given by Hypothesis.
+        draw: from Hypothesis.
         tree: of the parameters; `params()` where None.
         length: the largest number of updates.
-        nonfinite: now and then a gradient is NaN or infinite.
+        nonfinite: sometimes a gradient is NaN or infinite.
 
     Returns:
-        A strategy of `Trajectory`.
+        A strategy for `Trajectory`.
     """
     start = draw(params() if tree is None else tree)
     count = draw(st.integers(1, length))
@@ -160,7 +160,7 @@ def trajectories(
 
 
 def fixed_trajectory(dtype: torch.dtype, *, length: int = 3) -> Trajectory:
-    """One fixed trajectory of ordinary numbers, with a tensor that is longer than a vector register.
+    """A fixed trajectory of normal numbers, with a tensor that is longer than a vector register.
 
     Args:
         dtype: of all tensors.
@@ -173,9 +173,9 @@ def fixed_trajectory(dtype: torch.dtype, *, length: int = 3) -> Trajectory:
     ['layers.0.bias', 'layers.0.weight', 'temperature']
     """
     generator = torch.Generator().manual_seed(0)
-    forms = {"layers.0.weight": (5, 13), "layers.0.bias": (64,), "temperature": ()}
+    shapes_by_name = {"layers.0.weight": (5, 13), "layers.0.bias": (64,), "temperature": ()}
 
     def tree() -> Params:
-        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in forms.items()}
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes_by_name.items()}
 
     return Trajectory(tree(), [tree() for _ in range(length)])

@@ -1,4 +1,4 @@
-"""Laws of form: what states, updates and infos are made of, and that this never changes."""
+"""Laws of structure: the types, shapes and dtypes of states, updates and infos, and that they do not change."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def state_is_tensors(transform: Transform, params: Params, gradients: Sequence[P
     """A state is a tensor, or tuples, NamedTuples and dicts of tensors, without gradients.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters.
         gradients: of successive updates.
 
     Raises:
-        LawError: something else is in a state.
+        LawError: a state has other leaves.
     """
     with law("state_is_tensors", transform_summary(transform)):
         state = transform.init(params)
@@ -36,12 +36,12 @@ def state_is_tensors(transform: Transform, params: Params, gradients: Sequence[P
 
 
 def structure_is_stable(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """Updates have the gradients' names, shapes and dtypes; a state and an info keep their structure, shapes and dtypes.
+    """Updates have the gradients' names, shapes and dtypes; the state and the info keep their structure, shapes and dtypes.
 
-    Updates of parameters in 16 bits may be in float32: what is added is then rounded once.
+    Updates of parameters in 16 bits may be in float32: their sum is then rounded once.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters.
         gradients: of successive updates.
 
@@ -50,30 +50,30 @@ def structure_is_stable(transform: Transform, params: Params, gradients: Sequenc
     """
     with law("structure_is_stable", transform_summary(transform)):
         state = transform.init(params)
-        start = _forms("state", state)
+        start = _specs("state", state)
         structure = optree.tree_structure(state)
         reported: dict[str, Any] | None = None
         for grads in gradients:
             updates, state, info = transform.update(grads, state, params)
-            _require_same_forms("updates", _forms("updates", _narrowed(updates, grads)), _forms("updates", grads))
+            _require_same_specs("updates", _specs("updates", _narrowed(updates, grads)), _specs("updates", grads))
             if optree.tree_structure(state) != structure:
                 fail(f"the state's structure became {optree.tree_structure(state)} from {structure}")
-            _require_same_forms("state", _forms("state", state), start)
-            forms = _forms("info", info)
-            _require_same_forms("info", forms, forms if reported is None else reported)
-            reported = forms
+            _require_same_specs("state", _specs("state", state), start)
+            specs = _specs("info", info)
+            _require_same_specs("info", specs, specs if reported is None else reported)
+            reported = specs
 
 
 def info_is_flat(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
     """An info is a dictionary of 0-d tensors by name.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters.
         gradients: of successive updates.
 
     Raises:
-        LawError: an info is something else.
+        LawError: an info is not.
     """
     with law("info_is_flat", transform_summary(transform)):
         state = transform.init(params)
@@ -83,17 +83,17 @@ def info_is_flat(transform: Transform, params: Params, gradients: Sequence[Param
                 fail(f"info is a {type(info).__name__}, not a dictionary")
             for key, value in info.items():
                 if not isinstance(key, str):
-                    fail(f"info has the key {key!r}, which is no string")
+                    fail(f"info has the key {key!r}, which is not a string")
                 if not isinstance(value, Tensor) or value.ndim != 0:
                     found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
                     fail(f"info[{key!r}] is {found}, not a 0-d tensor")
 
 
 def state_round_trips(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """A state that is saved to safetensors and loaded again is the same, bit for bit.
+    """A state that is saved to safetensors and loaded is the same, bit for bit.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters.
         gradients: of successive updates.
 
@@ -113,7 +113,7 @@ def state_round_trips(transform: Transform, params: Params, gradients: Sequence[
 
 
 def _narrowed(updates: Params, grads: Params) -> Params:
-    """The updates; those in float32 of gradients in 16 bits in the dtype of these."""
+    """The updates; float32 ones of 16-bit gradients are cast to the dtype of these."""
     narrow = {name for name, grad in grads.items() if grad.dtype in (torch.bfloat16, torch.float16)}
     return {
         name: update.to(grads[name].dtype) if name in narrow and update.dtype == torch.float32 else update
@@ -124,7 +124,7 @@ def _narrowed(updates: Params, grads: Params) -> Params:
 def _require_tensors(what: str, tree: OptState) -> None:
     if isinstance(tree, Tensor):
         if tree.requires_grad:
-            fail(f"{what} requires a gradient; detach what a state keeps")
+            fail(f"{what} requires a gradient; detach the tensors of a state")
         return
     if isinstance(tree, dict):
         children = [(f"{what}[{key!r}]", child) for key, child in tree.items()]
@@ -133,16 +133,16 @@ def _require_tensors(what: str, tree: OptState) -> None:
     elif isinstance(tree, (tuple, list)):
         children = [(f"{what}[{i}]", child) for i, child in enumerate(tree)]
     else:
-        fail(f"{what} is {tree!r} ({type(tree).__name__}); a state is made of tensors: use a 0-d tensor for a number")
+        fail(f"{what} is {tree!r} ({type(tree).__name__}); a state consists of tensors: use a 0-d tensor for a number")
     for path, child in children:
         _require_tensors(path, child)
 
 
-def _forms(what: str, tree: Any) -> dict[str, Any]:
+def _specs(what: str, tree: Any) -> dict[str, Any]:
     return {path: (tensor.dtype, list(tensor.shape), tensor.device) for path, tensor in named_tensors(what, tree).items()}
 
 
-def _require_same_forms(what: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _require_same_specs(what: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
     if found.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         fail(f"{what}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")

@@ -1,4 +1,4 @@
-"""Laws of `torch.func`: an update can be vmapped over a population and differentiated through."""
+"""Laws of `torch.func`: an update can be vmapped over a population and differentiated."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fts.typing import OptState, Params, Transform
 
 
 def vmapped_equals_loop(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """`update` under `torch.vmap` over a population of two gives what two updates give.
+    """`update` under `torch.vmap` over a population of two equals two updates.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters of the first member; the second has half of them.
         gradients: of successive updates.
 
@@ -36,22 +36,22 @@ def vmapped_equals_loop(transform: Transform, params: Params, gradients: Sequenc
             found = vmapped(_stacked(given), many, _stacked(members))
             for what, index in (("updates", 0), ("state", 1), ("info", 2)):
                 expected = _stacked([result[index] for result in results])
-                require_close(f"the vmapped {what}", found[index], expected, scale=2 * scale, made_from=params)
+                require_close(f"the vmapped {what}", found[index], expected, scale=2 * scale, inputs=params)
             many, states = found[1], [result[1] for result in results]
 
 
 def differentiable(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """The derivative of the updates with respect to gradients and parameters is that of finite differences.
+    """The derivative of the updates with respect to gradients and parameters equals finite differences.
 
-    It is taken in float64 at ordinary numbers that are not zero, whatever the values of `params` and `gradients`.
+    It is taken in float64, at random nonzero values of ordinary size, not at those of `params` and `gradients`.
 
     Args:
-        transform: is checked.
-        params: gives names and shapes.
-        gradients: gives the number of updates.
+        transform: to check.
+        params: for the names and shapes.
+        gradients: for the number of updates.
 
     Raises:
-        LawError: the derivative fails, is not finite, or is wrong (a `.detach()`, a `torch.where` with NaN behind it).
+        LawError: the derivative fails, is not finite, or is wrong (as by `.detach()`, or NaN in a `torch.where`).
     """
     if not any(tensor.numel() for tensor in params.values()):
         return

@@ -1,4 +1,4 @@
-"""Laws of graphs: a transform is traced whole by torch.compile, once, and means the same there."""
+"""Laws of tracing: torch.compile traces a transform to one graph, once, with the same results."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fts.typing import Info, OptState, Params, Transform
 
 
 def traced_equals_eager(transform: Transform, params: Params, gradients: Sequence[Params], *, backend: str = "eager") -> None:
-    """`init` and the first update, built inside one graph, give what they give eagerly.
+    """`init` and the first update inside one graph give the same results as eagerly.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters, at which all updates are taken.
         gradients: of successive updates.
         backend: of torch.compile; the default needs no C++ compiler.
@@ -35,7 +35,7 @@ def traced_equals_eager(transform: Transform, params: Params, gradients: Sequenc
         return updates, state, infos
 
     with law("traced_equals_eager", transform_summary(transform)):
-        # one update, because tracing takes most of the time; `traced_once` goes on from there
+        # one update, because tracing takes most of the time; `traced_once` does the others
         first = list(gradients[:1])
         expected = run(params, first)
         found = _compiled(run, backend)(params, first)
@@ -43,19 +43,19 @@ def traced_equals_eager(transform: Transform, params: Params, gradients: Sequenc
 
 
 def traced_once(transform: Transform, params: Params, gradients: Sequence[Params]) -> None:
-    """`update` with the state as an input is one graph, which serves all later updates.
+    """`update` with the state as an input is one graph for all updates.
 
     Args:
-        transform: is checked.
+        transform: to check.
         params: the parameters, at which all updates are taken.
         gradients: of successive updates.
 
     Raises:
-        LawError: the graph breaks, its results differ, or it is made again in a later update.
+        LawError: the graph breaks, its results differ, or a later update compiles it again.
     """
     graphs = 0
 
-    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def counting_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
         return graph.forward
@@ -64,31 +64,31 @@ def traced_once(transform: Transform, params: Params, gradients: Sequence[Params
         return transform.update(grads, state, params)
 
     with law("traced_once", transform_summary(transform)):
-        traced = _compiled(run, counting)
-        # a graph is for one layout of memory, so each tensor has the usual one
+        traced = _compiled(run, counting_backend)
+        # a graph is for one memory format, so all tensors are made contiguous
         params, *gradients = [
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tree.items()}
             for tree in (params, *gradients)
         ]
         state = transform.init(params)
         for grads in (*gradients, *gradients, *gradients):
-            # a new dictionary, for the graph must not depend on which one it is given
+            # a new dictionary, since the graph must not depend on its identity
             found = traced({name: g.clone() for name, g in grads.items()}, state, params)
             expected = transform.update(grads, state, params)
             _require_same(found, expected, params, gradients)
             state = found[1]
-        # a transform that does nothing to tensors has no graph
+        # a transform without tensor operations has no graph
         if graphs > 1:
-            fail(f"{graphs} graphs were made in {3 * len(gradients)} updates; no Python number may change from update to update")
+            fail(f"{graphs} graphs were compiled in {3 * len(gradients)} updates; no Python number may change between updates")
 
 
 def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     assert isinstance(function, FunctionType)
-    own = with_new_code_object(function)  # graphs of one check must not serve another
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+    copy = with_new_code_object(function)  # graphs of one check must not serve another
+    return torch.compile(copy, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _require_same(found: Any, expected: Any, params: Params, gradients: Sequence[Params]) -> None:
     scale = max_abs(params, gradients)
     for what, one, two in zip(("updates", "state", "info"), found, expected, strict=True):
-        require_close(f"the graph's {what}", one, two, scale=scale, made_from=params)
+        require_close(f"the graph's {what}", one, two, scale=scale, inputs=params)

@@ -1,4 +1,4 @@
-"""All laws of a transform, on generated examples."""
+"""The check of all laws of a transform, on generated examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from hypothesis import HealthCheck, Phase, example as explicit, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, example as explicit_example, given, settings, strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fts.errors import ArgumentError
@@ -21,7 +21,7 @@ from fts.typing import Params, Transform
 
 TransformLaw: TypeAlias = Callable[[Transform, Params, Sequence[Params]], None]
 
-# those that say most about a mistake come first
+# the laws whose messages are the most specific come first
 FAST_LAWS: tuple[TransformLaw, ...] = (
     state_is_tensors,
     info_is_flat,
@@ -38,8 +38,8 @@ SLOW_LAWS: tuple[TransformLaw, ...] = (traced_equals_eager, traced_once)
 TRANSFORM_LAWS: dict[str, TransformLaw] = {law.__name__: law for law in (*FAST_LAWS, *MEDIUM_LAWS, *SLOW_LAWS)}
 """Every law of a transform, `law(transform, params, gradients)`, by name."""
 
-_SHARES = {FAST_LAWS: 1, MEDIUM_LAWS: 4, SLOW_LAWS: 40}
-"""One in how many of the profile's examples a group of laws gets."""
+_EXAMPLES_DIVISOR = {FAST_LAWS: 1, MEDIUM_LAWS: 4, SLOW_LAWS: 40}
+"""By group of laws: the number of examples in Hypothesis's profile for one that the group gets."""
 
 
 def check_transform(
@@ -54,19 +54,19 @@ def check_transform(
 ) -> None:
     """Check every law of a transform on generated parameters and gradients.
 
-    Hypothesis's active profile says how many examples there are; laws that compile get a fortieth of them.
+    Hypothesis's active profile sets the number of examples; laws that compile get a fortieth of them.
 
     Args:
-        transform: is checked.
-        params: parameters, or a strategy of them, for a transform that knows names or shapes; None generates any.
-        steps: the largest number of successive updates.
+        transform: to check.
+        params: parameters, or a strategy for them, for a transform that needs certain names or shapes; None generates any.
+        steps: the maximum number of successive updates.
         dtypes: of generated parameters.
-        nonfinite: generate gradients with NaN and infinities, too; the fast paths must then agree on them.
-        laws: check these alone; the names are those of `TRANSFORM_LAWS`.
-        skip: leave these out.
+        nonfinite: also generate gradients with NaN and infinities, on which the fast paths must agree.
+        laws: check only these; the names are those of `TRANSFORM_LAWS`.
+        skip: do not check these.
 
     Raises:
-        LawError: a law does not hold. The message names it, the transform, the parameter and both values.
+        LawError: a law is broken. The message names it, the transform, the parameter and both values.
         ArgumentError: `transform` is not a Transform, or there is no law of a given name.
 
     >>> from fts import transforms as tx
@@ -80,26 +80,26 @@ def check_transform(
     chosen = select_laws(TRANSFORM_LAWS, laws, skip)
     if params is None:
         tree = strategies.params(dtypes=dtypes)
-        always = [strategies.fixed_trajectory(dtype, length=steps) for dtype in dtypes]
+        fixed = [strategies.fixed_trajectory(dtype, length=steps) for dtype in dtypes]
     else:
         tree = st.just(dict(params)) if isinstance(params, Mapping) else params
-        always = []
+        fixed = []
     examples = strategies.trajectories(tree, length=steps, nonfinite=nonfinite)
-    for group, share in _SHARES.items():
-        wanted = [law for law in group if law.__name__ in chosen]
-        if wanted:
+    for group, divisor in _EXAMPLES_DIVISOR.items():
+        selected = [law for law in group if law.__name__ in chosen]
+        if selected:
             slow = group is SLOW_LAWS
             run_examples(
-                _all_of(transform, wanted),
+                _check_all(transform, selected),
                 examples,
-                share=share,
-                always=always if group is FAST_LAWS else always[:1],
+                divisor=divisor,
+                explicit=fixed if group is FAST_LAWS else fixed[:1],
                 shrink=not slow,
             )
 
 
 def select_laws(all_laws: Mapping[str, Any], laws: Collection[str] | None, skip: Collection[str]) -> set[str]:
-    """The names that are asked for, checked against those that there are.
+    """The names of the selected laws, after a check that they exist.
 
     >>> sorted(select_laws({"a": 1, "b": 2, "c": 3}, None, ["b"]))
     ['a', 'c']
@@ -114,41 +114,43 @@ def run_examples(
     check: Callable[[Any], None],
     examples: SearchStrategy[Any],
     *,
-    share: int = 1,
-    always: Sequence[Any] = (),
+    divisor: int = 1,
+    explicit: Sequence[Any] = (),
     shrink: bool = True,
 ) -> None:
-    """Run a check on examples under Hypothesis's active profile, without its limits on time.
+    """Run a check on examples under Hypothesis's active profile, without its deadlines.
 
     Args:
-        check: raises where an example breaks a law.
+        check: raises if an example breaks a law.
         examples: a strategy.
-        share: one in how many of the profile's examples to take.
-        always: examples that come before the generated ones, and alone where the profile leaves no share for others.
-        shrink: look for a smaller example after a failure.
+        divisor: divides the profile's number of examples.
+        explicit: examples that run before the generated ones, and alone if `divisor` leaves none of these.
+        shrink: search a smaller example after a failure.
     """
     current = settings()
-    few = bool(always) and current.max_examples < share
-    unwanted = {Phase.explain} | (set() if shrink else {Phase.shrink}) | ({Phase.generate, Phase.reuse} if few else set())
+    only_explicit = bool(explicit) and current.max_examples < divisor
+    skipped = (
+        {Phase.explain} | (set() if shrink else {Phase.shrink}) | ({Phase.generate, Phase.reuse} if only_explicit else set())
+    )
 
     @settings(
         current,
-        max_examples=max(1, current.max_examples // share),
+        max_examples=max(1, current.max_examples // divisor),
         deadline=None,  # the first call of an operator is slow
         report_multiple_bugs=False,  # one law at a time
         suppress_health_check=list(HealthCheck),
-        phases=[phase for phase in current.phases if phase not in unwanted],
+        phases=[phase for phase in current.phases if phase not in skipped],
     )
     @given(examples)
     def run(example: Any) -> None:
         check(example)
 
-    for each in reversed(always):
-        run = explicit(each)(run)
+    for each in reversed(explicit):
+        run = explicit_example(each)(run)
     run()
 
 
-def _all_of(transform: Transform, laws: Sequence[TransformLaw]) -> Callable[[strategies.Trajectory], None]:
+def _check_all(transform: Transform, laws: Sequence[TransformLaw]) -> Callable[[strategies.Trajectory], None]:
     def check(example: strategies.Trajectory) -> None:
         for law in laws:
             law(transform, example.params, example.gradients)

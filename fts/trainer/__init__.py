@@ -1,20 +1,32 @@
 """Trainer and TrainingArguments: the functional core behind Hugging Face's interface."""
 
 from fts.messages import check_installation
-from fts.trainer.arguments import AcceleratorConfig, Seq2SeqTrainingArguments, TrainingArguments
-from fts.trainer.arguments.enums import (HPSearchBackend, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType)
-from fts.trainer.arguments.seed import enable_full_determinism, set_seed
+from fts.trainer.arguments import (
+    AcceleratorConfig,
+    HPSearchBackend,
+    HubStrategy,
+    IntervalStrategy,
+    OptimizerNames,
+    SaveStrategy,
+    SchedulerType,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
 from fts.trainer.callbacks import (
     CallbackHandler,
     DefaultFlowCallback,
     EarlyStoppingCallback,
+    ExportableState,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
 )
-from fts.trainer.callbacks.state import ExportableState, TrainerControl, TrainerState
-from fts.trainer.data import (default_data_collator)
-from fts.trainer.evaluation import (BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput)
+from fts.trainer.data import default_data_collator
+from fts.trainer.evaluation import BestRun, EvalLoopOutput, EvalPrediction, PredictionOutput, TrainOutput
 from fts.trainer.search import default_compute_objective, default_hp_space_optuna, default_hp_space_ray
 from fts.trainer.seq2seq import Seq2SeqTrainer
 from fts.trainer.trackers import TrackerCallback

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fts.distributed.process_group import is_initialized
 from fts.errors import ArgumentError
 from fts.trainer.arguments import Seq2SeqTrainingArguments
-from fts.trainer.evaluation import (PredictionOutput)
+from fts.trainer.evaluation import PredictionOutput
 from fts.trainer.trainer import Trainer
 
 DEFAULT_LENGTH = 20
@@ -24,18 +24,18 @@ DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 
 
 def generate_batch(model: Any, inputs: Mapping[str, Any], gen_kwargs: Mapping[str, Any] | None = None) -> Tensor:
-    """Generate a sequence for each row of a batch.
+    """Generate a sequence for each example of a batch.
 
     Labels are not shown to the model, and neither are decoder inputs that a collator made of the labels (they have the labels'
     shape): the model would only continue them. Other decoder inputs, such as a prompt, are.
 
     Args:
         model: has transformers' `generate`.
-        inputs: a batch of its inputs, on its device; labels may be among them.
-        gen_kwargs: what `generate` is told beside its inputs; those that are None are left to `model.generation_config`.
+        inputs: a batch of its inputs, on its device; they may include labels.
+        gen_kwargs: the other arguments of `generate`; those that are None are left to `model.generation_config`.
 
     Returns:
-        The tokens: one row for each row of the batch and each of `num_return_sequences`.
+        The tokens: a row for each example of the batch and each of `num_return_sequences`.
 
     Raises:
         ArgumentError: the model has no `generate`.
@@ -53,7 +53,7 @@ def generate_batch(model: Any, inputs: Mapping[str, Any], gen_kwargs: Mapping[st
         )
     options = {name: value for name, value in (gen_kwargs or {}).items() if value is not None}
     if "synced_gpus" not in options and exchanges_parameters(model):
-        options["synced_gpus"] = True  # each process goes on until all are done: every forward gathers the others' shards
+        options["synced_gpus"] = True  # each rank continues until all are done: every forward gathers the shards of all
     with gathered_parameters(model):
         tokens: Tensor = model.generate(**generation_inputs(inputs), **options)
     return tokens
@@ -73,7 +73,7 @@ def generation_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_settings(args: Any, gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What `generate` is told in an evaluation: what this call says, and else the length and beams of the arguments.
+    """The arguments of `generate` in an evaluation: those of this call, else the length and beams of the training arguments.
 
     >>> from types import SimpleNamespace
     >>> generation_settings(SimpleNamespace(generation_max_length=9, generation_num_beams=None), {"num_beams": 2})
@@ -118,7 +118,7 @@ def load_generation_config(source: Any) -> Any:
 def width_of(tokens: Tensor, config: Any) -> int:
     """How wide a batch of tokens is made: to the `max_length` of a generation config, or to hold its `max_new_tokens`.
 
-    As in transformers it is the model's own config that counts, not what one call of `generate` was told.
+    As in transformers it is the model's own config that counts, not the arguments of one call of `generate`.
 
     >>> from types import SimpleNamespace
     >>> width_of(torch.ones(2, 5), SimpleNamespace(max_length=None, max_new_tokens=30))
@@ -161,7 +161,7 @@ def pad_token_of(processing_class: Any, model: nn.Module) -> int:
 
 
 def exchanges_parameters(model: Any) -> bool:
-    """Whether a forward pass does: each process holds but a part of them (FSDP, DeepSpeed's ZeRO-3)."""
+    """Whether a forward pass gathers parameters: each rank has a local shard of them (FSDP, DeepSpeed's ZeRO-3)."""
     if not is_initialized():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -173,7 +173,7 @@ def exchanges_parameters(model: Any) -> bool:
 
 @contextmanager
 def gathered_parameters(model: Any) -> Iterator[None]:
-    """Gather the parameters of a model that torch's older FSDP wraps, for `generate` runs beside its forward."""
+    """Gather the parameters of a model that torch's older FSDP wraps, because `generate` bypasses its forward."""
     if not is_initialized():
         yield
         return
@@ -187,7 +187,7 @@ def gathered_parameters(model: Any) -> Iterator[None]:
 
 
 class Seq2SeqTrainer(Trainer):
-    """A Trainer for models that turn a sequence into another one, as Hugging Face's Seq2SeqTrainer.
+    """A Trainer for sequence-to-sequence models, as Hugging Face's Seq2SeqTrainer.
 
     With `predict_with_generate=True` the predictions of `evaluate` and `predict` are sequences that the model generated; where
     there are labels the loss is computed, too. Sequences and labels are filled up with the pad token to the `max_length` of the
@@ -202,10 +202,10 @@ class Seq2SeqTrainer(Trainer):
         processing_class: see `Trainer`; its pad token fills sequences up.
         model_init: see `Trainer`.
         compute_loss_func: see `Trainer`.
-        compute_metrics: see `Trainer`; is given generated tokens instead of logits.
+        compute_metrics: see `Trainer`; gets generated tokens instead of logits.
         callbacks: see `Trainer`.
         optimizers: see `Trainer`.
-        preprocess_logits_for_metrics: see `Trainer`; is given generated tokens.
+        preprocess_logits_for_metrics: see `Trainer`; gets generated tokens.
         optimizer_cls_and_kwargs: see `Trainer`.
         step: see `Trainer`.
 
@@ -267,12 +267,12 @@ class Seq2SeqTrainer(Trainer):
         Args:
             eval_dataset: instead of that of the Trainer; a dictionary of several is evaluated one by one.
             ignore_keys: the model's outputs that are not predictions.
-            metric_key_prefix: is put before the figures' names.
+            metric_key_prefix: the prefix of the metrics' names.
             gen_kwargs: for `model.generate` in this evaluation, such as `max_length`, `max_new_tokens`, `num_beams`; without them
                 `generation_max_length` and `generation_num_beams` of the arguments count, then the model's generation config.
 
         Returns:
-            The loss, the figures of `compute_metrics`, and the speed.
+            The loss, the metrics of `compute_metrics`, and the speed.
         """
         with self._generating(gen_kwargs):
             return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
@@ -285,11 +285,11 @@ class Seq2SeqTrainer(Trainer):
         Args:
             test_dataset: labels are optional.
             ignore_keys: the model's outputs that are not predictions.
-            metric_key_prefix: is put before the figures' names.
+            metric_key_prefix: the prefix of the metrics' names.
             gen_kwargs: for `model.generate`, as in `evaluate`.
 
         Returns:
-            The generated tokens (with `predict_with_generate`), labels or None, and figures.
+            The generated tokens (with `predict_with_generate`), labels or None, and metrics.
         """
         with self._generating(gen_kwargs):
             return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
@@ -331,7 +331,7 @@ class Seq2SeqTrainer(Trainer):
 
     @contextmanager
     def _generating(self, gen_kwargs: Mapping[str, Any]) -> Iterator[None]:
-        # An evaluation of several sets calls evaluate for each: what the outer call was told holds in the inner ones.
+        # An evaluation of several sets calls evaluate for each: the arguments of the outer call hold in the inner ones.
         before = self._gen_kwargs
         self._gen_kwargs = generation_settings(self.args, {**before, **gen_kwargs})
         try:

@@ -28,6 +28,18 @@ def check_number(
         )
 
 
+def check_decays(function: str, **decays: Any) -> None:
+    """Raise unless the hyper-parameters are numbers in [0, 1)."""
+    for name, value in decays.items():
+        check_number(f"{function}: {name}", value, high=1.0)
+
+
+def check_numbers(function: str, **numbers: Any) -> None:
+    """Raise unless the hyper-parameters are finite numbers that are not negative."""
+    for name, value in numbers.items():
+        check_number(f"{function}: {name}", value)
+
+
 def check_count(name: str, value: Any, *, low: int = 0, error: type[FtsError] = ArgumentError) -> None:
     """Raise unless `value` is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -65,3 +77,16 @@ def in_words(value: Any) -> str:
     if isinstance(description, str):
         return description
     return getattr(value, "__name__", type(value).__name__)
+
+
+def format_label(function: str, *values: Any, **named: Any) -> str:
+    """The label of a transform: its function with hyper-parameters, without those that are None or False.
+
+    >>> format_label("sgd", lr=0.1, momentum=None, nesterov=True)
+    'sgd(lr=0.1, nesterov)'
+    """
+    words = [in_words(value) for value in values]
+    for name, value in named.items():
+        if value is not None and value is not False:
+            words.append(name if value is True else f"{name}={in_words(value)}")
+    return f"{function}({', '.join(words)})"

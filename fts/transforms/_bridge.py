@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from fts.dtensors import (any_dtensor, mesh_and_placements, local_storage_ptr)
+from fts.dtensors import any_dtensor, local_storage_ptr, mesh_and_placements
 from fts.errors import ArgumentError
 from fts.transforms._arguments import need_params
 from fts.transforms._leaves import Tree, encode, settled

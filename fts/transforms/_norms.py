@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.dtensors import (any_dtensor, is_dtensor, mesh_and_placements, to_local, local_tensors, reduce_partial, sum_over_shards)
-from fts.transforms._inplace import WIDE_DTYPES
+from fts.dtensors import any_dtensor, is_dtensor, local_tensors, mesh_and_placements, reduce_partial, sum_over_shards, to_local
+from fts.transforms._fast_paths import WIDE_DTYPES
 from fts.transforms._scalars import widest
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fts.dtensors import (any_dtensor, is_dtensor, redistribute, reduce_partial, replicate_like)
+from fts.dtensors import any_dtensor, is_dtensor, redistribute, reduce_partial, replicate_like
 from fts.typing import Params
 
 

@@ -38,6 +38,8 @@ def cosine(value: Any) -> Any:
 
 def choose(condition: Any, yes: Any, no: Any) -> Any:
     """`yes` where the condition holds, else `no`; both are evaluated."""
+    if isinstance(condition, fx.Proxy):
+        return _recorded(choose, condition, yes, no)
     if not isinstance(condition, Tensor):
         return yes if condition else no
     # made tensors of the widest dtype: torch.where would take two Python floats to float32
@@ -84,12 +86,29 @@ def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
     """
     if isinstance(moment, fx.Proxy):
         return _recorded(bias_correction, moment, decay, step)
-    return times(moment, 1 / (1 - decay**step))
+    factors = getattr(step, _FACTORS, None)
+    if factors is None:
+        return times(moment, 1 / (1 - decay**step))
+    if decay not in factors:
+        factors[decay] = 1 / (1 - decay**step)
+    return times(moment, factors[decay])
 
 
-def _recorded(function: Callable[..., Tensor], tensor: fx.Proxy, *args: Any) -> Any:
+def shared_step(count: Tensor) -> Tensor:
+    """The step as rules get it in a pure update: real, and with room for what many tensors need of it."""
+    step: Tensor = real(count)
+    if not torch.compiler.is_compiling():
+        setattr(step, _FACTORS, {})
+    return step
+
+
+_FACTORS = "_bias_corrections"
+
+
+def _recorded(function: Callable[..., Any], tensor: fx.Proxy, *args: Any) -> Any:
     """A call as a single operation of a traced rule."""
-    return tensor.tracer.create_proxy("call_function", function, (tensor, *args), {})
+    numbers = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+    return tensor.tracer.create_proxy("call_function", function, (tensor, *numbers), {})
 
 
 def device_of(tensors: dict[str, Tensor]) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import attrs
@@ -13,19 +14,16 @@ from torch import Tensor, fx
 
 from fts.errors import ArgumentError
 
-UNARY = frozenset(
-    name
-    for name in (
-        "abs acos asin atan ceil cos cosh erf erfc exp expm1 floor frac lgamma log log10 log1p log2 neg reciprocal round rsqrt "
-        "sigmoid sign sin sinh sqrt tan tanh trunc"
-    ).split()
-    if hasattr(torch, f"_foreach_{name}_")
-)
+UNARY = frozenset({
+    "abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "exp", "expm1", "floor", "frac", "lgamma", "log",
+    "log10", "log1p", "log2", "neg", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "tan", "tanh",
+    "trunc",
+})  # fmt: skip
 """Functions of one tensor that have a kernel on lists."""
 
 _NAMES = {operator.truediv: "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "clip": "clamp"}
 _OPTIONS = {"clamp": ("min", "max"), "lerp": ("weight",), "addcmul": ("value",), "addcdiv": ("value",)}
-_CONVERSIONS = frozenset({"double", "float", "ones_like", "to", "zeros_like"})
+_CONSTANT = frozenset({"ones_like", "zeros_like"})
 
 
 @attrs.define(eq=False)
@@ -37,12 +35,14 @@ class Value:
         args: the lists that it is made of.
         scalars: the numbers that it is made of, as indices into the rule's scalars.
         detail: of an input its name, of a call the function of `args` and `scalars`.
+        order: when the rule makes it.
     """
 
     op: str
     args: tuple[Value, ...] = ()
     scalars: tuple[int, ...] = ()
     detail: Any = None
+    order: int = attrs.field(factory=count().__next__)
 
 
 @attrs.define
@@ -160,37 +160,36 @@ class _Builder:
             return self._with_options(name, args, kinds, options)
         if options:
             return None
-        if kinds == "t":
-            return Value("mul", (args[0], args[0])) if name == "square" else Value(name, (args[0],)) if name in UNARY else None
-        if kinds == "tt":
-            return Value(name, tuple(args)) if name in ("add", "sub", "mul", "div", "maximum", "minimum") else None
-        if kinds == "tss" and name == "bias_correction":
-            return Value("debias", (args[0],), (self.scalars.compute(_bias_factor, *args[1:]),))
-        if kinds == "st" and name == "sub":
-            return Value("add_scalar", (Value("neg", (args[1],)),), (args[0],))
-        if kinds == "st" and name in ("add", "mul"):
+        squared = kinds == "ts" and name == "pow" and self.scalars.constants[args[1]] == 2
+        if squared or (kinds == "t" and name == "square"):
+            name, args, kinds = "mul", [args[0], args[0]], "tt"
+        elif kinds == "st" and name == "sub":
+            name, args, kinds = "add", [Value("neg", (args[1],)), args[0]], "ts"
+        elif kinds == "st" and name in ("add", "mul"):
             args, kinds = args[::-1], "ts"
-        if kinds == "ts" and name == "sub":
-            return Value("add_scalar", (args[0],), (self.scalars.compute(operator.neg, args[1]),))
-        if kinds == "ts" and name == "pow" and self.scalars.constants[args[1]] == 2:
-            return Value("mul", (args[0], args[0]))
-        kernel = {"add": "add_scalar", "mul": "scale", "div": "div_scalar"}.get(name, name)
-        return Value(kernel, (args[0],), (args[1],)) if kinds == "ts" and kernel in SCALED else None
+        elif kinds == "ts" and name == "sub":
+            name, args = "add", [args[0], self.scalars.compute(operator.neg, args[1])]
+        elif kinds == "tss" and name == "bias_correction":
+            name, args, kinds = "debias", [args[0], self.scalars.compute(_bias_factor, *args[1:])], "ts"
+        kernel = KERNELS.get((name, kinds))
+        if kernel is None:
+            return None
+        return Value(kernel, tuple(args[: kinds.count("t")]), tuple(args[kinds.count("t") :]))
 
     def _with_options(self, name: str, args: list[Any], kinds: str, options: dict[str, Any]) -> Value | None:
-        count = len(kinds) - len(kinds.lstrip("t"))
-        given = dict(zip(_OPTIONS[name], args[count:], strict=False)) | options
+        tensors = len(kinds) - len(kinds.lstrip("t"))
+        given = dict(zip(_OPTIONS[name], args[tensors:], strict=False)) | options
         given = {key: arg for key, arg in given.items() if isinstance(arg, Value) or self.scalars.constants[arg] is not None}
-        if any(isinstance(arg, Value) for arg in given.values()) or not given.keys() <= set(_OPTIONS[name]):
+        if any(isinstance(arg, Value) for arg in given.values()):
             return None
-        if name == "clamp" and count == 1:
+        if name == "clamp" and tensors == 1:
             value: Value = args[0]
             for key, bound in given.items():
                 value = Value(f"clamp_{key}", (value,), (bound,))
             return value
-        if name == "lerp" and count == 2 and given:
+        if name == "lerp" and tensors == 2 and given:
             return Value(name, tuple(args[:2]), (given["weight"],))
-        if count == 3:
+        if tensors == 3:
             return Value(name, tuple(args[:3]), (given["value"] if given else self.scalars.constant(1),))
         return None
 
@@ -205,8 +204,13 @@ class _Builder:
         return Value("call", tensors, numbers, attrs.evolve(function, kinds=_kinds(operands)))
 
 
-SCALED = frozenset({"add_scalar", "clamp_max", "clamp_min", "div_scalar", "pow", "scale", "times"})
-"""Operations of one list and one number."""
+KERNELS = (
+    {(name, "t"): name for name in UNARY}
+    | {(name, "tt"): name for name in ("add", "div", "maximum", "minimum", "mul", "sub")}
+    | {(name, "ts"): name for name in ("clamp_max", "clamp_min", "debias", "pow", "times")}
+    | {("add", "ts"): "add_scalar", ("div", "ts"): "div_scalar", ("mul", "ts"): "scale"}
+)
+"""Operations with a kernel on lists, by name and whether each argument is a tensor ("t") or a number ("s")."""
 
 
 @attrs.frozen
@@ -224,18 +228,20 @@ class _Call:
     options: tuple[str, ...]
 
     def __call__(self, *operands: Any) -> Any:
-        count = len(operands) - len(self.options)
-        options = dict(zip(self.options, operands[count:], strict=True))
+        positional = len(operands) - len(self.options)
+        options = dict(zip(self.options, operands[positional:], strict=True))
         if isinstance(self.target, str):
-            return getattr(operands[0], self.target)(*operands[1:count], **options)
-        return self.target(*operands[:count], **options)
+            return getattr(operands[0], self.target)(*operands[1:positional], **options)
+        return self.target(*operands[:positional], **options)
 
-    def on_lists(self, lists: list[list[Tensor]], numbers: list[Any]) -> list[Tensor]:
-        """The function of each tensor."""
+    def on_lists(self, *operands: Any) -> list[Tensor]:
+        """The function of each tensor of some lists, which come first, and of numbers."""
+        lists, numbers = operands[: self.kinds.count("t")], operands[self.kinds.count("t") :]
         results = []
         for tensors in zip(*lists, strict=True):
             rest, scalars = iter(tensors), iter([_as_tensor(number, tensors[0].device) for number in numbers])
-            results.append(self(*[next(rest) if kind == "t" else next(scalars) for kind in self.kinds]))
+            result = self(*[next(rest) if kind == "t" else next(scalars) for kind in self.kinds])
+            results.append(result.clone() if any(result is tensor for tensor in tensors) else result)
         return results
 
 
@@ -271,6 +277,6 @@ def _is_elementwise(name: str) -> bool:
     """By torch's own tags."""
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
-        return name in _CONVERSIONS
+        return name in _CONSTANT
     tagged = any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
-    return tagged or name in _CONVERSIONS
+    return tagged or name in _CONSTANT

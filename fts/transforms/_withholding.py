@@ -9,9 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.dtensors import (any_dtensor, mesh_and_placements, local_tensors, sum_over_shards)
+from fts.dtensors import any_dtensor, local_tensors, mesh_and_placements, sum_over_shards
+from fts.transforms._fast_paths import Apply
 from fts.transforms._infos import values_of
-from fts.transforms._inplace import Apply
 from fts.typing import Info, OptState, Params, Transform
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fts.dtensors import local_tensors
-from fts.transforms._arguments import check_number, in_words
-from fts.transforms._inplace import added, fast_update, for_kernel, fused_lists, scale_in_place
-from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
-from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
-from fts.transforms._scalars import new_count, real, times
-from fts.transforms.combining import identity
-from fts.transforms.scaling import add_decayed_weights
-from fts.typing import Info, OptState, Params, Transform
+from fts.transforms._arguments import check_decays, check_numbers, format_label
+from fts.transforms._masks import Mask, mask_in_words
+from fts.transforms._rates import Rate
+from fts.transforms._scalars import bias_correction
+from fts.transforms.optimizers import FusedKernel, optimizer
+from fts.transforms.rules import elementwise
+from fts.typing import Params, Transform
+
+Tensors: TypeAlias = list[Tensor]
 
 
 class AdamState(NamedTuple):
@@ -54,42 +54,16 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
 
     Source: Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", algorithm 1.
     """
-    _check_moments("scale_by_adam", b1, b2, eps)
+    check_decays("scale_by_adam", b1=b1, b2=b2)
+    check_numbers("scale_by_adam", eps=eps)
 
-    def init(params: Params) -> OptState:
-        zeros = [{name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2)]
-        return AdamState(new_count(params), *zeros)
-
-    def update(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
-        count = state.step + 1
+    def rule(grad: Tensor, step: Any, mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # lerp(a, b, w) is a + w (b - a): the same mean, also to the last bit of the fused kernels
-        mu = {name: torch.lerp(state.mu[name], g, 1 - b1) for name, g in grads.items()}
-        nu = {name: b2 * state.nu[name] + (1 - b2) * g * g for name, g in grads.items()}
-        unbias1, unbias2 = 1 / (1 - b1 ** real(count)), 1 / (1 - b2 ** real(count))
-        updates = {name: times(mu[name], unbias1) / (times(nu[name], unbias2).sqrt() + eps) for name in grads}
-        return updates, AdamState(count, mu, nu), {}
+        mu = torch.lerp(mu, grad, 1 - b1)
+        nu = b2 * nu + (1 - b2) * grad * grad
+        return bias_correction(mu, b1, step) / (bias_correction(nu, b2, step).sqrt() + eps), mu, nu
 
-    def update_(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
-        slopes, mu, nu = (
-            local_tensors(grads.values()),
-            local_tensors(state.mu[name] for name in grads),
-            local_tensors(state.nu[name] for name in grads),
-        )
-        count = state.step.add_(1)
-        torch._foreach_lerp_(mu, slopes, 1 - b1)
-        torch._foreach_mul_(nu, b2)
-        torch._foreach_addcmul_(nu, slopes, slopes, 1 - b2)
-        step = int(count) if count.is_cpu else real(count)
-        unbias1, unbias2 = 1 / (1 - b1**step), 1 / (1 - b2**step)
-        roots = torch._foreach_sqrt(nu)
-        scale_in_place(roots, unbias2**0.5)
-        torch._foreach_add_(roots, eps)
-        torch._foreach_copy_(slopes, mu)  # the gradients' memory takes the updates
-        scale_in_place(slopes, unbias1)
-        torch._foreach_div_(slopes, roots)
-        return grads, state, {}
-
-    return Transform(init, update, update_=update_, label=f"scale_by_adam(b1={b1}, b2={b2}, eps={eps})")
+    return elementwise(rule, AdamState, label=f"scale_by_adam(b1={b1}, b2={b2}, eps={eps})")
 
 
 def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Transform:
@@ -116,10 +90,16 @@ def adam(lr: Rate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight
 
     Source: as for `scale_by_adam`.
     """
-    check_number("adam: weight_decay", weight_decay)
-    descent = _descent("adam", lr, (b1, b2, eps), weight_decay, None, torch._fused_adam_)
-    decayed = f", weight_decay={in_words(weight_decay)}" if weight_decay else ""
-    return descent._replace(label=f"adam(lr={in_words(lr)}{decayed})")
+    check_decays("adam", b1=b1, b2=b2)
+    check_numbers("adam", eps=eps)
+    return optimizer(
+        "adam",
+        scale_by_adam(b1, b2, eps),
+        lr,
+        weight_decay=weight_decay,
+        decoupled=False,
+        fused=_fused(torch._fused_adam_, b1, b2, eps),
+    )
 
 
 def adamw(
@@ -156,86 +136,22 @@ def adamw(
 
     Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
     """
-    check_number("adamw: weight_decay", weight_decay)
-    descent = _descent("adamw", lr, (b1, b2, eps), weight_decay, mask, torch._fused_adamw_)
-    masked = "" if mask is None else f", mask={mask_in_words(mask)}"
-    return descent._replace(label=f"adamw(lr={in_words(lr)}, weight_decay={in_words(weight_decay)}{masked})")
+    check_decays("adamw", b1=b1, b2=b2)
+    check_numbers("adamw", eps=eps)
+    return optimizer(
+        "adamw",
+        scale_by_adam(b1, b2, eps),
+        lr,
+        weight_decay=weight_decay,
+        mask=mask,
+        fused=_fused(torch._fused_adamw_, b1, b2, eps),
+        label=format_label("adamw", lr=lr, weight_decay=weight_decay, mask=None if mask is None else mask_in_words(mask)),
+    )
 
 
-def _descent(
-    name: str, lr: Rate, betas: tuple[float, float, float], weight_decay: float, mask: Mask | None, kernel: Callable[..., None]
-) -> Transform:
-    """Adam's scaling with weight decay before it (adam) or after it (adamw), times minus the learning rate."""
-    check_rate(f"{name}: lr", lr)
-    _check_moments(name, *betas)
-    b1, b2, eps = betas
-    moments = scale_by_adam(b1, b2, eps)
-    decay = add_decayed_weights(weight_decay, mask) if weight_decay else identity()
-    decays, check_names = as_predicate(everything if mask is None else mask, name)
-    decay_first = name == "adam"
+def _fused(kernel: Callable[..., None], b1: float, b2: float, eps: float) -> FusedKernel:
+    def run(params: Tensors, grads: Tensors, mu: Tensors, nu: Tensors, *, step: Tensor, **options: Any) -> None:
+        options |= {"beta1": b1, "beta2": b2, "eps": eps}
+        kernel(params, grads, mu, nu, [], [step.float()] * len(params), **options, amsgrad=False, maximize=False)
 
-    def init(params: Params) -> OptState:
-        check_names(params)
-        return moments.init(params)
-
-    def update(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
-        rate = rate_at(lr, state.step)
-        if decay_first:
-            grads, _, _ = decay.update(grads, (), params)
-        updates, next_state, _ = moments.update(grads, state, params)
-        if not decay_first:
-            updates, _, _ = decay.update(updates, (), params)
-        return {name: times(u, -rate) for name, u in updates.items()}, next_state, {"lr": report(rate, state.step.device)}
-
-    scale_, decay_ = fast_update(moments), fast_update(decay)
-
-    def update_(grads: Params, state: AdamState, params: Params | None) -> tuple[Params, OptState, Info]:
-        rate = rate_now(lr, state.step)
-        if decay_first:
-            grads, _, _ = decay_(grads, (), params)
-        updates, state, _ = scale_(grads, state, params)
-        if not decay_first:
-            updates, _, _ = decay_(updates, (), params)
-        scale_in_place(updates.values(), -rate)
-        return updates, state, {"lr": report_now(lr, rate, state.step.device)}
-
-    slow_apply = added(update_)
-
-    def apply(grads: Params, state: AdamState, params: Params) -> tuple[Params, OptState, Info]:
-        lists = fused_lists(params, grads, state.mu, state.nu)
-        if lists is None:
-            return slow_apply(grads, state, params)
-        rate = rate_now(lr, state.step)
-        info = {"lr": report_now(lr, rate, state.step.device)}
-        weights, slopes, mu, nu = lists
-        fraction = weight_decay
-        if mask is not None and weight_decay:
-            # decayed beforehand, one call of the kernel serves all; a second one would cost more than this product
-            decayed = [param for name, param in params.items() if decays(name, param)]
-            if decayed:
-                scale_in_place(decayed, 1 - rate * weight_decay)
-            fraction = 0.0
-        kernel(
-            weights,
-            slopes,
-            mu,
-            nu,
-            [],
-            [state.step.add_(1).float()] * len(weights),
-            lr=for_kernel(rate),
-            beta1=b1,
-            beta2=b2,
-            weight_decay=fraction,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        return params, state, info
-
-    return Transform(init, update, apply, update_, checking(lr))
-
-
-def _check_moments(function: str, b1: float, b2: float, eps: float) -> None:
-    check_number(f"{function}: b1", b1, high=1.0)
-    check_number(f"{function}: b2", b2, high=1.0)
-    check_number(f"{function}: eps", eps)
+    return FusedKernel(run, ("mu", "nu"))

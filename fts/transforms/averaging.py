@@ -10,7 +10,7 @@ from torch import Tensor
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, check_transform, need_params
-from fts.transforms._inplace import fast_apply, is_fast, scale_in_place
+from fts.transforms._fast_paths import fast_apply, is_fast, scale_in_place
 from fts.transforms._scalars import new_count, readable, real
 from fts.transforms.combining import apply_updates
 from fts.typing import Info, OptState, Params, Transform

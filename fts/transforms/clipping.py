@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors, reduce_partial
 from fts.transforms._arguments import check_number, need_params
-from fts.transforms._inplace import scale_in_place
+from fts.transforms._fast_paths import scale_in_place
 from fts.transforms._norms import norm_now, norm_of, norms_of
 from fts.transforms._scalars import times
 from fts.typing import Info, OptState, Params, Transform

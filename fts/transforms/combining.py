@@ -7,8 +7,8 @@ from collections.abc import Callable
 from fts.dtensors import redistribute_like
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_transform
+from fts.transforms._fast_paths import Apply, Update, fast_apply, fast_update, is_fast
 from fts.transforms._infos import merged, merged_by_name, part_of
-from fts.transforms._inplace import Apply, Update, fast_apply, fast_update, is_fast
 from fts.typing import Info, OptState, Params, Transform
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_transform
+from fts.transforms._fast_paths import Update, fast_apply, fast_update, is_fast
 from fts.transforms._infos import merged_by_name, part_of
-from fts.transforms._inplace import Update, fast_apply, fast_update, is_fast
 from fts.transforms._masks import Mask, as_predicate, check_same_names, mask_in_words
 from fts.typing import Info, OptState, Params, Transform
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError, NonFiniteError
 from fts.transforms._arguments import check_count, check_number, check_transform
+from fts.transforms._fast_paths import WIDE_DTYPES, fast_apply, is_fast, pure_apply, scale_in_place
 from fts.transforms._infos import merged, values_of
-from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast, pure_apply, scale_in_place
 from fts.transforms._scalars import device_of, new_count, times, widest
 from fts.transforms._withholding import (
     all_finite,

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fts.dtensors import (from_local_like, to_local, local_tensors)
+from fts.dtensors import from_local_like, local_tensors, to_local
 from fts.errors import ArgumentError
 from fts.randomness import random_bits_like
 from fts.transforms._arguments import check_integer, check_transform, need_params
-from fts.transforms._inplace import WIDE_DTYPES, fast_apply, is_fast
+from fts.transforms._fast_paths import WIDE_DTYPES, fast_apply, is_fast
 from fts.transforms._scalars import new_count
 from fts.transforms.combining import apply_updates
 from fts.typing import Info, OptState, Params, Transform

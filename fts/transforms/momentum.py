@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_number, in_words, need_params
-from fts.transforms._inplace import added, for_kernel, fused_lists, scale_in_place
-from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
-from fts.transforms._scalars import choose, new_count, readable, times
-from fts.typing import Info, OptState, Params, Transform
+from fts.transforms._arguments import check_decays, check_numbers, format_label
+from fts.transforms._rates import Rate
+from fts.transforms._scalars import choose, times
+from fts.transforms.optimizers import FusedKernel, optimizer
+from fts.transforms.rules import elementwise
+from fts.typing import Params, Transform
+
+Tensors: TypeAlias = Sequence[Tensor]
 
 
 class TraceState(NamedTuple):
@@ -59,27 +62,13 @@ def trace(decay: float, nesterov: bool = False) -> Transform:
 
     Source: Sutskever, Martens, Dahl, Hinton 2013, "On the importance of initialization and momentum in deep learning".
     """
-    check_number("trace: decay", decay, high=1.0)
+    check_decays("trace", decay=decay)
 
-    def init(params: Params) -> OptState:
-        return TraceState({name: torch.zeros_like(p) for name, p in params.items()})
+    def rule(grad: Tensor, trace: Tensor) -> tuple[Tensor, Tensor]:
+        trace = grad + decay * trace
+        return grad + decay * trace if nesterov else trace, trace
 
-    def update(grads: Params, state: TraceState, params: Params | None) -> tuple[Params, OptState, Info]:
-        sums = {name: g + decay * state.trace[name] for name, g in grads.items()}
-        updates = {name: g + decay * sums[name] for name, g in grads.items()} if nesterov else sums
-        return updates, TraceState(sums), {}
-
-    def update_(grads: Params, state: TraceState, params: Params | None) -> tuple[Params, OptState, Info]:
-        slopes, sums = local_tensors(grads.values()), local_tensors(state.trace[name] for name in grads)
-        torch._foreach_mul_(sums, decay)
-        torch._foreach_add_(sums, slopes)
-        if nesterov:
-            torch._foreach_add_(slopes, sums, alpha=decay)
-        else:
-            torch._foreach_copy_(slopes, sums)  # what follows may overwrite the updates, never the state
-        return grads, state, {}
-
-    return Transform(init, update, update_=update_, label=f"trace({decay}{', nesterov' if nesterov else ''})")
+    return elementwise(rule, TraceState, label=format_label("trace", decay, nesterov=nesterov))
 
 
 def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False) -> Transform:
@@ -108,86 +97,40 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
 
     Source: as for `trace`; the placement of the learning rate outside the sum is torch.optim's.
     """
-    check_rate("sgd: lr", lr)
-    check_number("sgd: momentum", momentum, high=1.0)
-    check_number("sgd: dampening", dampening)
-    check_number("sgd: weight_decay", weight_decay)
+    check_decays("sgd", momentum=momentum)
+    check_numbers("sgd", dampening=dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ArgumentError(
             f"sgd: nesterov needs a momentum above 0 and no dampening, not momentum={momentum}, dampening={dampening}."
         )
 
-    def init(params: Params) -> OptState:
-        return SgdState(new_count(params), {name: torch.zeros_like(p) for name, p in params.items()} if momentum else {})
+    def rule(grad: Tensor, step: Any, trace: Tensor) -> tuple[Tensor, Tensor]:
+        # the first gradient enters whole, as in torch
+        share = times(grad, choose(step == 1, 1.0, 1.0 - dampening)) if dampening else grad
+        trace = momentum * trace + share
+        return grad + momentum * trace if nesterov else trace, trace
 
-    def update(grads: Params, state: SgdState, params: Params | None) -> tuple[Params, OptState, Info]:
-        rate = rate_at(lr, state.step)
-        sums: Params = {}
-        if weight_decay:
-            weights = need_params(params, "sgd with weight_decay")
-            grads = {name: g + weight_decay * weights[name] for name, g in grads.items()}
-        if momentum:
-            # the first gradient enters whole, as in torch
-            share = choose(state.step == 0, 1.0, 1.0 - dampening) if dampening else 1.0
-            sums = {name: momentum * state.trace[name] + times(g, share) for name, g in grads.items()}
-            grads = {name: g + momentum * sums[name] for name, g in grads.items()} if nesterov else sums
-        updates = {name: times(g, -rate) for name, g in grads.items()}
-        return updates, SgdState(state.step + 1, sums), {"lr": report(rate, state.step.device)}
+    def run(params: Tensors, grads: Tensors, traces: Tensors = (), *, step: Tensor, **options: Any) -> None:
+        first = bool(dampening) and int(step) == 1
+        options |= {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        torch._fused_sgd_(params, grads, traces, **options, maximize=False, is_first_step=first)
 
-    def update_(grads: Params, state: SgdState, params: Params | None) -> tuple[Params, OptState, Info]:
-        rate = rate_now(lr, state.step)
-        slopes, sums = local_tensors(grads.values()), local_tensors(state.trace[name] for name in grads) if momentum else []
-        if weight_decay:
-            weights = need_params(params, "sgd with weight_decay")
-            torch._foreach_add_(slopes, local_tensors(weights[name] for name in grads), alpha=weight_decay)
-        if momentum:
-            torch._foreach_mul_(sums, momentum)
-            if dampening:
-                scale_in_place(slopes, choose(readable(state.step) == 0, 1.0, 1.0 - dampening))
-            torch._foreach_add_(sums, slopes)
-            if nesterov:
-                torch._foreach_add_(slopes, sums, alpha=momentum)
-            else:
-                torch._foreach_copy_(slopes, sums)
-        scale_in_place(slopes, -rate)
-        info = {"lr": report_now(lr, rate, state.step.device)}
-        state.step.add_(1)
-        return grads, state, info
-
-    slow_apply = added(update_)
-
-    def apply(grads: Params, state: SgdState, params: Params) -> tuple[Params, OptState, Info]:
-        lists = fused_lists(params, grads, *([state.trace] if momentum else []), half_on_cpu=False)
-        # whether this is the first update matters to the kernel with dampening alone, and can be read on the CPU alone
-        if lists is None or (dampening and not state.step.is_cpu):
-            return slow_apply(grads, state, params)
-        rate = rate_now(lr, state.step)
-        first = bool(dampening) and int(state.step) == 0
-        torch._fused_sgd_(
-            lists[0],
-            lists[1],
-            lists[2] if momentum else [],
-            weight_decay=weight_decay,
-            momentum=momentum,
-            lr=for_kernel(rate),
-            dampening=dampening,
+    return optimizer(
+        "sgd",
+        elementwise(rule, SgdState, label="momentum")
+        if momentum
+        else elementwise(lambda grad: grad, SgdState, init={"trace": None}, label="identity"),
+        lr,
+        weight_decay=weight_decay,
+        decoupled=False,
+        # torch 2.13's kernel silently leaves bfloat16 and float16 on the CPU as they were
+        fused=FusedKernel(run, ("trace",) if momentum else (), half_on_cpu=False, reads_step=bool(dampening)),
+        label=format_label(
+            "sgd",
+            lr=lr,
+            momentum=momentum or None,
+            dampening=dampening or None,
+            weight_decay=weight_decay or None,
             nesterov=nesterov,
-            maximize=False,
-            is_first_step=first,
-        )
-        info = {"lr": report_now(lr, rate, state.step.device)}
-        state.step.add_(1)
-        return params, state, info
-
-    words = _sgd_in_words(lr, momentum, dampening, weight_decay, nesterov)
-    return Transform(init, update, apply, update_, checking(lr), words)
-
-
-def _sgd_in_words(lr: Rate, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> str:
-    words = [f"lr={in_words(lr)}"]
-    words += [
-        f"{name}={in_words(value)}"
-        for name, value in (("momentum", momentum), ("dampening", dampening), ("weight_decay", weight_decay))
-        if value
-    ]
-    return f"sgd({', '.join(words + (['nesterov'] if nesterov else []))})"
+        ),
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_count, check_number, check_transform, in_words
-from fts.transforms._inplace import fast_apply, fast_update, is_fast
+from fts.transforms._fast_paths import fast_apply, fast_update, is_fast
 from fts.transforms._scalars import as_scalar, device_of
 from fts.transforms._states import states_in, with_states
 from fts.typing import Info, OptState, Params, Transform
@@ -303,7 +303,7 @@ def update_on_metric(opt_state: OptState, metric: float | Tensor, rule: RateRule
             metric = float(metric)
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"update_on_metric: the metric must be a number, not {metric!r}.") from error
-    if not follows_metric(opt_state):
+    if not steps_on_metric(opt_state):
         raise ArgumentError(_NONE_HERE)
 
     def observed(state: FollowState) -> FollowState:
@@ -336,7 +336,7 @@ def followed_rate(opt_state: OptState) -> Tensor:
     return rate
 
 
-def follows_metric(opt_state: OptState) -> bool:
+def steps_on_metric(opt_state: OptState) -> bool:
     """Whether `followed_rate` and `update_on_metric` find something in a state.
 
     >>> from fts import transforms as tx

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_number, in_words, need_params
-from fts.transforms._inplace import scale_in_place
-from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
+from fts.transforms._arguments import check_number, format_label, in_words, need_params
+from fts.transforms._fast_paths import Update, fast_update, scale_in_place
+from fts.transforms._masks import Mask, Predicate, as_predicate, everything, mask_in_words
 from fts.transforms._rates import Rate, check_rate, checking, rate_now, report, report_now
-from fts.transforms._scalars import device_of, new_count, readable, times
+from fts.transforms._scalars import device_of, new_count, times
+from fts.transforms.rules import elementwise
 from fts.typing import Info, OptState, Params, Schedule, Transform
 
 
@@ -46,14 +47,7 @@ def scale(factor: float | Tensor) -> Transform:
     if not isinstance(factor, Tensor):
         check_number("scale: factor", factor, low=-math.inf)
 
-    def update(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        return {name: times(g, factor) for name, g in grads.items()}, state, {}
-
-    def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        scale_in_place(grads.values(), factor)
-        return grads, state, {}
-
-    return Transform(lambda params: (), update, update_=update_, label=f"scale({in_words(factor)})")
+    return elementwise(lambda grad: times(grad, factor), label=format_label("scale", factor))
 
 
 def set_to_zero() -> Transform:
@@ -100,18 +94,11 @@ def scale_by_schedule(schedule: Schedule) -> Transform:
     if not callable(schedule):
         raise ArgumentError(f"scale_by_schedule takes a function of the step, not {schedule!r}; use scale for a constant.")
 
-    def update(grads: Params, state: ScheduleState, params: Params | None) -> tuple[Params, OptState, Info]:
-        factor = schedule(state.step)
-        return {name: times(g, factor) for name, g in grads.items()}, ScheduleState(state.step + 1), {}
-
-    def update_(grads: Params, state: ScheduleState, params: Params | None) -> tuple[Params, OptState, Info]:
-        factor = schedule(readable(state.step))
-        state.step.add_(1)
-        scale_in_place(grads.values(), factor)
-        return grads, state, {}
-
-    return Transform(
-        lambda params: ScheduleState(new_count(params)), update, update_=update_, label=f"scale_by_schedule({in_words(schedule)})"
+    return elementwise(
+        lambda grad, factor: times(grad, factor),  # noqa: PLW0108 (the names of the arguments are what it asks for)
+        ScheduleState,
+        shared=lambda grads, state, params: {"factor": schedule(state.step)},
+        label=format_label("scale_by_schedule", schedule),
     )
 
 
@@ -175,25 +162,33 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Transf
     check_number("add_decayed_weights: weight_decay", weight_decay)
     decays, check_names = as_predicate(everything if mask is None else mask, "add_decayed_weights")
 
+    decay = decayed_weights(weight_decay, None if mask is None else decays, "add_decayed_weights")
+
     def init(params: Params) -> OptState:
         check_names(params)
         return ()
 
-    def update(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        weights = need_params(params, "add_decayed_weights")
-        updates = {
-            name: g + times(weights[name], weight_decay) if decays(name, weights[name]) else g for name, g in grads.items()
-        }
-        return updates, state, {}
+    words = format_label("add_decayed_weights", weight_decay, mask=None if mask is None else mask_in_words(mask))
+    return decay._replace(init=init, label=words)
 
-    def update_(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
-        weights = need_params(params, "add_decayed_weights")
-        names = [name for name in grads if decays(name, weights[name])]
-        if names:
-            torch._foreach_add_(
-                local_tensors(grads[name] for name in names), local_tensors(weights[name] for name in names), alpha=weight_decay
-            )
-        return grads, state, {}
 
-    words = in_words(weight_decay) if mask is None else f"{in_words(weight_decay)}, mask={mask_in_words(mask)}"
-    return Transform(init, update, update_=update_, label=f"add_decayed_weights({words})")
+def decayed_weights(weight_decay: float, decays: Predicate | None, function: str) -> Transform:
+    """As `add_decayed_weights`, without its checks and for a predicate; messages name `function`."""
+
+    def rule(grad: Tensor, param: Tensor) -> Tensor:
+        return grad + weight_decay * param
+
+    every = elementwise(rule, label=function)
+    if decays is None:
+        return every
+
+    def some(update: Update) -> Update:
+        def decayed(grads: Params, state: OptState, params: Params | None) -> tuple[Params, OptState, Info]:
+            weights = need_params(params, function)
+            chosen = {name: grad for name, grad in grads.items() if decays(name, weights[name])}
+            changed, _, _ = update(chosen, (), weights)
+            return {**grads, **changed}, state, {}
+
+        return decayed
+
+    return every._replace(update=some(every.update), update_=some(fast_update(every)))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fts.errors import SpikeError
 from fts.transforms._arguments import check_count, check_number, check_transform
+from fts.transforms._fast_paths import fast_apply, is_fast, pure_apply
 from fts.transforms._infos import merged, values_of
-from fts.transforms._inplace import fast_apply, is_fast, pure_apply
 from fts.transforms._scalars import device_of, new_count, widest
 from fts.transforms._withholding import (
     check_unless_withheld,

@@ -14,7 +14,7 @@ import pytest
 
 from fts.cli import main
 from fts.loops import newest_checkpoint
-from tests.loops.saved import flip_a_bit, names_in, save, save_model, truncate
+from tests.loops.checkpoint_files import (flip_a_bit, names_in, save, save_model, truncate)
 
 
 def evaluated(step, loss):
@@ -43,12 +43,12 @@ def test_a_listing(tmp_path, capsys):
     today = time.strftime("%Y-%m-%d")
     assert [re.split(" {2,}", line.strip())[0] for line in lines] == ["5", "10", "15", "20"]
     assert all(today in line and "KiB" in line for line in lines)
-    assert [line[line.index("whole") :] for line in lines] == [
-        "whole          loss 0.9", "whole, best    loss 0.25", "whole          loss 0.5", "whole, newest  loss 0.75",
+    assert [line[line.index("complete") :] for line in lines] == [
+        "complete          loss 0.9", "complete, best    loss 0.25", "complete          loss 0.5", "complete, newest  loss 0.75",
     ]  # fmt: skip
 
 
-def test_damage_is_found_named_and_the_exit_status(tmp_path, capsys):
+def test_corruption_is_named_and_the_exit_status_is_1(tmp_path, capsys):
     a_run(tmp_path)
     save_model(tmp_path, 25)
     assert main(["checkpoints", str(tmp_path)]) == 0  # a model alone is not damaged
@@ -56,12 +56,12 @@ def test_damage_is_found_named_and_the_exit_status(tmp_path, capsys):
     capsys.readouterr()
     assert main(["checkpoints", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"20 .* damaged  +loss 0.75\n +\S*/checkpoint-20/model.safetensors has changed since it was written", out)
-    assert re.search(r"15 .* whole, newest", out)
+    assert re.search(r"20 .* corrupt  +loss 0.75\n +\S*/checkpoint-20/model.safetensors has changed since it was written", out)
+    assert re.search(r"15 .* complete, newest", out)
     assert re.search(r"25 .* model only\n .*save_only_model", out)
 
 
-def test_nothing_there(tmp_path, capsys):
+def test_no_checkpoints(tmp_path, capsys):
     assert main(["checkpoints", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"No checkpoints in {tmp_path}.\n"
     assert main(["checkpoints", str(tmp_path / "nowhere")]) == 2
@@ -70,7 +70,7 @@ def test_nothing_there(tmp_path, capsys):
 
 def test_progress_goes_to_standard_error_once_it_takes_long(tmp_path, capsys, monkeypatch):
     a_run(tmp_path)
-    monkeypatch.setattr("fts.cli.checkpoints.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("fts.cli.checkpoints.PROGRESS_DELAY", 0.0)
     main(["checkpoints", str(tmp_path)])
     shown = capsys.readouterr()
     assert "verified 3 of 4 checkpoints" in shown.err and "verified" not in shown.out
@@ -91,7 +91,7 @@ def test_pruning_without_the_best(tmp_path):
     assert names_in(tmp_path) == {"checkpoint-15", "checkpoint-20"}
 
 
-def test_a_dry_run_says_the_same_and_deletes_nothing(tmp_path, capsys):
+def test_a_dry_run_prints_the_same_and_deletes_nothing(tmp_path, capsys):
     a_run(tmp_path)
     before = names_in(tmp_path)
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "2", "--dry-run"]) == 0
@@ -101,7 +101,7 @@ def test_a_dry_run_says_the_same_and_deletes_nothing(tmp_path, capsys):
     assert re.search(r"^2 would be deleted, \d.* KiB\.$", out, re.MULTILINE)
 
 
-def test_damaged_ones_and_leftovers_go_too_and_it_is_said_why(tmp_path, capsys):
+def test_corrupt_ones_and_leftovers_are_deleted_with_a_reason(tmp_path, capsys):
     a_run(tmp_path)
     truncate(tmp_path / "checkpoint-20")
     shutil.copytree(tmp_path / "checkpoint-5", tmp_path / ".checkpoint-25.writing")
@@ -111,22 +111,22 @@ def test_damaged_ones_and_leftovers_go_too_and_it_is_said_why(tmp_path, capsys):
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "9"]) == 0
     assert names_in(tmp_path) == {"checkpoint-5", "checkpoint-10", "checkpoint-15"}
     out = capsys.readouterr().out
-    assert re.search(r"deleted  checkpoint-20 .*: damaged: .* bytes, but was written with", out)
-    assert out.count("left of a save or deletion that was cut off") == 2
+    assert re.search(r"deleted  checkpoint-20 .*: corrupt: .* bytes, but was written with", out)
+    assert out.count("left by a save or deletion that was interrupted") == 2
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-15"
 
 
-def test_a_save_that_is_perhaps_under_way_is_left_alone(tmp_path, capsys):
+def test_a_save_that_may_be_in_progress_is_left_alone(tmp_path, capsys):
     a_run(tmp_path)
     shutil.copytree(tmp_path / "checkpoint-5", tmp_path / ".checkpoint-25.writing")
     make_old(tmp_path / ".checkpoint-25.writing")
     os.utime(tmp_path / ".checkpoint-25.writing" / "model.safetensors")
     main(["checkpoints", "prune", str(tmp_path), "--keep", "9"])
     assert ".checkpoint-25.writing" in names_in(tmp_path)
-    assert "perhaps a save is under way" in capsys.readouterr().out
+    assert "a save may be in progress" in capsys.readouterr().out
 
 
-def test_the_newest_whole_one_stays_where_later_ones_are_models_alone(tmp_path):
+def test_the_newest_complete_one_is_kept_where_later_ones_are_models_alone(tmp_path):
     save(tmp_path, 5)
     for step in (10, 15):
         save_model(tmp_path, step)
@@ -134,7 +134,7 @@ def test_the_newest_whole_one_stays_where_later_ones_are_models_alone(tmp_path):
     assert names_in(tmp_path) == {"checkpoint-5", "checkpoint-15"}
 
 
-def test_what_cannot_be_judged_is_left_alone(tmp_path, capsys):
+def test_checkpoints_of_unknown_status_are_left_alone(tmp_path, capsys):
     save(tmp_path, 5)
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "pytorch_model.bin").write_bytes(b"weights")
@@ -143,15 +143,15 @@ def test_what_cannot_be_judged_is_left_alone(tmp_path, capsys):
     assert "another program wrote it" in capsys.readouterr().out
 
 
-def test_where_all_are_damaged_nothing_is_deleted(tmp_path, capsys):
+def test_where_all_are_corrupt_nothing_is_deleted(tmp_path, capsys):
     for step in (5, 10):
         truncate(save(tmp_path, step))
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "1"]) == 0
     assert names_in(tmp_path) == {"checkpoint-5", "checkpoint-10"}
-    assert "none is whole" in capsys.readouterr().out
+    assert "none is complete" in capsys.readouterr().out
 
 
-def test_what_could_not_be_deleted_is_said_and_the_rest_is_deleted(tmp_path, capsys, monkeypatch):
+def test_a_deletion_that_fails_is_reported_and_the_rest_is_deleted(tmp_path, capsys, monkeypatch):
     a_run(tmp_path)
     rename = os.rename
 
@@ -173,11 +173,11 @@ def test_what_could_not_be_deleted_is_said_and_the_rest_is_deleted(tmp_path, cap
         (["checkpoints"], "DIR"),
         (["checkpoints", "prune", "."], "--keep"),
         (["checkpoints", "prune", ".", "--keep", "two"], "invalid int value"),
-        (["checkpoints", "prune", ".", "--keep", "0"], "at least one checkpoint stays"),
+        (["checkpoints", "prune", ".", "--keep", "0"], "at least one checkpoint is kept"),
         (["frobnicate"], "invalid choice"),
     ],
 )
-def test_words_that_are_not_understood(words, text, capsys):
+def test_invalid_arguments(words, text, capsys):
     assert main(words) == 2
     assert text in capsys.readouterr().err
 

@@ -119,7 +119,7 @@ def test_a_run_of_plain_functions(tmp_path):
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0] == f"Step 10, from {tmp_path}/checkpoint-5: epoch 1, batch 4 (from 0)"
-    assert re.fullmatch(r"items    \d+, \d+, \d+, \d+", lines[1])
+    assert re.fullmatch(r"examples \d+, \d+, \d+, \d+", lines[1])
     assert re.fullmatch(r"loss     \d+\.\d+", lines[2])
     assert re.search(r"^  grad_norm +\d", run.stdout, re.MULTILINE)
     assert re.search(r"^  lr +0\.001", run.stdout, re.MULTILINE)
@@ -140,18 +140,18 @@ def test_a_run_of_a_trainer_by_the_name_of_its_module(tmp_path):
     assert run.stdout.endswith("The state after the step equals checkpoint-10, bit for bit.\n")
 
 
-def test_a_poisoned_item_is_named(tmp_path):
+def test_a_nonfinite_example_is_named(tmp_path):
     script = a_run(tmp_path, PLAIN)
     run = python("-m", "fts.cli", "replay", tmp_path / "checkpoint-5", "--step", 8, "--run", f"{script}:poisoned")
     assert run.returncode == 0, run.stderr
     item = re.search(r"^poisoned (\d+)$", run.stdout, re.MULTILINE)[1]
-    assert f"The items with such numbers: {item}\n" in run.stdout
+    assert f"The examples with such numbers: {item}\n" in run.stdout
     assert re.search(r"^loss     nan$", run.stdout, re.MULTILINE)
     assert "Not finite in the batch:\n  batch: 1 NaN and 0 infinite of 12\n" in run.stdout
     assert re.search(r"Not finite in gradients:\n(  .*\n)*  0\.weight: 12 NaN and 0 infinite of 12\n", run.stdout)
     assert "Not finite in parameters after the step:" in run.stdout and "before" not in run.stdout.replace("before clipping", "")
     assert run.stdout.splitlines()[-1].startswith(
-        "The state after the step is compared with nothing: there is no whole checkpoint-8"
+        "The state after the step is not compared with a checkpoint: there is no complete checkpoint-8"
     )
 
 
@@ -188,7 +188,7 @@ def test_a_state_that_differs_gives_the_exit_status_1(tmp_path, capsys):
         (":made", "names no function"),
     ],
 )
-def test_functions_that_are_not_there(tmp_path, capsys, name, text):
+def test_functions_that_do_not_exist(tmp_path, capsys, name, text):
     script = tmp_path / "training.py"
     script.write_text(textwrap.dedent(PLAIN))
     words = ["replay", str(tmp_path / "checkpoint-5"), "--step", "6", "--run", name.format(script=script, root=tmp_path)]
@@ -196,7 +196,7 @@ def test_functions_that_are_not_there(tmp_path, capsys, name, text):
     assert text in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_not_there_and_a_step_that_is_not_after_it(tmp_path, capsys):
+def test_a_checkpoint_that_does_not_exist_and_a_step_that_is_not_after_it(tmp_path, capsys):
     script = a_run(tmp_path, PLAIN)
     assert main(["replay", str(tmp_path / "checkpoint-7"), "--step", "8", "--run", f"{script}:made"]) == 2
     assert "There is no checkpoint at" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_is_not_there_and_a_step_that_is_not_after_it(tmp_path
     assert "--top -1" in capsys.readouterr().err
 
 
-def test_a_module_that_cannot_import_what_it_needs_says_so(tmp_path, monkeypatch):
+def test_a_module_that_fails_to_import_raises_its_error(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import there_is_no_such_package\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="there_is_no_such_package"):

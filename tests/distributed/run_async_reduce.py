@@ -1,4 +1,4 @@
-"""Two processes that agree, then one hangs, then it is killed; for test_agreeing: `torchrun agreeing.py FILE`."""
+"""Asynchronous all-reduces; at the end one process is killed. For test_async_reduce: `torchrun run_async_reduce.py FILE`."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 import torch
 
 from fts import loops
-from fts.distributed import process_group as processes
+from fts.distributed import process_group
 from fts.distributed.async_reduce import AsyncAllReduceMax
 from fts.errors import DistributedError
 from fts.loops.preemption import StopRequest
@@ -18,7 +18,7 @@ from fts.loops.timer import every_interval
 found = {}
 
 
-def said(call):
+def error_of(call):
     """The message of a DistributedError, and after how many seconds."""
     started = time.monotonic()
     try:
@@ -29,13 +29,13 @@ def said(call):
 
 
 def main(file):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the survivor; it is to say something first
-    group = processes.init_process_group(device="cpu")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops the survivor, which must write its results first
+    group = process_group.init_process_group(device="cpu")
 
     # the second process asks at its third call; then both ask
     with AsyncAllReduceMax(group) as agree:
-        asked = [0, 0, 143 * group.rank, 0, 0, 3 + group.rank, 0, 0, 0]
-        found["answers"] = [agree(number) for number in asked]
+        numbers = [0, 0, 143 * group.rank, 0, 0, 3 + group.rank, 0, 0, 0]
+        found["answers"] = [agree(number) for number in numbers]
         found["pending"] = agree.pending is not None
     found["closed"] = agree.pending is None and agree.process_group is None
 
@@ -81,12 +81,12 @@ def main(file):
     events = loops.fit(tick, 0, range(16), due=due, save=lambda state, position: str(state))
     found["saved"] = [str(event.path) for event in events if isinstance(event, loops.Saved)]
     timer_agree.close()
-    assert every_interval("10s", agree=AsyncAllReduceMax(processes.Group())).due() is False
+    assert every_interval("10s", agree=AsyncAllReduceMax(process_group.Group())).due() is False
 
-    everyone = group.all_gather_object(found)
-    first, second = everyone
+    every_rank = group.all_gather_object(found)
+    first, second = every_rank
     times = {"microseconds": 0, "seconds ahead": 0}
-    assert first | times == second | times, everyone
+    assert first | times == second | times, every_rank
 
     # the second hangs longer than the timeout
     impatient, patient = AsyncAllReduceMax(group, timeout=1.0), AsyncAllReduceMax(group)
@@ -96,18 +96,18 @@ def main(file):
         time.sleep(4.0)
         os.kill(os.getpid(), signal.SIGKILL)
     impatient(0)
-    found["hangs"] = said(lambda: impatient(0))
-    found["is gone"] = said(lambda: [patient(0) for _ in range(3)])
+    found["hangs"] = error_of(lambda: impatient(0))
+    found["is gone"] = error_of(lambda: [patient(0) for _ in range(3)])
 
-    def sum_them():
+    def all_reduce():
         with patient.monitor.translate_errors():
             group.all_reduce(torch.ones(3))
 
-    def gather():
+    def all_gather_object():
         with patient.monitor.translate_errors():
             group.all_gather_object("a")
 
-    found["sum"], found["gather"] = said(sum_them), said(gather)
+    found["sum"], found["gather"] = error_of(all_reduce), error_of(all_gather_object)
     with open(file, "w") as out:
         json.dump(found, out)
     os._exit(0)

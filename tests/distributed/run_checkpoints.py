@@ -1,4 +1,4 @@
-"""Checkpoints of a state that two processes share, for test_checkpoints: `torchrun keeping.py RESULTS ROOT`; it asserts."""
+"""Checkpoints of a sharded state, for test_checkpoints: `torchrun run_checkpoints.py RESULTS ROOT`; it asserts."""
 
 import json
 import resource
@@ -35,9 +35,9 @@ def loss(model, batch):
     return (model(batch) ** 2).mean()
 
 
-def state_of(module, group, *, cut):
+def state_of(module, group, *, sharded):
     optimizer = tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(1e-2))
-    if cut:
+    if sharded:
         fully_shard(module, init_device_mesh(group, Mesh(shard=group.size))["replicate", "shard"])
     state = fts.TrainState.create(module, optimizer, seed=3, copy=False)
     step = distributed.distribute(steps.train_step(steps.module_loss(module, loss), optimizer), group)
@@ -52,31 +52,31 @@ def leaves(state):
 
 
 def assert_same(found, wanted):
-    """Bit for bit, and spread in the same way."""
-    for place, (ours, theirs) in enumerate(zip(leaves(found), leaves(wanted), strict=True)):
-        assert is_dtensor(ours) == is_dtensor(theirs), place
-        assert ours.dtype == theirs.dtype and torch.equal(to_local(ours), to_local(theirs)), (place, ours, theirs)
+    """Equal bits, and the same placements."""
+    for index, (ours, theirs) in enumerate(zip(leaves(found), leaves(wanted), strict=True)):
+        assert is_dtensor(ours) == is_dtensor(theirs), index
+        assert ours.dtype == theirs.dtype and torch.equal(to_local(ours), to_local(theirs)), (index, ours, theirs)
 
 
 def zeros_like(state):
     return state.replace(**optree.tree_map(torch.zeros_like, {"params": state.params, "opt_state": state.opt_state}))
 
 
-def fails(block, words):
-    with pytest.raises((CheckpointError, ValueError), match=words):
+def fails(block, message):
+    with pytest.raises((CheckpointError, ValueError), match=message):
         block()
 
 
 def written(group, root, state, name, **options):
     with loops.AsyncCheckpointer(group=group, **options) as writer:
         path = writer.save(root / name, state, Position(1, 2), extra={"a": 1})
-        list(writer.watch([STOPPED]))  # which all wait for
-    assert checkpoint_status(path) == ("whole", None)
+        list(writer.watch([STOPPED]))  # all ranks wait for it
+    assert checkpoint_status(path) == ("complete", None)
     return path
 
 
-def whole_and_in_parts(group, root, state, plain):
-    """Each form is read into each form."""
+def full_and_sharded(group, root, state, plain):
+    """A checkpoint of each kind is loaded into a state of each kind."""
     paths = {
         "full": written(group, root, state, "full"),
         "full-at-once": written(group, root, state, "full-at-once", background=False),
@@ -100,10 +100,10 @@ def whole_and_in_parts(group, root, state, plain):
     assert full[0] == full[1]
 
 
-def each_machine_has_its_own(group, root, state, plain):
-    """Two processes that each are the first of a machine."""
+def each_node_has_its_own(group, root, state, plain):
+    """Two processes that are each the local main process of a machine."""
     own = attrs.evolve(group, local_rank=0)
-    for name, of in (("cut", state), ("plain", plain)):
+    for name, of in (("sharded", state), ("plain", plain)):
         path = written(own, root, of, f"{name}-on-{group.rank}", each_node=True)
         loads = loops.load_checkpoint(path, like=of)[0]
         assert_same(loads, of)
@@ -111,29 +111,34 @@ def each_machine_has_its_own(group, root, state, plain):
 
 
 def errors_end_all(group, root, state):
-    """Whatever fails in one process ends the save in all, and leaves the checkpoint before and nothing else."""
+    """An error on one rank ends the save on all ranks, and leaves the previous checkpoint and nothing else."""
     before = {path.name for path in root.iterdir()}
     group.barrier()
-    for state_dict, background, unlucky in (("full", True, 0), ("full", False, 0), ("sharded", True, 1), ("sharded", True, 0)):
+    for state_dict, background, failing_rank in (
+        ("full", True, 0),
+        ("full", False, 0),
+        ("sharded", True, 1),
+        ("sharded", True, 0),
+    ):
         writer = loops.AsyncCheckpointer(background, group=group, state_dict=state_dict)
-        with_limit(group.rank == unlucky, partial(fails, partial(save_once, writer, root, state), "could not be written"))
+        with_limit(group.rank == failing_rank, partial(fails, partial(save_once, writer, root, state), "could not be written"))
         group.barrier()
         assert {path.name for path in root.iterdir()} == before, state_dict
         group.barrier()
 
     def refuse(hidden):
         if group.rank == 1:
-            raise ValueError("no room for a tokenizer")
+            raise ValueError("no disk space for a tokenizer")
 
     writer = loops.AsyncCheckpointer(group=group)
-    fails(lambda: writer.save(root / "other", state, write=refuse), "no room for a tokenizer")
+    fails(lambda: writer.save(root / "other", state, write=refuse), "no disk space for a tokenizer")
     group.barrier()
     assert {path.name for path in root.iterdir()} == before
     group.barrier()
 
 
 def save_once(writer, root, state):
-    """To its end, where errors of the thread come out."""
+    """Until the end, where errors of the thread are raised."""
     writer.save(root / "failing", state)
     list(writer.watch([STOPPED]))
 
@@ -150,8 +155,8 @@ def with_limit(limited, block):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def damage_is_told(group, root, state):
-    path = written(group, root, state, "damaged", state_dict="sharded")
+def corruption_is_detected(group, root, state):
+    path = written(group, root, state, "corrupt", state_dict="sharded")
     part = next((path / "model.parts").glob("shard-00002-*"))
     group.barrier()
     if group.is_main_process:
@@ -160,11 +165,11 @@ def damage_is_told(group, root, state):
         part.write_bytes(content)
     group.barrier()
     fails(lambda: loops.load_checkpoint(path, like=state, group=group), part.name)
-    assert checkpoint_status(path)[0] == "damaged"
+    assert checkpoint_status(path)[0] == "corrupt"
 
 
 def peak_while(block):
-    """How much memory a block took at most, in MiB, beyond what was there."""
+    """The peak memory of a block in MiB, beyond the memory before it."""
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     block()
@@ -176,7 +181,7 @@ def status(name):
 
 
 def memory(group, root):
-    """32 tensors of 4 MiB: in none but the one that keeps the copy are all of them whole at a time."""
+    """32 tensors of 4 MiB: only the rank with the copy has all full tensors at a time."""
     mesh = init_device_mesh(group, Mesh(shard=group.size))["replicate", "shard"]
     module = fully_shard(nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(32)]), mesh)
     state = fts.TrainState.create(module, tx.sgd(0.1), copy=False)
@@ -204,11 +209,11 @@ STOPPED = loops.Stopped(loops.Counters(), None)
 def main():
     results, root = map(Path, sys.argv[1:])
     group = distributed.init_process_group(timeout=60)
-    state, plain = state_of(net(), group, cut=True), state_of(net(), group, cut=False)
-    whole_and_in_parts(group, root, state, plain)
-    each_machine_has_its_own(group, root, state, plain)
+    state, plain = state_of(net(), group, sharded=True), state_of(net(), group, sharded=False)
+    full_and_sharded(group, root, state, plain)
+    each_node_has_its_own(group, root, state, plain)
     errors_end_all(group, root, state)
-    damage_is_told(group, root, state)
+    corruption_is_detected(group, root, state)
     peaks = memory(group, root)
     (results / f"{group.rank}.json").write_text(json.dumps({"peaks": peaks}))
     distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Models cut into shards and matrices, each compared with the same one, whole; for test_cutting: `torchrun cutting.py CARD_FILE`."""
+"""Sharded and tensor-parallel models against the full ones, for test_model_sharding: `torchrun run_model_sharding.py FILE`."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from fts.distributed.tensor_parallel import parallelize_module
 from fts.dtensors import full_tensor, to_local
 from fts.errors import ArgumentError
 
-ROWS = 2
+EXAMPLES = 2
 
 
 def minilm():
@@ -25,7 +25,7 @@ def minilm():
     return transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def minilm_on_first():
+def minilm_on_main():
     if group.rank == 0:
         return minilm()
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def tied(seed=0):
     return llama(seed, tie_word_embeddings=True)
 
 
-def tied_on_first():
+def tied_on_main():
     if group.rank == 0:
         return tied()
     with torch.device("meta"):
@@ -68,9 +68,9 @@ def adapted(seed=0):
     return model
 
 
-def rows(rank=0, size=1):
-    ids = torch.randint(5, 100, (ROWS * size, 9), generator=torch.Generator().manual_seed(1))
-    return ids[rank * ROWS : (rank + 1) * ROWS], ids
+def token_ids(rank=0, size=1):
+    ids = torch.randint(5, 100, (EXAMPLES * size, 9), generator=torch.Generator().manual_seed(1))
+    return ids[rank * EXAMPLES : (rank + 1) * EXAMPLES], ids
 
 
 def loss_of(model, ids):
@@ -79,14 +79,14 @@ def loss_of(model, ids):
     return model(input_ids=ids).last_hidden_state.square().mean()
 
 
-def differences(model, reference, place=(0, 1)):
-    """How far losses and gradients are from those of the whole model, which sees the rows of all."""
-    own, every = rows(*place)
+def differences(model, reference, rank_and_size=(0, 1)):
+    """How far losses and gradients are from those of the full model with the examples of all ranks."""
+    own, all_ids = token_ids(*rank_and_size)
     for net in (model, reference):
         net.zero_grad()
     loss = loss_of(model, own)
     loss.backward()
-    expected = loss_of(reference, every)
+    expected = loss_of(reference, all_ids)
     expected.backward()
     worst = 0.0
     for (name, one), (other, two) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
@@ -100,24 +100,24 @@ def differences(model, reference, place=(0, 1)):
 
 
 def sees_new_weights(model):
-    """Whether a forward pass without a backward pass sees what was written since the last one."""
+    """Whether a forward pass without a backward pass sees weights that were written since the last one."""
     with torch.no_grad():
-        ids, parts = rows()[0], [to_local(parameter) for parameter in model.parameters()]
+        ids, parts = token_ids()[0], [to_local(parameter) for parameter in model.parameters()]
         before = loss_of(model, ids)
-        for part in parts:  # as a step does, also where the module still has whole ones
+        for part in parts:  # as a step does, also while the module has full parameters gathered
             part.mul_(1.5)
         return bool((loss_of(model, ids) - before).abs() > 1e-4)
 
 
-def elements_here(model):
+def local_numel(model):
     return sum(to_local(parameter).numel() for parameter in model.parameters())
 
 
 SHARDED = {
     "minilm": (minilm, minilm, FSDP()),
-    "minilm on the first alone": (minilm_on_first, minilm, FSDP()),
+    "minilm on the main process alone": (minilm_on_main, minilm, FSDP()),
     "another seed": (lambda: llama(group.rank), llama, FSDP()),
-    "as a whole": (llama, llama, FSDP(units=None)),
+    "one unit": (llama, llama, FSDP(units=None)),
     "by size": (llama, llama, FSDP(units=3000)),
     "by class": (llama, llama, FSDP(units=("LlamaMLP", "LlamaAttention"))),
     "kept after forward": (llama, llama, FSDP(reshard_after_forward=False)),
@@ -125,7 +125,7 @@ SHARDED = {
     "recomputed from the CPU": (llama, llama, FSDP(activation_checkpointing=True, activation_checkpointing_offload=True)),
     "offloaded": (llama, llama, FSDP(cpu_offload=True)),
     "tied": (tied, tied, FSDP()),
-    "tied, on the first alone": (tied_on_first, tied, FSDP()),
+    "tied, on the main process alone": (tied_on_main, tied, FSDP()),
     "tied, by size": (tied, tied, FSDP(units=3000)),
     "frozen": (adapted, adapted, FSDP()),
     "ignored": (adapted, adapted, FSDP(ignored_modules=(r"lm_head|model\.embed_tokens",))),
@@ -134,13 +134,13 @@ SHARDED = {
 }
 
 
-def of_shards():
+def fsdp_cases():
     found = {}
     for name, (make, reference, strategy) in SHARDED.items():
         mesh = Mesh(replicate=2) if strategy.replicate == 2 else Mesh(shard=2)
         model = fully_shard(make(), init_device_mesh(group, mesh)["replicate", "shard"], strategy)
         found[name] = differences(model, reference(), (group.rank, group.size))
-        found[name]["share"] = elements_here(model) / elements_here(reference())
+        found[name]["share"] = local_numel(model) / local_numel(reference())
         found[name]["units"] = sum(hasattr(part, "set_requires_gradient_sync") for part in model.modules())
         found[name]["sees new weights"] = sees_new_weights(model)
     return found
@@ -157,20 +157,20 @@ def trained(model, group, ids, count):
     return found
 
 
-def of_matrices():
+def tensor_parallel_cases():
     found = {}
     devices = init_device_mesh(group, Mesh(tensor=2))
     alone = data_parallel_group(group, Mesh(tensor=2))
     for name, make in {"llama": llama, "tied": tied, "qwen": qwen}.items():
-        model = parallelize_module(make(group.rank), devices["tensor"])  # of which the first one's weights are taken
-        found[name] = differences(model, make()) | {"share": elements_here(model) / elements_here(make())}
-        found[name]["trained"] = trained(model, alone, rows()[0], 3)
-        found[name]["expected"] = trained(make(), alone, rows()[0], 3)
+        model = parallelize_module(make(group.rank), devices["tensor"])  # takes the weights of the main process
+        found[name] = differences(model, make()) | {"share": local_numel(model) / local_numel(make())}
+        found[name]["trained"] = trained(model, alone, token_ids()[0], 3)
+        found[name]["expected"] = trained(make(), alone, token_ids()[0], 3)
     return found
 
 
-def of_both():
-    """Four processes: two groups that share matrices, and parameters between them."""
+def combined_cases():
+    """Four processes: FSDP over two tensor-parallel groups."""
     layout = Mesh(shard=2, tensor=2)
     devices = init_device_mesh(group, layout)
     some = data_parallel_group(group, layout)
@@ -179,9 +179,9 @@ def of_both():
         model = parallelize_module(make(group.rank), devices["tensor"])
         fully_shard(model, devices["replicate", "shard"])
         rank, size = data_parallel_rank_and_size(group.rank, layout)
-        found[name] = {"share": elements_here(model) / elements_here(make())}
-        found[name]["trained"] = trained(model, some, rows(rank, size)[0], 3)
-        found[name]["expected"] = trained(make(), fts.distributed.Group(), rows(0, size)[1], 3)
+        found[name] = {"share": local_numel(model) / local_numel(make())}
+        found[name]["trained"] = trained(model, some, token_ids(rank, size)[0], 3)
+        found[name]["expected"] = trained(make(), fts.distributed.Group(), token_ids(0, size)[1], 3)
     return found
 
 
@@ -193,7 +193,7 @@ def message(call):
     return ""
 
 
-def of_errors():
+def error_messages():
     mesh, tensors = (
         init_device_mesh(group, Mesh(shard=2))["replicate", "shard"],
         init_device_mesh(group, Mesh(tensor=2))["tensor"],
@@ -213,7 +213,7 @@ def of_errors():
         "replicas": message(lambda: fully_shard(llama(), mesh, FSDP(replicate=2))),
         "class": message(lambda: fully_shard(llama(), mesh, FSDP(units=("LlamaLayer",)))),
         "no plan": message(lambda: parallelize_module(nn.Linear(2, 2), tensors)),
-        "word": message(lambda: parallelize_module(nn.Sequential(nn.Linear(2, 2)), tensors, {"0": "diagonal"})),
+        "style": message(lambda: parallelize_module(nn.Sequential(nn.Linear(2, 2)), tensors, {"0": "diagonal"})),
         "nowhere": message(lambda: parallelize_module(nn.Sequential(nn.Linear(2, 2)), tensors, {"up": "colwise"})),
         "odd": message(lambda: parallelize_module(nn.Sequential(nn.Linear(2, 3)), tensors, {"0": "colwise"})),
         "heads": message(lambda: parallelize_module(llama(num_attention_heads=1, num_key_value_heads=1), tensors)),
@@ -223,7 +223,11 @@ def of_errors():
 
 if __name__ == "__main__":
     group = init_process_group("gloo", device="cpu")
-    found = of_both() if group.size == 4 else {"shards": of_shards(), "matrices": of_matrices(), "errors": of_errors()}
+    found = (
+        combined_cases()
+        if group.size == 4
+        else {"shards": fsdp_cases(), "matrices": tensor_parallel_cases(), "errors": error_messages()}
+    )
     if group.rank == 0:
         with open(sys.argv[1], "w", encoding="utf-8") as file:
             json.dump(found, file)

@@ -1,4 +1,4 @@
-"""Bytes of real models, for test_planning: `torchrun measuring.py FILE`. Each case is trained for one step and measured."""
+"""Bytes of real models in one training step, for test_resource_plan: `torchrun run_resource_plan.py FILE`."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fts import transforms as tx
 from fts.distributed.fsdp import fully_shard
 from fts.distributed.strategies import FSDP
 
-ROWS, TOKENS = 2, 12
+EXAMPLES, TOKENS = 2, 12
 KINDS = {
     "allreduce_": "all-reduce",
     "all_reduce": "all-reduce",
@@ -26,8 +26,8 @@ KINDS = {
 }
 
 
-class Counting(TorchDispatchMode):
-    """Bytes of the whole that each collective exchanges; also those that DDP starts from C++."""
+class CollectiveCounter(TorchDispatchMode):
+    """Bytes of the full tensors of each collective; also of those that DDP starts from C++."""
 
     def __init__(self):
         super().__init__()
@@ -40,9 +40,9 @@ class Counting(TorchDispatchMode):
             tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:2]
             tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
             if all(tensor.is_floating_point() for tensor in tensors):
-                whole = sum if name == "allreduce_" else max  # the whole of a gather is its output, of a scatter its input
-                times = dist.get_world_size() if name == "all_gather_into_tensor" else 1  # this one is given its input only
-                self.calls.append((KINDS[name], times * whole(tensor.nbytes for tensor in tensors)))
+                full = sum if name == "allreduce_" else max  # of a gather the output, of a scatter the input
+                times = dist.get_world_size() if name == "all_gather_into_tensor" else 1  # called with its input only
+                self.calls.append((KINDS[name], times * full(tensor.nbytes for tensor in tensors)))
                 self.storages |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         return func(*args, **(kwargs or {}))
 
@@ -106,8 +106,8 @@ def nbytes(tensors):
 
 def measure(model, call, sync, accumulate, labels):
     """One step's bytes."""
-    ids = torch.randint(0, 500, (ROWS, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
-    with Counting() as counting:
+    ids = torch.randint(0, 500, (EXAMPLES, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
+    with CollectiveCounter() as counter:
         for index in range(accumulate):
             last = index == accumulate - 1
             sync(last)
@@ -125,11 +125,11 @@ def measure(model, call, sync, accumulate, labels):
     )
     found["count"] = sum(parameter.numel() for parameter in parameters.values())
     own = {gradient.untyped_storage().data_ptr() for gradient in gradients}
-    found["buckets"] = sum(size for storage, size in counting.storages.items() if storage not in own)
+    found["buckets"] = sum(size for storage, size in counter.storages.items() if storage not in own)
     found["exchanged"] = {
-        kind: sum(size for name, size in counting.calls if name == kind) for kind in sorted({name for name, _ in counting.calls})
+        kind: sum(size for name, size in counter.calls if name == kind) for kind in sorted({name for name, _ in counter.calls})
     }
-    found["largest gathered"] = max([size for name, size in counting.calls if name == "all-gather"], default=0)
+    found["largest gathered"] = max([size for name, size in counter.calls if name == "all-gather"], default=0)
     return found
 
 
@@ -149,12 +149,12 @@ def main(file):
     if dist.get_world_size() == 4:
         mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         cases["hsdp"] = (sharded(mesh=mesh, replicate=2), 2, classes)
-    found = {name: measure(*made, accumulate, labels) for name, (made, accumulate, labels) in cases.items()}
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    found = {name: measure(*case, accumulate, labels) for name, (case, accumulate, labels) in cases.items()}
+    every_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(every_rank, found)
     if dist.get_rank() == 0:
         with open(file, "w") as out:
-            json.dump(everyone, out, indent=1)
+            json.dump(every_rank, out, indent=1)
     dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
-"""Runs of the Trainer that go on in other processes, for test_checkpoints: `torchrun resuming.py RESULTS JOBS`.
+"""Runs of the Trainer that resume in other processes, for test_checkpoints: `torchrun run_resume.py RESULTS JOBS`.
 
 JOBS is a JSON list of `{"name", "out", "strategy", "resume", ...}`: each is a run, one after the other in the same processes.
-"full disk" lets the first process find no room for a checkpoint; in the processes of "callback" one raises after six updates.
+With "full disk" the main process has no disk space for a checkpoint; on the ranks in "callback" a callback raises after six
+updates.
 """
 
 import errno
@@ -20,8 +21,8 @@ from fts.errors import FtsError
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
 from tests.trainer.helpers import rows
 
-ROWS, STEPS = 8, 12
-"""Rows of an update, in micro-batches of 2; updates of a run."""
+EXAMPLES, STEPS = 8, 12
+"""Examples of an update, in micro-batches of 2; updates of a run."""
 
 STRATEGIES = {
     "ddp": {},
@@ -51,7 +52,7 @@ def trainer_of(out, strategy, **more):
     options = {
         "output_dir": str(out),
         "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": ROWS // 2 // processes,
+        "gradient_accumulation_steps": EXAMPLES // 2 // processes,
         "max_steps": STEPS,
         "save_steps": 4,
         "logging_steps": 1,
@@ -66,7 +67,7 @@ def trainer_of(out, strategy, **more):
     return Trainer(model=Net(), args=TrainingArguments(**(options | more)), train_dataset=rows(40), eval_dataset=rows(12, seed=1))
 
 
-def figures_of(trainer):
+def metrics_of(trainer):
     """Losses by step, and the weights at the end, as exact text."""
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     weights = {name: full_tensor(tensor.detach()).tolist() for name, tensor in trainer.model.named_parameters()}
@@ -100,7 +101,7 @@ def run(job):
             }
     if "model" in job:
         trainer.save_model(job["model"])
-    return figures_of(trainer)
+    return metrics_of(trainer)
 
 
 def main():

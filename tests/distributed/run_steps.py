@@ -1,4 +1,4 @@
-"""Steps of several processes against those of one, for test_steps: `torchrun stepping.py FOLDER [CASE ...]`."""
+"""Steps of several processes against those of one, for test_steps: `torchrun run_steps.py FOLDER [CASE ...]`."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from fts import distributed, steps, transforms as tx
 from fts.dtensors import full_tensor
 from fts.steps import MicroBatches, PaddingBatch
 
-STEPS = {"ddp": 50, "fsdp": 50}  # the ways that the Trainer goes; the others take 10
+STEPS = {"ddp": 50, "fsdp": 50}  # the ways of the Trainer; the others take 10
 OPTIMIZERS = {
     "adamw": lambda: tx.adamw(3e-3, weight_decay=0.1),
     "sgd": lambda: tx.sgd(0.05, momentum=0.9, nesterov=True),
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 class Net(nn.Module):
-    """A small language model: tied weights, dropout, a normalisation, and 3 rows that no 2 processes divide."""
+    """A small language model: tied weights, dropout, a normalisation, and a matrix of 3 rows that 2 processes cannot divide."""
 
     def __init__(self):
         super().__init__()
@@ -74,8 +74,8 @@ def data(micro, count, *, one_shape):
     for step in range(count):
         parts = []
         for index in range(micro):
-            rows, length = (3, 5) if one_shape else (2 + (step + index) % 2, 3 + (3 * step + index) % 5)
-            tokens = torch.randint(0, 11, (rows, length), generator=generator)
+            batch_size, length = (3, 5) if one_shape else (2 + (step + index) % 2, 3 + (3 * step + index) % 5)
+            tokens = torch.randint(0, 11, (batch_size, length), generator=generator)
             labels = tokens.roll(-1, 1)
             labels[:, -1] = -100
             labels[0, : 1 + index % 3] = -100
@@ -83,8 +83,8 @@ def data(micro, count, *, one_shape):
         yield parts[: micro - 1] if step % 5 == 4 else parts
 
 
-def mine(parts, micro, group):
-    """This process's part of a step; what is missing weighs nothing."""
+def local_micro_batches(parts, micro, group):
+    """The micro-batches of this rank; missing ones are padding."""
     found = []
     for index in range(micro // group.size):
         number = index * group.size + group.rank
@@ -101,8 +101,8 @@ def trained(step, state, batches):
 
 
 @functools.cache  # for all ways
-def followed(optimizer, dtype, micro, count, compiled):
-    """What a process that is alone makes of all micro-batches."""
+def reference_run(optimizer, dtype, micro, count, compiled):
+    """The run of a single process with all micro-batches."""
     net, transform = net_of(dtype, draws=not compiled), transform_of(optimizer)
     step = steps.train_step(steps.module_loss(net, loss), transform)
     batches = map(MicroBatches, data(micro, count, one_shape=compiled))
@@ -110,9 +110,9 @@ def followed(optimizer, dtype, micro, count, compiled):
 
 
 def case(way, optimizer, dtype, accumulate, group):
-    """The largest differences to one process: of losses and figures, and of parameters."""
+    """The largest differences to one process: of losses and metrics, and of parameters."""
     compiled, micro, count = way == "compiled", accumulate * group.size, STEPS.get(way, 10)
-    expected, losses = followed(optimizer, dtype, micro, count, compiled)
+    expected, losses = reference_run(optimizer, dtype, micro, count, compiled)
     # a graph is seeded once, not for each micro-batch
     net, transform = net_of(dtype, draws=not compiled), transform_of(optimizer)
     if way.startswith("fsdp"):
@@ -129,14 +129,16 @@ def case(way, optimizer, dtype, accumulate, group):
         )
         step = steps.gradient_step(gradients, transform)
     step = distributed.distribute(steps.with_donation(step), group, OPTIONS.get(way), sync_each_batch=way.endswith("each"))
-    found, own = trained(step, state, [mine(part, micro, group) for part in data(micro, count, one_shape=compiled)])
-    figures = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
+    found, own = trained(
+        step, state, [local_micro_batches(part, micro, group) for part in data(micro, count, one_shape=compiled)]
+    )
+    difference = max(abs(a - b) for one, two in zip(losses, own, strict=True) for a, b in zip(one, two, strict=True))
     pairs = [(full_tensor(found.params[name]), tensor) for name, tensor in expected.params.items()]
-    return {"figures": figures, "params": max((a - b).abs().max().item() for a, b in pairs)}
+    return {"metrics": difference, "params": max((a - b).abs().max().item() for a, b in pairs)}
 
 
 def without_labels(way, group):
-    """The last process has no label in its rows, so that its mean is 0/0: it counts nothing, and the others' gradients stay."""
+    """The last rank has no label, so that its mean is 0/0: its weight is 0, and the gradients of the others stay."""
     parts = [
         {"x": torch.ones(2, 3) * (i + 1), "labels": torch.full((2,), -100 if i == group.size - 1 else i % 2)}
         for i in range(group.size)
@@ -162,11 +164,11 @@ def without_labels(way, group):
         fts.TrainState.create(alone, tx.sgd(0.1), seed=0), MicroBatches(parts)
     )
     difference = max((full_tensor(after.params[name]) - tensor).abs().max().item() for name, tensor in expected.params.items())
-    return {"figures": abs(float(metrics["loss"] - reported["loss"])), "params": difference}
+    return {"metrics": abs(float(metrics["loss"] - reported["loss"])), "params": difference}
 
 
 def after_an_error(way, group):
-    """A backward pass that broke off in all processes leaves no trace: the batch is then taken as if nothing had been."""
+    """After a backward pass that raised on all ranks, the same batch gives the same results."""
     broken, found = [], []
     for breaks in (False, True):
         net, transform = net_of(torch.float64, draws=False), transform_of("sgd")
@@ -185,13 +187,13 @@ def after_an_error(way, group):
             if breaks and number in (0, 2):
                 broken.append(True)
                 try:
-                    step(state, mine(parts, 2 * group.size, group))
+                    step(state, local_micro_batches(parts, 2 * group.size, group))
                 except ZeroDivisionError:
                     assert not broken
-            state, metrics = step(state, mine(parts, 2 * group.size, group))
+            state, metrics = step(state, local_micro_batches(parts, 2 * group.size, group))
         found.append((float(metrics["loss"]), state.params))
     (one, params), (other, others) = found
-    return {"figures": abs(one - other), "params": max((params[name] - others[name]).abs().max().item() for name in params)}
+    return {"metrics": abs(one - other), "params": max((params[name] - others[name]).abs().max().item() for name in params)}
 
 
 def main(folder, *chosen):

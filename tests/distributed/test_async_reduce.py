@@ -1,4 +1,4 @@
-"""Agreements of two real processes, of which one is killed in the end."""
+"""An asynchronous all-reduce of two real processes, one of which is killed at the end."""
 
 import json
 import re
@@ -18,31 +18,31 @@ from tests import torchrun
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    file = tmp_path_factory.mktemp("agreeing") / "found.json"
-    done = torchrun.start(Path(__file__).with_name("agreeing.py"), file)
+    file = tmp_path_factory.mktemp("async_reduce") / "found.json"
+    done = torchrun.start(Path(__file__).with_name("run_async_reduce.py"), file)
     assert file.exists(), done.stderr[-3000:]
     assert "SIGKILL" in done.stderr
     return json.loads(file.read_text())
 
 
-def test_answers_come_one_call_late_and_to_all(found):
+def test_results_come_one_call_late_on_all_ranks(found):
     assert found["answers"] == [0, 0, 0, 143, 0, 0, 4, 0, 0]  # the script asserts that both have the same
     assert found["pending"] and found["closed"]
 
 
-def test_a_poll_does_not_wait_for_one_that_is_a_step_behind(found):
-    assert found["seconds ahead"] < 0.9  # the other came a second later
+def test_a_call_does_not_wait_for_a_rank_that_is_a_step_behind(found):
+    assert found["seconds ahead"] < 0.9  # the other rank is a second late
     assert found["microseconds"] < 20_000  # about 100 where cores are free
 
 
-def test_processes_stop_at_the_same_step(found):
+def test_ranks_stop_at_the_same_step(found):
     step, reason = found["stopped"]
     assert reason == "asked"
     assert step in (6, 7)  # asked in the fifth
 
 
-def test_processes_save_by_time_at_the_same_steps(found):
-    assert found["saved"] == ["5", "10", "15", "16"]  # due after 4 steps of the faster clock, told one step late; and the end
+def test_ranks_save_by_time_at_the_same_steps(found):
+    assert found["saved"] == ["5", "10", "15", "16"]  # due after 4 steps of the faster clock, one step late; and the end
 
 
 def test_a_process_that_hangs(found):
@@ -59,7 +59,7 @@ def test_a_process_that_was_killed(found, where):
     assert seconds < 10
 
 
-def test_one_that_is_alone_is_answered_at_once():
+def test_a_single_process_gets_its_number_at_once():
     agree = AsyncAllReduceMax(Group())
     assert [agree(0), agree(7), agree(0)] == [0, 7, 0]
     agree.close()
@@ -69,7 +69,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (
             GLOO + "Connection closed by peer [127.0.0.1]:30091. This is typically caused by a remote worker crashing.",
@@ -89,8 +89,11 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
         ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=6, OpType=ALLREDUCE)", "has waited for another"),
     ],
 )
-def test_messages_of_torch_that_are_about_others(text, says):
-    with pytest.raises(DistributedError, match=f"Process 0 of 2 {says}") as caught, RankMonitor(Group(size=2)).translate_errors():
+def test_messages_of_torch_about_other_ranks_are_translated(text, message):
+    with (
+        pytest.raises(DistributedError, match=f"Process 0 of 2 {message}") as caught,
+        RankMonitor(Group(size=2)).translate_errors(),
+    ):
         raise RuntimeError(text)
     assert str(caught.value.__cause__) == text
     assert "Start all processes again" in str(caught.value)
@@ -107,20 +110,20 @@ def test_messages_of_torch_that_are_about_others(text, says):
     ],
     ids=str,
 )
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_stay_unchanged(error):
     with pytest.raises(type(error), match=re.escape(str(error))) as caught, RankMonitor(Group(size=2)).translate_errors():
         raise error
     assert caught.value is error
 
 
-def test_a_process_that_ended_and_one_that_lives():
+def test_a_dead_rank_and_a_living_one():
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    peers = RankMonitor(Group(size=3), {1: ended.pid, 2: living.pid})
+    monitor = RankMonitor(Group(size=3), {1: ended.pid, 2: living.pid})
     try:
         while ended.poll() is None:
             pass
-        assert peers.dead_ranks() == [1]
+        assert monitor.dead_ranks() == [1]
     finally:
         living.communicate(b"\n")
-    assert peers.dead_ranks() == [1, 2]
+    assert monitor.dead_ranks() == [1, 2]

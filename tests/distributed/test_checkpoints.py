@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write and read, and runs that go on in others."""
+"""Checkpoints that several processes write and read, and runs that resume in other processes."""
 
 import json
 from pathlib import Path
@@ -16,33 +16,33 @@ from tests.distributed import run_resume
 from tests.torchrun import results
 
 HERE = Path(__file__).parent
-WHOLE = 128
+FULL_MIB = 128
 """MiB of the tensors whose saving is measured."""
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """What `keeping.py` measured in each process, and the directory with its checkpoints."""
+def saved(tmp_path_factory):
+    """What `run_checkpoints.py` measured in each process, and the directory with its checkpoints."""
     folder, root = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("checkpoints")
-    return [found["peaks"] for found in results(HERE / "keeping.py", folder, root)], root
+    return [found["peaks"] for found in results(HERE / "run_checkpoints.py", folder, root)], root
 
 
-def test_each_form_is_read_into_each_and_what_fails_in_one_process_fails_in_all(kept):
-    peaks, root = kept
+def test_each_kind_loads_into_each_and_an_error_on_one_rank_reaches_all(saved):
+    peaks, root = saved
     assert len(peaks) == 2
-    assert {"full", "sharded"} <= {path.name for path in root.iterdir()}  # `keeping.py` has held the rest
+    assert {"full", "sharded"} <= {path.name for path in root.iterdir()}  # `run_checkpoints.py` asserts the rest
 
 
-def test_no_process_but_the_one_that_writes_ever_holds_the_whole(kept):
-    (first, second), _ = kept
-    assert first["save full"] > WHOLE  # else nothing is measured
-    assert second["save full"] < WHOLE / 8
-    assert max(first["save sharded"], second["save sharded"]) < WHOLE / 2  # in files of 16 MiB
-    assert max(first["load sharded"], second["load sharded"]) < 0.6 * WHOLE
+def test_only_the_rank_that_writes_ever_has_all_full_tensors(saved):
+    (first, second), _ = saved
+    assert first["save full"] > FULL_MIB  # otherwise nothing is measured
+    assert second["save full"] < FULL_MIB / 8
+    assert max(first["save sharded"], second["save sharded"]) < FULL_MIB / 2  # in files of 16 MiB
+    assert max(first["load sharded"], second["load sharded"]) < 0.6 * FULL_MIB
 
 
-def test_a_sharded_checkpoint_is_a_model_in_one_piece_on_request(kept, tmp_path, capsys):
-    _, root = kept
+def test_a_sharded_checkpoint_is_consolidated_on_request(saved, tmp_path, capsys):
+    _, root = saved
     assert command(["consolidate", str(root / "sharded"), str(tmp_path / "model")]) == 0
     found, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "model", root / "full"))
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -52,13 +52,13 @@ def test_a_sharded_checkpoint_is_a_model_in_one_piece_on_request(kept, tmp_path,
 
 
 def job_of(out, *, strategy, name, **more):
-    """A job for `resuming.py`."""
+    """A job for `run_resume.py`."""
     return {"name": name, "out": str(out), "strategy": strategy, **more}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of two processes, from the beginning and from each other's checkpoints, and where these are."""
+    """Runs of two processes, from the start and from each other's checkpoints, and the directory of these."""
     root = tmp_path_factory.mktemp("runs")
     ddp, fsdp, full = root / "ddp", root / "fsdp", root / "full"
     jobs = [
@@ -79,7 +79,7 @@ def runs(tmp_path_factory):
         job_of(root / "callback", strategy="ddp", name="callback", callback=[0, 1]),
         job_of(root / "callback-fsdp", strategy="fsdp", name="callback fsdp", callback=[0, 1]),
     ]
-    found = results(HERE / "resuming.py", tmp_path_factory.mktemp("results"), json.dumps(jobs))
+    found = results(HERE / "run_resume.py", tmp_path_factory.mktemp("results"), json.dumps(jobs))
     failing = {"disk", "disk fsdp", "callback", "callback fsdp"}
     assert {name: run for name, run in found[0].items() if name not in failing} == {
         name: run for name, run in found[1].items() if name not in failing
@@ -91,7 +91,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": Tru
 
 
 def assert_close(found, wanted):
-    """To the rounding of float64: the order of sums is another one."""
+    """Equal up to rounding in float64: the order of sums differs."""
     steps = found["losses"].keys() & wanted["losses"].keys()
     assert steps
     for step in steps:
@@ -100,20 +100,20 @@ def assert_close(found, wanted):
         torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weight), rtol=1e-9, atol=1e-9)
 
 
-def test_the_same_number_of_processes_goes_on_bit_for_bit(runs):
+def test_the_same_number_of_processes_resumes_bit_for_bit(runs):
     found, _ = runs
     assert found["ddp again"]["weights"] == found["ddp"]["weights"]
     assert found["fsdp again"]["weights"] == found["fsdp"]["weights"]
 
 
-def test_a_run_goes_on_under_another_strategy(runs):
+def test_a_run_resumes_under_another_strategy(runs):
     found, _ = runs
     for name in ("fsdp", "full", "ddp to fsdp", "fsdp to ddp", "and back"):
         assert_close(found[name], found["ddp"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path, kind):
+def test_a_run_of_two_processes_resumes_in_one(runs, tmp_path, kind):
     found, root = runs
     job = job_of(tmp_path, strategy="ddp", name="one", resume=str(root / kind / "checkpoint-4"))
     assert_close(json.loads(json.dumps(run_resume.run(job))), found["ddp"])
@@ -122,7 +122,11 @@ def test_a_run_of_two_processes_goes_on_in_one(runs, tmp_path, kind):
 def test_what_two_processes_wrote(runs):
     found, root = runs
     for kind in ("ddp", "fsdp"):
-        assert [(one.step, one.status) for one in list_checkpoints(root / kind)] == [(4, "whole"), (8, "whole"), (12, "whole")]
+        assert [(one.step, one.status) for one in list_checkpoints(root / kind)] == [
+            (4, "complete"),
+            (8, "complete"),
+            (12, "complete"),
+        ]
         assert command(["checkpoints", str(root / kind)]) == 0
     assert has_sharded_tensors(root / "fsdp" / "checkpoint-4", "model.safetensors")
     assert {one.status for one in list_checkpoints(root / "full")} == {"model only"}
@@ -139,7 +143,7 @@ def test_the_best_weights_are_loaded_into_shards(runs):
         assert_close(found[f"best {strategy}"], found["best ddp"])
 
 
-def test_a_disk_that_is_full_for_the_first_process_ends_all_soon(runs):
+def test_a_disk_that_is_full_for_the_main_process_ends_all_ranks_soon(runs):
     found, _ = runs
     for name in ("disk", "disk fsdp"):
         for run in (found[name], found[f"other {name}"]):
@@ -147,16 +151,16 @@ def test_a_disk_that_is_full_for_the_first_process_ends_all_soon(runs):
             assert run["step"] < 8  # not at the next save, but at the next steps
 
 
-def test_after_an_error_the_first_process_saves_what_it_has_whole(runs):
+def test_after_an_error_the_main_process_saves_its_full_tensors(runs):
     found, root = runs
     assert any("checkpoint-6" in note and "goes on" in note for note in found["callback"]["error"]), found["callback"]
-    assert [(one.step, one.status) for one in list_checkpoints(root / "callback")] == [(4, "whole"), (6, "whole")]
+    assert [(one.step, one.status) for one in list_checkpoints(root / "callback")] == [(4, "complete"), (6, "complete")]
     assert any("the other parts" in note for note in found["callback fsdp"]["error"]), found["callback fsdp"]
     assert [one.step for one in list_checkpoints(root / "callback-fsdp")] == [4]
 
 
 @pytest.mark.fuzz
-def test_a_run_of_two_processes_goes_on_in_four(runs, tmp_path):
+def test_a_run_of_two_processes_resumes_in_four(runs, tmp_path):
     found, root = runs
     jobs = [
         job_of(tmp_path / f"{kind}-{strategy}", strategy=strategy, name=f"{kind} {strategy}", resume=resume)
@@ -166,10 +170,10 @@ def test_a_run_of_two_processes_goes_on_in_four(runs, tmp_path):
     ]
     folder = tmp_path / "results"
     folder.mkdir()
-    for name, run in results(HERE / "resuming.py", folder, json.dumps(jobs), processes=4)[0].items():
+    for name, run in results(HERE / "run_resume.py", folder, json.dumps(jobs), processes=4)[0].items():
         assert name and assert_close(run, found["ddp"]) is None
 
 
-def test_parts_on_disks_that_are_not_shared_are_refused():
+def test_shards_on_disks_that_are_not_shared_are_refused():
     with pytest.raises(ArgumentError, match="share"):
         loops.AsyncCheckpointer(each_node=True, state_dict="sharded")

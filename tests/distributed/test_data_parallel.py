@@ -1,4 +1,4 @@
-"""One process with several GPUs; without them, parts of a batch are computed one after the other where DataParallel would."""
+"""One process with several GPUs; without them, chunks of a batch run one after the other in the place of DataParallel."""
 
 import copy
 
@@ -14,30 +14,30 @@ from tests.trainer.helpers import Linear, losses, make_trainer, rows
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, -100], [-100, -100, -100], [-100, -100, -100]])
 
 
-class Cut(nn.Module):
-    """What DataParallel does to inputs and outputs, on the CPU, where it does nothing."""
+class SequentialDataParallel(nn.Module):
+    """Scatters inputs and gathers outputs as DataParallel does, on the CPU, where that does nothing."""
 
     def __init__(self, module, device_ids):
         super().__init__()
         self.module, self.count = module, len(device_ids)
 
     def forward(self, batch, count, *rest):
-        cut = zip(*[value.chunk(self.count) for value in batch.values()], strict=True)
-        parts = [dict(zip(batch, values, strict=True)) for values in cut]
+        chunks = zip(*[value.chunk(self.count) for value in batch.values()], strict=True)
+        parts = [dict(zip(batch, values, strict=True)) for values in chunks]
         counts = [None] * self.count if count is None else count.chunk(self.count)
-        return self.gathered([self.module(part, own, *rest) for part, own in zip(parts, counts, strict=False)])
+        return self.gather([self.module(part, own, *rest) for part, own in zip(parts, counts, strict=False)])
 
-    def gathered(self, found):
+    def gather(self, found):
         if isinstance(found[0], torch.Tensor):
             return torch.cat(found)
         if isinstance(found[0], dict):
-            return {name: self.gathered([part[name] for part in found]) for name in found[0]}
-        return tuple(map(self.gathered, zip(*found, strict=True)))
+            return {name: self.gather([part[name] for part in found]) for name in found[0]}
+        return tuple(map(self.gather, zip(*found, strict=True)))
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    monkeypatch.setattr(nn, "DataParallel", Cut)
+def sequential(monkeypatch):
+    monkeypatch.setattr(nn, "DataParallel", SequentialDataParallel)
 
 
 def net():
@@ -57,16 +57,16 @@ def total(model, batch, count):
     return model(batch["labels"].clamp(min=0)).square().sum(-1)[kept].sum() / count
 
 
-def weigh(batch):
+def num_labels(batch):
     return (batch["labels"] != -100).sum()
 
 
 @pytest.mark.parametrize("devices", [2, 3, 4])
 @pytest.mark.parametrize(("loss", "count"), [(mean, None), (total, torch.tensor(8))])
-def test_the_loss_and_its_gradient_are_those_of_the_whole_batch(cut, loss, count, devices):
+def test_the_loss_and_its_gradient_are_those_of_the_full_batch(sequential, loss, count, devices):
     batch, one = {"labels": TOKENS}, net()
     other = copy.deepcopy(one)
-    found = data_parallel_loss(one, loss, weigh, lambda count: count is not None, range(devices))(one, batch, count)
+    found = data_parallel_loss(one, loss, num_labels, lambda count: count is not None, range(devices))(one, batch, count)
     found.loss.backward()
     expected = loss(other, batch, count)
     expected = expected if isinstance(expected, tuple) else (expected, {})
@@ -74,17 +74,17 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole_batch(cut, loss, count
     torch.testing.assert_close(found.loss, expected[0])
     torch.testing.assert_close(one.weight.grad, other.weight.grad)
     assert found.metrics.keys() == expected[1].keys()
-    for name, (value, items) in found.metrics.items():
-        assert (float(value), int(items)) == (pytest.approx(float(expected[1][name].detach())), 8)
+    for name, (value, count) in found.metrics.items():
+        assert (float(value), int(count)) == (pytest.approx(float(expected[1][name].detach())), 8)
 
 
-def test_a_trainer_trains_as_with_one(cut, tmp_path, monkeypatch):
+def test_a_trainer_trains_as_with_one(sequential, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
     one = make_trainer(tmp_path, Linear(), **settings)
     one.train()
     calls = []
-    forward = Cut.forward
-    monkeypatch.setattr(Cut, "forward", lambda self, *given: calls.append(self.count) or forward(self, *given))
+    forward = SequentialDataParallel.forward
+    monkeypatch.setattr(SequentialDataParallel, "forward", lambda self, *given: calls.append(self.count) or forward(self, *given))
     monkeypatch.setattr("fts.trainer.trainer.devices", lambda args: (0, 1))
     several = make_trainer(tmp_path, Linear(), **settings)
     several.train()
@@ -109,7 +109,7 @@ def test_a_batch_size_that_fits_is_one_for_each_gpu(tmp_path, monkeypatch):
     assert tried == [12, 6, 3]
 
 
-def test_what_cannot_be_cut_says_so(tmp_path, monkeypatch):
+def test_what_cannot_be_parallel_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("fts.trainer.trainer.devices", lambda args: (0, 1))
 
     class Own(Trainer):

@@ -1,4 +1,4 @@
-"""One process goes first, and the others hear what became of it."""
+"""The main process runs first, and the other ranks get its error."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ def work(rank, folder, case):
             pytest.raises(DistributedError, match=r"'tokenizing' first failed.*OSError: disk full"),
             args.main_process_first(desc="tokenizing"),
         ):
-            raise AssertionError("must not come here")
+            raise AssertionError("must not run")
     elif case == "fails":
         with pytest.raises(OSError, match="disk full"), args.main_process_first(desc="tokenizing"):
             raise OSError("disk full")
@@ -51,6 +51,6 @@ def test_the_main_process_goes_first_for_as_long_as_it_takes_also_where_it_fails
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
-def test_alone_nobody_waits():
+def test_a_single_process_does_not_wait():
     with main_process_first(False, "work"):
         pass

@@ -1,4 +1,4 @@
-"""Sharded and tensor-parallel models equal whole ones; their processes are real, started by torchrun."""
+"""Sharded and tensor-parallel models equal the full ones, in real processes under torchrun."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests import torchrun
 
-SCRIPT = Path(__file__).with_name("cutting.py")
+SCRIPT = Path(__file__).with_name("run_model_sharding.py")
 ROUNDING = 2e-6
 
 
@@ -17,30 +17,30 @@ def run(processes, path):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("cutting") / "found.json")
+    return run(2, tmp_path_factory.mktemp("model_sharding") / "found.json")
 
 
-def flat(rows):
-    return [value for row in rows for value in row]
+def flat(steps):
+    return [value for step in steps for value in step]
 
 
 UNITS = {
     "minilm": 8,  # its 6 layers, the embeddings and the rest
-    "minilm on the first alone": 8,
-    "as a whole": 1,
+    "minilm on the main process alone": 8,
+    "one unit": 1,
     "by size": 7,  # attention and both large matrices of each of 2 layers … and the rest
     "by class": 5,
     "tied, by size": 5,  # the shared matrix is in no unit of its own
 }
 EXACT = [
-    *("minilm", "minilm on the first alone", "another seed", "as a whole", "by size", "by class", "kept after forward"),
-    *("recomputed", "recomputed from the CPU", "offloaded", "tied", "tied, on the first alone", "tied, by size"),
+    *("minilm", "minilm on the main process alone", "another seed", "one unit", "by size", "by class", "kept after forward"),
+    *("recomputed", "recomputed from the CPU", "offloaded", "tied", "tied, on the main process alone", "tied, by size"),
     *("frozen", "ignored", "replicas"),
 ]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_a_sharded_model_equals_the_whole_one(found, name):
+def test_a_sharded_model_equals_the_full_one(found, name):
     case = found["shards"][name]
     assert case["loss"] < ROUNDING
     assert case["gradients"] < ROUNDING
@@ -48,21 +48,21 @@ def test_a_sharded_model_equals_the_whole_one(found, name):
     assert case["sees new weights"]
 
 
-def test_each_process_has_its_share(found):
+def test_each_rank_has_its_share(found):
     shares = {name: case["share"] for name, case in found["shards"].items()}
     assert shares.pop("replicas") == 1
     assert 0.6 < shares.pop("ignored") < 0.7
     assert all(0.5 <= share < 0.505 for share in shares.values())
 
 
-def test_a_low_precision_computes_low_and_sums_high(found):
+def test_low_precision_computes_low_and_reduces_high(found):
     case = found["shards"]["bf16"]
     assert 0 < case["loss"] < 1e-2
     assert 1e-5 < case["gradients"] < 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "qwen"])
-def test_a_tensor_parallel_model_equals_the_whole_one(found, name):
+def test_a_tensor_parallel_model_equals_the_full_one(found, name):
     case = found["matrices"][name]
     assert case["loss"] < ROUNDING
     assert case["gradients"] < ROUNDING
@@ -71,24 +71,24 @@ def test_a_tensor_parallel_model_equals_the_whole_one(found, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
-        ("scalar", "cannot cut 'scale', which has no dimension"),
+        ("scalar", "cannot shard 'scale', which has no dimension"),
         ("mixed", "they need one dtype, but Sequential has '0.bias' torch.float32, '1.bias' torch.float16"),
-        ("ignored", "'lm_head', where weight is trained: nobody would sum its gradients"),
-        ("nothing ignored", "ignored='head' fits no module of LlamaForCausalLM"),
+        ("ignored", "'lm_head', where weight is trained: its gradients would not be reduced"),
+        ("nothing ignored", "ignored_modules='head' fits no module of LlamaForCausalLM"),
         ("replicas", "FSDP(replicate=2) does not fit a mesh of (1, 2) processes"),
         ("class", "no submodule of the class 'LlamaLayer'. It has: Embedding, Linear, LlamaAttention"),
         ("no plan", "Linear has no plan for tensor parallelism. Give one"),
-        ("word", "says 'diagonal' for '0', which fts cannot do"),
+        ("style", "has 'diagonal' for '0', which fts does not support"),
         ("nowhere", "fits no module of Sequential: up"),
-        ("odd", "'0' has a weight of (3, 2), whose axis 0 cannot be cut into 2 equal parts"),
-        ("heads", "num_attention_heads=1, which 2 processes cannot share"),
-        ("size", "lays out 3 processes, but there are 2"),
+        ("odd", "'0' has a weight of (3, 2), whose axis 0 cannot be sharded into 2 equal parts"),
+        ("heads", "num_attention_heads=1, which 2 processes cannot divide"),
+        ("size", "is for 3 processes, but there are 2"),
     ],
 )
-def test_what_cannot_be_cut_says_so(found, name, words):
-    assert words in found["errors"][name]
+def test_what_cannot_be_sharded_is_an_error(found, name, message):
+    assert message in found["errors"][name]
 
 
 @pytest.mark.fuzz

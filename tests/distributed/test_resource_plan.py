@@ -1,4 +1,4 @@
-"""The calculator against bytes of real models in real processes, against the papers, and against the page."""
+"""The resource plan against bytes of real models in real processes, against the papers, and against the page."""
 
 import json
 import re
@@ -38,7 +38,7 @@ SETUPS = {
 
 
 def measured(processes, file):
-    return torchrun.result(Path(__file__).with_name("measuring.py"), file, processes=processes)
+    return torchrun.result(Path(__file__).with_name("run_resource_plan.py"), file, processes=processes)
 
 
 def models():
@@ -50,11 +50,11 @@ def models():
     )
 
 
-def compare(everyone, setups):
+def compare(every_rank, setups):
     bert, llama = models()
     for name, setup in setups.items():
         found = plan_resources(llama if name == "tp" else bert, setup)
-        most = {key: max(one[name][key] for one in everyone) for key in ("parameters", "gradients", "moments", "buckets")}
+        most = {key: max(one[name][key] for one in every_rank) for key in ("parameters", "gradients", "moments", "buckets")}
         assert found.memory.parameters == pytest.approx(most["parameters"], rel=0.01), name
         assert found.memory.gradients == pytest.approx(most["gradients"], rel=0.01), name
         assert found.memory.moments == pytest.approx(most["moments"], rel=0.01), name
@@ -63,7 +63,7 @@ def compare(everyone, setups):
         exchanged = {}
         for one in found.traffic:
             exchanged[one.kind] = exchanged.get(one.kind, 0) + one.times * one.nbytes
-        assert all(one[name]["exchanged"] == exchanged for one in everyone), (name, exchanged, everyone[0][name]["exchanged"])
+        assert all(one[name]["exchanged"] == exchanged for one in every_rank), (name, exchanged, every_rank[0][name]["exchanged"])
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_largest_unit_is_gathered(two):
     assert two[0]["fsdp"]["largest gathered"] == largest
 
 
-def test_what_fsdp_holds_at_a_time():
+def test_what_fsdp_gathers_at_a_time():
     model = shapes_from_counts(1_020, layers=3, hidden=10, vocabulary=6)
     assert [unit.numel for unit in model.units] == [120, 300, 300, 300]
     setup = TrainingSetup("fsdp", world=2, accumulate=2, precision="bf16", reduce=4, no_sync=False)
@@ -162,10 +162,10 @@ def test_frozen_parameters_have_no_gradients():
         ({"strategy": "fdsp"}, "strategy='fdsp' is unknown. Choose one of single, ddp"),
         ({"strategy": "ddp", "world": 0}, "world=0: give a number of at least 1"),
         ({"world": 4}, "'single' is one process"),
-        ({"strategy": "hsdp", "world": 12}, "12 processes cannot be cut into groups of 8"),
+        ({"strategy": "hsdp", "world": 12}, "12 processes cannot be divided into groups of 8"),
     ],
 )
-def test_setups_that_cannot_be(wrong, message):
+def test_invalid_setups(wrong, message):
     with pytest.raises(ArgumentError, match=re.escape(message)):
         TrainingSetup(**wrong)
 
@@ -190,12 +190,12 @@ def test_the_command_prints_json(capsys):
     assert [one["processes"] for one in found["traffic"]] == [8, 8, 8]
 
 
-def test_the_command_compares_and_says_what_is_not_counted(capsys):
+def test_the_command_compares_and_names_what_is_not_counted(capsys):
     assert main(["plan", "--params", "7e9", "--world", "12"]) == 0
     printed = capsys.readouterr().out
     names = [line.split()[0] for line in printed.splitlines()[2:-2]]
     assert names == [name for name in STRATEGIES if name not in ("hsdp", "tp")]  # 12 processes have no groups of 8
-    assert "Activations are not counted" in printed and "tp cannot cut: give --layers" in printed
+    assert "Activations are not counted" in printed and "tp cannot shard: give --layers" in printed
     assert main(["plan", "--params", "7B", "--world", "12"]) == 0
     assert capsys.readouterr().out == printed
     assert main(["plan", "--params", "7B", "--world", "8", "--strategy", "tp"]) == 2
@@ -220,7 +220,7 @@ def test_the_command_reads_a_model(capsys, tmp_path):
     assert found["memory"]["parameters"] == estimate_memory(models()[0], SETUPS["fsdp"]).parameters
 
 
-def test_the_command_refuses_what_is_no_model(capsys, tmp_path):
+def test_the_command_refuses_a_directory_without_a_model(capsys, tmp_path):
     assert main(["plan", "--model", str(tmp_path)]) == 2
     assert "There is no file config.json" in capsys.readouterr().err
 
@@ -238,12 +238,12 @@ SIZES = {
 
 
 def test_the_page(capsys):
-    """The tables and the output of the command are what the calculator says."""
+    """The tables and the output of the command equal the plan."""
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     tables = re.findall(r"^\| (\w+) parameters \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
     assert [name for name, _ in tables] == list(SIZES)
-    for name, rows in tables:
-        found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    for name, table in tables:
+        found = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
         assert {row[0] for row in found} == set(STRATEGIES) - {"single"}
         for strategy, *cells in found:
             setup = TrainingSetup(

@@ -1,4 +1,4 @@
-"""A step of several processes is that of one which has all their micro-batches."""
+"""A step of several processes equals that of one process with all their micro-batches."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.torchrun import results
 
-SCRIPT = Path(__file__).with_name("stepping.py")
+SCRIPT = Path(__file__).with_name("run_steps.py")
 
 
 @pytest.fixture(scope="module")
@@ -14,17 +14,17 @@ def two(tmp_path_factory):
     return results(SCRIPT, tmp_path_factory.mktemp("two"))
 
 
-def test_two_processes_follow_one_over_fifty_steps(two):
+def test_two_processes_equal_one_over_fifty_steps(two):
     check(two)
 
 
-def test_the_processes_report_the_same(two):
+def test_all_ranks_report_the_same(two):
     one, other = two
-    assert {name: found["figures"] for name, found in one.items()} == {name: found["figures"] for name, found in other.items()}
+    assert {name: found["metrics"] for name, found in one.items()} == {name: found["metrics"] for name, found in other.items()}
 
 
 @pytest.mark.fuzz
-def test_four_processes_follow_one(tmp_path):
+def test_four_processes_equal_one(tmp_path):
     check(results(SCRIPT, tmp_path, processes=4, timeout=900))
 
 
@@ -34,4 +34,4 @@ def check(found):
     for name, differences in found[0].items():
         limit = 2e-5 if "float32" in name else 1e-9
         assert differences["params"] < limit, (name, differences)
-        assert differences["figures"] < limit, (name, differences)
+        assert differences["metrics"] < limit, (name, differences)

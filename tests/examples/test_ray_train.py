@@ -19,7 +19,7 @@ def test_two_workers_learn_digits_and_report_to_ray(tmp_path):
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_TMPDIR": str(tmp_path.parents[1]),  # paths of sockets must be short
-        # a machine that is busy with other tests starts Ray slowly
+        # Ray starts slowly on a busy machine
         "RAY_raylet_start_wait_time_s": "240",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240",
         "RAY_worker_niceness": "0",
@@ -32,5 +32,5 @@ def test_two_workers_learn_digits_and_report_to_ray(tmp_path):
     kept = sorted((tmp_path / "ray" / "digits").glob("checkpoint_*/trainer_state.json"))
     states = [json.loads(file.read_text()) for file in kept]
     assert [state["global_step"] for state in states] == [100, 200]
-    # two workers shared each step: 64 rows of 1397
+    # each step has 64 of 1397 examples, on two workers
     assert states[-1]["epoch"] == pytest.approx(200 / -(-1397 // 64), abs=0.1)

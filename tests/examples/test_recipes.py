@@ -1,4 +1,4 @@
-"""Every recipe does what it claims, stays short, uses the public names alone, and has its row in the table."""
+"""Every recipe does what it claims, is short, uses only public names, and has a row in the table."""
 
 import ast
 import importlib.util
@@ -25,7 +25,7 @@ def load(path: Path) -> ModuleType:
 
 
 def code_lines(source: str) -> int:
-    """How many lines a reader has to follow."""
+    """The number of lines of code."""
     tree = ast.parse(source)
     skipped: set[int] = set()
     for node in ast.walk(tree):
@@ -38,7 +38,7 @@ def code_lines(source: str) -> int:
 
 
 def private_names(source: str) -> list[str]:
-    """Names with a leading underscore, and modules of fts below its rooms."""
+    """Names with a leading underscore, and inner modules of the packages of fts."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
@@ -52,9 +52,9 @@ def private_names(source: str) -> list[str]:
 
 @each_recipe
 def test_recipe_does_what_it_claims(path: Path) -> None:
-    figures = load(path).main()
-    assert figures
-    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in figures.values()), figures
+    metrics = load(path).main()
+    assert metrics
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in metrics.values()), metrics
 
 
 @each_recipe

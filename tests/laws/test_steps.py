@@ -10,7 +10,7 @@ from torch import nn
 
 import fts.testing
 from fts import steps, transforms as tx
-from fts.testing.compiled_step_laws import (backend, compiled_equals_eager, compiled_replays)
+from fts.testing.compiled_step_laws import (available_backend, compiled_equals_eager, compiled_replays)
 
 MIXES_ROWS = ["accumulated_equals_big_batch"]  # BatchNorm: the statistics are those of a micro-batch
 DRAWS = ["accumulated_equals_big_batch", "compiled_equals_eager"]  # dropout: each micro-batch and each graph has masks of its own
@@ -208,14 +208,14 @@ def test_laws(name: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", ["tied"])
 def test_kernels_equal_eager(name: str) -> None:
-    assert backend() == "inductor"
+    assert available_backend() == "inductor"
     step, state = REGISTRY[name][0]()
     two = [rows_of(seed, 6, torch.float64) for seed in range(2)]
-    compiled_equals_eager(step, state, two, using="inductor")
+    compiled_equals_eager(step, state, two, backend="inductor")
 
 
 @needs_compiler
 def test_kernels_replay_dropout_and_are_compiled_once() -> None:
     step, state = REGISTRY["batchnorm and dropout"][0]()
     two = [rows_of(seed, 6, torch.float64) for seed in range(2)]
-    compiled_replays(step, state, two, using="inductor")
+    compiled_replays(step, state, two, backend="inductor")

@@ -140,7 +140,7 @@ def bits(tensor):
     return tensor.resolve_conj().contiguous().view(torch.uint8) if tensor.ndim else tensor
 
 
-def test_both_ways_write_the_same_files(tmp_path):
+def test_both_modes_write_the_same_files(tmp_path):
     state = odd_state()
     with AsyncCheckpointer() as writer:
         one = writer.save(tmp_path / "a", state, Position(1, 2), extra={"k": 1}, shard_size=64)
@@ -151,7 +151,7 @@ def test_both_ways_write_the_same_files(tmp_path):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
-def test_files_besides_the_state_are_written_before_save_returns(tmp_path):
+def test_additional_files_are_written_before_save_returns(tmp_path):
     threads = []
 
     def write(hidden):
@@ -166,7 +166,7 @@ def test_files_besides_the_state_are_written_before_save_returns(tmp_path):
     assert "config.json" in json.loads((path / "manifest.json").read_text())["files"]
 
 
-def test_a_failing_hook_leaves_nothing_and_the_writer_usable(tmp_path):
+def test_a_failing_hook_leaves_nothing_and_the_checkpointer_usable(tmp_path):
     with AsyncCheckpointer() as writer:
         with pytest.raises(ZeroDivisionError):
             writer.save(tmp_path / "checkpoint-1", state_at(1), write=lambda hidden: 1 / 0)
@@ -200,7 +200,7 @@ class Pair:
         self.two.save(directory / "second")
 
 
-def test_states_of_ones_own_are_written_before_save_returns(tmp_path):
+def test_custom_states_are_written_before_save_returns(tmp_path):
     one, two = state_at(1), state_at(2)
     with AsyncCheckpointer() as writer:
         path = writer.save(tmp_path / "checkpoint-1", Pair(one, two))
@@ -221,7 +221,7 @@ def test_the_same_directory_twice(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
-def test_one_save_is_under_way_and_the_next_waits(tmp_path):
+def test_one_save_is_in_progress_and_the_next_waits(tmp_path):
     gate, writer = threading.Event(), AsyncCheckpointer()
     writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=gate.wait)
     second = threading.Thread(target=writer.save, args=(tmp_path / "checkpoint-2", state_at(2)))
@@ -294,7 +294,7 @@ def test_a_full_disk_surfaces_after_a_step_with_its_cause(small_disk):
             return writer.save(small_disk / f"checkpoint-{int(state.step)}", state, position)
 
         with pytest.raises(
-            CheckpointError, match=r"checkpoint-2 could not be written.*No space left.*Earlier checkpoints are whole"
+            CheckpointError, match=r"checkpoint-2 could not be written.*No space left.*Earlier checkpoints are complete"
         ) as caught:
             for _ in writer.watch(loops.fit(step, state_at(1, 500_000), range(100), due=loops.cadence(save=2), save=save)):
                 pass
@@ -369,7 +369,7 @@ writer.save({str(tmp_path / "checkpoint-1")!r}, state, on_complete=lambda: (time
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("milliseconds", [2, 5, 9, 14, 20, 35])
-def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, milliseconds):
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path, milliseconds):
     loops.save_checkpoint(tmp_path / "checkpoint-0", state_at(0, 300_000))
     reading, writing = os.pipe()
     child = os.fork()
@@ -394,7 +394,7 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, milliseconds):
     assert all(is_complete(path) for path in tmp_path.glob("checkpoint-*"))
 
 
-def test_workers_may_be_forked_while_a_save_is_under_way(tmp_path):
+def test_workers_may_be_forked_during_a_save(tmp_path):
     data = torch.arange(64.0)
     with AsyncCheckpointer() as writer:
         for step in range(4):
@@ -456,7 +456,7 @@ def test_without_memory_for_the_copy_it_is_written_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_of_two_writers_of_the_same_checkpoint_the_one_that_began_first_is_told(tmp_path, background):
+def test_of_two_writers_of_the_same_checkpoint_the_first_one_raises(tmp_path, background):
     first, second = AsyncCheckpointer(background), AsyncCheckpointer(background)
 
     def write(hidden):
@@ -470,7 +470,7 @@ def test_of_two_writers_of_the_same_checkpoint_the_one_that_began_first_is_told(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_two_writers_at_once_leave_a_whole_checkpoint(tmp_path):
+def test_two_concurrent_writers_leave_a_complete_checkpoint(tmp_path):
     size, path = 300_000, tmp_path / "checkpoint-1"
     barrier, errors = threading.Barrier(2), []
 

@@ -10,7 +10,7 @@ from fts.errors import ArgumentError
 from fts.loops import Counters, Due, Position, Saved, cadence, every_interval, fit
 
 
-def test_counters_tell_position_and_progress():
+def test_counters_have_position_and_progress():
     counters = Counters(step=7, epoch=2, batch=3, steps_per_epoch=4)
     assert counters.position == Position(2, 3)
     assert counters.progress == 2.75
@@ -56,7 +56,7 @@ def test_never_and_stop():
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True, "step", "0s", "20", timedelta(0), timedelta(seconds=-1)])
-def test_other_intervals_are_refused(every):
+def test_other_intervals_are_errors(every):
     with pytest.raises(ArgumentError, match="save="):
         cadence(save=every)
 
@@ -71,7 +71,7 @@ class Clock:
         return self.now
 
 
-def test_saving_by_time_beside_steps_and_epochs():
+def test_saving_by_time_with_steps_and_epochs():
     clock = Clock()
     due = cadence(log=2, evaluate="epoch", save="20min", clock=clock)
     found = {}
@@ -134,7 +134,7 @@ def test_processes_agree_on_the_step_of_a_save_by_time():
 
 
 def test_two_processes_save_at_the_same_steps(tmp_path):
-    program = Path(__file__).with_name("agreeing.py")
+    program = Path(__file__).with_name("run_cadence.py")
     words = [sys.executable, str(program), str(tmp_path / "rendezvous")]
     both = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
     # 4 steps of 3 s are more than 10 s; alone, the slower clock would save after 5
@@ -163,6 +163,6 @@ def test_a_timer_stays_due_until_it_is_reset():
 
 
 @pytest.mark.parametrize("interval", [0, "0s", -1, "soon", None])
-def test_other_intervals_of_time_are_refused(interval):
+def test_other_intervals_of_time_are_errors(interval):
     with pytest.raises(ArgumentError, match=re.escape(repr(interval))):
         every_interval(interval)

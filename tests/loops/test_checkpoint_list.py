@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from fts.loops import newest_checkpoint
 from fts.loops.checkpoint_list import (best_checkpoint_step, list_checkpoints)
 from fts.loops.checkpoint_status import looks_complete
-from tests.loops.saved import flip_a_bit, names_in, save, save_model, truncate
+from tests.loops.checkpoint_files import (flip_a_bit, names_in, save, save_model, truncate)
 
 
 def conditions(root):
@@ -42,11 +42,11 @@ def one_of_each(root):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "trainer_state.json"])
-def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path, name):
+def test_a_pipe_instead_of_a_file_does_not_hang(tmp_path, name):
     path = save(tmp_path, 1, history=[])
     (path / name).unlink()
     os.mkfifo(path / name)
-    assert [found.status for found in list_checkpoints(tmp_path)] == ["damaged"]
+    assert [found.status for found in list_checkpoints(tmp_path)] == ["corrupt"]
     assert newest_checkpoint(tmp_path) is None
     assert not looks_complete(path)
 
@@ -56,8 +56,8 @@ def test_what_each_is_good_for_and_why_not(tmp_path):
     before = names_in(tmp_path)
     found = {one.step: one for one in list_checkpoints(tmp_path)}
     assert conditions(tmp_path) == {
-        1: "whole", 2: "damaged", 3: "damaged", 4: "damaged", 5: "damaged", 6: "model only", 7: "damaged", 8: "unknown",
-        9: "unknown", 10: "cut off", 11: "cut off",
+        1: "complete", 2: "corrupt", 3: "corrupt", 4: "corrupt", 5: "corrupt", 6: "model only", 7: "corrupt", 8: "unknown",
+        9: "unknown", 10: "interrupted", 11: "interrupted",
     }  # fmt: skip
     problems = {2: "bytes, but was written with", 3: "has changed", 4: "optimizer.safetensors", 5: "manifest.json is missing"}
     problems |= {6: "save_only_model", 7: "manifest.json is missing", 8: "another program", 9: "format 99"}
@@ -75,26 +75,26 @@ def test_nothing_to_find(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_the_newest_whole_one_and_a_warning_for_each_that_is_passed_over(tmp_path, caplog):
+def test_the_newest_complete_one_and_a_warning_for_each_that_is_skipped(tmp_path, caplog):
     one_of_each(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 9
-    assert ".checkpoint-10.writing is what is left of a save that was cut off" in lines[0]
+    assert ".checkpoint-10.writing was left by a save that was interrupted" in lines[0]
     for step, line in zip(range(9, 1, -1), lines[1:], strict=True):
-        assert f"checkpoint-{step} is passed over (" in line
-    assert "(model only)" in lines[4] and "(damaged)" in lines[-1] and "bytes, but was written with" in lines[-1]
+        assert f"checkpoint-{step} is skipped (" in line
+    assert "(model only)" in lines[4] and "(corrupt)" in lines[-1] and "bytes, but was written with" in lines[-1]
 
 
-def test_nothing_is_said_of_those_that_are_older(tmp_path, caplog):
+def test_older_ones_give_no_warning(tmp_path, caplog):
     truncate(save(tmp_path, 1))
     save(tmp_path, 2)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not caplog.records
 
 
-def test_one_that_cannot_be_judged_is_taken_where_the_caller_says_so(tmp_path, caplog):
+def test_one_of_unknown_status_is_used_where_the_caller_accepts_it(tmp_path, caplog):
     save(tmp_path, 1)
     for step in (2, 3):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -107,10 +107,10 @@ def test_one_that_cannot_be_judged_is_taken_where_the_caller_says_so(tmp_path, c
 def test_an_interrupted_replacement_is_undone(tmp_path):
     path = save(tmp_path, 4)
     path.rename(tmp_path / ".checkpoint-4.replaced")
-    assert conditions(tmp_path) == {4: "whole"}
+    assert conditions(tmp_path) == {4: "complete"}
 
 
-def test_a_replacement_that_cannot_be_undone_is_said(tmp_path, caplog, monkeypatch):
+def test_a_replacement_that_cannot_be_undone_is_a_warning(tmp_path, caplog, monkeypatch):
     save(tmp_path, 2)
     save(tmp_path, 4).rename(tmp_path / ".checkpoint-4.replaced")
 
@@ -126,10 +126,10 @@ def test_files_with_such_names_are_none(tmp_path):
     """A program may well write a file checkpoint-5."""
     (tmp_path / "checkpoint-5").write_bytes(b"weights")
     save(tmp_path, 4)
-    assert conditions(tmp_path) == {4: "whole"}
+    assert conditions(tmp_path) == {4: "complete"}
 
 
-def test_a_directory_that_may_not_be_read_is_not_taken_for_damaged():
+def test_a_directory_that_is_not_readable_is_not_corrupt():
     """In a process without root's rights."""
     program = """
         import os, sys
@@ -154,13 +154,13 @@ def test_a_directory_that_may_not_be_read_is_not_taken_for_damaged():
         )
         (root / "checkpoint-2").chmod(0o755)
     lines = run.stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [["1", "whole"], ["2", "unknown"], ["3", "unknown"], ["4", "unknown"]], (
+    assert [line.split()[:2] for line in lines] == [["1", "complete"], ["2", "unknown"], ["3", "unknown"], ["4", "unknown"]], (
         run.stderr
     )
     assert all("Permission denied" in line for line in lines[1:])
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_reported(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     told = []
@@ -168,7 +168,7 @@ def test_progress_is_told(tmp_path):
     assert told == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_the_figures_of_a_run(tmp_path):
+def test_the_metrics_of_a_run(tmp_path):
     first = {"step": 5, "epoch": 1, "eval_loss": 0.5, "eval_runtime": 2.0, "eval_samples_per_second": 9.0}
     second = {"step": 10, "epoch": 2, "eval_loss": 0.75, "eval_f1": 1}
     save(tmp_path, 5, [{"step": 5, "loss": 3.0}, first], best_global_step=5, best_model_checkpoint="elsewhere/checkpoint-5")
@@ -183,11 +183,11 @@ def test_the_figures_of_a_run(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[1]", "{", '{"log_history": 3, "best_global_step": "x"}', '{"log_history": [3, {"step": 5}]}', "[" * 100_000]
 )
-def test_figures_that_cannot_be_read_are_left_out(tmp_path, text):
+def test_metrics_that_cannot_be_read_are_left_out(tmp_path, text):
     path = save(tmp_path, 5)
     (path / "trainer_state.json").write_text(text)  # not in the manifest
     [found] = list_checkpoints(tmp_path)
-    assert (found.status, dict(found.metrics), found.best) == ("whole", {}, None)
+    assert (found.status, dict(found.metrics), found.best) == ("complete", {}, None)
 
 
 NUMBERS = st.integers() | st.floats() | st.just(10**400) | st.booleans()
@@ -209,7 +209,7 @@ def as_bytes(documents):
 
 
 @given(as_bytes(MANIFESTS), as_bytes(TOLD))
-def test_no_manifest_and_no_figures_are_too_strange_to_be_judged(manifest, told):
+def test_any_manifest_and_trainer_state_have_a_status(manifest, told):
     with tempfile.TemporaryDirectory() as root:
         directory = Path(root, "checkpoint-5")
         directory.mkdir()
@@ -217,7 +217,7 @@ def test_no_manifest_and_no_figures_are_too_strange_to_be_judged(manifest, told)
         (directory / "manifest.json").write_bytes(manifest)
         (directory / "trainer_state.json").write_bytes(told)
         [found] = list_checkpoints(root)
-        assert found.status in ("damaged", "unknown") and found.problem
+        assert found.status in ("corrupt", "unknown") and found.problem
         assert all(isinstance(value, float) for value in found.metrics.values())
         assert looks_complete(directory) in (True, False)
         assert newest_checkpoint(root) is None
@@ -233,7 +233,7 @@ def test_a_copy_under_a_name_that_is_not_written_so_does_not_stand_for_the_check
     assert [one.path for one in list_checkpoints(tmp_path)] == [path]
 
 
-def test_all_that_is_left_of_saves_and_deletions_of_a_step_is_seen(tmp_path):
+def test_all_leftovers_of_saves_and_deletions_of_a_step_are_listed(tmp_path):
     names = {
         ".checkpoint-4.writing",
         ".checkpoint-4.0a1b2c3d.writing",
@@ -242,4 +242,4 @@ def test_all_that_is_left_of_saves_and_deletions_of_a_step_is_seen(tmp_path):
     }
     for name in names:
         (tmp_path / name).mkdir()
-    assert {one.path.name for one in list_checkpoints(tmp_path) if one.status == "cut off"} == names
+    assert {one.path.name for one in list_checkpoints(tmp_path) if one.status == "interrupted"} == names

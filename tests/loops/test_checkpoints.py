@@ -72,7 +72,7 @@ FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "progress.j
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "emptied", "flipped", "longer"])
-def test_damage_is_found_and_an_earlier_checkpoint_used(tmp_path, name, damage):
+def test_corruption_is_found_and_an_earlier_checkpoint_used(tmp_path, name, damage):
     saved(tmp_path, 9)
     path = saved(tmp_path, 10)
     file = path / name
@@ -140,7 +140,7 @@ def test_a_manifest_cannot_lead_outside(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_link_that_leads_outside_is_refused(tmp_path, name):
+def test_a_link_that_leads_outside_is_an_error(tmp_path, name):
     path = saved(tmp_path, 1)
     (path / name).rename(tmp_path / name)
     (path / name).symlink_to(tmp_path / name)
@@ -204,7 +204,7 @@ def test_frozen_parameters_can_be_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "", "x" * 5000])
-def test_names_that_are_no_file_are_refused(tmp_path, name):
+def test_names_that_are_not_files_are_errors(tmp_path, name):
     path = saved(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"size": 1, "xxh3_128": ""}
@@ -226,7 +226,7 @@ def test_the_manifest_must_list_what_is_loaded(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
-def test_deeply_nested_json_is_a_damaged_checkpoint(tmp_path, name):
+def test_deeply_nested_json_is_a_corrupt_checkpoint(tmp_path, name):
     saved(tmp_path, 1)
     path = saved(tmp_path, 2)
     (path / name).write_text('{"format": 1, "extra": ' + "[" * 100_000)
@@ -296,7 +296,7 @@ def crash_after(monkeypatch, calls):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_crash_at_any_call_leaves_a_whole_checkpoint(tmp_path, again):
+def test_a_crash_at_any_call_leaves_a_complete_checkpoint(tmp_path, again):
     """`again`: the checkpoint that is being written replaces one of the same name."""
     for calls in range(100):
         root = tmp_path / str(calls)
@@ -339,14 +339,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, mo
     assert step_of(newest_checkpoint(tmp_path)) == 5
 
 
-def test_what_safetensors_says_of_a_full_disk_is_a_checkpoint_error(tmp_path):
+def test_the_error_of_safetensors_for_a_full_disk_is_a_checkpoint_error(tmp_path):
     """Users' own models are saved by it."""
     saved(tmp_path, 5)
 
     def full(*args, **kwargs):
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written.*No space left.*Earlier checkpoints are whole"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written.*No space left.*Earlier checkpoints are complete"):
         saved(tmp_path, 6, write=full)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
     assert step_of(newest_checkpoint(tmp_path)) == 5
@@ -402,7 +402,7 @@ def test_a_reader_that_moves_the_old_one_back_does_not_fail_the_save(tmp_path, m
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("milliseconds", [3, 7, 11, 16, 23, 31])
-def test_a_killed_process_leaves_whole_checkpoints(tmp_path, milliseconds):
+def test_a_killed_process_leaves_complete_checkpoints(tmp_path, milliseconds):
     saved(tmp_path, 0)
     child = os.fork()
     if child == 0:
@@ -461,7 +461,7 @@ def test_only_a_state_that_can_be_saved_is_accepted(tmp_path):
         save_checkpoint(tmp_path / "checkpoint-1", {"w": torch.zeros(1)})
 
 
-def test_what_dead_runs_left_of_a_save_goes_when_it_is_made_again(tmp_path):
+def test_leftovers_of_a_save_are_deleted_when_it_is_repeated(tmp_path):
     for name in (".checkpoint-5.writing", ".checkpoint-5.0123abcd.writing", ".checkpoint-51.0123abcd.writing"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
@@ -470,7 +470,7 @@ def test_what_dead_runs_left_of_a_save_goes_when_it_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling", "link"])
-def test_what_is_no_checkpoint_of_ours_is_replaced_and_links_are_not_followed(tmp_path, kind):
+def test_other_directories_are_replaced_and_links_are_not_followed(tmp_path, kind):
     root, other = tmp_path / "run", tmp_path / "other"
     root.mkdir(), other.mkdir()
     (other / "mine.txt").write_text("mine")

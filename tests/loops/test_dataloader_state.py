@@ -114,7 +114,7 @@ def assert_resumes(make, *, every=1, boundary=True):
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 2, 3])
 @pytest.mark.parametrize("data", [Counting, Endless])
-def test_every_place_without_workers(data, micro_batches, drop_last):
+def test_every_position_without_workers(data, micro_batches, drop_last):
     assert_resumes(lambda: loops.source(data(), batch_size=4, micro_batches=micro_batches, drop_last=drop_last))
 
 
@@ -122,14 +122,14 @@ def test_every_place_without_workers(data, micro_batches, drop_last):
     ("workers", "micro_batches", "options"),
     [(1, 1, {}), (2, 2, {}), (3, 1, {}), (3, 2, {"persistent_workers": True})],
 )
-def test_every_place_with_workers(workers, micro_batches, options):
+def test_every_position_with_workers(workers, micro_batches, options):
     def make():
         return loops.source(Counting(19), batch_size=2, workers=workers, micro_batches=micro_batches, **options)
 
     assert_resumes(make, every=4 if workers > 1 else 3, boundary=bool(options))
 
 
-def test_workers_that_live_on_keep_what_the_data_counts():
+def test_persistent_workers_keep_the_state_of_the_data():
     def make():
         return loops.source(Endless(9), batch_size=2, workers=2, persistent_workers=True)
 
@@ -138,14 +138,14 @@ def test_workers_that_live_on_keep_what_the_data_counts():
     assert first != second
 
 
-def test_items_that_come_ready_and_loaders():
+def test_ready_batches_and_loaders():
     assert_resumes(lambda: loops.source(Counting(7)))
     assert_resumes(lambda: loops.source(DataLoader(Counting(11), batch_size=3)))
     assert_resumes(lambda: loops.source(DataLoader(Counting(11), batch_size=3, num_workers=2)), every=3, boundary=False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_items_are_not_read(workers):
+def test_skipped_examples_are_not_read(workers):
     def make(data):
         return loops.source(data, batch_size=10, workers=workers, **({"prefetch_factor": 1} if workers else {}))
 
@@ -165,19 +165,19 @@ def test_skipped_items_are_not_read(workers):
         assert int(data.reads.sum()) == reads
 
 
-def test_a_cursor_is_only_of_the_place_where_the_iteration_stands():
+def test_a_state_dict_is_only_of_the_current_position():
     source = loops.source(Counting(), batch_size=4)
     batches = source.epoch(0)
     next(batches), next(batches)
     assert source.state_dict(Position(0, 2)) is not None
     assert [source.state_dict(place) for place in (Position(0, 1), Position(0, 3), Position(1, 0), Position(1, 2))] == [None] * 4
-    assert source.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).begin is not None
+    assert source.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).resume_from is not None
     other = loops.source(Counting(), batch_size=4, workers=2)
-    assert other.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).begin is None  # of another number of workers
+    assert other.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).resume_from is None  # of another number of workers
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 1, "persistent_workers": True}])
-def test_an_epoch_that_was_left_begins_anew(options):
+def test_an_epoch_that_was_left_restarts(options):
     source = loops.source(Counting(), batch_size=4, **options)
     whole = [flat(batch) for batch in source.epoch(0)]
     left = source.epoch(0)
@@ -187,7 +187,7 @@ def test_an_epoch_that_was_left_begins_anew(options):
     assert [flat(batch) for batch in source.epoch(0, 2)] == whole[2:]
 
 
-def test_other_sizes_go_on_at_the_same_item():
+def test_other_sizes_resume_at_the_same_example():
     source = loops.source(Counting(noisy=False), batch_size=4)
     whole = [row for batch in source.epoch(0) for row in batch.tolist()]
     batches = source.epoch(0)
@@ -214,21 +214,21 @@ class Tuples(Counting):
 
 @pytest.mark.parametrize(("data", "why"), [(Unwritable, "Tensor is not JSON"), (Tuples, "tuples")])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_state_that_json_cannot_hold_is_said_once_and_items_are_consumed(data, why, workers, caplog):
+def test_a_state_that_is_not_json_is_one_warning_and_examples_are_read_again(data, why, workers, caplog):
     source = loops.source(data(), batch_size=4, workers=workers)
     with caplog.at_level(logging.WARNING):
         for number, _ in enumerate(source.epoch(0), 1):
             assert source.state_dict(Position(0, number)) is None
     (record,) = caplog.records
     assert why in record.getMessage()
-    assert f"a {data.__name__} cannot be kept in checkpoints" in record.getMessage()
+    assert f"a {data.__name__} cannot be saved in checkpoints" in record.getMessage()
     again = loops.source(data(), batch_size=4, workers=workers).with_state_dict(Position(0, 2), None)
     whole = [flat(batch) for batch in loops.source(data(), batch_size=4, workers=workers).epoch(0)]
     assert [flat(batch) for batch in again.epoch(0, 2)] == whole[2:]
 
 
 @pytest.mark.parametrize(
-    "cursor",
+    "state_dict",
     [
         {},
         {"turn": 1, "readers": [None]},
@@ -239,8 +239,8 @@ def test_a_state_that_json_cannot_hold_is_said_once_and_items_are_consumed(data,
     ],
     ids=str,
 )
-def test_a_damaged_cursor_is_an_error(state_dict):
-    with pytest.raises(CheckpointError, match="damaged"):
+def test_a_corrupt_state_dict_is_an_error(state_dict):
+    with pytest.raises(CheckpointError, match="corrupt"):
         loops.source(Counting(), batch_size=4).with_state_dict(Position(0, 1), state_dict)
 
 
@@ -285,19 +285,19 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_place_of_datasets(name):
+def test_every_position_of_datasets(name):
     pytest.importorskip("datasets")
     size = {"collate": list} if name == "batches" else {}
     assert_resumes(lambda: loops.source(PIPELINES[name](), batch_size=3, **size), every=3)
 
 
 @pytest.mark.parametrize("name", ["interleaved", "shuffled shards"])
-def test_every_place_of_datasets_with_workers(name):
+def test_every_position_of_datasets_with_workers(name):
     pytest.importorskip("datasets")
     assert_resumes(lambda: loops.source(PIPELINES[name](), batch_size=2, workers=2), every=7, boundary=False)
 
 
-def test_a_shuffle_buffer_is_read_again_and_that_is_said(caplog):
+def test_a_shuffle_buffer_is_read_again_with_a_warning(caplog):
     """`datasets` leaves the buffer out of its state: a run that trusted it would see other rows."""
     make = lambda: loops.source(table().shuffle(seed=3, buffer_size=8).map(lambda row: row), batch_size=3)  # noqa: E731
     source = make()
@@ -318,7 +318,7 @@ def test_a_shuffle_buffer_is_read_again_and_that_is_said(caplog):
     assert sorted(seen + [row["a"] for row in rest]) != list(range(22))
 
 
-def test_an_evaluation_on_a_part_of_the_same_dataset_does_not_move_the_place():
+def test_an_evaluation_on_a_part_of_the_same_dataset_does_not_move_the_position():
     data = table(24)
     train, held_out = data.skip(6), data.take(6)
     source = loops.source(train, batch_size=3)
@@ -333,7 +333,7 @@ def test_an_evaluation_on_a_part_of_the_same_dataset_does_not_move_the_place():
     assert [row["a"] for row in train] == list(range(6, 24))  # and nothing is left of it in the dataset
 
 
-def test_fit_saves_the_place_and_goes_on_there(tmp_path):
+def test_fit_saves_the_position_and_resumes_there(tmp_path):
     def step(state, batch):
         new = state.replace(step=state.step + 1, params={"w": state.params["w"] + batch.sum()})
         return new, {"sum": new.params["w"]}

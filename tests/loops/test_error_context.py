@@ -23,14 +23,14 @@ def note_of(events):
     return note
 
 
-def test_a_note_names_step_epoch_batch_and_items():
+def test_a_note_has_step_epoch_batch_and_examples():
     data = source(list(range(10)), batch_size=4, shuffle=True, seed=5)
     seen = [batch.tolist() for batch in data.epoch(1)]
     note = note_of(with_error_context(fit(step_that_fails_at(5), 0, data, epochs=2), data))
-    assert note == f"In step 5: epoch 1, batch 1 (from 0), items {', '.join(map(str, seen[1]))} of the data."
+    assert note == f"In step 5: epoch 1, batch 1 (from 0), examples {', '.join(map(str, seen[1]))} of the data."
 
 
-def test_without_numbered_items_the_place_is_told():
+def test_without_indices_the_position_is_noted():
     assert note_of(with_error_context(fit(step_that_fails_at(2), 0, [1, 2]))) == "In step 2: epoch 0, batch 1 (from 0)."
     stream = source(iter([1, 2]))
     assert note_of(with_error_context(fit(step_that_fails_at(2), 0, stream), stream)) == "In step 2: epoch 0, batch 1 (from 0)."
@@ -48,7 +48,7 @@ def test_a_fetch_that_fails():
 
     data = source(Data(), batch_size=2)
     note = note_of(with_error_context(fit(step_that_fails_at(0), 0, data), data))
-    assert note == "After step 2, before epoch 0, batch 2 (from 0), items 4, 5 of the data."
+    assert note == "After step 2, before epoch 0, batch 2 (from 0), examples 4, 5 of the data."
 
 
 def test_events_are_unchanged():
@@ -59,7 +59,7 @@ def test_events_are_unchanged():
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_items_are_those_of_the_batches(micro_batches):
+def test_example_indices_are_those_of_the_batches(micro_batches):
     tensors = TensorDataset(torch.arange(11))
     loader = DataLoader(tensors, batch_sampler=[[3, 1], [0], [9, 2, 4]])
     sources = [
@@ -81,7 +81,7 @@ def test_items_are_those_of_the_batches(micro_batches):
     assert source(number for number in range(3)).example_indices(0, 1) is None
 
 
-def test_long_batches_are_cut():
+def test_long_batches_are_abbreviated():
     data = source(list(range(100)), batch_size=100)
     assert describe_batch(data, Position(0, 0)).endswith("62, 63 and 36 more of the data")
     assert loops.on_device(data, "meta").example_indices(0, 0) == list(range(100))

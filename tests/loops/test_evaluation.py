@@ -9,7 +9,7 @@ from fts import steps, transforms as tx
 from fts.distributed import Group
 from fts.errors import ArgumentError, BatchError, DataError
 from fts.loops import Counters, EvalBatch, Evaluated, evaluate, shard_source, source
-from tests.loops.kinds import Numbers
+from tests.loops.datasets import NumberStream
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(101, 5, generator=GENERATOR, dtype=torch.float64)
@@ -22,7 +22,7 @@ def figures(batch_size, step):
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_the_figures_do_not_depend_on_the_batch_size(as_tensor):
+def test_the_metrics_do_not_depend_on_the_batch_size(as_tensor):
     def step(state, batch):
         x, y = batch
         rows = torch.tensor(len(x)) if as_tensor else len(x)
@@ -59,7 +59,7 @@ def test_nothing_to_average_is_nan():
     assert math.isnan(last.metrics["x"])
 
 
-def test_a_diverged_figure_is_not_hidden():
+def test_a_diverged_metric_is_not_hidden():
     *_, last = evaluate(lambda state, batch: {"x": (torch.tensor(batch), 1)}, None, [1.0, math.nan])
     assert math.isnan(last.metrics["x"])
 
@@ -69,8 +69,8 @@ def test_wrong_results_and_empty_data_are_errors():
         list(evaluate(lambda state, batch: {"loss": torch.tensor(1.0)}, None, [1]))
     with pytest.raises(BatchError, match=r"shape \[2\]"):
         list(evaluate(lambda state, batch: {"loss": (torch.zeros(2), 1)}, None, [1]))
-    for empty in ([], source(Numbers(0), batch_size=2), iter(())):
-        with pytest.raises(DataError, match="holds no batch"):
+    for empty in ([], source(NumberStream(0), batch_size=2), iter(())):
+        with pytest.raises(DataError, match="has no batch"):
             list(evaluate(lambda state, batch: {}, None, empty))
 
 
@@ -84,8 +84,8 @@ def test_with_an_eval_step():
         assert last.counters == Counters(0)
 
 
-def test_processes_without_a_shared_source_are_an_error():
-    with pytest.raises(ArgumentError, match="a group of 2 processes, and data that 1 share"):
+def test_processes_without_a_sharded_source_are_an_error():
+    with pytest.raises(ArgumentError, match="a group of 2 processes, and data that is sharded over 1"):
         evaluate(lambda state, batch: {}, None, [torch.ones(1)], group=Group(size=2))
 
 

@@ -23,7 +23,7 @@ from fts.loops import (
     cadence,
     fit,
 )
-from tests.loops.kinds import Count, Items, Numbers, add
+from tests.loops.datasets import (Count, RecordingDataset, NumberStream, add)
 
 
 def names(events):
@@ -100,7 +100,7 @@ def test_whichever_limit_comes_first(limits, steps, reason, planned):
     assert (last.state.step, last.reason, last.counters.total_steps) == (steps, reason, planned)
 
 
-def test_counting_goes_on_from_the_state_and_the_position():
+def test_counting_continues_from_the_state_and_the_position():
     events = list(fit(add, Count(step=4, total=7.0), [1.0, 2.0, 3.0], epochs=2, start=Position(1, 1), due=never))
     assert names(events) == ["EpochBegin", "StepBegin", "StepEnd", "StepBegin", "StepEnd", "EpochEnd", "Stopped"]
     assert events[0].counters == Counters(4, 1, 1, 6, 3)
@@ -113,11 +113,11 @@ def test_an_epoch_consumed_to_its_end_is_only_closed():
     assert names(events) == ["EpochBegin", "EpochEnd", "Saved", "Stopped"]
 
 
-def test_a_finished_run_has_nothing_left_to_do():
+def test_a_completed_run_has_nothing_left_to_do():
     assert names(fit(add, Count(step=6), [1.0], total_steps=6, start=Position(6, 0))) == ["Stopped"]
 
 
-def test_due_is_asked_after_the_event_was_handled():
+def test_due_is_called_after_the_event_was_handled():
     stop = False
 
     def due(counters):
@@ -133,7 +133,7 @@ def test_due_is_asked_after_the_event_was_handled():
     assert seen[-2].complete is False
 
 
-def test_a_stop_at_the_last_batch_leaves_the_epoch_to_be_closed_on_resume():
+def test_after_a_stop_at_the_last_batch_the_resumed_run_ends_the_epoch():
     options = {"epochs": 2, "evaluate": lambda state: {"x": 1.0}, "save": lambda state, position: Path("here")}
     due = cadence(evaluate="epoch", save="epoch", stop=lambda counters: counters.step == 3)
     first = list(fit(add, Count(), [1.0, 2.0, 3.0], due=due, **options))
@@ -185,7 +185,7 @@ def test_by_default_it_logs_every_50_steps_and_evaluates_and_saves_each_epoch():
 
 
 def test_data_of_unknown_length():
-    events = list(fit(add, Count(), loops.source(Numbers(3), batch_size=2), total_steps=3, due=never))
+    events = list(fit(add, Count(), loops.source(NumberStream(3), batch_size=2), total_steps=3, due=never))
     assert [e.complete for e in events if isinstance(e, EpochEnd)] == [True, False]
     assert events[-1].counters == Counters(3, 1, 1, 3, None, "end")
     assert events[-1].state.total == 0 + 1 + 2 + 1000 + 1001
@@ -195,9 +195,9 @@ def test_data_of_unknown_length():
     "data",
     [
         [],
-        loops.source(Numbers(0), batch_size=4),
-        loops.source(Items(0), batch_size=4, shuffle=True),
-        loops.source(Items(3), batch_size=4, drop_last=True),
+        loops.source(NumberStream(0), batch_size=4),
+        loops.source(RecordingDataset(0), batch_size=4, shuffle=True),
+        loops.source(RecordingDataset(3), batch_size=4, drop_last=True),
         DataLoader(TensorDataset(torch.zeros(0)), batch_size=4),
         iter(()),
     ],
@@ -206,7 +206,7 @@ def test_data_of_unknown_length():
 def test_empty_data_is_an_error_and_not_an_endless_loop(data, limits):
     if hasattr(data, "__next__"):
         data = iter(())
-    with pytest.raises(DataError, match=r"Epoch 0 of the data holds no batch.*items"):
+    with pytest.raises(DataError, match=r"Epoch 0 of the data has no batch.*examples"):
         list(fit(add, Count(), data, **limits))
 
 
@@ -222,7 +222,7 @@ def test_data_that_runs_dry_after_an_epoch_is_an_error():
         def __iter__(self):
             return self.items
 
-    with pytest.raises(DataError, match="Epoch 1 of the data holds no batch"):
+    with pytest.raises(DataError, match="Epoch 1 of the data has no batch"):
         list(fit(add, Count(), Once(), total_steps=5))
 
 
@@ -310,7 +310,7 @@ def test_the_order_of_plain_data_follows_from_the_seed_of_the_state():
         seen.extend(batch.tolist())
         return add(state, batch)
 
-    list(fit(look, Count(seed=5), DataLoader(Items(6), batch_size=2, shuffle=True), epochs=2))
+    list(fit(look, Count(seed=5), DataLoader(RecordingDataset(6), batch_size=2, shuffle=True), epochs=2))
     expected = [torch.randperm(6, generator=torch.Generator().manual_seed(5 + epoch)).tolist() for epoch in (0, 1)]
     assert seen == expected[0] + expected[1]
 
@@ -324,7 +324,7 @@ def test_fitting_learns_with_the_logged_rate():
     assert logs[0].last["lr"] == pytest.approx(0.1)
 
 
-def test_micro_batches_make_the_step_of_the_whole_batch():
+def test_micro_batches_make_the_step_of_the_full_batch():
     step, state, data = regression()
 
     def run(**options):

@@ -15,9 +15,9 @@ from fts.errors import ArgumentError, FtsError, Interrupted
 from fts.loops import Counters, Due, StopRequest, cadence, fit, handle_preemption, with_stop
 from fts.loops.preemption import SignalHandler
 from fts.steps import train_step
-from tests.loops import preempted
+from tests.loops import run_preemption
 
-SCRIPT = Path(preempted.__file__)
+SCRIPT = Path(run_preemption.__file__)
 TAKEN = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
@@ -41,8 +41,8 @@ def wait_for(process, word):
 
 
 def straight(steps):
-    step = train_step(preempted.loss, preempted.optimizer)
-    *_, last = fit(step, preempted.first_state(), preempted.data, total_steps=steps, due=lambda at: Due())
+    step = train_step(run_preemption.loss, run_preemption.optimizer)
+    *_, last = fit(step, run_preemption.first_state(), run_preemption.data, total_steps=steps, due=lambda at: Due())
     return last.state
 
 
@@ -58,14 +58,14 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_a_status_of_it
     assert process.returncode == 128 + number
     assert f"stopped by {name}" in out and "Traceback" not in err and name in err
     path = loops.newest_checkpoint(tmp_path)
-    state, position = loops.load_checkpoint(path, like=preempted.first_state())
+    state, position = loops.load_checkpoint(path, like=run_preemption.first_state())
     assert 3 <= int(state.step) <= 4 and position.batch == int(state.step)
-    step = train_step(preempted.loss, preempted.optimizer)
-    *_, last = fit(step, state, preempted.data, start=position, total_steps=10, due=lambda at: Due())
+    step = train_step(run_preemption.loss, run_preemption.optimizer)
+    *_, last = fit(step, state, run_preemption.data, start=position, total_steps=10, due=lambda at: Due())
     assert torch.equal(last.state.params["w"], straight(10).params["w"])
 
 
-def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_path):
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_complete(tmp_path):
     process = started(tmp_path, "twice")
     wait_for(process, "step 3")
     process.terminate()
@@ -80,7 +80,7 @@ def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]  # nothing half-written is left
 
 
-def test_an_evaluation_is_left_too(tmp_path):
+def test_an_evaluation_is_ended_too(tmp_path):
     process = started(tmp_path, "evaluation")
     wait_for(process, "evaluating")
     process.send_signal(signal.SIGUSR1)
@@ -101,7 +101,7 @@ def test_the_clock_asks_and_raises_nothing():
     assert 1 <= last.state < 100
 
 
-def test_handlers_are_taken_for_the_block_alone():
+def test_handlers_are_installed_for_the_context_alone():
     before = [signal.getsignal(number) for number in TAKEN]
     with handle_preemption():
         assert all(isinstance(signal.getsignal(number), SignalHandler) for number in TAKEN)
@@ -132,7 +132,7 @@ def test_after_the_block_a_signal_raises():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_second_signal_raises_where_the_program_is_and_a_third_does_what_it_always_did():
+def test_a_second_signal_raises_at_once_and_a_third_has_its_default_effect():
     before = signal.getsignal(signal.SIGTERM)
     reached = False
     with pytest.raises(Interrupted), handle_preemption(patience=0.0):
@@ -146,7 +146,7 @@ def test_a_second_signal_raises_where_the_program_is_and_a_third_does_what_it_al
     assert not reached
 
 
-def test_what_the_program_handles_or_ignores_is_left_to_it():
+def test_signals_that_the_program_handles_or_ignores_are_left_alone():
     heard = []
     old = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -177,7 +177,7 @@ def test_outside_the_main_thread_only_the_clock_asks(caplog):
     assert "main thread" in caplog.text
 
 
-def test_all_processes_stop_where_one_was_asked():
+def test_all_processes_stop_where_one_was_signalled():
     codes = {}
 
     def process(rank):
@@ -228,6 +228,6 @@ def test_a_request_in_the_last_step_of_an_epoch_is_saved_once():
 
 
 @pytest.mark.parametrize("names", [["SIGNONE"], "SIGTERM", ["term"]])
-def test_unknown_signals_are_refused(names):
+def test_unknown_signals_are_errors(names):
     with pytest.raises(ArgumentError, match="signals="), handle_preemption(signals=names):
         pass

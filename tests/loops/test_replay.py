@@ -10,7 +10,7 @@ from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, NonFiniteError
 from fts.loops import Position, StepEnd, cadence, replay
 from fts.steps import MicroBatches
-from tests.loops.saved import flip_a_bit
+from tests.loops.checkpoint_files import flip_a_bit
 
 ITEMS, BATCH, EVERY = 28, 4, 5  # 7 steps an epoch
 
@@ -114,7 +114,7 @@ def test_a_compiled_step(tmp_path):
     assert found.equal is True and found.gradients
 
 
-def test_a_step_that_differs_is_said_by_name(tmp_path):
+def test_tensors_that_differ_are_named(tmp_path):
     run(tmp_path, *training(), data_of())
     step, state = training()
     state = loops.load_checkpoint(tmp_path / "checkpoint-10", like=state)[0]
@@ -133,7 +133,7 @@ def test_other_data_differ(tmp_path):
     assert found.equal is False and "0.weight" in found.differences
 
 
-def test_a_poisoned_batch_is_found_with_its_items_and_parameters(tmp_path):
+def test_a_nonfinite_batch_is_found_with_its_examples_and_parameters(tmp_path):
     # the item that comes second in the eighth step
     poisoned = data_of().example_indices(1, 0)[1]
     run(tmp_path, *training(), data_of(poisoned), total=8)
@@ -151,7 +151,7 @@ def test_a_poisoned_batch_is_found_with_its_items_and_parameters(tmp_path):
     assert "batch" not in later.nonfinite and set(later.nonfinite["before"]) == set(state.params)
 
 
-def test_bad_items_of_micro_batches(tmp_path):
+def test_nonfinite_examples_of_micro_batches(tmp_path):
     poisoned = data_of().example_indices(0, 1)[2]
     step, state = training()
     loops.save_checkpoint(tmp_path / "checkpoint-0", state)
@@ -197,7 +197,7 @@ def test_a_plain_function_has_no_gradients_to_show(tmp_path):
     assert found.gradients is None and found.equal is True and found.loss == float(found.metrics["loss"])
 
 
-def test_a_step_that_writes_into_its_state_leaves_what_was_before(tmp_path):
+def test_a_step_that_writes_into_its_state_keeps_the_state_before(tmp_path):
     step, state = training(donate=True)
     run(tmp_path, step, state, data_of())
     found = replay(training(donate=True)[0], training()[1], data_of(), tmp_path / "checkpoint-5", 10)
@@ -212,11 +212,11 @@ def test_data_that_fit_would_take(tmp_path):
     assert found.equal is True and found.position == Position(3, 0)
 
 
-def test_a_damaged_checkpoint_beside_is_not_compared(tmp_path, caplog):
+def test_a_corrupt_checkpoint_of_the_step_is_not_compared(tmp_path, caplog):
     run(tmp_path, *training(), data_of())
     flip_a_bit(tmp_path / "checkpoint-10")
     found = replay(*training(), data_of(), tmp_path / "checkpoint-5", 10)
-    assert found.equal is None and "checkpoint-10 is not whole" in caplog.text
+    assert found.equal is None and "checkpoint-10 is not complete" in caplog.text
 
 
 @pytest.mark.parametrize("to_step", [5, 3, 0, True, 6.5, None])
@@ -226,7 +226,7 @@ def test_a_step_that_is_not_after_the_checkpoint(tmp_path, to_step):
         replay(*training(), data_of(), tmp_path / "checkpoint-5", to_step)
 
 
-def test_a_damaged_checkpoint(tmp_path):
+def test_a_corrupt_checkpoint(tmp_path):
     run(tmp_path, *training(), data_of(), total=5)
     flip_a_bit(tmp_path / "checkpoint-5")
     with pytest.raises(CheckpointError, match="has changed"):

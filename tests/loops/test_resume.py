@@ -7,7 +7,7 @@ from torch import nn
 import fts
 from fts import loops, steps, transforms as tx
 from fts.loops import Position, StepEnd, Stopped, cadence
-from tests.loops.kinds import Augmented, Numbers
+from tests.loops.datasets import (AugmentedDataset, NumberStream)
 
 EPOCHS, ITEMS, BATCH = 3, 11, 3
 BEGIN = Position()
@@ -55,13 +55,13 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(tmp_path, kind, worke
     def data():
         if kind == "iterable":
 
-            class Rows(Numbers):
+            class Rows(NumberStream):
                 def __iter__(self):
                     return (torch.stack([x, x.sin(), x.cos(), x / 7]) for x in super().__iter__())
 
             return loops.source(Rows(ITEMS, random_items=True), batch_size=BATCH, workers=workers, drop_last=False)
         micro = 2 if kind == "grouped" else 1
-        items = Augmented(21 if kind == "grouped" else ITEMS)  # 4 steps an epoch, the last one shorter
+        items = AugmentedDataset(21 if kind == "grouped" else ITEMS)  # 4 steps an epoch, the last one shorter
         return loops.source(items, batch_size=BATCH, shuffle=True, seed=3, workers=workers, micro_batches=micro)
 
     whole, end = run(data())
@@ -84,13 +84,13 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(tmp_path, kind, worke
 
 
 def test_workers_do_not_change_a_run():
-    runs = [run(loops.source(Augmented(ITEMS), batch_size=BATCH, shuffle=True, workers=workers))[0] for workers in (0, 1, 2)]
+    runs = [run(loops.source(AugmentedDataset(ITEMS), batch_size=BATCH, shuffle=True, workers=workers))[0] for workers in (0, 1, 2)]
     for other in runs[1:]:
         assert all(same(other[k], runs[0][k]) for k in runs[0])
 
 
-def test_a_stopped_run_goes_on_at_the_position_of_its_last_event():
-    data = loops.source(Augmented(ITEMS), batch_size=BATCH, shuffle=True)
+def test_a_stopped_run_resumes_at_the_position_of_its_last_event():
+    data = loops.source(AugmentedDataset(ITEMS), batch_size=BATCH, shuffle=True)
     whole, _ = run(data)
     for stop in range(1, STEPS):
         step, state = training()
@@ -102,9 +102,9 @@ def test_a_stopped_run_goes_on_at_the_position_of_its_last_event():
         assert same(kept(last.state), whole[STEPS])
 
 
-def test_resume_reads_none_of_the_skipped_items():
+def test_resume_reads_none_of_the_skipped_examples():
     for batch in range(5):
-        data = Augmented(ITEMS)
+        data = AugmentedDataset(ITEMS)
         step, state = training()
         events = loops.fit(step, state, loops.source(data, batch_size=BATCH, shuffle=True), epochs=2, start=Position(1, batch))
         list(events)

@@ -17,7 +17,7 @@ from fts.errors import ArgumentError
 from fts.loops import atomic_directory, newest_checkpoint, rotate_checkpoints
 from fts.loops.retention import CheckpointScore, select_to_keep
 from fts.storage.atomic import delete_atomically
-from tests.loops.saved import names_in, save, save_model, truncate
+from tests.loops.checkpoint_files import (names_in, save, save_model, truncate)
 
 LIMITS = st.none() | st.integers(1, 8)
 CHECKPOINTS = st.lists(
@@ -28,35 +28,35 @@ CHECKPOINTS = st.lists(
 
 
 def best_by(checkpoints, greater):
-    """The best whole one, found by sorting (the function does it in one pass)."""
-    rated = [one for one in checkpoints if one.whole and one.metric is not None and one.metric == one.metric]
+    """The best complete one, found by sorting (the function does it in one pass)."""
+    rated = [one for one in checkpoints if one.complete and one.metric is not None and one.metric == one.metric]
     rated.sort(key=lambda one: one.step)
     values = [one.metric for one in rated]
     return rated[values.index(max(values) if greater else min(values))].step if rated else None
 
 
 @given(CHECKPOINTS, LIMITS, st.booleans())
-def test_the_newest_and_the_best_stay_and_never_more_than_the_limit(checkpoints, limit, greater):
+def test_the_newest_and_the_best_are_kept_and_never_more_than_the_limit(checkpoints, limit, greater):
     stay = select_to_keep(checkpoints, limit, greater_is_better=greater)
-    whole = {one.step for one in checkpoints if one.whole}
-    assert stay <= whole  # nothing that is damaged, and nothing that is not there
+    complete = {one.step for one in checkpoints if one.complete}
+    assert stay <= complete  # nothing corrupt, and nothing that does not exist
     if limit is None:
-        assert stay == whole
+        assert stay == complete
         return
     best = best_by(checkpoints, greater)
-    pinned = {max(whole), best} - {None} if whole else set()
+    pinned = {max(complete), best} - {None} if complete else set()
     assert pinned <= stay
-    assert len(stay) == min(len(whole), max(limit, len(pinned)))
+    assert len(stay) == min(len(complete), max(limit, len(pinned)))
     assert len(stay) <= max(limit, 2)
     others = stay - pinned
-    assert all(step > gone for step in others for gone in whole - stay)  # the newest of the rest
+    assert all(step > gone for step in others for gone in complete - stay)  # the newest of the rest
 
 
 @given(CHECKPOINTS, st.integers(1, 8), st.booleans())
-def test_a_damaged_checkpoint_takes_nobodys_place(checkpoints, limit, greater):
-    whole = [one for one in checkpoints if one.whole]
+def test_a_corrupt_checkpoint_does_not_count_towards_the_limit(checkpoints, limit, greater):
+    complete = [one for one in checkpoints if one.complete]
     assert select_to_keep(checkpoints, limit, greater_is_better=greater) == select_to_keep(
-        whole, limit, greater_is_better=greater
+        complete, limit, greater_is_better=greater
     )
 
 
@@ -88,12 +88,12 @@ def test_the_meaning_of_save_total_limit():
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True])
-def test_other_limits_are_refused(limit):
+def test_other_limits_are_errors(limit):
     with pytest.raises(ArgumentError, match="at least 1"):
         select_to_keep([], limit)
 
 
-def test_two_ways_to_the_best_are_refused():
+def test_two_definitions_of_the_best_are_an_error():
     with pytest.raises(ArgumentError, match="best=3"):
         select_to_keep([], 2, best=3, greater_is_better=True)
 
@@ -115,7 +115,7 @@ def test_the_best_is_known_by_its_name_where_the_run_was_moved(tmp_path):
     assert names_in(tmp_path) == {"checkpoint-5", "checkpoint-100"}
 
 
-def test_a_damaged_newest_checkpoint_does_not_cost_the_whole_one(tmp_path):
+def test_a_corrupt_newest_checkpoint_does_not_displace_the_complete_one(tmp_path):
     for step in (5, 10, 15, 20):
         save(tmp_path, step)
     truncate(tmp_path / "checkpoint-20")
@@ -129,7 +129,7 @@ def test_a_damaged_newest_checkpoint_does_not_cost_the_whole_one(tmp_path):
     assert names_in(tmp_path) == {"checkpoint-25"}
 
 
-def test_the_checkpoint_just_written_stays_where_another_run_left_later_ones(tmp_path):
+def test_the_checkpoint_just_written_is_kept_where_another_run_left_later_ones(tmp_path):
     for step in (10, 90, 100):
         save(tmp_path, step)
     rotate_checkpoints(tmp_path, 1, latest=tmp_path / "checkpoint-10")
@@ -190,7 +190,7 @@ def test_a_deletion_that_is_killed_leaves_nothing_that_looks_like_a_checkpoint(t
     assert names_in(tmp_path) == {"checkpoint-10"}
 
 
-def test_a_step_that_is_saved_and_deleted_again_goes_over_what_was_left_of_it(tmp_path):
+def test_a_step_that_is_saved_and_deleted_again_replaces_its_leftovers(tmp_path):
     save(tmp_path, 5)
     os.rename(tmp_path / "checkpoint-5", tmp_path / ".checkpoint-5.deleting")
     save(tmp_path, 5)
@@ -267,7 +267,7 @@ def test_sealed_models_are_rotated_as_well(tmp_path):
     assert names_in(tmp_path) == {"checkpoint-2", "checkpoint-3"}
 
 
-def test_the_newest_that_a_run_can_go_on_from_stays_among_models_alone(tmp_path):
+def test_the_newest_resumable_one_is_kept_with_later_models_alone(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     for step in (3, 4):
@@ -283,9 +283,9 @@ def test_the_newest_that_a_run_can_go_on_from_stays_among_models_alone(tmp_path)
 
 
 @given(CHECKPOINTS, st.integers(1, 8), st.sets(st.integers(1, 60)))
-def test_a_run_can_always_go_on_from_what_stays(checkpoints, limit, alone):
+def test_a_run_can_always_resume_from_the_kept_checkpoints(checkpoints, limit, alone):
     rated = [attrs.evolve(one, resumable=one.step not in alone) for one in checkpoints]
-    usable = [one.step for one in rated if one.whole and one.resumable]
+    usable = [one.step for one in rated if one.complete and one.resumable]
     stay = select_to_keep(rated, limit)
     assert not usable or max(usable) in stay
     assert len(stay) <= max(limit, 2)

@@ -86,7 +86,7 @@ def test_a_total_is_reached_over_epochs_and_two_faults_in_a_row():
     assert all(tensor.isfinite().all() for tensor in events[-1].state.params.values())
 
 
-def test_beyond_the_limit_the_error_says_where_and_how_often():
+def test_beyond_the_limit_the_error_has_the_position_and_the_count():
     step, state = parts()
     data = source(
         TensorDataset(torch.cat(batches(bad=[2, 4, 6]))), batch_size=4, collate=lambda rows: torch.stack([r for (r,) in rows])
@@ -97,7 +97,7 @@ def test_beyond_the_limit_the_error_says_where_and_how_often():
     with pytest.raises(NonFiniteError, match=r"In step 5 .*: 0\.weight \(") as caught:
         list(run)
     place, limit = caught.value.__notes__
-    assert place == "In step 5: epoch 0, batch 6 (from 0), items 24, 25, 26, 27 of the data."
+    assert place == "In step 5: epoch 0, batch 6 (from 0), examples 24, 25, 26, 27 of the data."
     assert "rolled back 2 times" in limit
 
 
@@ -153,7 +153,7 @@ def test_several_states_and_frozen_parameters():
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"every": True}, {"limit": -1}, {"limit": 1.5}])
-def test_other_numbers_are_refused(arguments):
+def test_other_numbers_are_errors(arguments):
     with pytest.raises(ArgumentError, match=next(iter(arguments))):
         with_rollback(lambda state, start: iter(()), 0, RollbackPolicy(**arguments))
     with pytest.raises(ArgumentError, match="lambda state, start"):

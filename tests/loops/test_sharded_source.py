@@ -12,7 +12,7 @@ from fts import loops
 from fts.errors import ArgumentError, DataError
 from fts.loops import Position
 from fts.steps import MicroBatches, PaddingBatch
-from tests.loops.kinds import Augmented
+from tests.loops.datasets import AugmentedDataset
 
 SIZES = st.integers(1, 4)
 
@@ -81,14 +81,14 @@ def same(left, right):
     size=SIZES,
     shuffle=st.booleans(),
     drop_last=st.booleans(),
-    kind=st.sampled_from([Augmented, Streamed, lambda count: Streamed(count, known=False)]),
+    kind=st.sampled_from([AugmentedDataset, Streamed, lambda count: Streamed(count, known=False)]),
     start=st.integers(0, 3),
     epoch=st.integers(0, 2),
 )
 def test_processes_do_what_one_does(items, batch, accumulate, size, shuffle, drop_last, kind, start, epoch):
     how = {"batch_size": batch, "drop_last": drop_last, "seed": 3}
     data = kind(items)
-    if isinstance(data, Augmented):
+    if isinstance(data, AugmentedDataset):
         how["shuffle"] = shuffle
     one = loops.source(data, micro_batches=accumulate * size, **how)
     whole = loops.source(data, micro_batches=accumulate, **how)
@@ -107,7 +107,7 @@ def test_processes_do_what_one_does(items, batch, accumulate, size, shuffle, dro
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_process_reads_its_own_items_alone(workers, tmp_path):
+def test_each_process_reads_its_own_examples_alone(workers, tmp_path):
     for rank in range(3):
         file = tmp_path / str(rank)
         data = Noted(23, file)
@@ -118,7 +118,7 @@ def test_each_process_reads_its_own_items_alone(workers, tmp_path):
 
 
 def test_a_process_without_a_batch_copies_its_own_last_one_or_the_first_of_the_epoch():
-    data = Augmented(5)
+    data = AugmentedDataset(5)
     part = loops.shard_source(loops.source(data, batch_size=2), 1, 2)
     second, copy = part.epoch(0)
     assert isinstance(copy, PaddingBatch) and torch.equal(copy.batch, second) and set(data.reads) == {2, 3}
@@ -127,7 +127,7 @@ def test_a_process_without_a_batch_copies_its_own_last_one_or_the_first_of_the_e
     assert isinstance(only, PaddingBatch) and only.batch[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_tensor_datasets_are_cut_without_fetching_items():
+def test_tensor_datasets_are_split_without_fetching_examples():
     whole = loops.source(TensorDataset(torch.arange(10)), batch_size=4)
     first, copy = loops.shard_source(whole, 1, 2).epoch(0)
     assert first[0].tolist() == [4, 5, 6, 7] and copy.batch[0].tolist() == [4, 5, 6, 7]
@@ -138,7 +138,7 @@ def test_tensor_datasets_are_cut_without_fetching_items():
     items=st.integers(1, 30), rows=st.integers(1, 3), size=st.integers(2, 4), stream=st.booleans(), accumulate=st.integers(1, 2)
 )
 def test_batches_that_are_split(items, rows, size, stream, accumulate):
-    data = Streamed(items) if stream else Augmented(items)
+    data = Streamed(items) if stream else AugmentedDataset(items)
     whole = loops.source(data, batch_size=rows * size, micro_batches=accumulate)
     parts = [loops.shard_source(whole, rank, size, split_batches=True) for rank in range(size)]
     assert {(part.batch_size, part.steps_per_epoch) for part in parts} == {(rows, whole.steps_per_epoch)}
@@ -153,15 +153,15 @@ def test_batches_that_are_split(items, rows, size, stream, accumulate):
             assert sorted(indices) == sorted(whole.example_indices(0, number))
 
 
-def test_ready_batches_are_split_by_rows():
+def test_ready_batches_are_split_by_examples():
     batches = [{"x": torch.arange(6)}, {"x": torch.arange(1)}]
     one, two = (list(loops.shard_source(loops.source(batches), rank, 2, split_batches=True).epoch(0)) for rank in range(2))
     assert [batch["x"].tolist() for batch in one] == [[0, 1, 2], [0]]
     assert two[0]["x"].tolist() == [3, 4, 5] and isinstance(two[1], PaddingBatch)
 
 
-def test_samplers_of_batches_are_shared():
-    loader = DataLoader(Augmented(9), batch_sampler=[[0, 1, 2], [3], [4, 5], [6, 7, 8]])
+def test_batch_samplers_are_sharded():
+    loader = DataLoader(AugmentedDataset(9), batch_sampler=[[0, 1, 2], [3], [4, 5], [6, 7, 8]])
     steps, _ = together([loops.shard_source(loops.source(loader), rank, 3) for rank in range(3)], 0)
     assert [[batch[:, 0].tolist() for batch in step] for step in steps] == [[[0, 1, 2], [3], [4, 5]], [[6, 7, 8]]]
 
@@ -187,7 +187,7 @@ class Remembering(IterableDataset):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_shared_stream_goes_on_at_its_cursor(rank):
+def test_a_sharded_stream_resumes_at_its_state(rank):
     whole = loops.shard_source(loops.source(Remembering(23), batch_size=2, micro_batches=2), rank, 2)
     expected = [list(micro(step)) for step in whole.epoch(0)]
     running = whole.epoch(0)
@@ -271,11 +271,11 @@ def test_all_processes_hear_of_an_error_of_the_one_that_reads():
     assert isinstance(found[1], DataError) and "disk gone" in str(found[1])
 
 
-def test_what_cannot_be_shared():
+def test_what_cannot_be_sharded():
     whole = loops.source([1, 2, 3])
     with pytest.raises(ArgumentError, match="ranks go from 0"):
         loops.shard_source(whole, 2, 2)
-    with pytest.raises(ArgumentError, match="2 processes share already"):
+    with pytest.raises(ArgumentError, match="is sharded over 2 processes already"):
         loops.shard_source(loops.shard_source(whole, 0, 2), 0, 2)
     with pytest.raises(ArgumentError, match="must be a multiple"):
         loops.shard_source(loops.source(range(9), batch_size=3), 0, 2, split_batches=True)
@@ -285,7 +285,7 @@ def test_what_cannot_be_shared():
 
 
 @pytest.mark.parametrize("sampled", ["items", "batches", "in its own way"])
-def test_data_that_a_sampler_has_divided_are_refused(sampled):
+def test_data_that_a_sampler_has_sharded_is_an_error(sampled):
     class Own(DataLoader):
         def __iter__(self):
             return iter([1])
@@ -302,11 +302,11 @@ def test_data_that_a_sampler_has_divided_are_refused(sampled):
     }[sampled]()
     source = loops.source(divided)
     assert loops.shard_source(source, 0, 1) is source
-    with pytest.raises(DataError, match="by its DistributedSampler, and would be divided twice"):
+    with pytest.raises(DataError, match="by its DistributedSampler, and would be sharded twice"):
         loops.shard_source(source, 1, 2)
 
 
-def test_a_loader_of_accelerates_is_refused_where_it_has_divided_the_data():
+def test_a_loader_of_accelerate_is_an_error_where_it_has_sharded_the_data():
     shards = pytest.importorskip("accelerate.data_loader")
     batches = BatchSampler(range(8), 2, False)
     with pytest.raises(DataError, match="accelerate's BatchSamplerShard"):
@@ -315,7 +315,7 @@ def test_a_loader_of_accelerates_is_refused_where_it_has_divided_the_data():
     assert loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=whole)), 1, 2).shard.world_size == 2
 
 
-def test_data_that_are_divided_among_nodes_are_refused():
+def test_data_that_is_split_by_node_is_an_error():
     datasets = pytest.importorskip("datasets")
     from datasets.distributed import split_dataset_by_node
 

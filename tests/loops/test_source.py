@@ -28,7 +28,7 @@ from fts.loops.loader_options import dataloader_kwargs
 from fts.loops.sampling import EpochSampler, permutation
 from fts.randomness import (DATA, fold_in, seed_generators)
 from fts.steps import MicroBatches
-from tests.loops.kinds import Augmented, Items, Numbers, Together, listed
+from tests.loops.datasets import (AugmentedDataset, RecordingDataset, NumberStream, GetItemsDataset, to_lists)
 
 
 def randperm(count, seed):
@@ -45,7 +45,7 @@ def chunks(values, size, drop_last=False):
     start=st.integers(0, 9),
 )  # fmt: skip
 def test_shuffled_order_is_torch_randperm_seeded_with_seed_plus_epoch(count, size, seed, epoch, drop_last, start):
-    data = Items(count)
+    data = RecordingDataset(count)
     found = source(data, batch_size=size, shuffle=True, seed=seed, drop_last=drop_last)
     expected = chunks([float(i) for i in randperm(count, seed + epoch)], size, drop_last)
     assert found.steps_per_epoch == len(expected)
@@ -54,19 +54,19 @@ def test_shuffled_order_is_torch_randperm_seeded_with_seed_plus_epoch(count, siz
         with pytest.raises(DataError, match="cannot be resumed"):
             found.epoch(epoch, start)
     else:
-        assert listed(found.epoch(epoch, start)) == expected[start:]
+        assert to_lists(found.epoch(epoch, start)) == expected[start:]
         assert data.reads == [int(i) for chunk in expected[start:] for i in chunk]
 
 
 @pytest.mark.parametrize("count", [5, 64, 5000])
-def test_long_epochs_are_cut_into_the_same_batches(count):
+def test_long_epochs_are_split_into_the_same_batches(count):
     data = TensorDataset(torch.arange(count))
-    assert listed(source(data, batch_size=2).epoch(0)) == [[chunk] for chunk in chunks(list(range(count)), 2)]
-    assert listed(source(data, batch_size=2).epoch(0, start=2)) == [[chunk] for chunk in chunks(list(range(count)), 2)[2:]]
+    assert to_lists(source(data, batch_size=2).epoch(0)) == [[chunk] for chunk in chunks(list(range(count)), 2)]
+    assert to_lists(source(data, batch_size=2).epoch(0, start=2)) == [[chunk] for chunk in chunks(list(range(count)), 2)[2:]]
 
 
 @given(size=st.integers(1, 7), shuffle=st.booleans(), drop_last=st.booleans(), start=st.integers(0, 1))
-def test_rows_of_a_tensor_dataset_equal_the_default_collate(size, shuffle, drop_last, start):
+def test_examples_of_a_tensor_dataset_equal_the_default_collate(size, shuffle, drop_last, start):
     data = TensorDataset(torch.randn(11, 3), torch.arange(11), torch.rand(11) > 0.5, torch.randn(2, 11, 2).transpose(0, 1))
 
     class Plain(Dataset):  # the same items by the general way
@@ -102,14 +102,14 @@ def test_an_iterator_has_its_own_order(options):
         source(iter([1, 2]), batch_size=1, **options)
 
 
-def test_a_sampler_needs_items_with_numbers():
+def test_a_sampler_needs_examples_with_indices():
     with pytest.raises(DataError, match=r"sampler.*Numbers.*__getitem__"):
-        source(Numbers(5), batch_size=2, sampler=[1, 0])
+        source(NumberStream(5), batch_size=2, sampler=[1, 0])
     with pytest.raises(DataError, match=r"sampler.*set.*__getitem__"):
         source({1, 2}, batch_size=2, sampler=[1, 0])
 
 
-@pytest.mark.parametrize("data", [[1, 2], iter([1, 2]), Numbers(5)])
+@pytest.mark.parametrize("data", [[1, 2], iter([1, 2]), NumberStream(5)])
 def test_dropping_the_last_batch_needs_a_batch_size(data):
     with pytest.raises(ArgumentError, match=r"drop_last=True.*batch_size"):
         source(data, drop_last=True)
@@ -117,20 +117,20 @@ def test_dropping_the_last_batch_needs_a_batch_size(data):
 
 @pytest.mark.parametrize("seed", [1.5, "0", None, True, 2**63, -(2**63) - 1])
 def test_a_seed_is_an_integer(seed):
-    for data in (Items(4), DataLoader(Items(4), batch_size=2)):
+    for data in (RecordingDataset(4), DataLoader(RecordingDataset(4), batch_size=2)):
         with pytest.raises(ArgumentError, match=r"source\(seed=.*whole number"):
             source(data, seed=seed)
 
 
 def test_getitems_is_used_where_a_dataset_has_it():
-    data = Together(6)
-    assert listed(source(data, batch_size=4).epoch(0)) == [[0, 1, 2, 3], [4, 5]]
+    data = GetItemsDataset(6)
+    assert to_lists(source(data, batch_size=4).epoch(0)) == [[0, 1, 2, 3], [4, 5]]
     assert data.calls == 2
-    assert listed(source(Subset(data, [5, 3, 1]), batch_size=2).epoch(0)) == [[5, 3], [1]]
+    assert to_lists(source(Subset(data, [5, 3, 1]), batch_size=2).epoch(0)) == [[5, 3], [1]]
 
 
 def test_collate_is_used():
-    assert list(source(Items(3), batch_size=2, collate=len).epoch(0)) == [2, 1]
+    assert list(source(RecordingDataset(3), batch_size=2, collate=len).epoch(0)) == [2, 1]
     assert list(source([[1, 2], [3]], collate=sum).epoch(0)) == [3, 3]
 
 
@@ -144,14 +144,14 @@ def augmented(indices, seed, epoch, number):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_each_fetch_is_seeded_by_seed_epoch_and_batch(workers):
-    found = source(Augmented(7), batch_size=3, shuffle=True, seed=5, workers=workers)
+    found = source(AugmentedDataset(7), batch_size=3, shuffle=True, seed=5, workers=workers)
     for epoch, start in ((0, 0), (2, 1)):
         expected = [augmented(chunk, 5, epoch, b) for b, chunk in enumerate(chunks(randperm(7, 5 + epoch), 3))]
-        assert listed(found.epoch(epoch, start)) == expected[start:]
+        assert to_lists(found.epoch(epoch, start)) == expected[start:]
 
 
 def test_collate_is_seeded_too():
-    found = source(Items(4), batch_size=2, collate=lambda items: torch.rand(()).item())
+    found = source(RecordingDataset(4), batch_size=2, collate=lambda items: torch.rand(()).item())
     values = list(found.epoch(0))
     assert len(set(values)) == 2
     assert list(found.epoch(0)) == values
@@ -159,7 +159,7 @@ def test_collate_is_seeded_too():
 
 
 def test_persistent_workers_see_each_epoch():
-    class Epochs(Items):
+    class Epochs(RecordingDataset):
         epoch = -1
 
         def set_epoch(self, epoch):
@@ -170,16 +170,16 @@ def test_persistent_workers_see_each_epoch():
 
     found = source(Epochs(4), batch_size=2, workers=2, persistent_workers=True)
     for epoch in (0, 1, 3):
-        assert listed(found.epoch(epoch)) == [[100 * epoch, 100 * epoch + 1], [100 * epoch + 2, 100 * epoch + 3]]
+        assert to_lists(found.epoch(epoch)) == [[100 * epoch, 100 * epoch + 1], [100 * epoch + 2, 100 * epoch + 3]]
     next(found.epoch(4))  # left in the middle
-    assert listed(found.epoch(5, start=1)) == [[502, 503]]
+    assert to_lists(found.epoch(5, start=1)) == [[502, 503]]
 
 
 def test_fetching_with_workers_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(source(Items(3), batch_size=1, workers=1).epoch(0))
+    list(source(RecordingDataset(3), batch_size=1, workers=1).epoch(0))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -204,7 +204,7 @@ def test_a_list_holds_ready_batches_which_may_be_shuffled():
     assert source(batches).steps_per_epoch == 4
     shuffled = source(batches, shuffle=True, seed=1)
     assert list(shuffled.epoch(2, start=1)) == [10 + i for i in randperm(4, 3)][1:]
-    assert listed(source(batches, batch_size=3).epoch(0)) == [[10, 11, 12], [13]]
+    assert to_lists(source(batches, batch_size=3).epoch(0)) == [[10, 11, 12], [13]]
 
 
 def test_a_re_iterable_is_iterated_anew_each_epoch():
@@ -230,7 +230,7 @@ def test_an_iterator_serves_one_epoch():
 
 def test_a_map_style_dataset_needs_a_batch_size_and_a_length():
     with pytest.raises(DataError, match=r"Items with 3 items.*batch_size=32"):
-        source(Items(3))
+        source(RecordingDataset(3))
 
     class Endless(Dataset):
         def __getitem__(self, index):
@@ -241,37 +241,37 @@ def test_a_map_style_dataset_needs_a_batch_size_and_a_length():
 
 
 @pytest.mark.parametrize("data", [{"train": [1]}, "text", 3, None])
-def test_what_is_no_data_is_refused(data):
+def test_other_types_of_data_are_errors(data):
     with pytest.raises(DataError, match=type(data).__name__):
         source(data)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"micro_batches": 0}, {"workers": -1}, {"batch_size": 2.5}])
-def test_impossible_arguments_are_refused(options):
+def test_impossible_arguments_are_errors(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
-        source(Items(3), **({"batch_size": 1} | options))
+        source(RecordingDataset(3), **({"batch_size": 1} | options))
 
 
 # -- iterable datasets --------------------------------------------------------------------------------------------------
 
 
-def test_an_iterable_dataset_is_batched_and_told_the_epoch():
-    data = Numbers(5)
+def test_an_iterable_dataset_is_batched_and_its_epoch_set():
+    data = NumberStream(5)
     found = source(data, batch_size=2)
     assert (found.steps_per_epoch, found.num_examples) == (None, None)
-    assert listed(found.epoch(0)) == [[0, 1], [2, 3], [4]]
-    assert listed(found.epoch(2, start=1)) == [[2002, 2003], [2004]]
+    assert to_lists(found.epoch(0)) == [[0, 1], [2, 3], [4]]
+    assert to_lists(found.epoch(2, start=1)) == [[2002, 2003], [2004]]
     assert data.epochs == [0, 2]
-    assert listed(source(data, batch_size=2, drop_last=True).epoch(0)) == [[0, 1], [2, 3]]
+    assert to_lists(source(data, batch_size=2, drop_last=True).epoch(0)) == [[0, 1], [2, 3]]
     with pytest.raises(DataError, match="cannot be resumed at batch 4: the epoch has 3"):
         list(found.epoch(0, start=4))
     with pytest.raises(DataError, match="cannot be shuffled"):
         source(data, batch_size=2, shuffle=True)
 
 
-def test_a_sized_iterable_dataset_tells_its_length():
-    assert source(Numbers(5, sized=True), batch_size=2).steps_per_epoch == 3
-    assert source(Numbers(5, sized=True), batch_size=2).num_examples == 5
+def test_a_sized_iterable_dataset_has_its_length():
+    assert source(NumberStream(5, sized=True), batch_size=2).steps_per_epoch == 3
+    assert source(NumberStream(5, sized=True), batch_size=2).num_examples == 5
 
 
 def two_workers_since(before):
@@ -280,8 +280,8 @@ def two_workers_since(before):
     return workers
 
 
-@pytest.mark.parametrize("data", [Items(8), Numbers(8)])
-def test_a_source_that_nobody_holds_has_no_workers(data):
+@pytest.mark.parametrize("data", [RecordingDataset(8), NumberStream(8)])
+def test_a_source_without_references_has_no_workers(data):
     before = multiprocessing.active_children()
     found = source(data, batch_size=2, workers=2, persistent_workers=True)
     next(found.epoch(0))
@@ -293,7 +293,7 @@ def test_a_source_that_nobody_holds_has_no_workers(data):
         gc.enable()
 
 
-@pytest.mark.parametrize("data", [Items(8), Numbers(8)])
+@pytest.mark.parametrize("data", [RecordingDataset(8), NumberStream(8)])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persistent):
     before = multiprocessing.active_children()
@@ -311,8 +311,8 @@ def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persiste
     found.close()
 
 
-def test_an_error_in_one_epoch_leaves_the_workers_of_another():
-    class Damaged(Items):
+def test_an_error_in_one_epoch_keeps_the_workers_of_another():
+    class Damaged(RecordingDataset):
         def __getitem__(self, index):
             if index == 7:
                 raise ValueError("item 7")
@@ -330,14 +330,14 @@ def test_an_error_in_one_epoch_leaves_the_workers_of_another():
 
 def test_an_epoch_that_is_made_and_not_read_leaves_no_workers():
     before = multiprocessing.active_children()
-    found = source(Items(8), batch_size=2, workers=2)
+    found = source(RecordingDataset(8), batch_size=2, workers=2)
     found.epoch(0)
     assert multiprocessing.active_children() == before
 
 
-def test_an_epoch_that_is_left_ends_its_workers_while_others_hold_the_source():
+def test_leaving_an_epoch_ends_its_workers_though_the_source_is_referenced():
     before = multiprocessing.active_children()
-    found = source(Items(8), batch_size=2, workers=2)
+    found = source(RecordingDataset(8), batch_size=2, workers=2)
     batches = found.epoch(0)
     next(batches)
     workers = two_workers_since(before)
@@ -346,24 +346,24 @@ def test_an_epoch_that_is_left_ends_its_workers_while_others_hold_the_source():
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_an_iterable_dataset_is_divided_among_workers(persistent):
-    found = source(Numbers(6), batch_size=2, workers=2, persistent_workers=persistent)
+def test_an_iterable_dataset_is_divided_over_workers(persistent):
+    found = source(NumberStream(6), batch_size=2, workers=2, persistent_workers=persistent)
     for epoch in (0, 2):
         k = 1000 * epoch
         expected = [[k, k + 2], [k + 1, k + 3], [k + 4], [k + 5]]
-        assert listed(found.epoch(epoch)) == expected
-        assert listed(found.epoch(epoch, start=3)) == expected[3:]
+        assert to_lists(found.epoch(epoch)) == expected
+        assert to_lists(found.epoch(epoch, start=3)) == expected[3:]
     with pytest.raises(DataError, match="cannot be resumed at batch 5: the epoch has 4"):
         list(found.epoch(0, start=5))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_iterable_dataset_that_draws_is_replayed(workers):
-    found = source(Numbers(9, random_items=True), batch_size=2, workers=workers)
-    whole = listed(found.epoch(1))
+    found = source(NumberStream(9, random_items=True), batch_size=2, workers=workers)
+    whole = to_lists(found.epoch(1))
     for start in range(len(whole) + 1):
-        assert listed(found.epoch(1, start)) == whole[start:]
-    assert listed(found.epoch(0)) != whole
+        assert to_lists(found.epoch(1, start)) == whole[start:]
+    assert to_lists(found.epoch(0)) != whole
 
 
 def test_workers_do_not_repeat_an_iterable_that_is_not_divided():
@@ -376,19 +376,19 @@ def test_hugging_face_datasets_are_accepted():
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"x": list(range(6))}).with_format("torch")
     found = source(rows, batch_size=4, shuffle=True, seed=2)
-    assert listed(found.epoch(1)) == [{"x": chunk} for chunk in chunks(randperm(6, 3), 4)]
+    assert to_lists(found.epoch(1)) == [{"x": chunk} for chunk in chunks(randperm(6, 3), 4)]
     with pytest.raises(DataError, match="batch size"):
         source(rows)
     with pytest.raises(DataError, match="DatasetDict"):
         source(datasets.DatasetDict({"train": rows}), batch_size=2)
     stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=3)
     found = source(stream, batch_size=2)
-    epochs = [listed(found.epoch(epoch)) for epoch in (0, 1)]
+    epochs = [to_lists(found.epoch(epoch)) for epoch in (0, 1)]
     assert epochs[0] != epochs[1]
-    assert listed(found.epoch(0)) == epochs[0]
-    assert listed(found.epoch(1, start=1)) == epochs[1][1:]
+    assert to_lists(found.epoch(0)) == epochs[0]
+    assert to_lists(found.epoch(1, start=1)) == epochs[1][1:]
     parallel = source(stream, batch_size=2, workers=2)
-    seen = [x for batch in listed(parallel.epoch(0)) for x in batch["x"]]
+    seen = [x for batch in to_lists(parallel.epoch(0)) for x in batch["x"]]
     assert sorted(seen) == list(range(6))
 
 
@@ -396,63 +396,63 @@ def test_hugging_face_datasets_are_accepted():
 
 
 def test_a_loader_gives_its_dataset_batch_size_and_shuffling():
-    data = Items(7)
+    data = RecordingDataset(7)
     found = source(DataLoader(data, batch_size=3, shuffle=True, drop_last=True), seed=4)
     assert (found.batch_size, found.num_examples, found.steps_per_epoch) == (3, 7, 2)
-    assert listed(found.epoch(1)) == chunks(randperm(7, 5), 3, drop_last=True)
+    assert to_lists(found.epoch(1)) == chunks(randperm(7, 5), 3, drop_last=True)
     data.reads.clear()
-    assert listed(found.epoch(1, start=1)) == chunks(randperm(7, 5), 3)[1:2]
+    assert to_lists(found.epoch(1, start=1)) == chunks(randperm(7, 5), 3)[1:2]
     assert len(data.reads) == 3
 
 
 def test_a_sequential_loader_stays_sequential():
-    loader = DataLoader(Items(5), batch_size=2, collate_fn=len)
+    loader = DataLoader(RecordingDataset(5), batch_size=2, collate_fn=len)
     assert list(source(loader).epoch(0)) == [2, 2, 1]
-    loader = DataLoader(Items(5), batch_size=2)
-    assert listed(source(loader).epoch(3)) == listed(iter(loader)) == [[0, 1], [2, 3], [4]]
+    loader = DataLoader(RecordingDataset(5), batch_size=2)
+    assert to_lists(source(loader).epoch(3)) == to_lists(iter(loader)) == [[0, 1], [2, 3], [4]]
 
 
 def test_a_loader_with_workers_gives_the_same_batches():
     options = {"batch_size": 3, "shuffle": True}
-    plain = source(DataLoader(Augmented(8), **options), seed=1)
+    plain = source(DataLoader(AugmentedDataset(8), **options), seed=1)
     parallel = source(
-        DataLoader(Augmented(8), num_workers=2, persistent_workers=True, prefetch_factor=1, timeout=60, **options), seed=1
+        DataLoader(AugmentedDataset(8), num_workers=2, persistent_workers=True, prefetch_factor=1, timeout=60, **options), seed=1
     )
     for epoch, start in ((0, 0), (1, 1)):
-        assert listed(plain.epoch(epoch, start)) == listed(parallel.epoch(epoch, start))
+        assert to_lists(plain.epoch(epoch, start)) == to_lists(parallel.epoch(epoch, start))
 
 
 def mark(worker):
-    import tests.loops.kinds
+    import tests.loops.datasets
 
-    tests.loops.kinds.Items.__getitem__ = lambda self, index: 100 * (worker + 1) + index
+    tests.loops.datasets.Items.__getitem__ = lambda self, index: 100 * (worker + 1) + index
 
 
-def test_worker_init_fn_and_multiprocessing_context_are_taken_over():
-    loader = DataLoader(Items(4), batch_size=2, num_workers=2, worker_init_fn=mark, multiprocessing_context="fork")
-    assert listed(source(loader).epoch(0)) == [[100, 101], [202, 203]]
+def test_worker_init_fn_and_multiprocessing_context_are_used():
+    loader = DataLoader(RecordingDataset(4), batch_size=2, num_workers=2, worker_init_fn=mark, multiprocessing_context="fork")
+    assert to_lists(source(loader).epoch(0)) == [[100, 101], [202, 203]]
 
 
 def test_pinned_memory_costs_nothing_without_an_accelerator(monkeypatch):
     data = TensorDataset(torch.arange(4))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert dataloader_kwargs(0, {"pin_memory": True, "prefetch_factor": None}) == {}
-    assert listed(source(DataLoader(data, batch_size=2, pin_memory=True)).epoch(0)) == [[[0, 1]], [[2, 3]]]
+    assert to_lists(source(DataLoader(data, batch_size=2, pin_memory=True)).epoch(0)) == [[[0, 1]], [[2, 3]]]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert dataloader_kwargs(0, {"pin_memory": True}) == {"pin_memory": True}
 
 
 def test_arguments_about_loading_are_checked():
     with pytest.raises(ArgumentError, match=r"num_workers.*workers"):
-        source(Items(2), batch_size=1, num_workers=2)
+        source(RecordingDataset(2), batch_size=1, num_workers=2)
     with pytest.raises(ArgumentError, match="prefetch_factor, which only workers can use"):
-        source(Items(2), batch_size=1, prefetch_factor=2)
+        source(RecordingDataset(2), batch_size=1, prefetch_factor=2)
 
 
 def test_a_sampler_may_be_given_without_a_loader():
-    assert listed(source(Items(6), batch_size=2, sampler=[5, 3, 1]).epoch(0)) == [[5, 3], [1]]
+    assert to_lists(source(RecordingDataset(6), batch_size=2, sampler=[5, 3, 1]).epoch(0)) == [[5, 3], [1]]
     with pytest.raises(ArgumentError, match="shuffle=True and a sampler"):
-        source(Items(6), batch_size=2, sampler=[5, 3, 1], shuffle=True)
+        source(RecordingDataset(6), batch_size=2, sampler=[5, 3, 1], shuffle=True)
 
 
 class Alternating:
@@ -475,16 +475,16 @@ class Alternating:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_custom_sampler_is_kept_and_its_indices_skipped_without_reading(workers):
-    data = Augmented(10)
+    data = AugmentedDataset(10)
     found = source(DataLoader(data, batch_size=3, sampler=Alternating(10), num_workers=workers), seed=6)
     assert found.steps_per_epoch == 4
-    whole = {epoch: listed(found.epoch(epoch)) for epoch in (0, 1)}
+    whole = {epoch: to_lists(found.epoch(epoch)) for epoch in (0, 1)}
     assert whole[0] != whole[1]
     for epoch in (0, 1):
         for start in range(5):
             data.reads.clear()
             torch.rand(start)  # what others draw must not matter
-            assert listed(found.epoch(epoch, start)) == whole[epoch][start:]
+            assert to_lists(found.epoch(epoch, start)) == whole[epoch][start:]
             assert workers or len(data.reads) == 10 - min(10, 3 * start)
 
 
@@ -508,13 +508,13 @@ def test_a_custom_sampler_does_not_disturb_the_global_generators():
     ],
 )
 def test_any_sampler_replays(sampler):
-    data = Items(5)
+    data = RecordingDataset(5)
     found = source(DataLoader(data, batch_size=2, sampler=sampler(data)), seed=2)
     count = len(sampler(data))
-    whole = listed(found.epoch(1))
+    whole = to_lists(found.epoch(1))
     assert (found.num_examples, found.steps_per_epoch, len(whole)) == (count, -(-count // 2), -(-count // 2))
     for start in range(len(whole) + 1):
-        assert listed(found.epoch(1, start)) == whole[start:]
+        assert to_lists(found.epoch(1, start)) == whole[start:]
 
 
 def test_a_custom_batch_sampler_is_kept():
@@ -527,32 +527,32 @@ def test_a_custom_batch_sampler_is_kept():
         def __iter__(self):
             return iter([[0, 5], [1, 4], [2, 3]])
 
-    data = Items(6)
+    data = RecordingDataset(6)
     found = source(DataLoader(data, batch_sampler=Pairs()))
     assert (found.batch_size, found.steps_per_epoch) == (2, 3)
-    assert listed(found.epoch(0, start=1)) == [[1, 4], [2, 3]]
+    assert to_lists(found.epoch(0, start=1)) == [[1, 4], [2, 3]]
     assert data.reads == [1, 4, 2, 3]
 
 
 def test_the_standard_batch_sampler_is_understood():
-    data = Items(7)
+    data = RecordingDataset(7)
     loader = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 3, drop_last=True))
-    assert listed(source(loader, seed=1).epoch(0)) == chunks(randperm(7, 1), 3, drop_last=True)
+    assert to_lists(source(loader, seed=1).epoch(0)) == chunks(randperm(7, 1), 3, drop_last=True)
 
 
-def test_a_loader_without_batches_gives_items_as_they_are():
-    data = Items(4)
+def test_a_loader_without_batches_yields_examples_as_they_are():
+    data = RecordingDataset(4)
     found = source(DataLoader(data, batch_size=None, shuffle=True), seed=3)
-    assert listed(found.epoch(0)) == randperm(4, 3)
+    assert to_lists(found.epoch(0)) == randperm(4, 3)
     assert found.steps_per_epoch == 4
-    stream = source(DataLoader(Numbers(3), batch_size=None))
-    assert listed(stream.epoch(0)) == [0, 1, 2]
+    stream = source(DataLoader(NumberStream(3), batch_size=None))
+    assert to_lists(stream.epoch(0)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_of_an_iterable_dataset_gives_what_torch_gives(workers):
-    loader = DataLoader(Numbers(9), batch_size=2, num_workers=workers, drop_last=True)
-    assert listed(source(loader).epoch(0)) == listed(iter(loader))
+    loader = DataLoader(NumberStream(9), batch_size=2, num_workers=workers, drop_last=True)
+    assert to_lists(source(loader).epoch(0)) == to_lists(iter(loader))
 
 
 def test_a_loader_that_iterates_in_its_own_way_is_iterated():
@@ -560,22 +560,22 @@ def test_a_loader_that_iterates_in_its_own_way_is_iterated():
         def __iter__(self):
             return (2 * batch for batch in super().__iter__())
 
-    found = source(Doubling(Items(5), batch_size=2, shuffle=True), seed=1)
-    whole = listed(found.epoch(1))
+    found = source(Doubling(RecordingDataset(5), batch_size=2, shuffle=True), seed=1)
+    whole = to_lists(found.epoch(1))
     assert sorted(x for batch in whole for x in batch) == [0, 2, 4, 6, 8]
-    assert listed(found.epoch(1, start=1)) == whole[1:]
-    assert listed(found.epoch(2)) != whole
+    assert to_lists(found.epoch(1, start=1)) == whole[1:]
+    assert to_lists(found.epoch(2)) != whole
 
 
-def test_arguments_that_a_loader_decides_are_refused():
+def test_arguments_of_the_loader_are_errors():
     with pytest.raises(ArgumentError, match="batch_size, shuffle"):
-        source(DataLoader(Items(3)), batch_size=2, shuffle=True)
+        source(DataLoader(RecordingDataset(3)), batch_size=2, shuffle=True)
 
 
 # -- micro-batches ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Items, Numbers, lambda n: DataLoader(Items(n)), lambda n: [float(i) for i in range(n)]])
+@pytest.mark.parametrize("kind", [RecordingDataset, NumberStream, lambda n: DataLoader(RecordingDataset(n)), lambda n: [float(i) for i in range(n)]])
 def test_consecutive_batches_are_grouped(kind):
     data = kind(7)
     options = {} if isinstance(data, (DataLoader, list)) else {"batch_size": 1}
@@ -585,32 +585,32 @@ def test_consecutive_batches_are_grouped(kind):
     for start in range(4):
         groups = list(found.epoch(0, start))
         assert all(type(group) is MicroBatches for group in groups)
-        assert listed(groups) == expected[start:]
-    if not isinstance(data, Numbers):
+        assert to_lists(groups) == expected[start:]
+    if not isinstance(data, NumberStream):
         assert found.steps_per_epoch == 3
     with pytest.raises(DataError, match="cannot be resumed"):
         list(found.epoch(0, start=4))
 
 
 def test_the_fetches_of_micro_batches_are_seeded_as_batches_of_their_own():
-    alone = listed(source(Augmented(10), batch_size=2, shuffle=True).epoch(1))
-    grouped = source(Augmented(10), batch_size=2, shuffle=True, micro_batches=2)
-    assert [batch for group in listed(grouped.epoch(1)) for batch in group] == alone
-    assert [batch for group in listed(grouped.epoch(1, start=1)) for batch in group] == alone[2:]
+    alone = to_lists(source(AugmentedDataset(10), batch_size=2, shuffle=True).epoch(1))
+    grouped = source(AugmentedDataset(10), batch_size=2, shuffle=True, micro_batches=2)
+    assert [batch for group in to_lists(grouped.epoch(1)) for batch in group] == alone
+    assert [batch for group in to_lists(grouped.epoch(1, start=1)) for batch in group] == alone[2:]
 
 
 def test_an_epoch_sampler_gives_its_order_at_the_seed_of_the_source():
-    data = Items(11)
+    data = RecordingDataset(11)
     sampler = EpochSampler(partial(permutation, 11), num_examples=11, seed=7)
     found = source(DataLoader(data, batch_size=4, sampler=sampler), seed=3)
     assert (found.num_examples, found.steps_per_epoch) == (11, 3)
-    assert listed(found.epoch(2, start=1)) == chunks([float(i) for i in randperm(11, 5)], 4)[1:]
+    assert to_lists(found.epoch(2, start=1)) == chunks([float(i) for i in randperm(11, 5)], 4)[1:]
     assert len(data.reads) == 7  # what is skipped is not read
     rows = source(TensorDataset(torch.arange(11)), batch_size=4, sampler=sampler, seed=3, drop_last=True)
-    assert listed(rows.epoch(2)) == [[chunk] for chunk in chunks(randperm(11, 5), 4, drop_last=True)]
+    assert to_lists(rows.epoch(2)) == [[chunk] for chunk in chunks(randperm(11, 5), 4, drop_last=True)]
 
 
-def test_an_epoch_sampler_goes_on_by_whole_passes():
+def test_an_epoch_sampler_advances_by_complete_passes():
     sampler = EpochSampler(partial(permutation, 5), num_examples=5, seed=7)
     next(iter(sampler))
     passes = [list(sampler), list(sampler)]
@@ -628,38 +628,38 @@ class Placing(DataLoader):
         return map(torch.clone, super().__iter__())
 
 
-def test_a_loader_that_only_places_its_batches_is_taken_over():
-    data = Items(6)
+def test_a_loader_that_only_moves_its_batches_is_unwrapped():
+    data = RecordingDataset(6)
     found = source(Placing(data, batch_size=2, shuffle=True), seed=1)
-    assert listed(found.epoch(0, start=2)) == chunks([float(i) for i in randperm(6, 1)], 2)[2:]
+    assert to_lists(found.epoch(0, start=2)) == chunks([float(i) for i in randperm(6, 1)], 2)[2:]
     assert len(data.reads) == 2
 
 
 @pytest.mark.parametrize("seedable", [False, True])
-def test_loaders_that_accelerate_prepared_are_taken_over(seedable):
+def test_loaders_that_accelerate_prepared_are_unwrapped(seedable):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(
         cpu=True, dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=seedable, data_seed=1)
     )
-    data = Items(6)
+    data = RecordingDataset(6)
     loader = accelerator.prepare(DataLoader(data, batch_size=2, shuffle=True))
     found = source(loader, seed=1)
-    whole = [listed(found.epoch(epoch)) for epoch in (0, 1)]
+    whole = [to_lists(found.epoch(epoch)) for epoch in (0, 1)]
     assert sorted(item for batch in whole[1] for item in batch) == list(range(6))
     assert whole == [chunks([float(i) for i in randperm(6, 1 + epoch)], 2) for epoch in (0, 1)]
     data.reads.clear()
-    assert listed(found.epoch(1, start=2)) == whole[1][2:]
+    assert to_lists(found.epoch(1, start=2)) == whole[1][2:]
     assert len(data.reads) == 2
     skipping = accelerate.skip_first_batches(loader, 1)
-    assert len(listed(source(skipping, seed=1).epoch(0))) == 2
+    assert len(to_lists(source(skipping, seed=1).epoch(0))) == 2
 
 
-def test_a_stream_says_how_many_workers_share_it():
-    assert source(Numbers(6), batch_size=2, workers=2).stream_workers == 2
-    assert source(Numbers(6), batch_size=2).stream_workers == source(Items(6), batch_size=2, workers=2).stream_workers == 1
+def test_a_stream_has_its_number_of_workers():
+    assert source(NumberStream(6), batch_size=2, workers=2).stream_workers == 2
+    assert source(NumberStream(6), batch_size=2).stream_workers == source(RecordingDataset(6), batch_size=2, workers=2).stream_workers == 1
 
 
-class Slow(Items):
+class Slow(RecordingDataset):
     """Its first batch takes long."""
 
     def __getitem__(self, index: int) -> Tensor:
@@ -669,7 +669,7 @@ class Slow(Items):
 
 def test_batches_may_come_as_soon_as_a_worker_has_one():
     loader = DataLoader(Slow(6), batch_size=2, num_workers=2, in_order=False)
-    found = listed(source(loader).epoch(0))
+    found = to_lists(source(loader).epoch(0))
     assert found[0] == [2, 3]
     assert sorted(found) == [[0, 1], [2, 3], [4, 5]]
     assert dataloader_kwargs(2, {"in_order": True}) == {"num_workers": 2}

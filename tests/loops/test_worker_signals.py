@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fts import loops
-from tests.loops import preempted
+from tests.loops import run_preemption
 from tests.loops.test_preemption import started, wait_for
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(preempted.__file__).partition("/tests/")[0], "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(run_preemption.__file__).partition("/tests/")[0], "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
 
 
@@ -28,7 +28,7 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_after_its_step_with_a_checkp
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert f"stopped by {name}" in out and "Traceback" not in err
-    state, position = loops.load_checkpoint(loops.newest_checkpoint(tmp_path), like=preempted.first_state())
+    state, position = loops.load_checkpoint(loops.newest_checkpoint(tmp_path), like=run_preemption.first_state())
     assert 3 <= int(state.step) <= 4 and position.batch == int(state.step)
     with pytest.raises(ProcessLookupError):  # nobody is left of the group
         os.killpg(process.pid, 0)
@@ -95,7 +95,7 @@ with loops.handle_preemption():
 """
 
 
-def test_a_program_ends_quietly_with_workers_that_live_on():
+def test_a_program_ends_quietly_with_persistent_workers():
     run = subprocess.run([sys.executable, "-c", LASTING], capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert (run.returncode, run.stdout, run.stderr) == (0, "4\n", "")
 

@@ -58,7 +58,7 @@ class Kill:
     count: int = 0
 
 
-def drawn(generator: random.Random) -> Kill:
+def draw_kill(generator: random.Random) -> Kill:
     """A kill: of ten, four by the clock, one of them from the start, and six by file operations, two of them a little later."""
     choice = generator.random()
     if choice < 0.1:
@@ -72,8 +72,8 @@ def drawn(generator: random.Random) -> Kill:
 # A life
 
 
-def live(way: Callable[..., Any], root: Path, pipe: int, kill: Kill | None, ending: Path) -> None:
-    """Run to the end and leave what it led to at `ending`; called in a process of its own."""
+def run_attempt(way: Callable[..., Any], root: Path, pipe: int, kill: Kill | None, ending: Path) -> None:
+    """Run to the end and leave what it led to at `result_of`; called in a process of its own."""
     import torch
     from safetensors.torch import save_file
 
@@ -88,7 +88,7 @@ def live(way: Callable[..., Any], root: Path, pipe: int, kill: Kill | None, endi
     ending.mkdir(parents=True)
     save_file({name: tensor.clone() for name, tensor in module.state_dict().items()}, ending / "weights.safetensors")
     (ending / "figures.json").write_text(json.dumps(figures, sort_keys=True))
-    shutil.copytree(newest_whole(root), ending / "checkpoint")
+    shutil.copytree(newest_complete(root), ending / "checkpoint")
     tell("done")
 
 
@@ -116,7 +116,7 @@ def _count_operations(root: Path, kill: Kill, tell: Callable[[str], None]) -> No
 # Its end
 
 
-def newest_whole(root: Path) -> Path:
+def newest_complete(root: Path) -> Path:
     """The complete checkpoint of the highest step, as its manifest says: read here anew, not with fts. Whatever its name.
 
     Raises:
@@ -163,7 +163,7 @@ def phase_of(root: Path, began: bool) -> str:
 
 
 @attrs.define
-class Life:
+class Attempt:
     """What was heard of a process, and how it ended."""
 
     began: int | None = None
@@ -174,7 +174,7 @@ class Life:
     errors: str = ""
 
 
-def lived(way: Callable[..., Any], root: Path, kill: Kill | None, ending: Path) -> Life:
+def fork_attempt(way: Callable[..., Any], root: Path, kill: Kill | None, ending: Path) -> Attempt:
     """Fork a life, kill it when it is time, and say what was heard of it."""
     reading, writing = os.pipe()
     errors = root.with_suffix(".err")
@@ -186,7 +186,7 @@ def lived(way: Callable[..., Any], root: Path, kill: Kill | None, ending: Path) 
             os.close(reading)
             with errors.open("w") as file:
                 os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            live(way, root, writing, kill, ending)
+            run_attempt(way, root, writing, kill, ending)
             status = 0
         except BaseException:  # noqa: BLE001  # the process ends here, whatever it was
             traceback.print_exc()
@@ -194,7 +194,7 @@ def lived(way: Callable[..., Any], root: Path, kill: Kill | None, ending: Path) 
         finally:
             os._exit(status)
     os.close(writing)
-    life, deadline = Life(), None
+    life, deadline = Attempt(), None
     if kill is not None and kill.early:
         deadline = time.monotonic() + kill.seconds
     rest = b""
@@ -239,7 +239,7 @@ def unequal(one: Path, other: Path) -> list[str]:
 
 
 @attrs.define
-class Tally:
+class Results:
     """What was counted over all runs."""
 
     kills: int = 0
@@ -256,13 +256,13 @@ class Tally:
 
 
 def run(
-    name: str, way: Callable[..., Any], root: Path, reference: Path, generator: random.Random, limit: int, tally: Tally
+    name: str, way: Callable[..., Any], root: Path, reference: Path, generator: random.Random, limit: int, tally: Results
 ) -> None:
     """One run from its beginning to its end, through as many lives as the kills make of it, up to `limit` kills."""
     kills, durable, ending = 0, 0, root.with_suffix(".end")
     while True:
-        kill = drawn(generator) if kills < limit else None
-        life = lived(way, root, kill, ending)
+        kill = draw_kill(generator) if kills < limit else None
+        life = fork_attempt(way, root, kill, ending)
         after = step_in(root)
         if life.began is not None and life.began != durable:
             tally.problem(f"{name}: step {durable} was complete, and the next life went on from step {life.began}")
@@ -287,25 +287,25 @@ def run(
         tally.problem(f"{name}: after {kills} kills the end differs in {', '.join(different)}")
 
 
-def fuzz(kills: int, seed: int, root: Path) -> Tally:
+def fuzz(kills: int, seed: int, root: Path) -> Results:
     """Kill until `kills` were counted, each way of running about as often; a run goes to its end after at most 12 kills."""
-    from tests.reliability.lives import WAYS
+    from tests.reliability.training_runs import LOOPS
 
     threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
     if threads != 1:
         raise RuntimeError(f"{threads} threads run before the first fork, which is not safe: set {', '.join(THREADS)} to 1.")
-    generator, tally, number = random.Random(seed), Tally(), 0
+    generator, tally, number = random.Random(seed), Results(), 0
     references = {}
-    for name, way in WAYS.items():
+    for name, way in LOOPS.items():
         references[name] = root / f"reference-{len(references)}.end"
-        life = lived(way, references[name].with_suffix(""), None, references[name])
+        life = fork_attempt(way, references[name].with_suffix(""), None, references[name])
         if not life.done:
             raise RuntimeError(f"{name}: the run that is not killed failed:\n{life.errors}")
     while tally.kills < kills and not tally.problems:
-        name = min(WAYS, key=lambda name: tally.ways[name])
+        name = min(LOOPS, key=lambda name: tally.ways[name])
         directory = root / f"run-{number}"
         limit = min(kills - tally.kills, max(3, min(12, kills // 4)))
-        run(name, WAYS[name], directory, references[name], generator, limit, tally)
+        run(name, LOOPS[name], directory, references[name], generator, limit, tally)
         number += 1
         if not tally.problems:
             shutil.rmtree(directory)

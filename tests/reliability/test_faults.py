@@ -39,20 +39,20 @@ from fts import loops
 from fts.errors import ArgumentError, CallbackError, CheckpointError, FtsError
 from fts.trainer import Trainer
 from fts.trainer.data.collator import get_data_collator
-from tests.reliability.ways import LAST, SETTINGS, WAYS, Rows, by_trainer, ending
+from tests.reliability.small_runs import (LAST_STEP, SETTINGS, LOOPS, Examples, run_trainer, result_of)
 from tests.trainer.helpers import Regression, arguments, make_trainer, rows
 
-EACH_WAY = pytest.mark.parametrize("way", WAYS)
+EACH_WAY = pytest.mark.parametrize("way", LOOPS)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """What runs without a fault lead to, by way."""
     found = {}
-    for name, way in WAYS.items():
+    for name, way in LOOPS.items():
         root = tmp_path_factory.mktemp("straight")
         way(root)
-        found[name] = ending(root)
+        found[name] = result_of(root)
     return found
 
 
@@ -100,11 +100,11 @@ def test_a_full_disk(way, disk, straight):
                     file.write(bytes(4096))
 
     with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left on device.*Make room"):
-        WAYS[way](root, fill)
+        LOOPS[way](root, fill)
     assert newest_step(root) == 3 and is_clean(root)
     (disk / "other").unlink()
-    WAYS[way](root)
-    assert ending(root) == straight[way]
+    LOOPS[way](root)
+    assert result_of(root) == straight[way]
 
 
 @EACH_WAY
@@ -117,23 +117,23 @@ def test_a_limit_on_the_size_of_files(way, tmp_path, straight):
 
     try:
         with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*File too large"):
-            WAYS[way](tmp_path, limit)
+            LOOPS[way](tmp_path, limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert newest_step(tmp_path) == 3 and is_clean(tmp_path)
-    WAYS[way](tmp_path)
-    assert ending(tmp_path) == straight[way]
+    LOOPS[way](tmp_path)
+    assert result_of(tmp_path) == straight[way]
 
 
 @EACH_WAY
 def test_a_disk_that_turns_read_only(way, disk, straight):
     root = disk / "run"
     with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*Read-only file system"):
-        WAYS[way](root, lambda step: step == 4 and mount("-o", "remount,ro", str(disk)))
+        LOOPS[way](root, lambda step: step == 4 and mount("-o", "remount,ro", str(disk)))
     assert newest_step(root) == 3
     mount("-o", "remount,rw", str(disk))
-    WAYS[way](root)
-    assert ending(root) == straight[way] and is_clean(root)
+    LOOPS[way](root)
+    assert result_of(root) == straight[way] and is_clean(root)
 
 
 @EACH_WAY
@@ -148,13 +148,13 @@ def test_a_directory_that_may_not_be_written(way, tmp_path, straight):
 
     try:
         with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*Permission denied"):
-            WAYS[way](root, forbid)
+            LOOPS[way](root, forbid)
     finally:
         os.seteuid(user)
         root.chmod(0o755)
     assert newest_step(root) == 3 and is_clean(root)
-    WAYS[way](root)
-    assert ending(root) == straight[way]
+    LOOPS[way](root)
+    assert result_of(root) == straight[way]
 
 
 @EACH_WAY
@@ -162,7 +162,7 @@ def test_the_directory_of_the_run_is_a_file(way, tmp_path):
     root, reached = tmp_path / "run", []
     root.write_text("mine")
     with pytest.raises(FtsError, match=f"{root}.*(is a file|File exists|Not a directory)"):
-        WAYS[way](root, reached.append)
+        LOOPS[way](root, reached.append)
     assert way == "fit" or not reached
     assert root.read_text() == "mine"
 
@@ -170,8 +170,8 @@ def test_the_directory_of_the_run_is_a_file(way, tmp_path):
 @EACH_WAY
 def test_the_directory_of_the_run_is_deleted(way, tmp_path, straight):
     root = tmp_path / "run"
-    WAYS[way](root, lambda step: step == 4 and shutil.rmtree(root))
-    assert ending(root) == straight[way] and is_clean(root)
+    LOOPS[way](root, lambda step: step == 4 and shutil.rmtree(root))
+    assert result_of(root) == straight[way] and is_clean(root)
 
 
 # Checkpoints that are damaged afterwards
@@ -180,7 +180,7 @@ def test_the_directory_of_the_run_is_deleted(way, tmp_path, straight):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished") / "run"
-    by_trainer(root)
+    run_trainer(root)
     return root
 
 
@@ -196,14 +196,14 @@ FILES = [
 
 
 def test_these_are_the_files_of_a_checkpoint(finished):
-    assert sorted(path.name for path in (finished / f"checkpoint-{LAST}").iterdir()) == FILES
+    assert sorted(path.name for path in (finished / f"checkpoint-{LAST_STEP}").iterdir()) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_a_damaged_file_is_named_and_the_checkpoint_before_taken(name, data, finished):
-    last = finished / f"checkpoint-{LAST}"
+def test_a_corrupt_file_is_named_and_the_previous_checkpoint_used(name, data, finished):
+    last = finished / f"checkpoint-{LAST_STEP}"
     content = (last / name).read_bytes()
     offset = data.draw(st.integers(0, len(content) - 1), label="offset")
     damaged = {
@@ -234,10 +234,10 @@ def _same_json(one, other):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(name, damage, finished, straight, tmp_path, caplog):
+def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(name, damage, finished, straight, tmp_path, caplog):
     root = tmp_path / "run"
     shutil.copytree(finished, root)
-    path = root / f"checkpoint-{LAST}" / name
+    path = root / f"checkpoint-{LAST_STEP}" / name
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     if damage == "missing":
@@ -246,13 +246,13 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(name, damage, fi
         content[middle] ^= 1
         path.write_bytes(content if damage == "flipped" else content[:middle])
     with pytest.raises(FtsError, match=re.escape(str(root))):
-        make_trainer(root, train_dataset=Rows(), **SETTINGS).train(resume_from_checkpoint=path.parent)
+        make_trainer(root, train_dataset=Examples(), **SETTINGS).train(resume_from_checkpoint=path.parent)
     seen = []
-    by_trainer(root, seen.append)
+    run_trainer(root, seen.append)
     assert seen == [10, 11, 12]
-    assert f"{path.parent} is passed over (damaged)" in caplog.text
+    assert f"{path.parent} is skipped (corrupt)" in caplog.text
     assert name in caplog.text or name == "manifest.json"  # what is flipped there may be the checksum of another file
-    assert ending(root) == straight["Trainer"]
+    assert result_of(root) == straight["Trainer"]
 
 
 # The data
@@ -270,13 +270,13 @@ def notes(error):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_that_raises(way, workers, tmp_path, straight):
     with pytest.raises(KeyError, match="the text is missing") as caught:
-        WAYS[way](tmp_path, data=Rows(raises), workers=workers)
+        LOOPS[way](tmp_path, data=Examples(raises), workers=workers)
     assert re.search(
         r"(After step \d+, before|In step \d+:) epoch 0, batch \d .*items .*\b7\b.* of the data", notes(caught.value)
     )
     assert is_clean(tmp_path)
-    WAYS[way](tmp_path)
-    assert ending(tmp_path) == straight[way]
+    LOOPS[way](tmp_path)
+    assert result_of(tmp_path) == straight[way]
 
 
 def killed():
@@ -291,13 +291,13 @@ def exits():
 @pytest.mark.parametrize(("fault", "how"), [(killed, "killed by (signal: Killed|SIGKILL)"), (exits, "exit code 3")])
 def test_a_worker_that_ends(way, fault, how, tmp_path, straight):
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
-        WAYS[way](tmp_path, data=Rows(fault), workers=2)
+        LOOPS[way](tmp_path, data=Examples(fault), workers=2)
     assert re.search(how, f"{caught.value} {caught.value.__cause__}")
     # torch tells of the end of a child as a signal, wherever the program is then
     assert re.search(r"(After step \d+, before|In step \d+:) epoch 0, batch \d", notes(caught.value))
     assert is_clean(tmp_path)
-    WAYS[way](tmp_path, workers=2)
-    assert ending(tmp_path) == straight[way]
+    LOOPS[way](tmp_path, workers=2)
+    assert result_of(tmp_path) == straight[way]
 
 
 def test_a_collator_that_raises(tmp_path, straight):
@@ -309,10 +309,10 @@ def test_a_collator_that_raises(tmp_path, straight):
         return get_data_collator(None)(items)
 
     with pytest.raises(ValueError, match="cannot stack") as caught:
-        by_trainer(tmp_path, data_collator=collate)
+        run_trainer(tmp_path, data_collator=collate)
     assert re.search(r"before epoch 0, batch \d .*items .*\b7\b", notes(caught.value))
-    by_trainer(tmp_path)
-    assert ending(tmp_path) == straight["Trainer"]
+    run_trainer(tmp_path)
+    assert result_of(tmp_path) == straight["Trainer"]
 
 
 # The user's functions
@@ -341,12 +341,12 @@ class FailingModel(Regression):
 
 def failing_loss(root):
     torch.manual_seed(0)
-    Failing(Regression(), arguments(root, **SETTINGS), train_dataset=Rows()).train()
+    Failing(Regression(), arguments(root, **SETTINGS), train_dataset=Examples()).train()
 
 
 def failing_model(root):
     torch.manual_seed(0)
-    make_trainer(root, FailingModel(), train_dataset=Rows(), **SETTINGS).train()
+    make_trainer(root, FailingModel(), train_dataset=Examples(), **SETTINGS).train()
 
 
 @pytest.mark.parametrize("fail", [failing_loss, failing_model])
@@ -356,17 +356,17 @@ def test_a_loss_or_model_that_raises(fail, tmp_path, straight):
     told = notes(caught.value)
     assert re.search(r"In step 5: epoch 0, batch 4 .*items \d+, \d+, \d+, \d+ of the data", told)
     assert "A checkpoint of step 4 was written" in told and newest_step(tmp_path) == 4
-    by_trainer(tmp_path)
-    assert ending(tmp_path) == straight["Trainer"]
+    run_trainer(tmp_path)
+    assert result_of(tmp_path) == straight["Trainer"]
 
 
 def test_a_callback_that_raises(tmp_path, straight):
     with pytest.raises(CallbackError, match=r"Acting\.on_step_end failed at step 4: KeyError: 'the text is missing'") as caught:
-        by_trainer(tmp_path, lambda step: step == 4 and raises())
+        run_trainer(tmp_path, lambda step: step == 4 and raises())
     assert isinstance(caught.value, KeyError) and isinstance(caught.value.__cause__, KeyError)
     assert "A checkpoint of step 4 was written: train(resume_from_checkpoint=" in notes(caught.value)
-    by_trainer(tmp_path)
-    assert ending(tmp_path) == straight["Trainer"]
+    run_trainer(tmp_path)
+    assert result_of(tmp_path) == straight["Trainer"]
 
 
 def test_metrics_that_raise(tmp_path, straight):
@@ -374,11 +374,11 @@ def test_metrics_that_raise(tmp_path, straight):
         raise IndexError("no class 7")
 
     with pytest.raises(IndexError, match="no class 7") as caught:
-        by_trainer(tmp_path, compute_metrics=metrics, eval_strategy="steps", eval_steps=4)
+        run_trainer(tmp_path, compute_metrics=metrics, eval_strategy="steps", eval_steps=4)
     assert "fter step 4" in notes(caught.value)
     assert "A checkpoint of step 4 was written" in notes(caught.value)
-    by_trainer(tmp_path)
-    assert ending(tmp_path) == straight["Trainer"]
+    run_trainer(tmp_path)
+    assert result_of(tmp_path) == straight["Trainer"]
 
 
 # Memory
@@ -386,7 +386,7 @@ def test_metrics_that_raise(tmp_path, straight):
 HUNGRY = """
 import pathlib, resource, sys
 import torch
-from tests.reliability.ways import SETTINGS, Rows
+from tests.reliability.small_runs import SETTINGS, Rows
 from tests.trainer.helpers import Regression, make_trainer
 
 class Hungry(Regression):
@@ -415,17 +415,17 @@ def hungry(root, how):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_memory_that_does_not_suffice(tmp_path, straight):
+def test_out_of_memory(tmp_path, straight):
     done = hungry(tmp_path, "fail")
     assert done.returncode == 1
     assert re.search(r"(MemoryError|can't allocate memory|not enough memory)", done.stderr)
     assert re.search(r"In step 5: epoch 0, batch 4 .*items", done.stderr)
     assert "A checkpoint of step 4 was written" in done.stderr
-    by_trainer(tmp_path)
-    assert ending(tmp_path) == straight["Trainer"]
+    run_trainer(tmp_path)
+    assert result_of(tmp_path) == straight["Trainer"]
 
 
-def test_memory_that_suffices_for_a_smaller_batch(tmp_path):
+def test_out_of_memory_with_a_smaller_batch_that_fits(tmp_path):
     done = hungry(tmp_path, "find")
     assert done.returncode == 0, done.stderr
     assert "Memory does not suffice for a batch of 4 rows: trying again from the start with 2" in done.stderr
@@ -433,6 +433,6 @@ def test_memory_that_suffices_for_a_smaller_batch(tmp_path):
     assert newest_step(tmp_path) == 22
 
 
-def test_nothing_to_resume_from_is_said(tmp_path):
+def test_nothing_to_resume_from_is_an_error(tmp_path):
     with pytest.raises(ArgumentError, match="No valid checkpoint found in output directory"):
         make_trainer(tmp_path, **SETTINGS).train(resume_from_checkpoint=True)

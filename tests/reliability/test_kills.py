@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_killed_runs_resume_and_end_as_if_they_had_never_been_killed(capfd):
+def test_killed_runs_resume_with_the_result_of_runs_that_were_not_killed(capfd):
     pytest.importorskip("transformers")
     command = [sys.executable, "-m", "tests.reliability.kills", "--kills", "10", "--seed", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

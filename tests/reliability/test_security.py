@@ -31,7 +31,7 @@ from fts.trainer.checkpoints.from_transformers import read_torch_file
 from fts.trainer.checkpoints.epoch_layout import (load_epoch_layout)
 from fts.trainer.checkpoints.argument_changes import (load_arguments)
 from fts.trainer.model.weights import load_weights
-from tests.reliability.ways import SETTINGS, Rows
+from tests.reliability.small_runs import (SETTINGS, Examples)
 from tests.trainer.helpers import Regression, make_trainer
 
 JSON_FILES = ["manifest.json", "progress.json", "state.json", "trainer_state.json", "training_args.json"]
@@ -76,7 +76,7 @@ def root(finished, tmp_path):
 
 
 def trainer(root, max_steps=8):
-    return make_trainer(root, train_dataset=Rows(), callbacks=[EarlyStoppingCallback(9)], max_steps=max_steps, **OPTIONS)
+    return make_trainer(root, train_dataset=Examples(), callbacks=[EarlyStoppingCallback(9)], max_steps=max_steps, **OPTIONS)
 
 
 def read_everything(root, checkpoint, *, resume=True):
@@ -283,13 +283,13 @@ def test_a_manifest_names_nothing_outside(name, root):
         loops.verify_checkpoint(checkpoint)
 
 
-def test_a_pipe_in_the_place_of_a_file_does_not_hang(root):
+def test_a_pipe_instead_of_a_file_does_not_hang(root):
     checkpoint = root / "checkpoint-6"
     for name in (*JSON_FILES, *TENSOR_FILES):
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).unlink()
         os.mkfifo(checkpoint / name)
-        with pytest.raises(CheckpointError, match="no regular file"):
+        with pytest.raises(CheckpointError, match="not a regular file"):
             loops.verify_checkpoint(checkpoint)
         (checkpoint / name).unlink()
         (checkpoint / name).write_bytes(content)
@@ -306,7 +306,7 @@ def test_rotation_deletes_nothing_that_a_checkpoint_names(best, root, tmp_path):
     path.write_text(json.dumps(state))
     write_manifest(path.parent)
     with contextlib.suppress(FtsError):
-        make_trainer(root, train_dataset=Rows(), save_total_limit=1, **SETTINGS).train(resume_from_checkpoint=True)
+        make_trainer(root, train_dataset=Examples(), save_total_limit=1, **SETTINGS).train(resume_from_checkpoint=True)
     assert other.is_dir()
 
 
@@ -342,7 +342,7 @@ def test_no_secret_gets_into_a_file_or_a_log(tmp_path, monkeypatch, caplog, capf
 
         for resume in (None, root / "checkpoint-2"):
             torch.manual_seed(0)
-            one = Trainer(Regression(), secretive(root), train_dataset=Rows(), eval_dataset=Rows())
+            one = Trainer(Regression(), secretive(root), train_dataset=Examples(), eval_dataset=Examples())
             one.train(resume_from_checkpoint=resume)
         one.save_model()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

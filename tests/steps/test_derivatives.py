@@ -1,4 +1,4 @@
-"""Derivatives and vmap through whole steps, whatever engine the step was built with."""
+"""Derivatives and vmap through complete steps, with either engine."""
 
 import itertools
 

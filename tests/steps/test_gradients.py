@@ -20,9 +20,9 @@ def classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.0), nn.Linear(7, 3))
 
 
-def batch_of(rows: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return {"x": torch.randn(rows, 5, generator=generator), "y": torch.randint(0, 3, (rows,), generator=generator)}
+def make_batch(batch_size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch_size)
+    return {"x": torch.randn(batch_size, 5, generator=generator), "y": torch.randint(0, 3, (batch_size,), generator=generator)}
 
 
 def cross_entropy(model, batch):
@@ -65,7 +65,7 @@ def test_gradients_equal_backward_and_the_module_is_untouched(engine):
     net[0].weight.grad = torch.ones_like(net[0].weight)
     state = fts.TrainState.create(net, tx.identity())
     before = fingerprint(net)
-    batch = batch_of(6)
+    batch = make_batch(6)
     value, grads = steps.value_and_grad(steps.module_loss(net, cross_entropy), engine=engine)(state, batch)
     assert_untouched(net, before)
     net.zero_grad()
@@ -77,43 +77,43 @@ def test_gradients_equal_backward_and_the_module_is_untouched(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("rows", [8, 10])
-def test_accumulated_gradients_equal_the_big_batch(engine, rows):
+@pytest.mark.parametrize("batch_size", [8, 10])
+def test_accumulated_gradients_equal_the_big_batch(engine, batch_size):
     net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    batch = batch_of(rows)
+    batch = make_batch(batch_size)
     batch["x"] = batch["x"].double()
     state = fts.TrainState.create(net, tx.identity())
     loss = steps.module_loss(net, lambda model, batch: (cross_entropy(model, batch), {"mean": batch["x"].mean()}))
     value, grads = steps.value_and_grad(loss, engine=engine, accumulate=4)(state, batch)
-    whole, expected = steps.value_and_grad(loss, engine=engine)(state, batch)
+    full, expected = steps.value_and_grad(loss, engine=engine)(state, batch)
     assert_same(grads, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(value.loss, whole.loss)
+    torch.testing.assert_close(value.loss, full.loss)
     torch.testing.assert_close(value.metrics["mean"], batch["x"].mean())
-    assert value.weight == rows
+    assert value.weight == batch_size
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_unequal_token_counts_are_weighed(engine, as_tensor):
+def test_unequal_token_counts_are_weighted(engine, as_tensor):
     net = nn.Linear(5, 3).double()
 
     def token_mean(model, batch):
         losses = F.cross_entropy(model(batch["x"].double()), batch["y"], reduction="none")
-        items = batch["mask"].sum()
-        return (losses * batch["mask"]).sum() / items, items if as_tensor else int(items)
+        count = batch["mask"].sum()
+        return (losses * batch["mask"]).sum() / count, count if as_tensor else int(count)
 
-    batch = batch_of(9) | {"mask": torch.tensor([1, 1, 1, 1, 0, 0, 1, 0, 1])}
+    batch = make_batch(9) | {"mask": torch.tensor([1, 1, 1, 1, 0, 0, 1, 0, 1])}
     state = fts.TrainState.create(net, tx.identity())
     loss = steps.module_loss(net, token_mean)
     value, grads = steps.value_and_grad(loss, engine=engine, accumulate=3)(state, batch)
-    whole, expected = steps.value_and_grad(loss, engine=engine)(state, batch)
+    full, expected = steps.value_and_grad(loss, engine=engine)(state, batch)
     assert_same(grads, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(value.loss, whole.loss)
+    torch.testing.assert_close(value.loss, full.loss)
     assert float(value.weight) == 6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_micro_batches_weigh_one_each_unless_the_loss_says(engine):
+def test_micro_batches_have_weight_one_unless_the_loss_returns_one(engine):
     def loss(params, batch):
         return (params["w"] * batch).mean()
 
@@ -126,7 +126,7 @@ def test_micro_batches_weigh_one_each_unless_the_loss_says(engine):
     assert float(weighted(state, micro)[1]["w"]) == pytest.approx((1 + 2 + 4) / 3)
 
 
-def test_a_micro_batch_without_items_counts_nothing():
+def test_a_micro_batch_without_examples_has_no_weight():
     def loss(params, batch):
         return (params["w"] * batch).sum() / len(batch), len(batch)
 
@@ -161,7 +161,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize(("engine", "reentrant"), [("module", False), ("module", True), ("func", False), ("func", True)])
 def test_activation_checkpointing(engine, reentrant):
     net = Checkpointed(reentrant)
-    batch = batch_of(4)
+    batch = make_batch(4)
     batch["x"].requires_grad_(reentrant)
     state = fts.TrainState.create(net, tx.identity())
     state = state.replace(params={name: tensor + 0.3 for name, tensor in state.params.items()})
@@ -184,7 +184,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_tied_weights_and_transient_buffers(engine, tmp_path):
+def test_tied_weights_and_non_persistent_buffers(engine, tmp_path):
     net = Tied()
     ids = torch.arange(6)
 
@@ -225,7 +225,7 @@ def test_frozen_parameters_stay(engine):
     net[0].requires_grad_(False)
     state = fts.TrainState.create(net, tx.identity())
     assert sorted(state.frozen) == ["0.bias", "0.weight"]
-    batch = batch_of(6)
+    batch = make_batch(6)
     _, grads = steps.value_and_grad(steps.module_loss(net, cross_entropy), engine=engine)(state, batch)
     assert_same(grads, by_hand(net, lambda module: cross_entropy(module, batch)))
 
@@ -254,7 +254,7 @@ def test_randomness_is_a_function_of_seed_step_and_micro_batch(engine):
     grad_fn = steps.value_and_grad(loss, engine=engine)
 
     def draw(state, batch=None):
-        torch.rand(5)  # whatever happened before
+        torch.rand(5)  # must not matter
         return float(grad_fn(state, torch.ones(1) if batch is None else batch)[1]["w"])
 
     assert draw(state) == draw(state)
@@ -264,7 +264,7 @@ def test_randomness_is_a_function_of_seed_step_and_micro_batch(engine):
     assert two != draw(state)
 
 
-def test_arguments_behind_the_batch_reach_the_loss():
+def test_further_arguments_are_passed_to_the_loss():
     state = fts.TrainState.create({"w": torch.ones(3)}, tx.identity())
     teacher = {"w": torch.arange(3.0)}
     grad_fn = steps.value_and_grad(lambda params, batch, teacher: (params["w"] * teacher["w"] * batch.mean()).sum(), accumulate=2)
@@ -344,7 +344,7 @@ def test_bad_losses_are_refused_at_construction():
         steps.module_loss(cross_entropy)
 
 
-def test_a_failing_forward_gives_the_module_back():
+def test_a_failing_forward_restores_the_module():
     net = classifier()
     state = fts.TrainState.create(net, tx.identity())
     before = fingerprint(net)
@@ -359,9 +359,9 @@ def test_train_mode_follows_the_root():
     net[1].eval()
     state = fts.TrainState.create(net, tx.identity())
     grad_fn = steps.value_and_grad(steps.module_loss(net, cross_entropy))
-    assert torch.equal(grad_fn(state, batch_of(6))[0].buffers["1.num_batches_tracked"], torch.tensor(0))
+    assert torch.equal(grad_fn(state, make_batch(6))[0].buffers["1.num_batches_tracked"], torch.tensor(0))
     net.eval()
-    assert torch.equal(grad_fn(state, batch_of(6))[0].buffers["1.num_batches_tracked"], torch.tensor(1))
+    assert torch.equal(grad_fn(state, make_batch(6))[0].buffers["1.num_batches_tracked"], torch.tensor(1))
     assert not any(module.training for module in net.modules())
 
 

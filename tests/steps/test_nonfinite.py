@@ -1,4 +1,4 @@
-"""Losses and gradients that are NaN or infinite are found before the update, and named."""
+"""Checks for losses and gradients that are NaN or infinite."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_counts_by_name():
     tensors = {"a": torch.tensor([NAN, INF, -INF, 1.0]), "b": torch.ones(2), "c": torch.tensor(INF)}
     assert steps.find_nonfinite(tensors) == {"a": (1, 2, 4), "c": (0, 1, 1)}
     assert steps.find_nonfinite({}) == {}
-    # the squares overflow, the numbers do not
+    # the squares overflow, the values do not
     assert steps.find_nonfinite({"w": torch.full((4,), 3e38), "h": torch.full((9,), 6e4, dtype=torch.float16)}) == {}
 
 
@@ -41,7 +41,7 @@ def test_the_error_names_step_loss_and_parameters_and_the_state_stays(donate):
     ) as caught:
         step(state, torch.tensor([NAN, 1.0]))
     assert "b (" not in str(caught.value)
-    state, metrics = step(state, torch.ones(2))  # the state is good, also where it was to be donated
+    state, metrics = step(state, torch.ones(2))  # the state is valid, also after an error in a step with donation
     expected, expected_metrics = plain(expected, torch.ones(2))
     for name in expected.params:
         assert torch.equal(state.params[name], expected.params[name])
@@ -68,7 +68,7 @@ def test_running_statistics_stay_good():
     assert all(torch.equal(state.buffers[name], before[name]) for name in before)
 
 
-def test_long_lists_are_cut():
+def test_long_lists_are_truncated():
     params = {f"w{i}": torch.ones(1) for i in range(8)}
     step = steps.with_nonfinite_check(steps.train_step(lambda p, batch: sum(t.sum() for t in p.values()) * batch, tx.sgd(0.1)))
     with pytest.raises(NonFiniteError, match=r"8 of 8 .*w4 \(.* and 3 more\."):
@@ -95,7 +95,7 @@ def test_all_kinds_of_steps():
     assert "must be finite" in steps.describe(steps.with_nonfinite_check(passing))
 
 
-def test_what_it_cannot_look_into_is_refused():
+def test_steps_that_cannot_be_checked_are_an_error():
     step = steps.train_step(loss, tx.sgd(0.1))
     with pytest.raises(ArgumentError, match="graph"):
         steps.with_nonfinite_check(steps.compile(step))
@@ -103,7 +103,7 @@ def test_what_it_cannot_look_into_is_refused():
         steps.compile(steps.with_nonfinite_check(step))
     with pytest.raises(ArgumentError, match="function"):
         steps.with_nonfinite_check(lambda state, batch: (state, {}))
-    with pytest.raises(ArgumentError, match="gradients such as"):
+    with pytest.raises(ArgumentError, match="gradient function such as"):
         steps.raise_if_nonfinite(loss)
     with pytest.raises(ArgumentError, match="graph"):
         torch.func.vmap(lambda x: steps.with_nonfinite_check(step)(first_state(tx.sgd(0.1)), x)[1]["loss"])(torch.ones(2, 2))

@@ -1,4 +1,4 @@
-"""Losses in float16 that are scaled, and parameters in 16 bits."""
+"""Loss scaling in float16, activation offloading, and parameters in 16 bits."""
 
 import math
 
@@ -30,14 +30,14 @@ def loss_fn(model, batch):
     return nn.functional.cross_entropy(model(batch["x"]), batch["y"]) * batch["times"].mean()
 
 
-def batches(count, rows=8, overflow=()):
-    """In some of them the loss is so large that its gradients overflow by the scale alone."""
+def batches(count, batch_size=8, overflow=()):
+    """In those of `overflow` the loss is so large that its gradients overflow by the scale."""
     generator = torch.Generator().manual_seed(1)
     return [
         {
-            "x": torch.randn(rows, 6, generator=generator),
-            "y": torch.randint(4, (rows,), generator=generator),
-            "times": torch.full((rows,), 1e4 if i in overflow else 1.0),
+            "x": torch.randn(batch_size, 6, generator=generator),
+            "y": torch.randint(4, (batch_size,), generator=generator),
+            "times": torch.full((batch_size,), 1e4 if i in overflow else 1.0),
         }
         for i in range(count)
     ]
@@ -48,7 +48,7 @@ def optimizer(**options):
 
 
 def by_torch(data, accumulate=1):
-    """The loop that torch's documentation shows."""
+    """The loop of torch's documentation."""
     net, scaler = Net(), torch.amp.GradScaler("cpu", **SCALE)
     adamw = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.01)
     losses, scales = [], []
@@ -123,7 +123,7 @@ def test_inside_inductors_graph():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_loss_is_scaled_in_every_precision(engine):
-    """Otherwise gradients would be divided by what they were never multiplied by."""
+    """Otherwise gradients would be divided by a scale that did not multiply them."""
     data, net = batches(6), Net()
     plain = tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(0.01))
     for precision in (None, "bf16"):
@@ -136,7 +136,7 @@ def test_the_loss_is_scaled_in_every_precision(engine):
 
 
 def test_small_gradients_arrive():
-    """At 2**-30 float16 has nothing; multiplied by the scale it has."""
+    """2**-30 underflows in float16; multiplied by the scale it does not."""
     net = nn.Linear(4, 1, bias=False)
     x = torch.full((1, 4), 2.0**-15)
 
@@ -175,10 +175,10 @@ def test_a_transform_that_uses_scaled_gradients_is_an_error():
             make()
 
 
-# ---- gradients that are looked at
+# ---- checked gradients
 
 
-def test_gradients_are_shown_without_the_scale():
+def test_the_gradient_callback_gets_unscaled_gradients():
     net, data = Net(), batches(3)
     seen = []
 
@@ -212,7 +212,7 @@ def test_an_overflow_by_the_scale_raises_nothing_and_a_bad_loss_does(careful):
         step(state, bad)
 
 
-# ---- backward of one's own
+# ---- manual backward
 
 
 def own(scaler, call):
@@ -225,7 +225,7 @@ def own(scaler, call):
     return fn
 
 
-def test_backward_of_ones_own_is_scaled():
+def test_manual_backward_is_scaled():
     net, data, transform = Net(), batches(6, overflow=(0,)), optimizer()
     expected, _ = run(
         steps.train_step(steps.module_loss(net, loss_fn), transform, precision="fp16"),
@@ -236,12 +236,12 @@ def test_backward_of_ones_own_is_scaled():
     gradients = steps.manual_backward(net, own(scaler, lambda scaler, loss: scaler.scale(loss)), scaler=scaler)
     found, _ = run(steps.gradient_step(gradients, transform), fts.TrainState.create(net, transform), data)
     torch.testing.assert_close(found.params, expected.params, rtol=0, atol=0)
-    plain = tx.adamw(0.01)  # without a scale it multiplies by nothing
+    plain = tx.adamw(0.01)  # without a scale nothing is multiplied
     state, _ = run(steps.gradient_step(gradients, plain), fts.TrainState.create(net, plain), data[1:])
     assert all(tensor.isfinite().all() for tensor in state.params.values())
 
 
-def test_backward_of_ones_own_without_the_scale_is_an_error():
+def test_manual_backward_without_the_scale_is_an_error():
     net, (batch,), transform = Net(), batches(1), optimizer()
     state, scaler = fts.TrainState.create(net, transform), steps.LossScaler()
     unscaled = own(scaler, lambda scaler, loss: loss)
@@ -266,7 +266,7 @@ class Checkpointed(Net):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_activations_are_computed_anew_in_float16(engine, reentrant):
+def test_activations_are_recomputed_in_float16(engine, reentrant):
     data, results = batches(4, overflow=(0,)), []
     for net in (Net(), Checkpointed(reentrant)):
         loss = steps.module_loss(net, loss_fn)
@@ -276,23 +276,23 @@ def test_activations_are_computed_anew_in_float16(engine, reentrant):
     assert [row["loss"] for row in results[1][1]] == pytest.approx([row["loss"] for row in results[0][1]], rel=1e-6)
 
 
-def moved(monkeypatch):
-    """Which shapes are copied to the memory of the CPU."""
+def record_offloaded(monkeypatch):
+    """Record the shapes of the tensors that are copied to the CPU."""
     shapes = []
-    original = activation_offloading._packer
+    original = activation_offloading._make_pack_hook
 
-    def packer(min_numel):
+    def make_pack_hook(min_numel):
         pack = original(min_numel)
 
-        def look(tensor):
+        def recording_pack(tensor):
             packed = pack(tensor)
             if isinstance(packed, tuple):
                 shapes.append(tuple(tensor.shape))
             return packed
 
-        return look
+        return recording_pack
 
-    monkeypatch.setattr(activation_offloading, "_packer", packer)
+    monkeypatch.setattr(activation_offloading, "_make_pack_hook", make_pack_hook)
     return shapes
 
 
@@ -300,24 +300,24 @@ def moved(monkeypatch):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_activations_on_the_cpu_give_equal_gradients(monkeypatch, engine, accumulate, precision):
-    net, (batch,), transform = Net(), batches(1, rows=64), optimizer()
+    net, (batch,), transform = Net(), batches(1, batch_size=64), optimizer()
     state = fts.TrainState.create(net, transform)
     options = {"engine": engine, "accumulate": accumulate, "precision": precision}
     loss = steps.module_loss(net, loss_fn)
     value, grads = steps.value_and_grad(loss, **options)(state, batch)
-    shapes = moved(monkeypatch)
+    shapes = record_offloaded(monkeypatch)
     offloaded, found = steps.value_and_grad(steps.offload_activations(loss, min_numel=100), **options)(state, batch)
     assert offloaded.loss == value.loss and offloaded.weight == value.weight
     for name, grad in grads.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-7)
-    rows = 64 // accumulate
-    assert (rows, 16) in shapes  # hidden values
+    batch_size = 64 // accumulate
+    assert (batch_size, 16) in shapes  # hidden values
     weights = {tuple(p.shape) for p in net.parameters()}
-    assert precision == "fp16" or not weights & set(shapes)  # of which autocast makes copies in float16
+    assert precision == "fp16" or not weights & set(shapes)  # autocast copies weights to float16
 
 
 def test_activations_of_plain_losses_and_models_own_losses(monkeypatch):
-    shapes = moved(monkeypatch)
+    shapes = record_offloaded(monkeypatch)
     state = fts.TrainState.create({"w": torch.randn(40, 40)}, tx.identity())
 
     def plain(params, batch):
@@ -337,7 +337,7 @@ def test_activations_of_plain_losses_and_models_own_losses(monkeypatch):
     batch = {"x": x, "labels": torch.tensor([[1, -100, 3]])}
     loss = steps.offload_activations(steps.module_loss(net))
     value, _ = steps.value_and_grad(loss)(fts.TrainState.create(net, tx.identity()), batch)
-    assert value.weight == 2  # labels that count
+    assert value.weight == 2  # number of label tokens
     with pytest.raises(ArgumentError, match="offload_activations needs a function"):
         steps.offload_activations(3)
 
@@ -357,7 +357,7 @@ def test_activations_in_a_graph_stay_where_they_are():
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_micro_batches_do_not_overflow(dtype, engine, tensors):
-    """A gradient of 500 times 1000 tokens is more than float16 holds; their mean is 500."""
+    """A gradient of 500 times 1000 tokens overflows in float16; their mean is 500."""
     params = {"w": torch.zeros(3, dtype=dtype)}
     counts, slopes = [500, 1_000, 0, 3_000], [100.0, 500.0, math.nan, 750.0]
 

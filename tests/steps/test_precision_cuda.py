@@ -1,4 +1,4 @@
-"""Low precision on an NVIDIA GPU. All of it is skipped elsewhere."""
+"""Low precision on an NVIDIA GPU; skipped without one."""
 
 import copy
 
@@ -63,7 +63,7 @@ def test_inside_inductors_graph():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_activations_in_pinned_memory_give_equal_gradients(engine):
-    net, (batch,) = Net().cuda(), on_gpu(batches(1, rows=256))
+    net, (batch,) = Net().cuda(), on_gpu(batches(1, batch_size=256))
     state, loss = fts.TrainState.create(net, tx.sgd(0.1)), steps.module_loss(net, loss_fn)
     _, grads = steps.value_and_grad(loss, engine=engine)(state, batch)
     _, found = steps.value_and_grad(steps.offload_activations(loss, min_numel=1), engine=engine)(state, batch)
@@ -85,7 +85,7 @@ def test_offloading_saves_memory():
 
 @pytest.mark.parametrize("around", [tx.master_weights, tx.stochastic_rounding])
 def test_parameters_in_bfloat16(around):
-    """The rounding is that of the CPU, bit for bit."""
+    """Rounding equals that on the CPU, bit for bit."""
     generator = torch.Generator().manual_seed(0)
     params = {"w": torch.randn(64, 33, generator=generator).bfloat16()}
     grads = {"w": torch.randn(64, 33, generator=generator).bfloat16()}
@@ -111,13 +111,13 @@ def test_float8(monkeypatch, tmp_path):
             logits = self.layers(x)
             return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
 
-    rows = [{"x": torch.randn(64), "labels": i % 16} for i in range(64)]
-    figures = []
+    dataset = [{"x": torch.randn(64), "labels": i % 16} for i in range(64)]
+    losses = []
     for precision in ("no", "fp8"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         args = TrainingArguments(tmp_path, per_device_train_batch_size=32, max_steps=20, learning_rate=1e-3, report_to="none")
-        trainer = Trainer(Wide(), args, train_dataset=rows)
-        figures.append(trainer.train().training_loss)
+        trainer = Trainer(Wide(), args, train_dataset=dataset)
+        losses.append(trainer.train().training_loss)
         kinds = [type(module).__name__ for module in trainer.model.layers]
         assert ("Float8Linear" in kinds) == (precision == "fp8")
-    assert figures[1] == pytest.approx(figures[0], rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

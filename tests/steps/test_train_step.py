@@ -1,4 +1,4 @@
-"""Whole steps: purity, donation, replay, evaluation, compilation."""
+"""Training steps: purity, donation, replay, evaluation, compilation."""
 
 import copy
 import shutil
@@ -23,9 +23,9 @@ def net_of(dropout: float = 0.2) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
-def batch_of(seed: int, rows: int = 6) -> dict[str, torch.Tensor]:
+def make_batch(seed: int, batch_size: int = 6) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"x": torch.randn(rows, 5, generator=generator), "y": torch.randint(0, 3, (rows,), generator=generator)}
+    return {"x": torch.randn(batch_size, 5, generator=generator), "y": torch.randint(0, 3, (batch_size,), generator=generator)}
 
 
 def cross_entropy(model, batch):
@@ -45,7 +45,7 @@ def tensors_of(state: fts.TrainState) -> list[torch.Tensor]:
 
 def run(step, state, count: int = 5):
     for index in range(count):
-        state, metrics = step(state, batch_of(index))
+        state, metrics = step(state, make_batch(index))
     return state, metrics
 
 
@@ -57,7 +57,7 @@ def assert_equal_states(one, two) -> None:
 def test_a_step_changes_no_input():
     net = net_of()
     state = fts.TrainState.create(net, optimizer(), seed=0)
-    before, batch = tensors_of(state), batch_of(0)
+    before, batch = tensors_of(state), make_batch(0)
     kept = copy.deepcopy(batch)
     steps.train_step(steps.module_loss(net, cross_entropy), optimizer())(state, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(state), strict=True))
@@ -91,9 +91,9 @@ def test_a_replayed_step_gives_the_same_bits_with_dropout_and_batchnorm():
     net = net_of()
     step = steps.train_step(steps.module_loss(net, cross_entropy), optimizer(), accumulate=2)
     state, _ = run(step, fts.TrainState.create(net, optimizer(), seed=0))
-    one, _ = step(state, batch_of(9))
+    one, _ = step(state, make_batch(9))
     torch.rand(7)
-    two, _ = step(state, batch_of(9))
+    two, _ = step(state, make_batch(9))
     assert_equal_states(one, two)
 
 
@@ -110,10 +110,10 @@ def test_the_caller_s_module_is_untouched_until_apply_to():
     assert all(torch.equal(state.buffers[name], b) for name, b in net.named_buffers())
 
 
-def test_a_donated_state_says_who_consumed_it():
+def test_a_donated_state_names_the_step_that_consumed_it():
     net = net_of()
     state = fts.TrainState.create(net, optimizer())
-    new, _ = steps.train_step(steps.module_loss(net, cross_entropy), optimizer(), donate=True)(state, batch_of(0))
+    new, _ = steps.train_step(steps.module_loss(net, cross_entropy), optimizer(), donate=True)(state, make_batch(0))
     for use in (lambda: state.params, lambda: state.step, lambda: state.replace(seed=1), lambda: state.apply_to(net)):
         with pytest.raises(DonatedStateError, match="train_step"):
             use()
@@ -123,7 +123,7 @@ def test_a_donated_state_says_who_consumed_it():
 def test_metrics_hold_the_loss_function_s_own_and_the_transform_s():
     net = net_of()
     step = steps.train_step(steps.module_loss(net, cross_entropy), optimizer())
-    _, metrics = step(fts.TrainState.create(net, optimizer()), batch_of(0))
+    _, metrics = step(fts.TrainState.create(net, optimizer()), make_batch(0))
     assert metrics.keys() == {"loss", "accuracy", "grad_norm", "lr"}
     assert all(value.ndim == 0 for value in metrics.values())
 
@@ -159,10 +159,10 @@ def test_evaluation_changes_nothing_and_is_weighted():
     net = net_of(0.5)
     state = fts.TrainState.create(net, optimizer())
     before = tensors_of(state)
-    means = steps.eval_step(steps.module_loss(net, cross_entropy))(state, batch_of(0))
+    means = steps.eval_step(steps.module_loss(net, cross_entropy))(state, make_batch(0))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(state), strict=True))
     net.eval()
-    loss, metrics = cross_entropy(net, batch_of(0))
+    loss, metrics = cross_entropy(net, make_batch(0))
     torch.testing.assert_close(means["loss"][0], loss.detach())
     torch.testing.assert_close(means["accuracy"][0], metrics["accuracy"])
     assert means["loss"][1] == means["accuracy"][1] == 6
@@ -182,8 +182,8 @@ def test_a_step_reads_nothing_back_from_the_device_but_its_counter():
     step = steps.train_step(steps.module_loss(net, cross_entropy), tx.identity())
     state = fts.TrainState.create(net, tx.identity())
     with Reads() as reads:
-        step(state, batch_of(0))
-    assert reads.count == 1  # state.step, which lives on the CPU
+        step(state, make_batch(0))
+    assert reads.count == 1  # state.step, which is on the CPU
 
 
 def test_describe_prints_the_pipeline():
@@ -215,11 +215,11 @@ def test_a_compiled_step_replays_with_dropout():
     net = net_of(dropout=0.5)
     step = steps.compile(steps.train_step(steps.module_loss(net, cross_entropy), optimizer()))
     state, _ = run(step, fts.TrainState.create(net, optimizer(), seed=0))
-    one, _ = step(state, batch_of(9))
+    one, _ = step(state, make_batch(9))
     torch.rand(3)
-    two, _ = step(state, batch_of(9))
+    two, _ = step(state, make_batch(9))
     assert_equal_states(one, two)
-    other, _ = step(state.replace(seed=1), batch_of(9))
+    other, _ = step(state.replace(seed=1), make_batch(9))
     assert not torch.equal(one.params["4.weight"], other.params["4.weight"])
 
 
@@ -227,7 +227,7 @@ def test_a_compiled_step_replays_with_dropout():
 def test_a_compiled_step_trains_in_train_mode():
     net = net_of(0.5).eval()
     state = fts.TrainState.create(net, optimizer())
-    state, _ = steps.compile(steps.train_step(steps.module_loss(net, cross_entropy), optimizer()))(state, batch_of(0))
+    state, _ = steps.compile(steps.train_step(steps.module_loss(net, cross_entropy), optimizer()))(state, make_batch(0))
     assert int(state.buffers["1.num_batches_tracked"]) == 1 and not net[1].training
 
 
@@ -258,15 +258,15 @@ def test_a_user_s_composition_compiles():
         return state, {"loss": value.loss, **info}
 
     state = fts.TrainState.create(net, transform)
-    expected, _ = twice(state, batch_of(0))
+    expected, _ = twice(state, make_batch(0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, _ = steps.compile(twice, backend="aot_eager")(state, batch_of(0))
+        found, _ = steps.compile(twice, backend="aot_eager")(state, make_batch(0))
     assert int(found.step) == 2
     for a, b in zip(tensors_of(expected), tensors_of(found), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_compile_refuses_what_it_fixes():
+def test_compile_rejects_options_that_it_sets():
     with pytest.raises(ArgumentError, match="fullgraph"):
         steps.compile(steps.train_step(lambda params, batch: batch, tx.sgd(0.1)), fullgraph=False)

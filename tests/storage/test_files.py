@@ -10,13 +10,13 @@ from fts.storage import StagingBuffer, compute_checksum, resolve_file, split_int
 from fts.storage.files import CHUNK_SIZE, O_DIRECT, write_chunks
 
 
-def image_of(size):
-    """Random bytes from a page boundary on, and what fills the last page."""
+def buffer_of(size):
+    """Random bytes, page-aligned and padded to full pages."""
     import torch
 
-    image = StagingBuffer()
-    (view,) = image.copy_from(split_into_shards("a", {"x": torch.randint(0, 256, (size,), dtype=torch.uint8)}).files)
-    return view, split_into_shards("a", {"x": torch.empty(size, dtype=torch.uint8)}).files[0].size, image
+    buffer = StagingBuffer()
+    (view,) = buffer.copy_from(split_into_shards("a", {"x": torch.randint(0, 256, (size,), dtype=torch.uint8)}).files)
+    return view, split_into_shards("a", {"x": torch.empty(size, dtype=torch.uint8)}).files[0].size, buffer
 
 
 @pytest.fixture(params=["disk", "tmpfs"])
@@ -32,8 +32,8 @@ def folder(request, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, CHUNK_SIZE - 1, CHUNK_SIZE + 5])
-def test_an_image_is_written_as_it_is(folder, size):
-    view, length, _kept = image_of(size)
+def test_a_buffer_is_written_as_it_is(folder, size):
+    view, length, _buffer = buffer_of(size)
     path = folder / "file"
     path.write_bytes(b"an earlier and longer file" * 1000)
     written = write_direct(path, view, length)
@@ -43,8 +43,8 @@ def test_an_image_is_written_as_it_is(folder, size):
     assert written == compute_checksum(path)
 
 
-def test_a_write_that_stops_within_a_block_goes_on(tmp_path, monkeypatch):
-    """From there the kernel refuses to write past the cache."""
+def test_a_write_that_stops_within_a_block_continues(tmp_path, monkeypatch):
+    """From that offset the kernel refuses O_DIRECT writes."""
     write, short = os.write, []
 
     def stopping(descriptor, part):
@@ -55,7 +55,7 @@ def test_a_write_that_stops_within_a_block_goes_on(tmp_path, monkeypatch):
             return 100
         return write(descriptor, part)
 
-    view, length, _kept = image_of(100_000)
+    view, length, _buffer = buffer_of(100_000)
     monkeypatch.setattr(os, "write", stopping)
     written = write_direct(tmp_path / "file", view, length)
     monkeypatch.undo()
@@ -64,14 +64,14 @@ def test_a_write_that_stops_within_a_block_goes_on(tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_disk_is_raised(tmp_path):
-    view, length, _kept = image_of(10)
+    view, length, _buffer = buffer_of(10)
     with pytest.raises(IsADirectoryError):
         write_direct(tmp_path, view, length)
     with pytest.raises(FileNotFoundError):
         write_chunks(tmp_path / "nowhere" / "file", [b"a"])
 
 
-def test_files_lie_in_their_directory(tmp_path):
+def test_files_are_inside_their_directory(tmp_path):
     root = tmp_path / "checkpoint"
     (root / "sub").mkdir(parents=True)
     (tmp_path / "outside").write_text("secret")
@@ -85,21 +85,21 @@ def test_files_lie_in_their_directory(tmp_path):
     os.mkfifo(root / "pipe")
     for name in ("a", "sub/b", "inner"):
         assert resolve_file(root, name).read_text() == resolve_file(root, name).name[0].replace("i", "b")
-    (tmp_path / "linked").symlink_to(root)  # the whole checkpoint may be a link
+    (tmp_path / "linked").symlink_to(root)  # the checkpoint itself may be a link
     assert resolve_file(tmp_path / "linked", "a").read_text() == "a"
     for name, message in {
         "out": "a link that leads outside",
         "sub/up/outside": "a link that leads outside",
-        "../outside": "does not lie in it",
-        "sub/../../outside": "does not lie in it",
-        str(tmp_path / "outside"): "does not lie in it",
-        "": "does not lie in it",
-        ".": "does not lie in it",
+        "../outside": "is not inside it",
+        "sub/../../outside": "is not inside it",
+        str(tmp_path / "outside"): "is not inside it",
+        "": "is not inside it",
+        ".": "is not inside it",
         "round": "cannot be read|missing",
         "dangling": "missing",
         "nowhere": "missing",
-        "pipe": "no regular file",
-        "sub": "no regular file",
+        "pipe": "not a regular file",
+        "sub": "not a regular file",
         "a\0": "cannot be read",
         "\ud800": "cannot be read",
         "x" * 5000: "cannot be read",

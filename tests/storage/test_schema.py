@@ -1,4 +1,4 @@
-"""Values of JSON are used only where they are of the types that are needed."""
+"""Values of JSON are used only if they have the expected types."""
 
 import attrs
 import pytest
@@ -9,7 +9,7 @@ from fts.storage import check_type, structure
 
 
 @attrs.frozen
-class Place:
+class Record:
     row: int = attrs.field(validator=ge(0))
     name: str | None = None
 
@@ -25,12 +25,12 @@ class Place:
         ({"a": {"b": 0.5}}, dict[str, dict[str, float]]),
     ],
 )
-def test_what_fits_comes_back(value, hint):
+def test_a_matching_value_is_returned(value, hint):
     assert check_type(value, hint, "a.json") is value
 
 
 @pytest.mark.parametrize(
-    ("value", "hint", "said"),
+    ("value", "hint", "message"),
     [
         (True, int, "True must be int"),
         (0.5, int, "0.5 must be int"),
@@ -40,19 +40,19 @@ def test_what_fits_comes_back(value, hint):
         ({"a": [1]}, dict[str, float], r"\{'a': \[1\]\} must be dict\[str, float\]"),
     ],
 )
-def test_what_does_not_fit_is_named(value, hint, said):
-    with pytest.raises(CheckpointError, match=f"a.json is damaged: {said}"):
+def test_a_mismatch_is_an_error(value, hint, message):
+    with pytest.raises(CheckpointError, match=f"a.json is corrupt: {message}"):
         check_type(value, hint, "a.json")
 
 
-def test_a_record_has_what_its_class_needs():
-    assert structure(Place, {"row": 1}, "a.json") == Place(1)
-    for values, said in (
-        ([1], "a.json is damaged"),
-        ({"row": "1"}, "row of a.json is damaged: '1' must be int"),
+def test_a_record_needs_the_fields_of_its_class():
+    assert structure(Record, {"row": 1}, "a.json") == Record(1)
+    for values, message in (
+        ([1], "a.json is corrupt"),
+        ({"row": "1"}, "row of a.json is corrupt: '1' must be int"),
         ({"row": 1, "column": 2}, "column"),
         ({}, "row"),
         ({"row": -1}, "'row' must be >= 0"),
     ):
-        with pytest.raises(CheckpointError, match=said):
-            structure(Place, values, "a.json")
+        with pytest.raises(CheckpointError, match=message):
+            structure(Record, values, "a.json")

@@ -1,4 +1,4 @@
-"""Tensors in parts: what is written is read, and what was tampered with is said. One process writes all parts here."""
+"""Sharded files: what is written is read, and changed files are errors. One process writes all shards."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def assert_same(found, wanted):
         assert found[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_every_dtype_and_form_comes_back(written):
+def test_every_dtype_and_shape_is_read_back(written):
     assert_same(read_tensors(written, NAME), tensors())
     targets = {name: torch.empty_like(tensor) for name, tensor in tensors().items() if name in ("of BF16", "count")}
     read_into(written, NAME, targets)
@@ -54,10 +54,10 @@ def test_every_dtype_and_form_comes_back(written):
     }
 
 
-def test_the_files_are_told_with_their_checksums_and_are_several(tmp_path):
-    told = save_sharded(tmp_path, NAME, tensors(), file_size=40)
-    assert len(told) > 3 and all(compute_checksum(tmp_path / name) == facts for name, facts in told.items())
-    assert set(list_files(tmp_path, NAME)) == {f"{NAME}.parts.json", *told}
+def test_the_checksums_of_all_files_are_returned(tmp_path):
+    checksums = save_sharded(tmp_path, NAME, tensors(), file_size=40)
+    assert len(checksums) > 3 and all(compute_checksum(tmp_path / name) == checksum for name, checksum in checksums.items())
+    assert set(list_files(tmp_path, NAME)) == {f"{NAME}.parts.json", *checksums}
     assert has_tensors(tmp_path, NAME) and has_sharded_tensors(tmp_path, NAME) and not has_tensors(tmp_path, "other.safetensors")
 
 
@@ -73,16 +73,16 @@ def edit(written, change):
     path.write_text(json.dumps(document))
 
 
-def parts_in(written):
+def files_in(written):
     return sorted((written / "model.parts").iterdir())
 
 
-DAMAGES = {
-    "a part is missing": lambda written: parts_in(written)[1].unlink(),
-    "a part is cut off": lambda written: parts_in(written)[1].write_bytes(parts_in(written)[1].read_bytes()[:-3]),
-    "a part is no part": lambda written: parts_in(written)[1].write_bytes(b"\x80\x04." * 9),
-    "another part lies there": lambda written: save_file({"x": torch.ones(2)}, written / "model.parts" / "more.safetensors"),
-    "a part is another one": lambda written: shutil.copyfile(parts_in(written)[0], parts_in(written)[1]),
+CORRUPTIONS = {
+    "a file is missing": lambda written: files_in(written)[1].unlink(),
+    "a file is truncated": lambda written: files_in(written)[1].write_bytes(files_in(written)[1].read_bytes()[:-3]),
+    "a file is not safetensors": lambda written: files_in(written)[1].write_bytes(b"\x80\x04." * 9),
+    "there is another file": lambda written: save_file({"x": torch.ones(2)}, written / "model.parts" / "more.safetensors"),
+    "a file is another one": lambda written: shutil.copyfile(files_in(written)[0], files_in(written)[1]),
     "the index leads outside": lambda written: edit(written, lambda index: index["files"].append("../secret.safetensors")),
     "the index has another folder": lambda written: edit(written, lambda index: index["files"].append("other/a.safetensors")),
     "a shape is another": lambda written: edit(written, lambda index: index["tensors"]["of F32"].update(shape=[3, 3])),
@@ -95,8 +95,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_an_error_that_is_told(written, name):
-    DAMAGES[name](written)
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruption_is_an_error(written, name):
+    CORRUPTIONS[name](written)
     with pytest.raises(CheckpointError):
         read_tensors(written, NAME)

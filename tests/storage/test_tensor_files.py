@@ -32,7 +32,7 @@ def test_every_dtype_is_read_by_safetensors_itself(tmp_path, dtype):
     assert found.dtype == dtype and torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_what_the_format_cannot_hold_is_said():
+def test_what_the_format_does_not_support_is_an_error():
     with pytest.raises(ArgumentError, match=r"'x' has dtype torch\.complex128"):
         split_into_shards(NAME, {"x": torch.zeros(1, dtype=torch.complex128)})
     for size in (0, -1, 1.5, True, "5GB"):
@@ -41,7 +41,7 @@ def test_what_the_format_cannot_hold_is_said():
 
 
 @pytest.mark.parametrize("shard_size", [1, 50, 70, 10**6])
-def test_shards_hold_every_tensor_once_and_no_more_than_they_may(tmp_path, shard_size):
+def test_shards_have_every_tensor_once_within_the_size(tmp_path, shard_size):
     tensors = tensors_of()
     saved(tmp_path, shard_size, tensors)
     found = read_tensors(tmp_path, NAME)
@@ -82,7 +82,7 @@ def test_what_an_earlier_layout_left_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model-card.md", NAME]
 
 
-# Damage
+# Corrupt files
 
 
 def index_of(directory):
@@ -98,10 +98,10 @@ def index_of(directory):
         ('{"weight_map": []}', "weight_map"),
         ('{"weight_map": {"w": 1}}', "weight_map"),
         ('{"weight_map": {"w": "../outside.safetensors"}}', "outside"),
-        ('{"weight_map": {"w": "/etc/hostname"}}', "only files beside it"),
-        ('{"weight_map": {"w": "sub/a.safetensors"}}', "only files beside it"),
-        ('{"weight_map": {"w": ".."}}', "only files beside it|does not lie"),
-        ('{"weight_map": {"w": ""}}', "does not lie"),
+        ('{"weight_map": {"w": "/etc/hostname"}}', "only files next to it"),
+        ('{"weight_map": {"w": "sub/a.safetensors"}}', "only files next to it"),
+        ('{"weight_map": {"w": ".."}}', "only files next to it|is not inside"),
+        ('{"weight_map": {"w": ""}}', "is not inside"),
         ('{"weight_map": {"w": "nothing.safetensors"}}', "missing"),
         ('{"weight_map": {"w": "linked.safetensors"}}', "a link that leads outside"),
         ('{"weight_map": {"w": "a.safetensors", "w": "a.safetensors"}}', "'w' is there twice"),

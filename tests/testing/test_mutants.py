@@ -1,4 +1,4 @@
-"""Each law is broken on purpose: a law that cannot fail is a defect."""
+"""Mutation tests of `fts.testing`: each law catches a transform or a step that breaks it."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ MUTANTS: dict[str, list] = {}
 
 
 def breaks(law: str):
-    """Register what a function returns as a transform that breaks a law."""
+    """Register the transform that a function returns as one that breaks a law."""
 
     def register(make):
         MUTANTS.setdefault(law, []).append(make)
@@ -151,7 +151,7 @@ def apply_widens():
 
 @breaks("apply_equals_update")
 def apply_trusts_a_kernel_that_skips_vectors_of_bfloat16():
-    """As torch 2.13's fused SGD does: a defect that only long tensors of one dtype show."""
+    """Like torch 2.13's fused SGD: only long tensors of one dtype are wrong."""
 
     def apply(grads, state, params):
         for name, p in params.items():
@@ -308,7 +308,7 @@ def hides_a_nan_behind_where():
 
 @breaks("chaining_is_associative")
 def depends_on_who_calls():
-    """Its state differs by how often `init` was called, as a chain that initialises twice would."""
+    """Its state depends on the number of calls of `init`, as in a chain that initializes twice."""
     calls = []
 
     def init(params):
@@ -422,7 +422,7 @@ GOOD = steps.train_step(squares, tx.sgd(0.1, momentum=0.9))
 
 @attrs.frozen
 class Wrapped:
-    """A step with a flaw, around a good one."""
+    """A flawed wrapper of a correct step."""
 
     flaw: object
     donate: bool = False
@@ -482,7 +482,7 @@ def forgets_to_consume(self, state, batch):
 
 
 def by_identity():
-    """Keeps something between steps that no checkpoint has."""
+    """Keeps a value between steps that no checkpoint has."""
     seen = {}
 
     def flaw(self, state, batch):
@@ -513,7 +513,7 @@ def total(params, batch):
 
 
 def slipping():
-    """A forward that changes a mode of its module for good."""
+    """A forward pass that changes a training flag of its module permanently."""
     net = nn.Sequential(nn.Linear(3, 1, bias=False)).double()
 
     def fn(model, batch):
@@ -523,7 +523,7 @@ def slipping():
 
 
 class Drifting(nn.Module):
-    """A buffer that checkpoints omit, but that training changes and needs."""
+    """A non-persistent buffer that training changes and needs."""
 
     def __init__(self):
         super().__init__()
@@ -543,7 +543,7 @@ def drifting():
 
 
 def recompiling():
-    """A schedule of Python numbers: each step is another graph."""
+    """A schedule of Python numbers: each step compiles another graph."""
     taken = [0]
 
     def step(state, batch):

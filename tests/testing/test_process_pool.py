@@ -1,4 +1,4 @@
-"""Laws in several processes find mistakes, and processes that fail do not hang."""
+"""Checks in several processes find mistakes, and processes that fail do not hang."""
 
 import functools
 import os
@@ -20,8 +20,8 @@ def clipped_adamw() -> Transform:
     return tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(0.1))
 
 
-def clips_what_lies_here() -> Transform:
-    """The norm of a part, as a transform has it that forgets the other processes."""
+def clips_local_norm() -> Transform:
+    """Clips by the norm of the local shard, without an all-reduce."""
 
     def update(grads, state, params):
         from fts.dtensors import to_local
@@ -29,26 +29,26 @@ def clips_what_lies_here() -> Transform:
         norm = torch.stack([to_local(g).norm() for g in grads.values()]).norm()
         return {name: g / (1 + norm) for name, g in grads.items()}, state, {}
 
-    return Transform(lambda params: (), update, label="clips_what_lies_here")
+    return Transform(lambda params: (), update, label="clips_local_norm")
 
 
-def keeps_what_lies_here() -> Transform:
-    """A moment that is no DTensor, so that a checkpoint would not know of what it is a part."""
+def keeps_local_moment() -> Transform:
+    """A moment that is no DTensor, so that a checkpoint could not tell which shard it is."""
 
     def init(params):
         from fts.dtensors import to_local
 
         return {name: torch.zeros_like(to_local(p)) for name, p in params.items()}
 
-    return Transform(init, lambda grads, state, params: (grads, state, {}), label="keeps_what_lies_here")
+    return Transform(init, lambda grads, state, params: (grads, state, {}), label="keeps_local_moment")
 
 
-def reports_otherwise() -> Transform:
+def reports_rank() -> Transform:
     def update(grads, state, params):
         rank = dist.get_rank() if dist.is_initialized() else 0
         return grads, state, {"rank": torch.tensor(float(rank))}
 
-    return Transform(lambda params: (), update, label="reports_otherwise")
+    return Transform(lambda params: (), update, label="reports_rank")
 
 
 def rank_and_sum(value: float) -> tuple[int, float]:
@@ -84,7 +84,7 @@ def test_a_transform_of_fts_passes_in_four_processes() -> None:
     check_sharded_transform(clipped_adamw, processes=4)
 
 
-def holds(make) -> None:
+def check_law(make) -> None:
     tree = {"w": torch.ones(3, 4, dtype=torch.float64)}
     sharded_equals_full(make(), tree, [tree])
 
@@ -92,23 +92,23 @@ def holds(make) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (clips_what_lies_here, "clips_what_lies_here, shards, breaks .*: update's result of update 1"),
-        (keeps_what_lies_here, "keeps_what_lies_here, shards, breaks .*: update's state of update 1"),
-        (reports_otherwise, "reports_otherwise, shards, breaks .*: update reports .* on process"),
+        (clips_local_norm, "clips_local_norm, fsdp, breaks .*: update's result of update 1"),
+        (keeps_local_moment, "keeps_local_moment, fsdp, breaks .*: update's state of update 1"),
+        (reports_rank, "reports_rank, fsdp, breaks .*: update reports .* on rank"),
     ],
 )
 def test_mistakes_are_found(run, make, words: str) -> None:
     with pytest.raises(LawError, match=words):
-        run(holds, make)
+        run(check_law, make)
 
 
 @pytest.mark.fuzz
 def test_a_mistake_is_found_on_generated_examples() -> None:
-    with pytest.raises(LawError, match="clips_what_lies_here"):
-        check_sharded_transform(clips_what_lies_here)
+    with pytest.raises(LawError, match="clips_local_norm"):
+        check_sharded_transform(clips_local_norm)
 
 
-def test_processes_run_what_they_are_given_and_survive_failures(run) -> None:
+def test_processes_run_functions_and_survive_failures(run) -> None:
     assert run(rank_and_sum, 2.0) == [(0, 6.0), (1, 6.0)]
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="not today"):
@@ -119,7 +119,7 @@ def test_processes_run_what_they_are_given_and_survive_failures(run) -> None:
     assert run(rank_and_sum, 1.0) == [(0, 3.0), (1, 3.0)]
 
 
-def test_what_cannot_be_sent_is_said() -> None:
+def test_what_cannot_be_pickled_is_an_error() -> None:
     with pytest.raises(ArgumentError, match="top of a module"):
         check_sharded_transform(lambda: tx.scale(1.0))
     with pytest.raises(ArgumentError, match="even number"):

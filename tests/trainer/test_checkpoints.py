@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     resumed.add_callback(Watch)
     resumed.train(resume_from_checkpoint=True)
     assert steps[0] == 15
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="corrupt"):
         make_trainer(tmp_path, **SETTINGS).train(resume_from_checkpoint=tmp_path / "checkpoint-10" / ".." / _damage(tmp_path))
 
 

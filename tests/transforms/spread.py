@@ -71,7 +71,7 @@ def laws(spreads: list[str], dtype: torch.dtype, updates: int) -> dict[str, Call
     every = [(transform, tuple(SHAPES)) for transform in (*REGISTRY, *EAGER_REGISTRY, *BRIDGED)]
     return {
         f"{transform_summary(transform)}, {spread}, {dtype}": partial(
-            sharded_equals_full, transform, *trajectory(names, dtype, updates), spread=spread
+            sharded_equals_full, transform, *trajectory(names, dtype, updates), layout=spread
         )
         for transform, names in every + named
         for spread in spreads
@@ -80,7 +80,7 @@ def laws(spreads: list[str], dtype: torch.dtype, updates: int) -> dict[str, Call
 
 def says_what_it_needs(transform: Transform) -> None:
     with pytest.raises(ArgumentError, match="cannot step on parameters that are spread over processes"):
-        transform.init(shard_tensors(tensors(KNOWN, torch.float64, 0), "shards"))
+        transform.init(shard_tensors(tensors(KNOWN, torch.float64, 0), "fsdp"))
 
 
 def norm_is_that_of_the_whole() -> None:
@@ -105,7 +105,7 @@ def noise_is_that_of_the_whole() -> None:
 
 def bad_numbers_are_counted_once() -> None:
     tree = tensors(tuple(SHAPES), torch.float64, 0)
-    assert find_nonfinite(shard_tensors(tree, "shards")) == {}
+    assert find_nonfinite(shard_tensors(tree, "fsdp")) == {}
     tree["w"][2, 1] = float("nan")
     tree["kernel"][0] = float("inf")
     for spread in SHARDING_LAYOUTS:
@@ -133,32 +133,32 @@ def as_torch(make_optimizer: Callable[..., torch.optim.Optimizer], transform: Tr
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         optimizer.step()
         state, info = steps.apply_gradients(state, grads, full, donate=bool(i % 2))
-        require_close("grad_norm", info["grad_norm"], full_tensor(norm), looser=0.01)
+        require_close("grad_norm", info["grad_norm"], full_tensor(norm), tolerance_factor=0.01)
         for name, parameter in theirs.named_parameters():
-            require_close(name, full_tensor(state.params[name]), full_tensor(parameter.detach()), looser=0.01)
+            require_close(name, full_tensor(state.params[name]), full_tensor(parameter.detach()), tolerance_factor=0.01)
 
 
 def states_hold_shards() -> None:
     tree = tensors(KNOWN, torch.float32, 0)
     transform = tx.ema_params(tx.adamw(0.1), 0.9)
     plain = fts.TrainState.create(tree, transform)
-    spread = fts.TrainState.create(shard_tensors(tree, "shards"), transform)
+    spread = fts.TrainState.create(shard_tensors(tree, "fsdp"), transform)
     assert "3 tensors with 18 numbers" in repr(spread)
     grads = tensors(KNOWN, torch.float32, 1)
     plain, _ = steps.apply_gradients(plain, grads, transform)
     kept = {name: full_tensor(tensor) for name, tensor in spread.params.items()}
-    after, _ = steps.apply_gradients(spread, shard_tensors(grads, "shards"), transform)
+    after, _ = steps.apply_gradients(spread, shard_tensors(grads, "fsdp"), transform)
     require_equal("the old state", full_tensors(spread.params), kept)
     require_close("params", full_tensors(after.params), plain.params)
     # gradients in another layout are brought to that of the parameters
     other, _ = steps.apply_gradients(spread, grads, transform)
     require_equal("params", full_tensors(other.params), full_tensors(after.params))
     # averages do not share memory with parameters
-    again, _ = steps.apply_gradients(after, shard_tensors(grads, "shards"), transform, donate=True)
+    again, _ = steps.apply_gradients(after, shard_tensors(grads, "fsdp"), transform, donate=True)
     assert all(is_dtensor(tensor) for tensor in (*again.params.values(), *tx.averaged_params(again.opt_state).values()))
 
     moments = tx.torch_moments(plain.opt_state)
-    told = tx.adamw(0.1).init(shard_tensors(tree, "shards"))
+    told = tx.adamw(0.1).init(shard_tensors(tree, "fsdp"))
     from fts.transforms.importing import with_torch_moments
 
     told = with_torch_moments(told, moments, step=1)

@@ -154,7 +154,7 @@ def test_the_state_is_found_anywhere_and_stays_valid():
     ):
         before = transform.init(make_params())
         after = tx.update_on_metric(tx.update_on_metric(before, 1.0, rule), torch.tensor(1.0), rule)
-        assert tx.follows_metric(before)
+        assert tx.steps_on_metric(before)
         assert tx.followed_rate(before).item() == RATE
         assert tx.followed_rate(after).item() == RATE / 2
         _, spec = torch.utils._pytree.tree_flatten(before)
@@ -166,7 +166,7 @@ def test_errors():
     state = tx.sgd(0.1).init({"w": torch.zeros(1)})
     with pytest.raises(ArgumentError, match=r"No rate in this state follows a metric: make .* reduce_on_plateau"):
         tx.update_on_metric(state, 1.0, tx.Plateau())
-    assert not tx.follows_metric(state)
+    assert not tx.steps_on_metric(state)
     with pytest.raises(ArgumentError, match="No rate in this state"):
         tx.followed_rate(state)
     with pytest.raises(ArgumentError, match="the metric must be a number, not 'loss'"):

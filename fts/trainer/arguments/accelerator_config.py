@@ -1,4 +1,4 @@
-"""What accelerate's Accelerator is told."""
+"""The settings of accelerate's Accelerator."""
 
 # ruff: noqa: RUF009 - arg() makes a dataclass field
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.checks import (check_bool, check_known_names, check_int)
+from fts.trainer.arguments.checks import check_bool, check_int, check_known_names
 from fts.trainer.arguments.fields import arg
 from fts.trainer.arguments.parsing import parse_json_dict
 
 
 class NotAnInstanceError(ArgumentError, NotImplementedError):
-    """A class was given where an instance belongs."""
+    """A class was given where an instance is expected."""
 
 
 @dataclass
 class AcceleratorConfig:
-    """How batches are shared between processes, and how gradients are accumulated, with Hugging Face's names and defaults.
+    """How batches are divided between processes, and how gradients are accumulated, with Hugging Face's names and defaults.
 
     Raises:
         ArgumentError: a value cannot work.
@@ -32,13 +32,15 @@ class AcceleratorConfig:
     True
     """
 
-    split_batches: bool = arg(False, "Whether the batch size is that of all processes together, so that each takes a part.")
+    split_batches: bool = arg(False, "Whether the batch size is that of all processes together, so that each gets a part.")
     dispatch_batches: bool | None = arg(None, "Whether one process reads the data for all; None: if the data is iterable only.")
-    even_batches: bool = arg(True, "Whether rows are repeated so that each process gets as many; in fts they weigh nothing.")
+    even_batches: bool = arg(
+        True, "Whether to repeat examples so that all processes get equally many; in fts they have no weight."
+    )
     use_seedable_sampler: bool = arg(True, "Whether the order of the data is a function of the seed; it always is in fts.")
-    non_blocking: bool = arg(False, "For loaders that accelerate makes; fts always copies batches to the device while it works.")
+    non_blocking: bool = arg(False, "For loaders that accelerate makes; fts always copies batches to the device asynchronously.")
     gradient_accumulation_kwargs: dict[str, Any] | None = arg(
-        None, "sync_each_batch: exchange gradients after each micro-batch; others for accelerate."
+        None, "sync_each_batch: all-reduce gradients after each micro-batch; others for accelerate."
     )
     use_configured_state: bool = arg(False, "Whether to use the process state that accelerate already has.")
 
@@ -69,16 +71,16 @@ class AcceleratorConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """All settings as plain values."""
         return copy.deepcopy(asdict(self))
 
     def pop(self, key: str, default: Any = None) -> Any:
-        """Take a value out, as from a dictionary; the class's default shows again."""
+        """Remove a value, as from a dictionary; the attribute then has the class's default."""
         return self.__dict__.pop(key, default)
 
 
 def parse_accelerator_config(name: str, value: Any) -> AcceleratorConfig:
-    """A configuration from what may be given for one: nothing, a dict, JSON text, a path, or an instance.
+    """A configuration from None, a dict, JSON, the path of a JSON file, or an instance.
 
     >>> parse_accelerator_config("accelerator_config", '{"even_batches": false}').even_batches
     False
@@ -104,17 +106,17 @@ def parse_accelerator_config(name: str, value: Any) -> AcceleratorConfig:
 
 
 def check_num_steps(given: Mapping[str, Any] | None, steps: int) -> None:
-    """Raise ArgumentError if accelerate's configuration wants another number of micro-batches in an update.
+    """Raise ArgumentError if accelerate's configuration has another number of micro-batches in an update.
 
     Args:
-        given: its `gradient_accumulation_kwargs`, whose `num_steps` may be 1, or the same number.
+        given: its `gradient_accumulation_kwargs`; `num_steps` may be 1, or the same number.
         steps: `gradient_accumulation_steps`.
 
     >>> check_num_steps({"num_steps": 4}, 4)
     """
-    wanted = (given or {}).get("num_steps", 1)
-    if wanted not in (1, steps):
+    num_steps = (given or {}).get("num_steps", 1)
+    if num_steps not in (1, steps):
         raise ArgumentError(
-            f"The `AcceleratorConfig`'s `num_steps` is set but to {wanted}, where gradient_accumulation_steps={steps}. Leave "
-            f"num_steps out and use gradient_accumulation_steps={wanted}."
+            f"The `AcceleratorConfig`'s `num_steps` is set but to {num_steps}, where gradient_accumulation_steps={steps}. Leave "
+            f"num_steps out and use gradient_accumulation_steps={num_steps}."
         )

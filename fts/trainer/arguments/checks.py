@@ -16,17 +16,17 @@ E = TypeVar("E", bound=Enum)
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like a given one, if any is alike.
+    """The known name that is most similar to a given one, if any is similar.
 
     >>> closest_name("sed", ["seed", "bf16"])
     'seed'
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return near[0] if near else None
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def check_known_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ArgumentError for the first name that is not known, with the nearest known one.
+    """Raise ArgumentError for the first name that is not known, with the closest known one.
 
     >>> check_known_names("Arguments", ["sed"], ["seed", "bf16"])
     Traceback (most recent call last):
@@ -36,8 +36,8 @@ def check_known_names(owner: str, given: Iterable[str], known: Iterable[str]) ->
     known = list(known)
     for name in given:
         if name not in known:
-            near = closest_name(name, known)
-            hint = f"Did you mean {near!r}?" if near else f"It has: {', '.join(sorted(known))}."
+            closest = closest_name(name, known)
+            hint = f"Did you mean {closest!r}?" if closest else f"It has: {', '.join(sorted(known))}."
             raise ArgumentError(f"{owner} has no argument {name!r}. {hint}")
 
 
@@ -55,7 +55,7 @@ def check_enum(name: str, value: Any, choices: type[E]) -> E:
 
 
 def check_one_of(name: str, value: Any, values: Iterable[str]) -> str:
-    """The value, if it is one of some texts.
+    """The value, if it is one of several strings.
 
     >>> check_one_of("log_level", "inf", ["debug", "info"])
     Traceback (most recent call last):
@@ -69,19 +69,19 @@ def check_one_of(name: str, value: Any, values: Iterable[str]) -> str:
 
 
 def _unknown_value(name: str, value: Any, values: list[str]) -> ArgumentError:
-    near = closest_name(value, values) if isinstance(value, str) else None
-    hint = f" Did you mean {near!r}?" if near else ""
+    closest = closest_name(value, values) if isinstance(value, str) else None
+    hint = f" Did you mean {closest!r}?" if closest else ""
     return ArgumentError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, values))}.{hint}")
 
 
 def check_int(name: str, value: Any, low: int, remedy: str = "", *, bits: int = 0) -> int:
-    """The value as an int, if it is a whole number of at least `low`, and of at most so many bits if that is given.
+    """The value as an int, if it is an integer of at least `low`, and of at most `bits` bits if that is given.
 
     >>> check_int("seed", 3, 0)
     3
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low or (bits and value >> bits):
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < low or (bits and value >> bits):
         most = f" and below 2**{bits}" if bits else ""
         raise ArgumentError(f"{name}={value!r} must be a whole number of at least {low}{most}.{' ' + remedy if remedy else ''}")
     return operator.index(value)
@@ -102,18 +102,18 @@ def check_bool(name: str, value: Any, *, or_none: bool = False) -> None:
 
 
 def check_str(name: str, value: Any, remedy: str = "") -> str:
-    """The value, if it is a text of at least one character."""
+    """The value, if it is a non-empty string."""
     if isinstance(value, str) and value:
         return value
-    raise ArgumentError(f"{name}={value!r} must be a text.{' ' + remedy if remedy else ''}")
+    raise ArgumentError(f"{name}={value!r} must be a string.{' ' + remedy if remedy else ''}")
 
 
 def check_float(
     name: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
 ) -> None:
     """Raise ArgumentError unless the value is a finite number between `low` and `high`."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+    is_finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_finite or value < low or value > high or (open_low and value == low) or (open_high and value == high):
         least = f"above {low:g}" if open_low else f"of at least {low:g}"
         most = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
         hint = f" It is a {type(value).__name__}; convert it with float(...)." if isinstance(value, str) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.enums import (IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType)
+from fts.trainer.arguments.enums import IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 
 
 class ConflictArguments(Protocol):
@@ -34,11 +34,10 @@ class ConflictArguments(Protocol):
         """How many processes train together."""
 
 
-
 def check_conflicts(args: ConflictArguments) -> None:
     """Raise ArgumentError for the first contradiction between arguments; change nothing.
 
-    It is called when the arguments are created, and again when a run begins, so that two of them can be changed one after the other.
+    It is called at construction, and again when a run begins, so that two arguments can be changed one after the other.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> args = TrainingArguments()
@@ -66,7 +65,9 @@ def _zero_intervals(args: ConflictArguments) -> str | None:
     for event in ("logging", "eval", "save"):
         steps = getattr(args, f"{event}_steps")
         if getattr(args, f"{event}_strategy") == "steps" and steps == 0:
-            return f"{event}_steps={steps} with {event}_strategy='steps': it must be above 0. Use {event}_strategy='no' for never."
+            return (
+                f"{event}_steps={steps} with {event}_strategy='steps': it must be above 0. Use {event}_strategy='no' for never."
+            )
     return None
 
 
@@ -93,7 +94,7 @@ def _best_model_not_saved(args: ConflictArguments) -> str | None:
     ratio = args.save_steps / args.eval_steps
     if (args.save_steps < 1) != (args.eval_steps < 1) or abs(ratio - round(ratio)) > 1e-9 or ratio < 1:
         return (
-            f"load_best_model_at_end=True needs save_steps to be a multiple of eval_steps, so that each checkpoint was evaluated; "
+            "load_best_model_at_end=True needs save_steps to be a multiple of eval_steps, so that each checkpoint is evaluated; "
             f"save_steps={args.save_steps} and eval_steps={args.eval_steps} are not."
         )
     return None
@@ -136,7 +137,16 @@ def _target_modules(args: ConflictArguments) -> str | None:
     return None
 
 
-_CONFLICTS = (_precisions, _zero_intervals, _missing_evaluations, _best_model_not_saved, _worker_settings, _sampling_strategies, _batch_size_search, _target_modules)
+_CONFLICTS = (
+    _precisions,
+    _zero_intervals,
+    _missing_evaluations,
+    _best_model_not_saved,
+    _worker_settings,
+    _sampling_strategies,
+    _batch_size_search,
+    _target_modules,
+)
 
 
 def sampling_strategy(args: ConflictArguments) -> str:

@@ -32,7 +32,7 @@ class DeepSpeedArguments(Protocol):
 
     @property
     def mixed_precision(self) -> str:
-        """ "no", "bf16" or "fp16"."""
+        """The precision: "no", "bf16" or "fp16"."""
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Over how many of so many updates the learning rate rises."""
@@ -52,7 +52,13 @@ FROM_ARGUMENTS: dict[str, tuple[str, Callable[[DeepSpeedArguments], Any]]] = {
 }
 """Key of the configuration -> the argument with the same meaning, and its value."""
 
-FILLED_WHEN_ABSENT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16.enabled", "bf16.enabled")
+FILLED_WHEN_ABSENT = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16.enabled",
+    "bf16.enabled",
+)
 """Keys that are filled in from the arguments also where the configuration lacks them."""
 
 BATCH_SIZE_KEYS = ("train_micro_batch_size_per_gpu", "train_batch_size")
@@ -72,7 +78,8 @@ def load_deepspeed_config(deepspeed: Any, environ: Mapping[str, str]) -> dict[st
     Raises:
         ArgumentError: it cannot be read.
 
-    >>> load_deepspeed_config(None, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})["zero_optimization"]
+    >>> environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    >>> load_deepspeed_config(None, environ)["zero_optimization"]
     {'stage': 3}
     """
     if deepspeed:
@@ -132,7 +139,9 @@ def fill_deepspeed_config(
     return found
 
 
-def finalize_deepspeed_config(config: Mapping[str, Any], args: DeepSpeedArguments, *, total_steps: int, hidden_size: int | None) -> dict[str, Any]:
+def finalize_deepspeed_config(
+    config: Mapping[str, Any], args: DeepSpeedArguments, *, total_steps: int, hidden_size: int | None
+) -> dict[str, Any]:
     """Fill in what depends on the length of the run and on the model; nothing stays "auto".
 
     Args:
@@ -185,8 +194,8 @@ def _fill_auto(config: dict[str, Any], values: Mapping[str, tuple[str, Any]], re
             conflicts.append(f"{key}={given!r}, but {name}={value!r}")
     if conflicts:
         raise ArgumentError(
-            f"DeepSpeed's configuration contradicts the arguments: {'; '.join(conflicts)}. Make them equal, or write 'auto' in the "
-            "configuration."
+            f"DeepSpeed's configuration contradicts the arguments: {'; '.join(conflicts)}. Make them equal, or write "
+            "'auto' in the configuration."
         )
 
 

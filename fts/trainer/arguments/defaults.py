@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.enums import (IntervalStrategy, SchedulerType)
+from fts.trainer.arguments.enums import IntervalStrategy, SchedulerType
 
 
 class DefaultArguments(Protocol):
@@ -29,7 +29,6 @@ class DefaultArguments(Protocol):
     torch_compile_mode: str | None
     use_cpu: bool
     dataloader_num_workers: int
-
 
 
 @attrs.frozen

@@ -1,4 +1,4 @@
-"""The named choices among the arguments: string enums with Hugging Face's names and values."""
+"""Enums of the arguments' choices, with Hugging Face's names and values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fts.errors import ArgumentError
 
 
 class ExplicitEnum(str, Enum):  # noqa: UP042 - a StrEnum would not be what Hugging Face's are
-    """A string enum whose members equal, and print as, their values; it also takes members of an enum of the same values.
+    """A string enum whose members equal, and print as, their values; it also takes members of another enum with the same values.
 
     >>> IntervalStrategy("weekly")
     Traceback (most recent call last):

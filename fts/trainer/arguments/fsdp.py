@@ -1,4 +1,4 @@
-"""`fsdp`, `fsdp_config` and what `accelerate launch` says of FSDP, as one `FSDP`: both versions' names, FSDP2's meaning."""
+"""From `fsdp`, `fsdp_config` and the launcher's environment to an `FSDP`: names of both versions, behaviour of FSDP2."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from fts.distributed.strategies import FSDP
 from fts.errors import ArgumentError
-from fts.trainer.arguments.checks import (check_enum, check_known_names)
+from fts.trainer.arguments.checks import check_enum, check_known_names
 from fts.trainer.arguments.enums import FSDPOption
-from fts.trainer.arguments.fsdp_config import (DTYPES, SETTINGS, parse_scalar)
+from fts.trainer.arguments.fsdp_config import DTYPES, SETTINGS, parse_scalar
 from fts.trainer.arguments.parsing import TRUE_VALUES
 
 FALSE_VALUES = ("0", "false", "no", "off", "n", "f")
@@ -23,32 +23,32 @@ SHARDING_STRATEGIES = {
     FSDPOption.HYBRID_SHARD_ZERO2: (False, True),
     FSDPOption.NO_SHARD: (False, False),
 }
-"""What is sharded: whether parameters are freed after the forward pass, and whether each machine has a replica."""
+"""Strategy -> whether parameters are freed after the forward pass, and whether each machine has a replica."""
 
 
 @attrs.frozen
 class FSDPRequest:
-    """What was asked for, after names and spellings are settled; None where nothing was said.
+    """What the arguments ask for, under normalized names; None where nothing was given.
 
     Attributes:
-        kind: which of `SHARDING_STRATEGIES`.
-        reshard: whether parameters are freed after the forward pass.
-        wrap: which of `AUTO_WRAP_POLICIES`.
-        classes: names of the classes of units.
-        least: parameters of a unit.
-        more: attributes of `FSDP` as they are.
+        sharding: one of `SHARDING_STRATEGIES`.
+        reshard_after_forward: whether parameters are freed after the forward pass.
+        auto_wrap_policy: one of `AUTO_WRAP_POLICIES`.
+        layer_classes: names of the classes of units.
+        min_num_params: parameters of a unit.
+        options: attributes of `FSDP`, passed on unchanged.
     """
 
-    kind: FSDPOption | None = None
-    reshard: bool | None = None
-    wrap: str | None = None
-    classes: tuple[str, ...] | None = None
-    least: int | None = None
-    more: Mapping[str, Any] = attrs.field(factory=dict)
+    sharding: FSDPOption | None = None
+    reshard_after_forward: bool | None = None
+    auto_wrap_policy: str | None = None
+    layer_classes: tuple[str, ...] | None = None
+    min_num_params: int | None = None
+    options: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 def parse_fsdp(name: str, value: Any) -> Any:
-    """The value of `fsdp` as it is kept: None, True, or a list of options.
+    """The value of `fsdp` to store: None, True, or a list of options.
 
     >>> parse_fsdp("fsdp", "full_shard auto_wrap")
     [<FSDPOption.FULL_SHARD: 'full_shard'>, <FSDPOption.AUTO_WRAP: 'auto_wrap'>]
@@ -64,26 +64,26 @@ def parse_fsdp(name: str, value: Any) -> Any:
         items = [items]
     if not isinstance(items, (list, tuple)):
         raise ArgumentError(
-            f"{name}={value!r} must be True, a text of options such as 'full_shard auto_wrap', or a list of them."
+            f"{name}={value!r} must be True, a string of options such as 'full_shard auto_wrap', or a list of them."
         )
     return [check_enum(name, item, FSDPOption) for item in items] or None
 
 
-def make_fsdp(options: Any, settings: Mapping[str, Any] | None, *, precision: str = "no", machines: int = 1) -> FSDP | None:
+def make_fsdp(options: Any, settings: Mapping[str, Any] | None, *, precision: str = "no", num_nodes: int = 1) -> FSDP | None:
     """The strategy that `fsdp` and `fsdp_config` ask for.
 
     Args:
-        options: a kept value of `fsdp` that turns it on.
-        settings: a kept value of `fsdp_config`.
-        precision: of the computation, "no", "bf16" or "fp16". Parameters are gathered in it, and gradients summed in float32,
-            unless the settings say otherwise.
-        machines: how many there are, for hybrid sharding: a replica on each.
+        options: a stored value of `fsdp` that turns it on.
+        settings: a stored value of `fsdp_config`.
+        precision: of the computation, "no", "bf16" or "fp16". Parameters are all-gathered in it, and gradients reduced in
+            float32, unless the settings have other dtypes.
+        num_nodes: how many machines there are, for hybrid sharding: a replica on each.
 
     Returns:
         The strategy; None for "no_shard", which is DDP.
 
     Raises:
-        ArgumentError: what is asked for contradicts itself, or FSDP2 does not have it.
+        ArgumentError: settings contradict each other, or FSDP2 does not have one.
 
     >>> make_fsdp(True, {"transformer_layer_cls_to_wrap": "BertLayer", "state_dict_type": "SHARDED_STATE_DICT"})
     FSDP(units=('BertLayer',), reshard_after_forward=True, ..., state_dict_type='sharded', ...)
@@ -92,36 +92,37 @@ def make_fsdp(options: Any, settings: Mapping[str, Any] | None, *, precision: st
         ...
     fts.errors.ArgumentError: fsdp: 'full_shard' frees parameters after the forward pass, but reshard_after_forward=False. ...
     """
-    asked = _parse_request(options, settings or {})
-    kind = asked.kind or FSDPOption.FULL_SHARD
-    frees, hybrid = SHARDING_STRATEGIES[kind]
-    if asked.kind is not None and asked.reshard not in (None, frees) and kind is not FSDPOption.NO_SHARD:
-        what = "frees" if frees else "keeps"
+    request = _parse_request(options, settings or {})
+    sharding = request.sharding or FSDPOption.FULL_SHARD
+    reshard, hybrid = SHARDING_STRATEGIES[sharding]
+    given = request.reshard_after_forward
+    if request.sharding is not None and given not in (None, reshard) and sharding is not FSDPOption.NO_SHARD:
+        verb = "frees" if reshard else "keeps"
         raise ArgumentError(
-            f"fsdp: {kind.value!r} {what} parameters after the forward pass, but reshard_after_forward={asked.reshard}. "
+            f"fsdp: {sharding.value!r} {verb} parameters after the forward pass, but reshard_after_forward={given}. "
             "Leave one of them out."
         )
-    if kind is FSDPOption.NO_SHARD:
-        if asked.more.get("cpu_offload") or asked.more.get("activation_checkpointing"):
+    if sharding is FSDPOption.NO_SHARD:
+        if request.options.get("cpu_offload") or request.options.get("activation_checkpointing"):
             raise ArgumentError(
-                "fsdp: 'no_shard' keeps parameters whole, as DDP, so nothing is offloaded or wrapped. Use 'full_shard'."
+                "fsdp: 'no_shard' does not shard parameters, as DDP, so nothing is offloaded or wrapped. Use 'full_shard'."
             )
         return None
-    of_precision: dict[str, Any] = {}
-    if precision in ("bf16", "fp16"):  # beside autocast, which casts inputs where it should
-        of_precision = {"param_dtype": DTYPES[precision], "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    mixed_precision: dict[str, Any] = {}
+    if precision in ("bf16", "fp16"):  # autocast casts the inputs where needed
+        mixed_precision = {"param_dtype": DTYPES[precision], "reduce_dtype": torch.float32, "cast_forward_inputs": False}
     return FSDP(
-        units=_units(asked),
-        reshard_after_forward=frees if asked.reshard is None else asked.reshard,
-        replicate=machines if hybrid else 1,
-        **(of_precision | dict(asked.more)),
+        units=_units(request),
+        reshard_after_forward=reshard if given is None else given,
+        replicate=num_nodes if hybrid else 1,
+        **(mixed_precision | dict(request.options)),
     )
 
 
 def fsdp_config_from_environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `accelerate launch --use_fsdp` says by the environment, in the names of `fsdp_config`; None if it says nothing.
+    """The settings of `accelerate launch --use_fsdp` in the environment, in the names of `fsdp_config`; None without it.
 
-    The launcher also gives the defaults of what nobody asked for; those of the other version are left out.
+    The launcher also sets defaults for options that were not given; those of the other FSDP version are left out.
 
     >>> fsdp_config_from_environment({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"})
     {'cpu_offload': True}
@@ -132,9 +133,11 @@ def fsdp_config_from_environment(environ: Mapping[str, str]) -> dict[str, Any] |
     names = {**ENVIRONMENT_KEYS, **({"FSDP_RESHARD_AFTER_FORWARD": "reshard_after_forward"} if version == "2" else {})}
     if version != "2":
         names["FSDP_SHARDING_STRATEGY"] = "sharding_strategy"
-    settings = {key: parse_scalar(environ[variable]) for variable, key in names.items() if environ.get(variable, "") not in ("", "None")}
+    settings = {
+        key: parse_scalar(environ[variable]) for variable, key in names.items() if environ.get(variable, "") not in ("", "None")
+    }
     if settings.get("auto_wrap_policy", "").upper() != "SIZE_BASED_WRAP":
-        settings.pop("min_num_params", None)  # the launcher always says 100 million
+        settings.pop("min_num_params", None)  # the launcher always sets 100 million
     check_known_names("accelerate launch", settings, SETTINGS)
     for key, item in settings.items():
         SETTINGS[key](f"accelerate launch: fsdp_{key}", item)
@@ -152,21 +155,21 @@ ENVIRONMENT_KEYS = {
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "activation_checkpointing_offload",
     "FSDP_IGNORED_MODULES": "ignored_modules",
 }
-"""Variable of the environment -> name in `fsdp_config`."""
+"""Environment variable -> name in `fsdp_config`."""
 
 
-def merge_fsdp_config(of_launcher: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of a launcher and of the arguments, which win.
+def merge_fsdp_config(launcher_config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings of a launcher and of the arguments, which take precedence.
 
     >>> merge_fsdp_config({"min_num_params": 10, "cpu_offload": True}, {"transformer_layer_cls_to_wrap": ["A"]})
     {'cpu_offload': True, 'transformer_layer_cls_to_wrap': ['A']}
     """
     own = dict(settings or {})
-    kept = dict(of_launcher or {})
-    for family in SYNONYMS:  # what says the same thing in other words goes, too
-        if family & own.keys():
-            kept = {key: item for key, item in kept.items() if key not in family}
-    return kept | own
+    launched = dict(launcher_config or {})
+    for group in SYNONYMS:  # an argument replaces all names of the same setting
+        if group & own.keys():
+            launched = {key: item for key, item in launched.items() if key not in group}
+    return launched | own
 
 
 SYNONYMS = (
@@ -178,52 +181,52 @@ SYNONYMS = (
 
 
 def fsdp2_differences(settings: Mapping[str, Any]) -> list[str]:
-    """What settings of version 1 ask for that FSDP2 does otherwise, in words; for a warning.
+    """Texts of warnings: settings of FSDP1 that FSDP2 handles differently.
 
     >>> fsdp2_differences({"use_orig_params": False, "limit_all_gathers": True})
     ['use_orig_params=False: FSDP2 always keeps the original parameters, so that trained and frozen ones may be mixed.']
     """
     found = []
-    for key, (as_asked, text) in FSDP2_DIFFERENCES.items():
-        if key in settings and parse_scalar(settings[key]) not in as_asked:
+    for key, (equivalent, text) in FSDP2_DIFFERENCES.items():
+        if key in settings and parse_scalar(settings[key]) not in equivalent:
             found.append(f"{key}={settings[key]!r}: FSDP2 {text}.")
     return found
 
 
 FSDP2_DIFFERENCES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "version": ((2, None), "takes the place of version 1: it computes the same, and the names of version 1 are understood"),
+    "version": ((2, None), "replaces version 1: it computes the same, and the names of version 1 are accepted"),
     "use_orig_params": ((True, None), "always keeps the original parameters, so that trained and frozen ones may be mixed"),
-    "forward_prefetch": ((False, None), "always asks for the next unit's parameters while one computes"),
+    "forward_prefetch": ((False, None), "always prefetches the next unit's parameters while one computes"),
     "backward_prefetch": (
         ("backward_pre", "BACKWARD_PRE", None),
-        "always fetches the next unit's parameters before the gradients of one are computed, which is 'backward_pre'",
+        "always prefetches the next unit's parameters before the gradients of one are computed, which is 'backward_pre'",
     ),
-    "limit_all_gathers": ((True, None), "always limits how much is gathered at a time"),
-    "sync_module_states": ((True, None), "always begins with the weights of the first process"),
+    "limit_all_gathers": ((True, None), "always limits how much is all-gathered at a time"),
+    "sync_module_states": ((True, None), "always starts with the weights of rank 0"),
     "cpu_ram_efficient_loading": (
         (False, None),
-        "always shares out the weights of the first process, tensor by tensor; so that it alone loads them, build the model of "
-        "the others within torch.device('meta'), or use accelerate launch, which tells from_pretrained",
+        "always broadcasts the weights of rank 0, tensor by tensor; so that it alone loads them, build the model of the other "
+        "ranks within torch.device('meta'), or use accelerate launch, which configures from_pretrained",
     ),
 }
-"""Setting -> the values that ask for what FSDP2 does, and what that is."""
+"""Setting -> the values with FSDP2's behaviour, and a description of it."""
 
 
 def _parse_request(options: Any, settings: Mapping[str, Any]) -> FSDPRequest:
     given = {key: SETTINGS[key](f"fsdp_config: {key}", item) for key, item in settings.items()}
-    chosen = [] if options is True else list(options)
+    flags = [] if options is True else list(options)
     reshard = _single_value("reshard_after_forward", [given.get("reshard_after_forward")])
-    kinds = [option for option in chosen if option in SHARDING_STRATEGIES] + [given.get("sharding_strategy")]
+    strategies = [option for option in flags if option in SHARDING_STRATEGIES] + [given.get("sharding_strategy")]
     if isinstance(reshard, FSDPOption):
-        kinds.append(reshard)
+        strategies.append(reshard)
         reshard = None
     if given.get("cpu_ram_efficient_loading") and given.get("sync_module_states") is False:
         raise ArgumentError(
-            "fsdp_config: cpu_ram_efficient_loading=True with sync_module_states=False would leave all processes but the first "
-            "without weights. Leave sync_module_states out."
+            "fsdp_config: cpu_ram_efficient_loading=True with sync_module_states=False would leave all ranks but 0 without "
+            "weights. Leave sync_module_states out."
         )
-    offload = [True if FSDPOption.OFFLOAD in chosen else None, given.get("cpu_offload"), given.get("offload_params")]
-    more = {
+    offload = [True if FSDPOption.OFFLOAD in flags else None, given.get("cpu_offload"), given.get("offload_params")]
+    fsdp_options = {
         "cpu_offload": _single_value("cpu_offload", offload),
         "activation_checkpointing": given.get("activation_checkpointing"),
         "activation_checkpointing_offload": given.get("activation_checkpointing_offload"),
@@ -233,37 +236,36 @@ def _parse_request(options: Any, settings: Mapping[str, Any]) -> FSDPRequest:
     }
     classes = [given.get("transformer_layer_cls_to_wrap"), given.get("transformer_cls_names_to_wrap")]
     return FSDPRequest(
-        kind=_single_value("fsdp", kinds),
-        reshard=reshard,
-        wrap=given.get("auto_wrap_policy"),
-        classes=_single_value("transformer_layer_cls_to_wrap", classes),
-        least=given.get("min_num_params"),
-        more={key: item for key, item in more.items() if item is not None},
+        sharding=_single_value("fsdp", strategies),
+        reshard_after_forward=reshard,
+        auto_wrap_policy=given.get("auto_wrap_policy"),
+        layer_classes=_single_value("transformer_layer_cls_to_wrap", classes),
+        min_num_params=given.get("min_num_params"),
+        options={key: item for key, item in fsdp_options.items() if item is not None},
     )
 
 
-def _units(asked: FSDPRequest) -> tuple[str, ...] | int | Literal["auto"] | None:
-    if asked.classes and asked.least:
+def _units(request: FSDPRequest) -> tuple[str, ...] | int | Literal["auto"] | None:
+    policy, classes, size = request.auto_wrap_policy, request.layer_classes, request.min_num_params
+    if classes and size:
         raise ArgumentError(
-            f"fsdp_config: transformer_layer_cls_to_wrap={list(asked.classes)} and min_num_params={asked.least} both say what is "
-            "gathered as one. Leave one of them out."
+            f"fsdp_config: transformer_layer_cls_to_wrap={list(classes)} and min_num_params={size} both define the units. Leave "
+            "one of them out."
         )
-    if asked.wrap == "SIZE_BASED_WRAP" and not asked.least:
+    if policy == "SIZE_BASED_WRAP" and not size:
         raise ArgumentError("fsdp_config: auto_wrap_policy='SIZE_BASED_WRAP' needs min_num_params, the parameters of a unit.")
-    other = {"NO_WRAP": asked.classes or asked.least, "SIZE_BASED_WRAP": asked.classes, "TRANSFORMER_BASED_WRAP": asked.least}
-    if asked.wrap is not None and other[asked.wrap]:
+    unused = {"NO_WRAP": classes or size, "SIZE_BASED_WRAP": classes, "TRANSFORMER_BASED_WRAP": size}
+    if policy is not None and unused[policy]:
         raise ArgumentError(
-            f"fsdp_config: auto_wrap_policy={asked.wrap!r} does not go with {other[asked.wrap]!r} for the units. Leave one out."
+            f"fsdp_config: auto_wrap_policy={policy!r} does not go with {unused[policy]!r} for the units. Leave one out."
         )
-    if asked.wrap == "NO_WRAP":
-        return None
-    return asked.classes or asked.least or "auto"
+    return None if policy == "NO_WRAP" else classes or size or "auto"
 
 
 def _single_value(name: str, values: list[Any]) -> Any:
-    """The value that was said, maybe more than once; None if none was."""
-    said = list({str(value): value for value in values if value is not None}.values())
-    if len(said) > 1:
-        shown = " and ".join(repr(getattr(value, "value", value)) for value in said)
+    """The one value that was given, maybe repeatedly; None if none was."""
+    distinct = list({str(value): value for value in values if value is not None}.values())
+    if len(distinct) > 1:
+        shown = " and ".join(repr(getattr(value, "value", value)) for value in distinct)
         raise ArgumentError(f"fsdp: {shown} for {name}. Give one of them.")
-    return said[0] if said else None
+    return distinct[0] if distinct else None

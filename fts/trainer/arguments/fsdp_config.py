@@ -1,4 +1,4 @@
-"""What `fsdp_config` may say: a table of names, each with what reads its value."""
+"""The settings in `fsdp_config`: a table of names, each with the parser of its value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.checks import (check_known_names, check_one_of, check_str, check_int)
+from fts.trainer.arguments.checks import check_int, check_known_names, check_one_of, check_str
 from fts.trainer.arguments.enums import FSDPOption
 from fts.trainer.arguments.parsing import parse_json_dict
 
 AUTO_WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 STATE_DICT_TYPES = {"FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded"}
 SHARDING_STRATEGY_NAMES = ("full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2")
-"""What is sharded, in the order of torch's numbers, from 1."""
+"""The sharding strategies in the order of torch's numbers, from 1."""
 
 DTYPES = {
     "fp32": torch.float32,
@@ -30,7 +30,7 @@ DTYPES = {
 
 
 def parse_fsdp_config(name: str, value: Any) -> dict[str, Any] | None:
-    """The value of `fsdp_config` as it is kept: a dictionary whose names are without `fsdp_`, also from JSON text or a JSON file.
+    """The value of `fsdp_config` to store: a dictionary of names without `fsdp_`, also from JSON or a JSON file.
 
     >>> parse_fsdp_config("fsdp_config", '{"fsdp_min_num_params": 2000, "xla": false}')
     {'min_num_params': 2000, 'xla': False}
@@ -40,7 +40,7 @@ def parse_fsdp_config(name: str, value: Any) -> dict[str, Any] | None:
     if isinstance(value, (str, Path)):
         value = parse_json_dict(name, str(value)) if str(value).lstrip().startswith("{") else _read(name, value)
     if not isinstance(value, dict):
-        raise ArgumentError(f"{name}={value!r} must be a dict, JSON text, or the path of a JSON file.")
+        raise ArgumentError(f"{name}={value!r} must be a dict, JSON, or the path of a JSON file.")
     settings = {key.removeprefix("fsdp_"): item for key, item in value.items()}
     check_known_names(name, settings, SETTINGS)
     for key, item in settings.items():
@@ -49,7 +49,7 @@ def parse_fsdp_config(name: str, value: Any) -> dict[str, Any] | None:
 
 
 def parse_scalar(value: Any) -> Any:
-    """A boolean or a whole number that was written as a text."""
+    """The boolean or integer that a string spells; other values as they are."""
     if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):
@@ -96,7 +96,7 @@ def _class_names(name: str, value: Any) -> tuple[str, ...] | None:
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
-    return (value,) if isinstance(value, str) else _class_names(name, value)  # a regular expression may hold a comma
+    return (value,) if isinstance(value, str) else _class_names(name, value)  # a regular expression may contain a comma
 
 
 def _auto_wrap_policy(name: str, value: Any) -> str | None:
@@ -115,7 +115,7 @@ def _dtype(name: str, value: Any) -> torch.dtype | None:
 
 
 def _mixed_precision(name: str, value: Any) -> dict[str, Any] | None:
-    """Of a word for all, a dictionary, or an object of torch's or accelerate's."""
+    """From one dtype for all, a dictionary, or a policy object of torch or accelerate."""
     if value is None:
         return None
     if isinstance(value, (str, torch.dtype)):
@@ -174,7 +174,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "xla_fsdp_grad_ckpt": _TPU_ONLY,
     "xla_fsdp_settings": _TPU_ONLY,
 }
-"""Name in `fsdp_config` -> what reads its value."""
+"""Name in `fsdp_config` -> the parser of its value."""
 
 
 def _read(name: str, path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`parallelism_config` and what `accelerate launch` says of it."""
+"""`parallelism_config`, and its environment variables from `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MESH_DIMENSIONS = {
     "sp_size": "sequence",
     "tp_size": "tensor",
 }
-"""Attribute of accelerate's ParallelismConfig -> direction of the mesh."""
+"""Attribute of accelerate's ParallelismConfig -> dimension of the mesh."""
 
 
 def parse_parallelism_config(name: str, value: Any) -> Any:
-    """The value of `parallelism_config` as it is kept: accelerate's ParallelismConfig, also from a dictionary; None for nothing.
+    """The value of `parallelism_config` to store: accelerate's ParallelismConfig, also from a dictionary; None stays.
 
     >>> parse_parallelism_config("parallelism_config", {"tp_size": 2}).tp_size
     2
@@ -42,13 +42,13 @@ def parse_parallelism_config(name: str, value: Any) -> Any:
 
 
 def mesh_sizes(config: Any, environ: Mapping[str, str]) -> dict[str, int]:
-    """The sizes that a ParallelismConfig says, or else the environment of `accelerate launch`; 1 where neither does.
+    """The mesh sizes of a ParallelismConfig, or else of the environment of `accelerate launch`; 1 without either.
 
     >>> mesh_sizes(None, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"})["tensor"]
     2
     """
     if config is not None:
-        return {direction: int(getattr(config, name)) for name, direction in MESH_DIMENSIONS.items()}
+        return {dimension: int(getattr(config, name)) for name, dimension in MESH_DIMENSIONS.items()}
     if environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in TRUE_VALUES:
         return dict.fromkeys(MESH_DIMENSIONS.values(), 1)
-    return {direction: int(environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name, direction in MESH_DIMENSIONS.items()}
+    return {dimension: int(environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name, dimension in MESH_DIMENSIONS.items()}

@@ -1,4 +1,4 @@
-"""Dictionaries given as text on a command line."""
+"""Dictionaries given as strings on a command line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from fts.errors import ArgumentError
 
 TRUE_VALUES = ("1", "true", "yes", "on", "y", "t")
-"""What switches something on in a variable of the environment, in lower case."""
+"""Values of an environment variable that mean true, in lower case."""
 
 
 def parse_json_dict(name: str, text: str) -> dict[str, Any]:
-    """The dictionary that a JSON text holds; numbers and booleans in quotes become what they look like.
+    """The dictionary in a JSON string; numbers and booleans in quotes are converted.
 
     >>> parse_json_dict("lr_scheduler_kwargs", '{"num_cycles": "2", "nested": {"on": "true"}}')
     {'num_cycles': 2, 'nested': {'on': True}}
@@ -25,19 +25,19 @@ def parse_json_dict(name: str, text: str) -> dict[str, Any]:
 
 
 def format_key_values(name: str, values: dict[str, Any]) -> str:
-    """A dictionary as a text like "a=1,b=2".
+    """A dictionary as a string like "a=1,b=2".
 
     >>> format_key_values("optim_args", {"rank": 64, "scale": 0.1})
     'rank=64,scale=0.1'
     """
     pairs = [f"{key}={value}" for key, value in values.items()]
     if any("," in pair or isinstance(value, (dict, list)) for pair, value in zip(pairs, values.values(), strict=True)):
-        raise ArgumentError(f"{name}={values!r} must hold numbers, booleans and words, such as {{'rank': 64}}.")
+        raise ArgumentError(f"{name}={values!r} must contain only numbers, booleans and words, such as {{'rank': 64}}.")
     return ",".join(pairs)
 
 
 def parse_key_values(name: str, text: str) -> dict[str, str]:
-    """The pairs of a text like "a=1, b=2".
+    """The pairs of a string like "a=1, b=2".
 
     >>> parse_key_values("optim_args", "rank=64, scale=0.1")
     {'rank': '64', 'scale': '0.1'}

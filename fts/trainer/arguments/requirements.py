@@ -12,7 +12,7 @@ import torch
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.messages import install_hint
 from fts.trainer.arguments.tf32 import has_tf32
-from fts.trainer.arguments.tracker_packages import (KUBEFLOW_VARIABLE, PACKAGES, in_kubeflow)
+from fts.trainer.arguments.tracker_packages import KUBEFLOW_VARIABLE, PACKAGES, in_kubeflow
 
 
 class RequirementArguments(Protocol):
@@ -21,7 +21,6 @@ class RequirementArguments(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-
 
 
 @attrs.frozen
@@ -125,7 +124,9 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         ),
     ),
     "ddp_backend": (
-        Requirement("a torch that was built with it", _ddp_backend, "Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, or leave it out."),
+        Requirement(
+            "a torch that was built with it", _ddp_backend, "Use 'gloo' on CPUs and 'nccl' on NVIDIA GPUs, or leave it out."
+        ),
     ),
     "report_to": (*map(_tracker, PACKAGES), _KUBEFLOW),
     "debug": (

@@ -16,7 +16,7 @@ DETERMINISTIC = {
     "HCCL_DETERMINISTIC": "1",
     "FLASH_ATTENTION_DETERMINISTIC": "1",
 }
-"""Environment variables by which libraries choose deterministic kernels; they read them when they start to use the device."""
+"""Environment variables that select deterministic kernels; libraries read them when they first use the device."""
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
@@ -43,7 +43,7 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 def enable_full_determinism(seed: int, warn_only: bool = False) -> None:
     """Seed everything, and make torch, cuDNN, cuBLAS and attention kernels deterministic, for debugging: it is slow.
 
-    Call it before the accelerator is first used, because the libraries read their settings then.
+    Call it before the accelerator is first used, because libraries read their settings then.
 
     Args:
         seed: a non-negative integer.

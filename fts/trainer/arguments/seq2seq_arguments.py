@@ -22,6 +22,6 @@ class Seq2SeqTrainingArguments(TrainingArguments):
 
     sortish_sampler: bool = arg(False, "Gone; use group_by_length.")
     predict_with_generate: bool = arg(False, "Evaluate and predict what the model generates, not its logits.")
-    generation_max_length: int | None = arg(None, "The most tokens to generate; the model's own limit if not given.")
+    generation_max_length: int | None = arg(None, "The maximum number of tokens to generate; the model's own limit if not given.")
     generation_num_beams: int | None = arg(None, "How many beams to search; the model's own number if not given.")
     generation_config: str | Path | Any | None = arg(None, "A GenerationConfig, or where to load one from.")

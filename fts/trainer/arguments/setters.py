@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.enums import (HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType)
+from fts.trainer.arguments.enums import HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 
 Self = TypeVar("Self")
 

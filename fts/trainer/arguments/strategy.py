@@ -41,7 +41,11 @@ class StrategyArguments(DeepSpeedArguments, Protocol):
 
 
 def resolve_strategy(
-    args: StrategyArguments, environ: Mapping[str, str] | None = None, *, world_size: int | None = None, tp_size: int | None = None
+    args: StrategyArguments,
+    environ: Mapping[str, str] | None = None,
+    *,
+    world_size: int | None = None,
+    tp_size: int | None = None,
 ) -> Strategy:
     """The strategy that the arguments, or else the environment of `accelerate launch`, ask for.
 
@@ -108,7 +112,11 @@ def requested_fsdp(args: StrategyArguments, environ: Mapping[str, str]) -> FSDP 
 
 
 def resolve_mesh(
-    args: StrategyArguments, environ: Mapping[str, str] | None = None, *, world_size: int | None = None, tp_size: int | None = None
+    args: StrategyArguments,
+    environ: Mapping[str, str] | None = None,
+    *,
+    world_size: int | None = None,
+    tp_size: int | None = None,
 ) -> Mesh:
     """The device mesh: sizes from the arguments or the launcher, and data parallelism over the rest.
 
@@ -140,7 +148,7 @@ def resolve_mesh(
     if world_size % group_size:
         raise ArgumentError(
             f"{world_size} processes cannot be divided into groups of {group_size} (tp_size={given.tensor}, "
-            f"cp_size={given.context}, sp_size={given.sequence}) that work on the same examples. Start a multiple of {group_size}."
+            f"cp_size={given.context}, sp_size={given.sequence}) with the same examples. Start a multiple of {group_size}."
         )
     mesh = attrs.evolve(given, **_data_parallel_sizes(given, world_size // group_size, fsdp))
     if mesh.size != world_size:
@@ -216,7 +224,9 @@ def _data_parallel_sizes(given: Mesh, size: int, fsdp: FSDP | None) -> dict[str,
     """How many replicas and shards there are: those given, and the rest of the data-parallel size."""
     if fsdp is None:
         if given.shard > 1:
-            raise ArgumentError(f"The parallelism config says dp_shard_size={given.shard}, but nothing is sharded. Add fsdp=True.")
+            raise ArgumentError(
+                f"The parallelism config says dp_shard_size={given.shard}, but nothing is sharded. Add fsdp=True."
+            )
         return {"replicate": size if given.replicate == 1 else given.replicate}
     replicate = fsdp.replicate if given.replicate == 1 else given.replicate
     if fsdp.replicate not in (1, replicate):

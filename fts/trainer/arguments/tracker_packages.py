@@ -1,4 +1,4 @@
-"""The trackers that `report_to` knows, and the package that each needs."""
+"""The trackers that `report_to` may name, and the package that each needs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class TrackerPackage:
     """A package that a tracker needs.
 
     Attributes:
-        modules: any one of them will do.
-        install: what pip installs.
+        modules: any one of them suffices.
+        install: its name for pip.
     """
 
     modules: tuple[str, ...]
     install: str
 
-    def is_there(self) -> bool:
+    def is_installed(self) -> bool:
         """Whether it is installed; it is not imported.
 
-        >>> TrackerPackage(("math",), "python").is_there(), TrackerPackage(("no_such.part",), "none").is_there()
+        >>> TrackerPackage(("math",), "python").is_installed(), TrackerPackage(("no_such.part",), "none").is_installed()
         (True, False)
         """
         return any(_is_found(module) for module in self.modules)
@@ -49,17 +49,17 @@ PACKAGES: dict[str, TrackerPackage] = {
 """Tracker -> its package."""
 
 KUBEFLOW_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
-"""The variable of the environment by which a TrainJob of Kubeflow tells where it is; `kubeflow` needs it, and no package."""
+"""The variable of the environment that a TrainJob of Kubeflow sets; `kubeflow` needs it, and no package."""
 
 TRACKERS = ("all", *sorted((*PACKAGES, "kubeflow")))
-"""What `report_to` may name, beside "none"."""
+"""The names that `report_to` takes, besides "none"."""
 
 
 def resolve_report_to(report_to: Iterable[str]) -> list[str]:
-    """The trackers that `report_to` means: "all" stands for those that are installed.
+    """The trackers that `report_to` selects: "all" stands for those that are installed.
 
     Args:
-        report_to: names.
+        report_to: names of trackers.
 
     >>> resolve_report_to(["wandb", "tensorboard", "wandb"])
     ['wandb', 'tensorboard']
@@ -73,8 +73,8 @@ def resolve_report_to(report_to: Iterable[str]) -> list[str]:
 
 
 def available_trackers() -> list[str]:
-    """The trackers that can be used here."""
-    return [*(name for name, package in PACKAGES.items() if package.is_there()), *(["kubeflow"] if in_kubeflow() else [])]
+    """The trackers that can be used on this machine."""
+    return [*(name for name, package in PACKAGES.items() if package.is_installed()), *(["kubeflow"] if in_kubeflow() else [])]
 
 
 def in_kubeflow() -> bool:
@@ -85,5 +85,5 @@ def in_kubeflow() -> bool:
 def _is_found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False

@@ -1,4 +1,4 @@
-"""TrainingArguments: what a run is asked to be."""
+"""TrainingArguments: the settings of a run."""
 
 # ruff: noqa: RUF009, RUF036 - arg() makes a dataclass field; HfArgumentParser wants None in front of a list
 
@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from fts.trainer.arguments import (argument_names, processes, serialization, setters, validation)
-from fts.trainer.arguments.enums import (DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, ParallelMode, SaveStrategy, SchedulerType)
-from fts.trainer.arguments.fields import (FLAG, arg)
+from fts.trainer.arguments import argument_names, processes, serialization, setters, validation
+from fts.trainer.arguments.enums import (
+    DebugOption,
+    HubStrategy,
+    IntervalStrategy,
+    OptimizerNames,
+    ParallelMode,
+    SaveStrategy,
+    SchedulerType,
+)
+from fts.trainer.arguments.fields import FLAG, arg
+from fts.trainer.arguments.log_level import process_log_level
 from fts.trainer.arguments.validators import DICT_ARGUMENTS
 
 
@@ -23,13 +32,13 @@ from fts.trainer.arguments.validators import DICT_ARGUMENTS
 class TrainingArguments:
     """The settings of a training run, with Hugging Face's names and defaults.
 
-    Every argument is explained by the `help` of its field. A value is checked when the arguments are made and whenever it is
-    assigned later; contradictions between arguments when they are made and when a run begins. A name that does not exist gets
-    the nearest one that does. What is not given follows from what is (`eval_steps` from `logging_steps` …).
+    The `help` of each field describes it. A value is checked at construction and whenever it is assigned later; conflicts between
+    arguments at construction and when a run begins. The error for an unknown name suggests the nearest known one. Some defaults
+    depend on other arguments (`eval_steps` on `logging_steps` …).
 
     Raises:
-        ArgumentError: an argument is unknown, has a value that cannot work, contradicts another one, needs hardware that is not
-            there, or asks for what this version of fts does not have.
+        ArgumentError: an argument is unknown, has an invalid value, contradicts another one, needs hardware that is missing, or
+            asks for what this version of fts does not have.
         MissingDependencyError: an argument needs a package that is not installed.
 
     >>> args = TrainingArguments("runs/demo", learning_rate=1e-4, eval_strategy="epoch")
@@ -43,7 +52,7 @@ class TrainingArguments:
 
     # Where, and how long
     output_dir: str | None = arg(None, "Where checkpoints and the model are written; 'trainer_output' if not given.")
-    per_device_train_batch_size: int = arg(8, "Rows in a micro-batch on each device.")
+    per_device_train_batch_size: int = arg(8, "Examples in a micro-batch on each device.")
     num_train_epochs: float = arg(3.0, "How many passes over the data; a fraction ends within an epoch.")
     max_steps: int = arg(-1, "Stop after so many updates; if positive it replaces num_train_epochs.")
 
@@ -64,9 +73,9 @@ class TrainingArguments:
 
     # Gradients and loss
     gradient_accumulation_steps: int = arg(1, "How many micro-batches make one update.")
-    average_tokens_across_devices: bool = arg(True, "Weigh the loss by the tokens of all processes, not of each alone.")
+    average_tokens_across_devices: bool = arg(True, "Average the loss over the tokens of all processes, not of each alone.")
     max_grad_norm: float = arg(1.0, "Scale gradients down to this global norm; 0 does not clip.")
-    label_smoothing_factor: float = arg(0.0, "Share of the target that is spread over all classes.")
+    label_smoothing_factor: float = arg(0.0, "Share of the target that is distributed over all classes.")
 
     # Precision
     bf16: bool = arg(False, "Compute in bfloat16; parameters stay as they are.")
@@ -87,20 +96,20 @@ class TrainingArguments:
     liger_kernel_config: dict[str, bool] | None = arg(None, "Which of those kernels; all that fit the model if not given.")
     use_cache: bool = arg(False, "Let the model keep its keys and values while it trains.")
     neftune_noise_alpha: float | None = arg(None, "Add noise of this strength to embeddings in training (NEFTune).")
-    torch_empty_cache_steps: int | None = arg(None, "Updates between two times that the device's unused memory is freed.")
-    auto_find_batch_size: bool = arg(False, "If memory runs out, begin again with smaller micro-batches.")
+    torch_empty_cache_steps: int | None = arg(None, "Free the device's unused memory after so many updates.")
+    auto_find_batch_size: bool = arg(False, "If memory runs out, start again with smaller micro-batches.")
 
     # Logging
     logging_strategy: IntervalStrategy | str = arg("steps", "no, steps or epoch.")
     logging_steps: float = arg(500, "Updates between two logs; below 1: a share of all updates.")
     logging_first_step: bool = arg(False, "Log the first update, too.")
-    log_on_each_node: bool = arg(True, "Log once on each machine, not only on the first.")
+    log_on_each_node: bool = arg(True, "Log once on each machine, not only in the main process.")
     logging_nan_inf_filter: bool = arg(True, "Leave NaN and infinite losses out of the logged mean.")
     include_num_input_tokens_seen: Literal["all", "non_padding", "no", True, False] = arg(
         "no", "Count tokens: all, non_padding or no; True is all.", nargs="?", const="all"
     )
     log_level: str = arg("passive", "The level of fts' loggers: debug, info, warning, error, critical; passive changes nothing.")
-    log_level_replica: str = arg("warning", "That of processes that do not log.")
+    log_level_replica: str = arg("warning", "The level in processes that do not log.")
     disable_tqdm: bool | None = arg(None, "Print logs instead of showing a progress bar.")
     report_to: None | str | list[str] = arg("none", "Trackers: names, 'all' that are installed, or 'none'.")
     run_name: str | None = arg(None, "What trackers call the run.")
@@ -113,11 +122,11 @@ class TrainingArguments:
     eval_strategy: IntervalStrategy | str = arg("no", "no, steps or epoch.")
     eval_steps: float | None = arg(None, "Updates between two evaluations; logging_steps if not given.")
     eval_delay: float = arg(0, "Updates or epochs, as eval_strategy counts, before the first evaluation.")
-    per_device_eval_batch_size: int = arg(8, "Rows in a batch of evaluation on each device.")
+    per_device_eval_batch_size: int = arg(8, "Examples in a batch of evaluation on each device.")
     prediction_loss_only: bool = arg(False, "Evaluate the loss alone; keep no predictions.")
     eval_on_start: bool = arg(False, "Evaluate before the first update.")
-    eval_do_concat_batches: bool = arg(True, "Join the predictions of all batches; else they stay a list.")
-    eval_use_gather_object: bool = arg(False, "Collect predictions that are no tensors from all processes.")
+    eval_do_concat_batches: bool = arg(True, "Concatenate the predictions of all batches; else they stay a list.")
+    eval_use_gather_object: bool = arg(False, "All-gather predictions that are no tensors, as Python objects.")
     eval_accumulation_steps: int | None = arg(None, "Batches after which predictions leave the device; at the end if not given.")
     include_for_metrics: list[str] = arg([], "What else compute_metrics gets: inputs, loss.")
     batch_eval_metrics: bool = arg(False, "Call compute_metrics for each batch, so that no predictions are kept.")
@@ -126,9 +135,9 @@ class TrainingArguments:
     save_only_model: bool = arg(False, "Save the weights alone; such a checkpoint cannot be resumed.")
     save_strategy: SaveStrategy | str = arg("steps", "no, steps, epoch or best.")
     save_steps: float = arg(500, "Updates between two checkpoints; below 1: a share of all updates.")
-    save_on_each_node: bool = arg(False, "Save on each machine, not only on the first.")
-    save_total_limit: int | None = arg(None, "How many checkpoints to keep beside the best one; the newest always stays.")
-    enable_jit_checkpoint: bool = arg(False, "Save a checkpoint when the process is asked to end (SIGTERM); it always does.")
+    save_on_each_node: bool = arg(False, "Save on each machine, not only in the main process.")
+    save_total_limit: int | None = arg(None, "How many checkpoints to keep besides the best one; the newest always stays.")
+    enable_jit_checkpoint: bool = arg(False, "Save a checkpoint on SIGTERM; fts always does.")
 
     # Hub
     push_to_hub: bool = arg(False, "Upload the model whenever it is saved.")
@@ -145,81 +154,81 @@ class TrainingArguments:
     greater_is_better: bool | None = arg(None, "Whether a higher metric is better; default: if its name does not end in 'loss'.")
 
     # Resuming
-    ignore_data_skip: bool = arg(False, "A resumed run begins its epoch again instead of skipping what was seen.")
-    restore_callback_states_from_checkpoint: bool = arg(False, "A resumed run gives callbacks the state that they were saved in.")
+    ignore_data_skip: bool = arg(False, "A resumed run starts its epoch again instead of skipping what was seen.")
+    restore_callback_states_from_checkpoint: bool = arg(False, "Restore the constructor arguments of callbacks, too, on resume.")
 
     # Randomness
     full_determinism: bool = arg(False, "Use only deterministic kernels; slow.")
-    seed: int = arg(42, "Everything random in the run is a function of this; a resumed run keeps the seed that it began with.")
+    seed: int = arg(42, "The seed of everything random; a resumed run keeps the seed that it began with.")
     data_seed: int | None = arg(None, "The seed of the order of the data; `seed` if not given. A resumed run keeps it, too.")
 
     # Devices
     use_cpu: bool = arg(False, "Use the CPU even where there is an accelerator.")
-    accelerator_config: dict[str, Any] | str | None = arg(None, "How accelerate shares batches: a dict, JSON, or a JSON file.")
+    accelerator_config: dict[str, Any] | str | None = arg(None, "How batches are divided over processes: dict, JSON, or a file.")
     parallelism_config: Any = arg(None, "accelerate's ParallelismConfig.")
 
     # Data
-    dataloader_drop_last: bool = arg(False, "Leave out a last training batch that is not full; evaluation keeps every row.")
-    dataloader_num_workers: int = arg(0, "How many processes fetch data ahead; 0 fetches in this one.")
+    dataloader_drop_last: bool = arg(False, "Drop a last training batch that is not full; evaluation keeps every example.")
+    dataloader_num_workers: int = arg(0, "How many worker processes fetch data ahead; 0 fetches in this process.")
     dataloader_pin_memory: bool = arg(True, "Fetch into memory from which a GPU copies faster; off with use_cpu.")
-    dataloader_persistent_workers: bool = arg(False, "Keep those processes between epochs.")
-    dataloader_prefetch_factor: int | None = arg(None, "How many batches each of them fetches ahead.")
-    dataloader_multiprocessing_context: str | None = arg(None, "How they are started: fork, spawn or forkserver.")
-    dataloader_in_order: bool = arg(True, "Whether batches come in order, or as soon as a process has one.")
+    dataloader_persistent_workers: bool = arg(False, "Keep the workers between epochs.")
+    dataloader_prefetch_factor: int | None = arg(None, "How many batches each worker fetches ahead.")
+    dataloader_multiprocessing_context: str | None = arg(None, "How workers are started: fork, spawn or forkserver.")
+    dataloader_in_order: bool = arg(True, "Whether batches come in order, or as soon as a worker has one.")
     remove_unused_columns: bool = arg(True, "Drop columns that the model's forward does not name.")
     label_names: list[str] | None = arg(None, "The batch's keys that are labels; by default those that forward names so.")
-    train_sampling_strategy: str = arg("random", "The order of the training rows: random, sequential or group_by_length.")
-    length_column_name: str = arg("length", "The column that holds the rows' lengths, if there is one.")
+    train_sampling_strategy: str = arg("random", "The order of the training examples: random, sequential or group_by_length.")
+    length_column_name: str = arg("length", "The column with the lengths of examples, if there is one.")
 
     # Several processes
     ddp_find_unused_parameters: bool | None = arg(None, "Allow parameters that a loss does not use.")
-    ddp_bucket_cap_mb: int | None = arg(None, "How many MB of gradients are exchanged at a time.")
-    ddp_broadcast_buffers: bool | None = arg(None, "Give all processes the first one's buffers at each forward.")
+    ddp_bucket_cap_mb: int | None = arg(None, "The size of DDP's all-reduce buckets in MB.")
+    ddp_broadcast_buffers: bool | None = arg(None, "Broadcast the buffers of rank 0 at each forward.")
     ddp_static_graph: bool | None = arg(None, "Whether each step uses the same parameters.")
-    ddp_backend: str | None = arg(None, "How processes talk: nccl, gloo, mpi, xccl, hccl …")
-    ddp_timeout: int = arg(1800, "Seconds that a process waits for the others.")
-    fsdp: str | None = arg(None, "Share the parameters between processes.", **FLAG)
-    fsdp_config: dict[str, Any] | str | None = arg(None, "How: a dict, JSON, or a JSON file.")
+    ddp_backend: str | None = arg(None, "The backend of collectives: nccl, gloo, mpi, xccl, hccl …")
+    ddp_timeout: int = arg(1800, "Timeout of collectives in seconds.")
+    fsdp: str | None = arg(None, "Shard the parameters over processes (FSDP).", **FLAG)
+    fsdp_config: dict[str, Any] | str | None = arg(None, "FSDP's settings: a dict, JSON, or a JSON file.")
     deepspeed: dict[str, Any] | str | None = arg(None, "DeepSpeed's configuration: a dict, JSON, or a JSON file.")
 
-    # Looking inside
+    # Debugging
     debug: str | list[DebugOption] = arg("", "underflow_overflow: stop at the first module whose output is not finite.")
-    skip_memory_metrics: bool = arg(True, "Leave the use of memory out of the metrics.")
+    skip_memory_metrics: bool = arg(True, "Leave memory usage out of the metrics.")
 
     # Read by scripts
     do_train: bool = arg(False, "Read by scripts, not by the Trainer.")
     do_eval: bool = arg(False, "Read by scripts; True if eval_strategy is not 'no'.")
     do_predict: bool = arg(False, "Read by scripts, not by the Trainer.")
-    resume_from_checkpoint: str | None = arg(None, "Read by scripts, which hand it to Trainer.train.")
-    local_rank: int = arg(-1, "Given to scripts by old launchers; local_process_index tells it.")
+    resume_from_checkpoint: str | None = arg(None, "Read by scripts, which pass it to Trainer.train.")
+    local_rank: int = arg(-1, "Set by old launchers; see local_process_index.")
 
     # Documented, but gone from newer versions of transformers; at the end, so that positions mean the same as there
-    save_safetensors: bool = arg(True, "Weights are written as safetensors; there is no other way.")
-    group_by_length: bool = arg(False, "Put rows of like length into a batch: train_sampling_strategy='group_by_length'.")
+    save_safetensors: bool = arg(True, "Weights are written as safetensors; fts has no other format.")
+    group_by_length: bool = arg(False, "Put examples of similar length into a batch: train_sampling_strategy='group_by_length'.")
 
     # Of fts alone
-    async_save: bool = arg(True, "Write checkpoints beside training, from a copy of the state; else training waits.")
-    save_every: str | None = arg(None, "Also save when so much time has gone by since the last save: '20min', or seconds.")
+    async_save: bool = arg(True, "Write checkpoints asynchronously, from a copy of the state; else training waits.")
+    save_every: str | None = arg(None, "Also save when so much time has passed since the last save: '20min', or seconds.")
     max_time: str | None = arg(None, "Save and end the process with status 75 after so much training: '3h50min', or seconds.")
     nonfinite: Literal["raise", "skip", "rollback", "ignore"] = arg(
-        "raise", "What a loss or gradient that is NaN or infinite does: raise, skip the update, roll back and on, or ignore it."
+        "raise", "On a NaN or infinite loss or gradient: raise, skip the update, roll back to a checkpoint, or ignore it."
     )
-    nonfinite_limit: int = arg(10, "So many updates in a row may be skipped, or so often may a run roll back.")
+    nonfinite_limit: int = arg(10, "How many updates in a row may be skipped, or how often a run may roll back.")
 
-    # What code written for Hugging Face's arguments looks for, and may set
+    # Attributes that code written for Hugging Face's arguments reads, and may set
     distributed_state: ClassVar[Any] = None
     deepspeed_plugin: ClassVar[Any] = None
     hf_deepspeed_config: ClassVar[Any] = None
     fsdp_plugin_args: ClassVar[Any] = None
     xla_fsdp_config: ClassVar[Any] = None
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = list(DICT_ARGUMENTS)  # a subclass may add its own, which then may be JSON text, too
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = list(DICT_ARGUMENTS)  # a subclass may add its own, which may then be JSON, too
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TrainingArguments:
-        # Before the generated __init__, whose TypeError would not know the nearest name; works in subclasses as it is.
+        # Before the generated __init__, whose TypeError would not suggest the nearest name; works in subclasses unchanged.
         argument_names.check_constructor_names(cls, kwargs)
         return super().__new__(cls)
 
-    if not TYPE_CHECKING:  # so that a type checker, too, refuses names that do not exist
+    if not TYPE_CHECKING:  # so that a type checker, too, rejects unknown names
 
         def __setattr__(self, name: str, value: Any) -> None:
             validation.set_argument(self, name, value)
@@ -238,38 +247,40 @@ class TrainingArguments:
 
     @property
     def train_batch_size(self) -> int:
-        """Rows in a micro-batch in this process."""
+        """Examples in a micro-batch of this process."""
         return self.per_device_train_batch_size * max(1, self.n_gpu)
 
     @property
     def eval_batch_size(self) -> int:
-        """Rows in a batch of evaluation in this process."""
+        """Examples in a batch of evaluation of this process."""
         return self.per_device_eval_batch_size * max(1, self.n_gpu)
 
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        return processes.resolve_device(self)
+        return processes.resolve_device(self.use_cpu)
 
     @property
     def n_gpu(self) -> int:
-        """How many accelerators this process trains on: 1, or 0 on the CPU."""
-        return processes.num_devices(self)
+        """How many accelerators this process trains on; 0 on the CPU. `_n_gpu` overrides it, as in Hugging Face's."""
+        return int(self.__dict__.get("_n_gpu", processes.num_devices(self.device.type)))
 
     @property
     def parallel_mode(self) -> ParallelMode:
         """How many devices work together, and how."""
-        return processes.parallel_mode(self)
+        if self.world_size > 1:
+            return ParallelMode.DISTRIBUTED
+        return ParallelMode.NOT_DISTRIBUTED if self.n_gpu > 1 else ParallelMode.NOT_PARALLEL
 
     @property
     def mixed_precision(self) -> str:
-        """What is computed in: "no", "bf16" or "fp16"; `accelerate launch` may say so by ACCELERATE_MIXED_PRECISION."""
+        """The precision of the computation: "no", "bf16" or "fp16"; by default that of `accelerate launch`."""
         given = "fp16" if self.fp16 else "bf16" if self.bf16 else None
         return given or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
     @property
     def place_model_on_device(self) -> bool | None:
-        """Whether the model is moved to the device; None leaves that to the Trainer. A subclass may say True or False."""
+        """Whether the model is moved to the device; None leaves that to the Trainer. A subclass may return True or False."""
         return None
 
     # Processes
@@ -281,22 +292,22 @@ class TrainingArguments:
 
     @property
     def process_index(self) -> int:
-        """The number of this process among all."""
+        """The rank of this process."""
         return processes.process_index()
 
     @property
     def local_process_index(self) -> int:
-        """The number of this process on its machine."""
+        """The rank of this process on its machine."""
         return processes.local_process_index()
 
     @property
     def should_log(self) -> bool:
-        """Whether this process logs: the first of its machine, or of all if log_on_each_node=False."""
+        """Whether this process logs: the main process of its machine, or of all if log_on_each_node=False."""
         return (self.local_process_index if self.log_on_each_node else self.process_index) == 0
 
     @property
     def should_save(self) -> bool:
-        """Whether this process saves: the first of all, or of its machine if save_on_each_node=True."""
+        """Whether this process saves: the main process, or that of its machine if save_on_each_node=True."""
         return (self.local_process_index if self.save_on_each_node else self.process_index) == 0
 
     @property
@@ -305,16 +316,16 @@ class TrainingArguments:
         return timedelta(seconds=self.ddp_timeout)
 
     def get_process_log_level(self) -> int:
-        """The level of logs for this process: of `log_level`, or of `log_level_replica` where it does not log."""
-        return processes.process_log_level(self)
+        """The log level of this process: `log_level`, or `log_level_replica` where it does not log."""
+        return process_log_level(self.log_level, self.log_level_replica, self.should_log)
 
     def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
-        """A context in which the main process works before the others, which then find its results.
+        """A context in which the main process works before the others, which then use its results.
 
         The others wait as long as it takes; if it fails, they raise DistributedError.
 
         Args:
-            local: the first of each machine goes first; False: the first of all.
+            local: the main process of each machine goes first; False: that of all.
             desc: the work, for messages.
         """
         return processes.main_process_first(self, local, desc)
@@ -327,7 +338,7 @@ class TrainingArguments:
         """
         return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_training_steps * self.warmup_steps)
 
-    # Many at once, and as plain values
+    # Setters of several arguments, and serialization
 
     set_training = setters.set_training
     set_evaluate = setters.set_evaluate

@@ -1,7 +1,7 @@
 """Arguments that this version of fts has no code for: turning one on is an error, so that none is silently ignored.
 
-What merely says how such a thing would work (`run_name`, `ddp_bucket_cap_mb` …) is kept as given: without its
-switch it has no effect in Hugging Face's Trainer either.
+Arguments that only configure such a feature are stored as given: without the feature they have no effect in Hugging Face's
+Trainer either.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fts.trainer.arguments.enums import DebugOption
 
 @attrs.frozen
 class Unsupported:
-    """What is missing.
+    """A feature that is missing.
 
     Attributes:
-        on: whether a value asks for it.
+        is_on: whether a value asks for it.
         remedy: what to do instead.
     """
 
-    on: Callable[[Any], bool]
+    is_on: Callable[[Any], bool]
     remedy: str
 
 
 UNSUPPORTED: dict[str, Unsupported] = {
     "debug": Unsupported(lambda value: DebugOption.TPU_METRICS_DEBUG in value, "TPUs are not supported; leave it out."),
     "train_sampling_strategy": Unsupported(lambda value: value == "batch_rebalance", "Use 'group_by_length'."),
-    "sortish_sampler": Unsupported(bool, "Use group_by_length=True, which also puts rows of like length together."),
+    "sortish_sampler": Unsupported(bool, "Use group_by_length=True, which also puts examples of similar length together."),
 }
-"""Argument -> what is missing. A row goes when its code comes."""
+"""Argument -> what is missing; an entry goes when its code comes."""
 
 
 def check_supported(name: str, value: Any, *, given: Any = None) -> None:
@@ -41,8 +41,8 @@ def check_supported(name: str, value: Any, *, given: Any = None) -> None:
 
     Args:
         name: the argument.
-        value: as it would be kept.
-        given: as it was given, for the message.
+        value: the value to store.
+        given: the value as it was given, for the message.
 
     >>> check_supported("sortish_sampler", True)
     Traceback (most recent call last):
@@ -50,6 +50,6 @@ def check_supported(name: str, value: Any, *, given: Any = None) -> None:
     fts.errors.ArgumentError: sortish_sampler=True is not yet in this version of fts. Use group_by_length=True, which ...
     """
     missing = UNSUPPORTED.get(name)
-    if missing is not None and missing.on(value):
+    if missing is not None and missing.is_on(value):
         shown = value if given is None else given
         raise ArgumentError(f"{name}={getattr(shown, 'value', shown)!r} is not yet in this version of fts. {missing.remedy}")

@@ -1,4 +1,4 @@
-"""What each argument may be: a table of checks, each of which returns the value to keep."""
+"""The validator of each argument: it checks a value and returns the one to store."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 from fts.errors import ArgumentError
 from fts.loops.durations import parse_duration
 from fts.trainer.arguments.accelerator_config import parse_accelerator_config
-from fts.trainer.arguments.checks import (check_enum, check_bool, check_interval, check_one_of, check_float, check_str, check_int)
-from fts.trainer.arguments.enums import (DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType)
+from fts.trainer.arguments.checks import check_bool, check_enum, check_float, check_int, check_interval, check_one_of, check_str
+from fts.trainer.arguments.enums import DebugOption, HubStrategy, IntervalStrategy, OptimizerNames, SaveStrategy, SchedulerType
 from fts.trainer.arguments.fsdp import parse_fsdp
 from fts.trainer.arguments.fsdp_config import parse_fsdp_config
+from fts.trainer.arguments.log_level import LOG_LEVELS
 from fts.trainer.arguments.parallelism_config import parse_parallelism_config
-from fts.trainer.arguments.parsing import (parse_json_dict, parse_key_values, format_key_values)
+from fts.trainer.arguments.parsing import format_key_values, parse_json_dict, parse_key_values
 from fts.trainer.arguments.tracker_packages import TRACKERS
-from fts.trainer.reporting.log_level import LOG_LEVELS
 
 Validator = Callable[[str, Any], Any]
 
-LOG_LEVELS = (*LOG_LEVELS, "passive")
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")
 DDP_BACKENDS = ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl")
 NONFINITE_POLICIES = ("raise", "skip", "rollback", "ignore")
@@ -56,11 +55,11 @@ def _int(low: int, remedy: str = "", *, bits: int = 0) -> Validator:
 
 
 def _float(low: float = 0.0, high: float = float("inf"), *, open_low: bool = False) -> Validator:
-    def check(name: str, value: Any) -> Any:
+    def validate(name: str, value: Any) -> Any:
         check_float(name, value, low, high, open_low=open_low)
         return value
 
-    return check
+    return validate
 
 
 def _interval(name: str, value: Any) -> Any:
@@ -73,15 +72,15 @@ def _str(remedy: str = "") -> Validator:
 
 
 def _duration(name: str, value: Any) -> str | float:
-    """A length of time as it was written; a timedelta in seconds, which JSON can hold."""
+    """A duration as given; a timedelta in seconds, which JSON can represent."""
     if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value):
-        value = float(value)  # of a command line
+        value = float(value)  # from a command line
     try:
         seconds = parse_duration(value)
     except ArgumentError as error:
         raise ArgumentError(f"{name}={value!r}: {error}") from None
     if not 0 < seconds < float("inf"):
-        raise ArgumentError(f"{name}={value!r} must be a length of time above 0. Use None for no limit.")
+        raise ArgumentError(f"{name}={value!r} must be a duration above 0. Use None for no limit.")
     return value if isinstance(value, (str, int, float)) else seconds
 
 
@@ -130,7 +129,7 @@ def _include_for_metrics(name: str, value: Any) -> list[str]:
 def _debug(name: str, value: Any) -> list[Any]:
     items = (value or "").split() if isinstance(value, str) or value is None else value
     if not isinstance(items, (list, tuple)):
-        raise ArgumentError(f"{name}={value!r} must be a text of options, or a list of them.")
+        raise ArgumentError(f"{name}={value!r} must be a string of options, or a list of them.")
     return [check_enum(name, item, DebugOption) for item in items]
 
 
@@ -159,12 +158,12 @@ def _optim_args(name: str, value: Any) -> Any:
 def _safetensors(name: str, value: Any) -> bool:
     if _flag(name, value):
         return True
-    raise ArgumentError(f"{name}=False: fts writes safetensors only, since reading a pickle can run code. Leave it out.")
+    raise ArgumentError(f"{name}=False: fts writes safetensors only, since loading a pickle can run code. Leave it out.")
 
 
 def _token(name: str, value: Any) -> str | None:
     if value == f"<{name.upper()}>":
-        return None  # the mask that to_dict wrote in its place
+        return None  # the mask that to_dict wrote
     return check_str(name, value)
 
 
@@ -175,7 +174,7 @@ def _static_space_id(name: str, value: Any) -> Any:
 def _metric(name: str, value: Any) -> str:
     if isinstance(value, str) and value:
         return value
-    raise ArgumentError(f"{name}={value!r} must be the name of a figure of the evaluation, such as 'loss'.")
+    raise ArgumentError(f"{name}={value!r} must be the name of an evaluation metric, such as 'loss'.")
 
 
 def _generation_config(name: str, value: Any) -> Any:
@@ -202,9 +201,14 @@ OPTIONAL_STRINGS = (
     *("torch_compile_backend", "torch_compile_mode", "run_name", "trackio_space_id", "trackio_bucket_id", "hub_model_id"),
     "hub_revision",
 )
-KWARGS_ARGUMENTS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "liger_kernel_config")
+KWARGS_ARGUMENTS = (
+    "lr_scheduler_kwargs",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+    "liger_kernel_config",
+)
 DICT_ARGUMENTS = (*KWARGS_ARGUMENTS, "accelerator_config", "fsdp_config", "deepspeed")
-"""Arguments that may be JSON text."""
+"""Arguments that may be JSON."""
 
 VALIDATORS: dict[str, Validator] = {
     **dict.fromkeys(FLAGS, _flag),
@@ -234,8 +238,8 @@ VALIDATORS: dict[str, Validator] = {
     "logging_strategy": _enum(IntervalStrategy),
     "logging_steps": _interval,
     "include_num_input_tokens_seen": _tokens_seen,
-    "log_level": _one_of(LOG_LEVELS),
-    "log_level_replica": _one_of(LOG_LEVELS),
+    "log_level": _one_of((*LOG_LEVELS, "passive")),
+    "log_level_replica": _one_of((*LOG_LEVELS, "passive")),
     "report_to": _trackers,
     "project": _str(),
     "trackio_static_space_id": _or_none(_static_space_id),
@@ -278,4 +282,4 @@ VALIDATORS: dict[str, Validator] = {
     "generation_num_beams": _or_none(_int(1)),
     "generation_config": _or_none(_generation_config),
 }
-"""The check of each argument that has one."""
+"""Argument -> its validator."""

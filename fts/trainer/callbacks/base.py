@@ -25,7 +25,7 @@ EVENTS = (
 """The methods that a callback may have."""
 
 BASE_MODULES = ("fts.trainer.callbacks.base", "transformers.trainer_callback")
-"""The modules of the base classes whose methods do nothing; transformers' is known by its name, and never imported."""
+"""The modules of the base classes with empty methods; transformers' is known by its name, and never imported."""
 
 
 class TrainerCallback:
@@ -36,19 +36,19 @@ class TrainerCallback:
 
     - in `on_step_end` `metrics`: those of the update by name, as 0-d tensors on the device (`loss`, `grad_norm`, and what the
       loss function returned beside its loss). Reading one, as `float(metrics["loss"])` does, waits for the device; a metric that
-      is kept is better read later.
-    - in `on_log` `logs`: the figures that are logged, as Python numbers, averaged over the updates since the last log.
-    - in `on_evaluate` and `on_predict` `metrics`: the figures of the evaluation or prediction, as Python numbers.
+      is stored is better read later.
+    - in `on_log` `logs`: the logged metrics, as Python numbers, averaged over the updates since the last log.
+    - in `on_evaluate` and `on_predict` `metrics`: those of the evaluation or prediction, as Python numbers.
 
-    To ask for something, set a flag of `control`; an event may also return another control object, which then takes its place.
+    To request an action, set a flag of `control`; an event may also return another control object, which then replaces it.
     In one update, forward, backward and the optimizer are a single step. `on_pre_optimizer_step` is called inside it, where it
-    is not compiled: each Parameter's `.grad` then has the gradient of the whole update, before clipping, and what is written into
-    it in place is used. `on_optimizer_step` is called right after the update; `on_substep_end`, for all micro-batches but the
-    last, before both. What is not overridden costs nothing.
-    What an event raises ends the run as a `CallbackError` that names the callback, the event and the step. A callback that also
-    derives from `ExportableState` has its state kept in checkpoints. Callbacks written for transformers work as they are.
-    Checkpoints are written beside training; `on_save` waits until the new one is complete, unless the callback says with
-    `reads_checkpoints = False` that it does not look at it.
+    is not compiled: each Parameter's `.grad` then has the gradient of the whole update, before clipping, and in-place changes to
+    it are used. `on_optimizer_step` is called right after the update; `on_substep_end`, for all micro-batches but the
+    last, before both. An event that is not overridden costs nothing.
+    An exception in an event ends the run as a `CallbackError` that names the callback, the event and the step. The state of a
+    callback that also derives from `ExportableState` is saved in checkpoints. Callbacks written for transformers work as they are.
+    Checkpoints are written asynchronously; `on_save` waits until the new one is complete, unless the callback declares with
+    `reads_checkpoints = False` that it does not read it.
 
     >>> class Stop(TrainerCallback):
     ...     def on_step_end(self, args, state, control, **kwargs):
@@ -56,19 +56,19 @@ class TrainerCallback:
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """The Trainer was made."""
+        """The Trainer was created."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Training begins."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Training is over."""
+        """Training ends."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A pass over the data begins."""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """A pass over the data is over."""
+        """A pass over the data ends."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """An update begins."""
@@ -77,7 +77,7 @@ class TrainerCallback:
         """A micro-batch that is not the last of its update is done."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """The gradients are there."""
+        """The gradients are computed."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """The parameters are updated."""
@@ -95,7 +95,7 @@ class TrainerCallback:
         """A checkpoint is written."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Figures were logged; kwargs has them as `logs`."""
+        """Metrics were logged; kwargs has them as `logs`."""
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """A batch of evaluation or prediction is done."""
@@ -105,11 +105,13 @@ class TrainerCallback:
 
 
 def overrides(callback: Any, event: str) -> bool:
-    """Whether a callback has a method of its own for an event.
+    """Whether a callback overrides the method of an event.
 
     >>> overrides(TrainerCallback(), "on_log"), overrides(object(), "on_log")
     (False, False)
     """
     method = getattr(callback, event, None)
-    inherited = getattr(method, "__qualname__", "") == f"TrainerCallback.{event}" and getattr(method, "__module__", "") in BASE_MODULES
+    inherited = (
+        getattr(method, "__qualname__", "") == f"TrainerCallback.{event}" and getattr(method, "__module__", "") in BASE_MODULES
+    )
     return method is not None and not inherited

@@ -1,4 +1,4 @@
-"""What a callback raises, under a name that says where it came from."""
+"""Exceptions of callbacks, with the callback, the event and the step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fts.errors import CallbackError
 def callback_error(callback: Any, event: str, state: Any, error: Exception) -> CallbackError:
     """An error that names the callback, the event and the step, to be raised `from` the original one.
 
-    It is also of the original error's class, so that code around a run which expects that one (as a search does that prunes by
-    an exception) still catches it.
+    It is also an instance of the original error's class, so that code which catches that class (such as a search that prunes by
+    an exception) still works.
 
     Args:
-        callback: raised the error.
-        event: in which of its methods.
-        state: says at which step.
+        callback: the callback that raised the error.
+        event: the method that raised it.
+        state: has the step.
         error: the original error.
 
     Returns:
-        The error; the original one itself if it is such an error already, as when a callback evaluates and another one fails.
+        The error; the original one itself if it is a CallbackError already, as when a callback evaluates and another one fails.
 
     >>> failed = callback_error(object(), "on_log", None, KeyError("loss"))
     >>> print(failed)

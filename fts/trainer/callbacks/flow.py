@@ -1,18 +1,18 @@
-"""What is due when, as the arguments say."""
+"""When to log, evaluate, save and stop, by the arguments."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fts.trainer.arguments.enums import (IntervalStrategy, SaveStrategy)
+from fts.trainer.arguments import IntervalStrategy, SaveStrategy
 from fts.trainer.callbacks.base import TrainerCallback
 
 
 class DefaultFlowCallback(TrainerCallback):
-    """Asks for logs, evaluations, checkpoints and the end as the arguments say."""
+    """Requests logs, evaluations, checkpoints and the end of training by the arguments."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Ask for what is due by steps, and for the end."""
+        """Request what is due by steps, and the end of training."""
         step = state.global_step
         last = step >= state.max_steps
         if args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0:
@@ -27,7 +27,7 @@ class DefaultFlowCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Ask for what is due by epochs."""
+        """Request what is due by epochs."""
         if args.logging_strategy == IntervalStrategy.EPOCH:
             control.should_log = True
         if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch >= _delay(args):
@@ -37,5 +37,5 @@ class DefaultFlowCallback(TrainerCallback):
 
 
 def _delay(args: Any) -> float:
-    """Steps or epochs, as the evaluation strategy counts, before the first evaluation."""
+    """Steps or epochs, as in `eval_strategy`, before the first evaluation."""
     return float(getattr(args, "eval_delay", None) or 0)

@@ -1,4 +1,4 @@
-"""The list of callbacks, and who of them listens to what."""
+"""The list of callbacks, and the dispatch of events to them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fts.trainer.callbacks.errors import callback_error
 logger = logging.getLogger(__name__)
 
 CONTEXT = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
-"""What every event gets beside its own arguments."""
+"""The keyword arguments that every event gets."""
 
 
 class CallbackHandler:
-    """Calls the callbacks that have something to do for an event, in order.
+    """Calls the callbacks that override an event, in order.
 
-    Each event is also a method, `on_...(args, state, control, **kwargs)`, that clears the flags which the event answers.
+    Each event is also a method, `on_...(args, state, control, **kwargs)`, that clears the control flags which the event answers.
 
     Args:
         callbacks: instances or classes.
-        model: what each event gets under this name, as are the following.
+        model: passed to each event under this name, as are the following.
         processing_class: the tokenizer or processor.
         optimizer: the optimizer.
-        lr_scheduler: the learning rate's schedule.
+        lr_scheduler: the learning-rate scheduler.
 
     Attributes:
         callbacks: the list of instances; it may be changed in place.
-        train_dataloader: what each event gets under this name.
+        train_dataloader: passed to each event under this name.
         eval_dataloader: the same.
         listeners: for each event the callbacks that override it.
 
@@ -61,7 +61,7 @@ class CallbackHandler:
             self.add_callback(callback)
         if not any(_has_class_name(callback, "DefaultFlowCallback") for callback in self.callbacks):
             logger.warning(
-                "No callback is a DefaultFlowCallback: nothing asks for logs, evaluations, checkpoints or the end of training. "
+                "No callback is a DefaultFlowCallback: nothing requests logs, evaluations, checkpoints or the end of training. "
                 "Add one before you train: trainer.add_callback(DefaultFlowCallback). The callbacks are:\n%s",
                 self.callback_list,
             )
@@ -72,7 +72,7 @@ class CallbackHandler:
         return "\n".join(type(callback).__name__ for callback in self.callbacks)
 
     def add_callback(self, callback: Any) -> None:
-        """Add a callback, given as an instance or a class, behind the others.
+        """Add a callback, given as an instance or a class, after the others.
 
         Raises:
             ArgumentError: it has none of the events' methods, or it is a class whose instances need arguments.
@@ -109,14 +109,14 @@ class CallbackHandler:
             raise ArgumentError(f"There is no such callback to remove: {callback!r}. The callbacks are: {names}.")
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Tell everybody who listens to an event.
+        """Call the callbacks that override an event.
 
         Args:
-            event: the name of its method.
+            event: the name of the method.
             args: the arguments of the run.
-            state: how far it has come.
+            state: the state of the run.
             control: the flags that callbacks may set.
-            kwargs: what this event has beside what all have, such as `logs`.
+            kwargs: the event's own keyword arguments, such as `logs`.
 
         Returns:
             The control object, or the one that a callback returned in its place.
@@ -124,17 +124,17 @@ class CallbackHandler:
         Raises:
             CallbackError: a callback raised, or returned something else.
         """
-        # methods may have been replaced since the last run, and the list changed at any time
+        # methods may be replaced between runs, and the list changed at any time
         changed = event == "on_train_begin" or [*map(id, self._listed)] != [*map(id, self.callbacks)]
         if changed or event not in self.listeners:
             self.listeners.setdefault(event, ())
             self._find_listeners()
         if not self.listeners[event]:
             return control
-        given = self.context | kwargs
+        kwargs = self.context | kwargs
         for callback in self.listeners[event]:
             try:
-                result = getattr(callback, event)(args, state, control, **given)
+                result = getattr(callback, event)(args, state, control, **kwargs)
             except Exception as error:
                 raise callback_error(callback, event, state, error) from error
             if result is not None:
@@ -143,7 +143,7 @@ class CallbackHandler:
 
     @property
     def context(self) -> dict[str, Any]:
-        """What every event gets beside its own arguments, by name; it may be set, too."""
+        """The keyword arguments that every event gets; settable."""
         return {name: getattr(self, name) for name in CONTEXT}
 
     @context.setter
@@ -152,16 +152,16 @@ class CallbackHandler:
             setattr(self, name, value)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """The Trainer was made."""
+        """The Trainer was created."""
         return self.call_event("on_init_end", args, state, control, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Training begins; a wish to end it was for the last one."""
+        """Training begins; a request to stop the last one is cleared."""
         control.should_training_stop = False
         return self.call_event("on_train_begin", args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Training is over."""
+        """Training ends."""
         return self.call_event("on_train_end", args, state, control, **kwargs)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ class CallbackHandler:
         return self.call_event("on_epoch_begin", args, state, control, **kwargs)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """A pass over the data is over."""
+        """A pass over the data ends."""
         return self.call_event("on_epoch_end", args, state, control, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ class CallbackHandler:
         return self.call_event("on_substep_end", args, state, control, **kwargs)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """The gradients are there."""
+        """The gradients are computed."""
         return self.call_event("on_pre_optimizer_step", args, state, control, **kwargs)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -191,7 +191,7 @@ class CallbackHandler:
         return self.call_event("on_optimizer_step", args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """An update is done; callbacks get its tensors as `metrics` if they are given."""
+        """An update is done; callbacks get its `metrics` as tensors if they are given."""
         return self.call_event("on_step_end", args, state, control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> Any:
@@ -209,7 +209,7 @@ class CallbackHandler:
         return self.call_event("on_save", args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> Any:
-        """Figures were logged."""
+        """Metrics were logged."""
         control.should_log = False
         return self.call_event("on_log", args, state, control, logs=logs, **kwargs)
 
@@ -234,7 +234,7 @@ def _instantiate(callback: Any) -> Any:
         return callback()
     except TypeError as error:
         raise ArgumentError(
-            f"The callback {callback.__name__} cannot be made without arguments ({error}): give an instance."
+            f"The callback {callback.__name__} cannot be created without arguments ({error}): give an instance."
         ) from error
 
 
@@ -243,7 +243,7 @@ def _matches(callback: Any, wanted: type) -> bool:
 
 
 def _is_counterpart(callback: Any, wanted: type) -> bool:
-    # Scripts import PrinterCallback and the like from transformers, and mean the one that the Trainer has.
+    # Scripts import PrinterCallback and the like from transformers, and mean the Trainer's own.
     return wanted.__module__ == "transformers.trainer_callback" and any(
         base.__name__ == wanted.__name__ and base.__module__.startswith("fts.trainer.callbacks.")
         for base in type(callback).__mro__
@@ -257,8 +257,8 @@ def _has_class_name(callback: Any, name: str) -> bool:
 def _warn_of_unknown_events(kind: type) -> None:
     for name in dir(kind):
         if name.startswith("on_") and name not in EVENTS and callable(getattr(kind, name)):
-            near = difflib.get_close_matches(name, EVENTS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"The events are: {', '.join(EVENTS)}."
+            matches = difflib.get_close_matches(name, EVENTS, n=1)
+            hint = f"Did you mean {matches[0]}?" if matches else f"The events are: {', '.join(EVENTS)}."
             logger.warning("%s.%s is never called: there is no such event. %s", kind.__name__, name, hint)
 
 

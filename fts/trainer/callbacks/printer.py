@@ -1,4 +1,4 @@
-"""Logs as lines of text."""
+"""Printing logs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class PrinterCallback(TrainerCallback):
     """Prints logs, one line each."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Print."""
+        """Print the logs."""
         if logs and state.is_local_process_zero:
             print(format_logs(logs))  # noqa: T201
 
 
 def format_logs(logs: Mapping[str, Any], max_str_len: int | None = None) -> dict[str, Any]:
-    """Logs with four digits, for people.
+    """Logs with numbers of four digits, for display.
 
     Args:
-        logs: figures by name.
-        max_str_len: the most characters of a text; a longer one ends in "…" and says its length.
+        logs: metrics by name.
+        max_str_len: the maximum length of a string; a longer one ends in "…" and its length.
 
     >>> format_logs({"loss": 0.123456, "total_flos": 0.0, "text": "abcdef"}, max_str_len=3)
     {'loss': '0.1235', 'text': 'abc… (6 characters)'}

@@ -1,4 +1,4 @@
-"""What callbacks see of a run, and what they can ask of it."""
+"""TrainerState, which callbacks read, TrainerControl, which they set, and states that checkpoints save."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from fts.errors import ArgumentError, CheckpointError
+from fts.trainer.reporting import json_default
 
 logger = logging.getLogger(__name__)
 
 
 class ExportableState:
-    """What has a state that checkpoints keep: `state()` gives it, and it is set again on resume.
+    """A base for objects whose state is saved in checkpoints: `state()` returns it, and it is restored on resume.
 
     >>> class Counts(ExportableState):
     ...     def __init__(self, start=0):
@@ -28,12 +29,12 @@ class ExportableState:
     """
 
     def state(self) -> dict[str, Any]:
-        """`{"args": {...}, "attributes": {...}}`: constructor arguments, and attributes to set again; JSON values."""
+        """`{"args": {...}, "attributes": {...}}`: constructor arguments, and attributes to restore; JSON values."""
         raise NotImplementedError(f"{type(self).__name__} must define state().")
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
-        """A new instance with a state that `state()` gave."""
+        """A new instance from what `state()` returned."""
         instance = cls(**state["args"])
         for name, value in state["attributes"].items():
             setattr(instance, name, value)
@@ -41,34 +42,34 @@ class ExportableState:
 
 
 def is_exportable(callback: Any) -> bool:
-    """Whether checkpoints keep a state of this: it derives from `ExportableState`, ours or transformers'."""
+    """Whether checkpoints save its state: it derives from `ExportableState`, ours or transformers'."""
     return any(base.__name__ == "ExportableState" for base in type(callback).__mro__)
 
 
 @dataclass
 class TrainerState:
-    """How far a run has come, in Hugging Face's terms; saved as `trainer_state.json`.
+    """The progress of a run, with Hugging Face's names; saved as `trainer_state.json`.
 
     Attributes:
-        epoch: passes over the data, with the share of the current one.
+        epoch: passes over the data, with the fraction of the current one.
         global_step: updates.
         max_steps: updates of the whole run.
         logging_steps: updates between two logs.
         eval_steps: updates between two evaluations.
         save_steps: updates between two checkpoints.
-        train_batch_size: rows in a micro-batch of one process.
+        train_batch_size: examples in a micro-batch of one process.
         num_train_epochs: passes over the data of the whole run, rounded up.
-        num_input_tokens_seen: tokens that went into the model, where `include_num_input_tokens_seen` asks for them.
+        num_input_tokens_seen: tokens that the model was trained on, if `include_num_input_tokens_seen` counts them.
         total_flos: floating point operations of the model.
         log_history: all logs, each with its `step` and `epoch`.
-        best_metric: the best evaluation's figure.
+        best_metric: the metric of the best evaluation.
         best_global_step: its step.
         best_model_checkpoint: the path of its checkpoint.
         is_local_process_zero: whether this is the main process of its machine.
         is_world_process_zero: whether this is the main process of all.
         is_hyper_param_search: whether the run is one of a search.
         trial_name: its name in the search.
-        trial_params: what the search chose.
+        trial_params: the hyperparameters of the trial.
         stateful_callbacks: the states of callbacks by class name; may be given as the callbacks themselves.
 
     >>> TrainerState(global_step=3).global_step
@@ -102,10 +103,10 @@ class TrainerState:
             self.stateful_callbacks = export_states(self.stateful_callbacks or ())
 
     def save_to_json(self, json_path: str | Path) -> None:
-        """Write the state to a JSON file; what JSON cannot hold of the logs becomes its text, with a warning.
+        """Write the state to a JSON file; values of logs that JSON cannot hold become strings, with a warning.
 
         Raises:
-            CheckpointError: it holds something else that JSON cannot.
+            CheckpointError: another value cannot be written as JSON.
         """
         try:
             text = self._as_json()
@@ -114,7 +115,7 @@ class TrainerState:
             try:
                 text = self._as_json()
             except (TypeError, ValueError) as error:
-                raise CheckpointError(f"{json_path} cannot be written: {error}. Give it numbers and texts only.") from error
+                raise CheckpointError(f"{json_path} cannot be written: {error}. Give it numbers and strings only.") from error
         Path(json_path).write_text(text + "\n", encoding="utf-8")
 
     def _as_json(self) -> str:
@@ -123,10 +124,10 @@ class TrainerState:
 
     @classmethod
     def load_from_json(cls, json_path: str | Path) -> TrainerState:
-        """Read what `save_to_json` wrote, or what Hugging Face's Trainer did; keys that are not known here are left out.
+        """Read a file of `save_to_json`, or of Hugging Face's Trainer; unknown keys are ignored.
 
         Raises:
-            CheckpointError: the file is missing or damaged.
+            CheckpointError: the file is missing or corrupt.
         """
         try:
             document = json.loads(Path(json_path).read_text(encoding="utf-8"))
@@ -139,10 +140,10 @@ class TrainerState:
         return cls(**{name: value for name, value in document.items() if name in known})
 
     def compute_steps(self, args: Any, max_steps: int) -> None:
-        """Set `logging_steps`, `eval_steps` and `save_steps` from the arguments, where a value below 1 is a share of all steps.
+        """Set `logging_steps`, `eval_steps` and `save_steps` from the arguments, where a value below 1 is a fraction of all steps.
 
         Args:
-            args: have the three under the same names.
+            args: have the three attributes.
             max_steps: updates of the whole run.
         """
         for name in ("logging_steps", "eval_steps", "save_steps"):
@@ -151,17 +152,17 @@ class TrainerState:
                 setattr(self, name, math.ceil(max_steps * steps) if steps < 1 else steps)
 
     def init_training_references(self, trainer: Any, max_steps: int, num_train_epochs: int, trial: Any) -> None:
-        """Set what stays the same for the whole run.
+        """Set what is constant during the run.
 
         Args:
-            trainer: says which process this is, and names the trial of a search (`hp_name`).
+            trainer: has the rank of the process, and the name of a search's trial (`hp_name`).
             max_steps: updates.
             num_train_epochs: passes over the data.
             trial: the trial of a search, an object with `params` or a dictionary; or None.
         """
-        named = getattr(trainer, "_trial", None)
-        if getattr(trainer, "hp_name", None) is not None and named is not None:
-            self.trial_name = trainer.hp_name(named)
+        current_trial = getattr(trainer, "_trial", None)
+        if getattr(trainer, "hp_name", None) is not None and current_trial is not None:
+            self.trial_name = trainer.hp_name(current_trial)
         self.trial_params = None if trial is None else dict(getattr(trial, "params", trial))
         self.max_steps = max_steps
         self.num_train_epochs = num_train_epochs
@@ -171,14 +172,14 @@ class TrainerState:
 
 @dataclass
 class TrainerControl(ExportableState):
-    """What a callback can ask of the run, by setting a flag to True.
+    """Requests of callbacks to the run: flags that they set to True.
 
     Attributes:
         should_training_stop: end the run after this step.
         should_epoch_stop: end the current epoch after this step; cleared when the next one begins.
         should_save: write a checkpoint after this step; cleared when the next step begins, as are the following.
         should_evaluate: evaluate.
-        should_log: log the figures since the last log.
+        should_log: log the metrics since the last log.
 
     >>> control = TrainerControl(should_log=True)
     >>> control._new_step()
@@ -202,23 +203,8 @@ class TrainerControl(ExportableState):
         self.should_save = self.should_evaluate = self.should_log = False
 
     def state(self) -> dict[str, Any]:
-        """What checkpoints keep: the flags."""
+        """The flags, which checkpoints save."""
         return {"args": asdict(self), "attributes": {}}
-
-
-def json_default(value: Any) -> Any:
-    """A value as JSON can hold it, where it is a number or an array of numpy's or torch's; for `json.dumps(default=plain)`.
-
-    Raises:
-        TypeError: it is something else.
-
-    >>> import torch
-    >>> json.dumps({"loss": torch.tensor(0.5)}, default=json_default)
-    '{"loss": 0.5}'
-    """
-    if callable(getattr(value, "tolist", None)):
-        return value.tolist()
-    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
 
 
 def _is_json(value: Any) -> bool:
@@ -230,23 +216,23 @@ def _is_json(value: Any) -> bool:
 
 
 def _to_json_entry(entry: Any) -> Any:
-    """A log as JSON can hold it: a run must not end because of what somebody wrote down."""
+    """A log as a JSON value: a run must not end because of what a callback logged."""
     if _is_json(entry):
         return entry
     if not isinstance(entry, dict):
-        logger.warning("The log history has %s, which JSON cannot hold: its text is kept.", type(entry).__name__)
+        logger.warning("The log history has %s, which JSON cannot hold: it is saved as a string.", type(entry).__name__)
         return {"text": str(entry)}
     for name, value in entry.items():
         if not _is_json({name: value}):
-            logger.warning("The log history has %r: %.80r, which JSON cannot hold: its text is kept.", name, value)
+            logger.warning("The log history has %r: %.80r, which JSON cannot hold: it is saved as a string.", name, value)
     return {str(name): value if _is_json(value) else str(value) for name, value in entry.items()}
 
 
 def export_states(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """The states of callbacks by class name, a list where there are several of a class.
+    """The states of callbacks by class name; a list where several have the same class.
 
     Raises:
-        ArgumentError: one has no state to keep, or its state is not a dictionary that JSON can hold.
+        ArgumentError: one has no `state()`, or its state is not a dictionary that JSON can hold.
     """
     states: dict[str, list[Any]] = {}
     for callback in callbacks:
@@ -257,15 +243,15 @@ def export_states(callbacks: Iterable[Any]) -> dict[str, Any]:
 def _export_state(callback: Any) -> dict[str, Any]:
     name = type(callback).__name__
     if not is_exportable(callback):
-        raise ArgumentError(f"{name} has no state to keep: derive it from ExportableState and define state().")
+        raise ArgumentError(f"{name} has no state to save: derive it from ExportableState and define state().")
     state = callback.state()
     if not isinstance(state, dict):
         raise ArgumentError(f'{name}.state() returned {state!r}; it must return {{"args": ..., "attributes": ...}}.')
     try:
-        return dict(json.loads(json.dumps(state, default=json_default)))  # a copy, as a checkpoint will give it back
+        return dict(json.loads(json.dumps(state, default=json_default)))  # a copy, as a checkpoint restores it
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"{name}.state() returned what JSON cannot hold ({error}): use numbers, texts, lists and dictionaries."
+            f"{name}.state() returned what JSON cannot hold ({error}): use numbers, strings, lists and dictionaries."
         ) from error
 
 
@@ -279,14 +265,14 @@ _FIELD_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "log_history": (list, "a list"),
     "best_metric": ((int, float, type(None)), "a number"),
     "best_global_step": ((int, type(None)), "a whole number"),
-    "best_model_checkpoint": ((str, type(None)), "a text"),
+    "best_model_checkpoint": ((str, type(None)), "a string"),
     "stateful_callbacks": ((dict, type(None)), "an object"),
 }
-"""What a resumed run reads of the file, its type, and how an error says it."""
+"""Field that a resumed run reads -> its type, and the words for it in an error."""
 
 
 def _check_fields(document: dict[str, Any], path: str | Path) -> None:
     for name, (kind, text) in _FIELD_TYPES.items():
         value = document.get(name)
         if name in document and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise CheckpointError(f"{path} is damaged: {name} is {value!r}; it must be {text}.")
+            raise CheckpointError(f"{path} is corrupt: {name} is {value!r}; it must be {text}.")

@@ -8,7 +8,7 @@ import attrs
 from torch import nn
 
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.callbacks import TrainerState
 
 
 class SummarizedTrainer(Protocol):

@@ -9,24 +9,23 @@ from typing import Any
 
 from fts.loops.trainer_state import TRAINER_STATE_NAME
 from fts.storage import read_json
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.plan import Plan
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import Plan, TrainingArguments
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.checkpoints.model_files import ARGUMENTS_FILE
 from fts.trainer.optimization import make_schedule
 
 IGNORED_ARGUMENTS = ("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "seed", "data_seed")
-"""Arguments that a comparison leaves out: those that only scripts read, and the seeds, which have lines of their own."""
+"""Arguments that are not compared: those that only scripts read, and the seeds, which `seed_changes` compares."""
 
 STATE_ARGUMENTS = ("optim", "max_grad_norm", "weight_decay")
-"""Arguments that decide which tensors an optimizer's state has."""
+"""Arguments that decide which tensors the optimizer's state has."""
 
 
 def load_arguments(checkpoint: Path) -> dict[str, Any]:
     """The training arguments that a checkpoint was written with; empty if it has none.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is corrupt.
     """
     return read_json(checkpoint, ARGUMENTS_FILE) if (checkpoint / ARGUMENTS_FILE).exists() else {}
 
@@ -42,35 +41,39 @@ def changed_arguments(args: TrainingArguments, before: dict[str, Any], names: Se
     return [_change_line(name, now[name], before[name], ARGUMENTS_FILE) for name in shown if now[name] != before[name]]
 
 
-def list_changes(args: TrainingArguments, plan: Plan, told: TrainerState, before: dict[str, Any]) -> list[str]:
-    """All changes that win over a checkpoint; intervals, and the length of the run, are compared as resolved to steps."""
+def list_changes(args: TrainingArguments, plan: Plan, trainer_state: TrainerState, before: dict[str, Any]) -> list[str]:
+    """All changes that override a checkpoint; intervals and the length of the run are compared in steps."""
     resolved = {
-        "logging_steps": (plan.logging_steps, told.logging_steps),
-        "eval_steps": (plan.eval_steps, told.eval_steps),
-        "save_steps": (plan.save_steps, told.save_steps),
-        "per_device_train_batch_size": (plan.train_batch_size, told.train_batch_size),
+        "logging_steps": (plan.logging_steps, trainer_state.logging_steps),
+        "eval_steps": (plan.eval_steps, trainer_state.eval_steps),
+        "save_steps": (plan.save_steps, trainer_state.save_steps),
+        "per_device_train_batch_size": (plan.train_batch_size, trainer_state.train_batch_size),
     }
     lines = [_change_line(name, new, old, TRAINER_STATE_NAME) for name, (new, old) in resolved.items() if new != old]
     lines += changed_arguments(args, {name: value for name, value in before.items() if name not in resolved})
-    if told.max_steps not in (0, plan.total_steps):
-        lines.append(f"updates of the run: {plan.total_steps} (from args and data) != {told.max_steps} (from {TRAINER_STATE_NAME})")
-        lines += _learning_rate_change(args, plan, told)
+    if trainer_state.max_steps not in (0, plan.total_steps):
+        lines.append(
+            f"updates of the run: {plan.total_steps} (from args and data) "
+            f"!= {trainer_state.max_steps} (from {TRAINER_STATE_NAME})"
+        )
+        lines += _learning_rate_change(args, plan, trainer_state)
     return lines
 
 
-def _learning_rate_change(args: TrainingArguments, plan: Plan, told: TrainerState) -> list[str]:
-    """What another length of the run does to the learning rate at the next update."""
-    before = make_schedule(args, told.max_steps, args.get_warmup_steps(told.max_steps))
-    new, old = float(plan.schedule(told.global_step)), float(before(told.global_step))
+def _learning_rate_change(args: TrainingArguments, plan: Plan, trainer_state: TrainerState) -> list[str]:
+    """How another length of the run changes the learning rate of the next update."""
+    before = make_schedule(args, trainer_state.max_steps, args.get_warmup_steps(trainer_state.max_steps))
+    new, old = float(plan.schedule(trainer_state.global_step)), float(before(trainer_state.global_step))
     if new == old:
         return []
     return [
-        f"learning rate at update {told.global_step}: {new:g}, by {plan.total_steps} updates, != {old:g}, by {told.max_steps}"
+        f"learning rate at update {trainer_state.global_step}: {new:g}, by {plan.total_steps} updates, "
+        f"!= {old:g}, by {trainer_state.max_steps}"
     ]
 
 
 def seed_changes(args: TrainingArguments, seed: int, data_seed: int) -> list[str]:
-    """Where the arguments name other seeds than the run began with."""
+    """Seeds in the arguments that differ from those that the run began with."""
     lines = [] if args.seed == seed else [_change_line("seed", args.seed, seed, "checkpoint")]
     wanted = args.seed if args.data_seed is None else args.data_seed
     if wanted != data_seed and not (args.data_seed is None and data_seed == seed):

@@ -1,4 +1,4 @@
-"""Writing models and checkpoints."""
+"""The files of a checkpoint, and the directory that checkpoints are written to."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from fts.errors import ArgumentError
 from fts.loops import Position
 from fts.loops.trainer_state import TRAINER_STATE_NAME
 from fts.state import TrainState
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import SaveStrategy
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import SaveStrategy, TrainingArguments
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.checkpoints.model_files import has_adapters, save_config, save_model, save_processing_class_and_args
 
 
@@ -71,24 +70,24 @@ def save_checkpoint(
         if contents.save_model is not None:
             contents.save_model(str(directory))
         elif contents.only_model:
-            save_model(model, directory, contents.processing_class, args, writes=writer.writes)
+            save_model(model, directory, contents.processing_class, args, writes=writer.is_writer)
         else:
-            save_config(model, directory, writes=writer.writes)
-            if writer.writes:
+            save_config(model, directory, writes=writer.is_writer)
+            if writer.is_writer:
                 save_processing_class_and_args(directory, contents.processing_class, args)
-        if writer.writes:
+        if writer.is_writer:
             trainer_state.save_to_json(directory / TRAINER_STATE_NAME)
 
     path = Path(root) / f"checkpoint-{trainer_state.global_step}"
     if contents.only_model:
-        return writer.write(path, write, on_complete)
+        return writer.write_directory(path, write, on_complete)
     return writer.save(
         path,
         contents.state,
         contents.position,
         extra=contents.extra,
         write=write,
-        then=on_complete,
+        on_complete=on_complete,
         frozen=not has_adapters(model),
     )
 
@@ -103,7 +102,7 @@ def saves_checkpoints(args: TrainingArguments) -> bool:
 
 
 def check_output_dir(args: TrainingArguments) -> None:
-    """Make the directory of a run that saves, and find out now rather than at the first save whether it can be written to.
+    """Make the directory of a run that saves, and check before training that it can be written to.
 
     Raises:
         ArgumentError: it is a file, or cannot be written to.

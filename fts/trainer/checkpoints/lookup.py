@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run resumes from."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(resume: bool | str | Path | None, root: str | Path, *, group: Group | None = None) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means; of several processes the first one decides for all.
+    """The checkpoint that `resume_from_checkpoint` means; the main process decides for all ranks.
 
-    Where torchrun has started the processes again, after one of them failed, and nothing is said, it is the newest whole one.
+    With None it is the newest complete one where torchrun has restarted the processes after a failure, else none.
 
     Args:
-        resume: True for the newest whole one in `root`, a path, False for none, or None where nothing is said; transformers'
-            Trainer may have written it, too.
+        resume: True for the newest complete one in `root`, a path, False for none, or None, the default. transformers' Trainer
+            may have written it, too.
         root: the directory of the checkpoints.
-        group: the processes.
+        group: all ranks.
 
     Raises:
         ArgumentError: there is none.
@@ -63,17 +63,17 @@ def _resolve(resume: bool | str | Path | None, root: str | Path) -> Path | None:
         )
     if not has_tensors(path, OPTIMIZER_NAME):
         raise ArgumentError(
-            f"{path} has a model, but no {OPTIMIZER_NAME}: it was saved with save_only_model=True, or not by fts, and a run cannot go "
-            "on from it. Begin a new run with its model: from_pretrained(path)."
+            f"{path} has a model, but no {OPTIMIZER_NAME}: it was saved with save_only_model=True, or not by fts, and a run "
+            "cannot resume from it. Begin a new run with its model: from_pretrained(path)."
         )
     return path
 
 
 def _newest_after_restart(root: str | Path) -> Path | None:
     newest = loops.newest_checkpoint(root, also=is_resumable)
-    goes_on = f"begins anew: there is no whole checkpoint in {root}" if newest is None else f"goes on from {newest}"
+    start = f"begins anew: there is no complete checkpoint in {root}" if newest is None else f"resumes from {newest}"
     logger.warning(
-        "torchrun has started the processes again (restart %s), so the run %s. Say resume_from_checkpoint=False to begin anew.",
-        *(restart_count(), goes_on),
+        "torchrun has restarted the processes (restart %s), so the run %s. Set resume_from_checkpoint=False to begin anew.",
+        *(restart_count(), start),
     )
     return newest

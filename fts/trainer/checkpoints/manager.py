@@ -22,14 +22,13 @@ from fts.loops import Position, Source, StepEnd
 from fts.loops.checkpoint_status import is_complete
 from fts.loops.durations import parse_duration
 from fts.state import TrainState, is_donated
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import SaveStrategy
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import SaveStrategy, TrainingArguments
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.checkpoints.checkpoint_files import CheckpointContents, save_checkpoint, saves_checkpoints
 from fts.trainer.checkpoints.epoch_layout import EpochLayout
 from fts.trainer.model import swap_eval_params
 from fts.trainer.optimization import RunOptimizer, torch_state_dict
-from fts.trainer.reporting.running_metrics import RunningMetrics
+from fts.trainer.reporting import RunningMetrics
 
 AfterSave = Callable[[loops.AsyncCheckpointer, Path, Callable[[], object]], Callable[[], object]]
 """`(writer, path, rotate)` -> what to call when the checkpoint is durable; it calls `rotate`, which deletes outdated ones."""
@@ -39,7 +38,7 @@ class CheckpointedRun(Protocol):
     """What a checkpoint records of a run."""
 
     @property
-    def optimizing(self) -> RunOptimizer:
+    def optimizer(self) -> RunOptimizer:
         """What updates the weights."""
 
     @property
@@ -47,7 +46,7 @@ class CheckpointedRun(Protocol):
         """The batches."""
 
     @property
-    def cut(self) -> EpochLayout:
+    def epoch_layout(self) -> EpochLayout:
         """How the examples of an epoch are split into updates."""
 
     @property
@@ -147,8 +146,8 @@ class CheckpointManager:
         rotate = partial(loops.rotate_checkpoints, path.parent, limit, best, latest=path)
         extra = self._extra(position)
         # a model alone is for evaluation; a run resumes from the weights that are trained
-        only_model = self.args.save_only_model or run.optimizing.engine is not None
-        with swap_eval_params(self.model, state, run.optimizing.transform) if only_model else nullcontext():
+        only_model = self.args.save_only_model or run.optimizer.engine is not None
+        with swap_eval_params(self.model, state, run.optimizer.transform) if only_model else nullcontext():
             contents = CheckpointContents(
                 state,
                 position,
@@ -165,9 +164,9 @@ class CheckpointManager:
     def _extra(self, position: Position) -> dict[str, Any]:
         """What else resuming needs, as JSON values."""
         run = self.run
-        extra: dict[str, Any] = {"tally": run.running_metrics.to_dict(), "cut": attrs.asdict(run.cut)}
-        if run.optimizing.steps:
-            extra["torch"] = torch_state_dict(run.optimizing.optimizer, run.optimizing.scheduler, run.optimizing.before)
+        extra: dict[str, Any] = {"tally": run.running_metrics.to_dict(), "cut": attrs.asdict(run.epoch_layout)}
+        if run.optimizer.steps_scheduler:
+            extra["torch"] = torch_state_dict(run.optimizer.optimizer, run.optimizer.scheduler, run.optimizer.initial_settings)
         extra |= {"written": self.hooks.optimizer_changes(), "data": run.source.state_dict(position)}
         return extra | {"owes": self.evaluation_pending}
 

@@ -26,57 +26,60 @@ def save_model(
 ) -> None:
     """Write a model so that `from_pretrained` reads it, or for other modules its `model.safetensors`.
 
-    Where it is spread over processes (FSDP2, ZeRO's stage 3), all call this, and its tensors are gathered one after the other.
+    Where it is sharded (FSDP2, ZeRO's stage 3), all ranks call this, and its tensors are gathered one after the other.
 
     Args:
         model: its `save_pretrained` is used where it has one.
-        directory: is made if need be.
-        processing_class: a tokenizer or processor to save beside it.
-        args: are saved beside it as `training_args.json`.
-        writes: whether this process writes; the others take part in the gathering.
+        directory: is made if it does not exist.
+        processing_class: a tokenizer or processor to save with it.
+        args: are saved with it as `training_args.json`.
+        writes: whether this rank writes; the others take part in the gathering.
     """
-    spread = any_dtensor(model.parameters()) or has_flat_buffers(model)
-    weights = _gather_state_dict(model, keep=writes) if spread else {}
+    sharded = any_dtensor(model.parameters()) or has_flat_buffers(model)
+    weights = _gather_state_dict(model, keep=writes) if sharded else {}
     if not writes:
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
-        save_pretrained(directory, **({"state_dict": weights} if spread else {}))
-    elif spread:
+        save_pretrained(directory, **({"state_dict": weights} if sharded else {}))
+    elif sharded:
         from safetensors.torch import save_file
 
-        first = {id(tensor): name for name, tensor in reversed(weights.items())}  # of tied tensors
+        first = {id(tensor): name for name, tensor in reversed(weights.items())}  # the first name of tied tensors
         save_file({name: weights[name] for name in first.values()}, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     else:
-        from safetensors.torch import save_model as save_tensors  # knows tied tensors
+        from safetensors.torch import save_model as save_tensors  # handles tied tensors
 
         save_tensors(model, str(directory / WEIGHTS_NAME), metadata={"format": "pt"})
     save_processing_class_and_args(directory, processing_class, args)
 
 
 def _gather_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The tensors of a model, whole and on the CPU; tied ones are the same. All processes call it, and keep them or not."""
+    """The full tensors of a model on the CPU; tied ones are the same object. All ranks call it, and keep them or not."""
     found: dict[int, Tensor] = {}
     names: dict[str, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in found:
             with gathered_parameters([tensor]):
-                gathered = full_tensor(tensor.detach()) if is_dtensor(tensor) else tensor.detach().clone()  # not within a buffer
+                gathered = (
+                    full_tensor(tensor.detach()) if is_dtensor(tensor) else tensor.detach().clone()
+                )  # not a view of a flat buffer
                 found[id(tensor)] = gathered.cpu().contiguous() if keep else gathered.new_empty(0)
         names[name] = id(tensor)
     return {name: found[key] for name, key in names.items()}
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether it is a model of peft's: the parameters below its adapters are frozen, and come with the model."""
+    """Whether it is a peft model: the weights below its adapters are frozen, and come with the base model."""
     return callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config")
 
 
 def save_config(model: Any, directory: Path, *, writes: bool) -> None:
+    """Write the configuration of a model, or its adapters where it has some; all ranks call it."""
     if has_adapters(model):
-        save_model(model, directory, writes=writes)  # the adapters, beside the whole state
+        save_model(model, directory, writes=writes)  # the adapters, in addition to the full state
     if has_adapters(model) or not writes:
         return
     for name in ("config", "generation_config"):
@@ -88,6 +91,7 @@ def save_config(model: Any, directory: Path, *, writes: bool) -> None:
 
 
 def save_processing_class_and_args(directory: Path, processing_class: Any, args: TrainingArguments | None) -> None:
+    """Write a processing class, if it can be saved, and `training_args.json`."""
     if callable(getattr(processing_class, "save_pretrained", None)):
         processing_class.save_pretrained(directory)
     if args is not None:

@@ -1,4 +1,4 @@
-"""The state in a checkpoint, also in that of a run which did otherwise with gradients that are not finite."""
+"""Loading of the train state, also from a run that handled non-finite gradients in another way."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from fts.transforms.wrapping import SkipState
 from fts.typing import Transform
 
 WRAPPER_STATES = (SkipState, LossScaleState)
-"""The states of what may be around the optimizer of a run."""
+"""The states of transforms that may wrap the optimizer of a run."""
 
 logger = logging.getLogger(__name__)
 
 
 def load_train_state(checkpoint: str | Path, like: TrainState, group: Group = SINGLE_PROCESS) -> tuple[TrainState, Position]:
-    """Read a checkpoint as `loops.load_checkpoint` does, also where it withheld updates in another way than this run.
+    """Read a checkpoint as `loops.load_checkpoint` does, also where its run skipped updates in another way than this run.
 
-    So a run may go on with another `nonfinite`, or begin or cease to compute in float16: counts of skipped updates and a loss
-    scale that the checkpoint has not begin anew, and those that this run has no use for are left out.
+    So a run can resume with another `nonfinite`, or with or without float16: counts of skipped updates and a loss scale that
+    the checkpoint lacks begin anew, and those that this run does not need are dropped.
 
     Args:
         checkpoint: its directory.
-        like: a state of the same model, with or without a `SkipState` or `LossScaleState` around that of the optimizer.
+        like: a state of the same model, with or without a `SkipState` or `LossScaleState` around the state of the optimizer.
         group: see `load_checkpoint`.
 
     Raises:
-        CheckpointError: as `load_checkpoint` says it.
+        CheckpointError: as in `load_checkpoint`.
     """
     try:
         return loops.load_checkpoint(checkpoint, like=like, group=group)
@@ -52,7 +52,7 @@ def load_train_state(checkpoint: str | Path, like: TrainState, group: Group = SI
 def load_best_model(
     model: nn.Module, checkpoint: str, like: TrainState, transform: Transform, group: Group = SINGLE_PROCESS
 ) -> None:
-    """Give the model the weights of a checkpoint; those that its optimizer evaluates with, where it trains others.
+    """Load the weights of a checkpoint into the model: those that its optimizer evaluates with, where it trains others.
 
     Args:
         model: is written in place.
@@ -61,23 +61,23 @@ def load_best_model(
         transform: the optimizer.
         group: see `loops.load_checkpoint`.
     """
-    model_only = not has_tensors(Path(checkpoint), OPTIMIZER_NAME)  # then its weights are already those that were evaluated
+    model_only = not has_tensors(Path(checkpoint), OPTIMIZER_NAME)  # then its weights are those that were evaluated
     if model_only or tx.eval_params(transform, like.opt_state, like.params) is like.params:
         load_weights(model, checkpoint)
         return
     state, _ = load_train_state(checkpoint, like, group)
-    apply_eval_params(model, state, transform, anyway=True)
+    apply_eval_params(model, state, transform, always=True)
 
 
 def _load_with_other_wrapper(checkpoint: str | Path, like: TrainState, group: Group) -> tuple[TrainState, Position] | None:
     own, count = like.opt_state, torch.zeros((), dtype=torch.int64)
     inner = own.inner if isinstance(own, WRAPPER_STATES) else own
     scale = torch.ones((), dtype=torch.float32)
-    for form in (inner, SkipState(inner, count, count), LossScaleState(inner, scale, count, count, count)):
-        if type(form) is type(own):
-            continue  # which was tried
+    for stored in (inner, SkipState(inner, count, count), LossScaleState(inner, scale, count, count, count)):
+        if type(stored) is type(own):
+            continue  # tried before
         try:
-            state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=form), group=group)
+            state, position = loops.load_checkpoint(checkpoint, like=like.replace(opt_state=stored), group=group)
         except CheckpointError:
             continue
         found = state.opt_state

@@ -1,4 +1,4 @@
-"""From a list of examples to a batch."""
+"""Data collators: from a list of examples to a batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def default_data_collator(features: Sequence[Any]) -> dict[str, Any]:
         features: dictionaries, or objects with attributes, of tensors, arrays, lists or numbers; strings and None are left out.
 
     Returns:
-        A dictionary of tensors with a first dimension more; `label` or `label_ids` of the examples become `labels`: int64
+        A dictionary of tensors with a batch dimension; `label` or `label_ids` of the examples become `labels`: int64
         where they are integers, float32 otherwise.
 
     Raises:
@@ -45,10 +45,10 @@ def default_data_collator(features: Sequence[Any]) -> dict[str, Any]:
 
 
 def get_data_collator(processing_class: Any) -> Collator:
-    """The collator that fits a processing class.
+    """The default collator for a processing class.
 
     Returns:
-        One that pads, for transformers' tokenizers and feature extractors of sequences, and for a class of one's own with a
+        One that pads, for transformers' tokenizers and feature extractors of sequences, and for another class with a
         method `pad(features, padding=True, return_tensors="pt")`; else `default_data_collator`.
 
     >>> get_data_collator(None) is default_data_collator

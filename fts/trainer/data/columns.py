@@ -1,4 +1,4 @@
-"""Which columns of a dataset a model can use."""
+"""Which columns of a dataset the model's forward takes, and the removal of unused ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def forward_arguments(model: nn.Module) -> list[str]:
 
 
 def required_arguments(model: nn.Module) -> list[str]:
-    """The names of the arguments that a model's forward cannot do without.
+    """The names of the arguments that a model's forward requires.
 
     >>> class Net(nn.Module):
     ...     def forward(self, x, labels=None): ...
@@ -66,7 +66,7 @@ def required_arguments(model: nn.Module) -> list[str]:
 
 
 def can_return_loss(model: nn.Module) -> bool:
-    """Whether a model's forward returns a loss without labels, by an argument `return_loss` that is True by default.
+    """Whether a model's forward returns a loss without labels: it has an argument `return_loss` that is True by default.
 
     >>> can_return_loss(nn.Linear(1, 1))
     False
@@ -134,7 +134,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _has_transform(dataset: Any) -> bool:
-    # a function set by `set_transform` makes the columns of a row; those in the table are its inputs
+    # a function set by `set_transform` makes the columns of an example; the columns of the table are its inputs
     form = getattr(dataset, "format", None)
     return isinstance(form, Mapping) and form.get("type") == "custom"
 
@@ -152,7 +152,7 @@ class RemoveColumnsCollator:
     what: str
 
     def __call__(self, examples: Any) -> Any:
-        if isinstance(examples, Mapping):  # a dataset's __getitems__ may give a whole batch
+        if isinstance(examples, Mapping):  # a dataset's __getitems__ may return a batch
             return self.collator(self._kept(examples))
         if not isinstance(examples[0], Mapping) or self.accepted.issuperset(examples[0]):
             return self.collator(examples)

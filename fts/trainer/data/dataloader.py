@@ -1,4 +1,4 @@
-"""From data sets to loaders, and from loaders to the batches of a run."""
+"""The DataLoaders of training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 
 SamplerFactory: TypeAlias = Callable[[Any], Any]
-"""A data set -> its sampler, or None where it is visited in its own order."""
+"""From a data set to its sampler; None for the order of the data."""
 
 
 @attrs.frozen
@@ -32,7 +32,7 @@ class DataLoaderSettings:
 
     Attributes:
         collator: makes a batch of examples.
-        batch_size: rows in a batch.
+        batch_size: examples in a batch.
         drop_last: leave out a last batch that is not full.
         options: further arguments of `torch.utils.data.DataLoader`, about workers and memory.
         device: where the loader puts its batches.
@@ -91,23 +91,23 @@ class IterableWrapper(IterableDataset[Any]):
         return getattr(self.data, "load_state_dict", None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the data which epoch it is, if it wants to know."""
-        tell = getattr(self.data, "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
+        """Call the data's `set_epoch`, if it has one."""
+        set_epoch = getattr(self.data, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
 
 def train_dataloader(
     dataset: Any, args: TrainingArguments, collator: Collator, accepted: Sequence[str] | None, sampling: SamplerFactory
 ) -> DataLoader[Any]:
-    """The training set as a DataLoader, which visits the rows that a run visits, in the same order.
+    """The training set as a DataLoader, in the order of a run.
 
     Args:
         dataset: the training set.
         args: the training arguments.
         collator: makes a batch of examples.
         accepted: the columns to keep; None keeps all.
-        sampling: gives the sampler of the data set with all its columns; see `fts.trainer.data.sampler.train_sampler`.
+        sampling: returns the sampler of the data set with all its columns; see `fts.trainer.data.sampler.train_sampler`.
 
     Raises:
         ArgumentError: there is no training set.
@@ -115,8 +115,8 @@ def train_dataloader(
     """
     if dataset is None:
         raise ArgumentError("Trainer.train needs a training set: Trainer(..., train_dataset=...).")
-    how = dataloader_settings(args, collator, args.train_batch_size, drop_last=args.dataloader_drop_last)
-    return _dataloader(dataset, how, accepted, sampling, "training")
+    settings = dataloader_settings(args, collator, args.train_batch_size, drop_last=args.dataloader_drop_last)
+    return _dataloader(dataset, settings, accepted, sampling, "training")
 
 
 def eval_dataloader(
@@ -127,28 +127,28 @@ def eval_dataloader(
     sampling: SamplerFactory = eval_sampler,
     what: str = "evaluation",
 ) -> DataLoader[Any]:
-    """A data set for evaluation or prediction as a DataLoader: every row, also with `dataloader_drop_last`.
+    """A data set for evaluation or prediction as a DataLoader: every example, also with `dataloader_drop_last`.
 
-    Its workers do not live on (`dataloader_persistent_workers`): what they draw would depend on the evaluations before.
+    Its workers are not persistent (`dataloader_persistent_workers`): their random numbers would depend on earlier evaluations.
 
     Args:
         dataset: the data.
         args: the training arguments.
         collator: makes a batch of examples.
         accepted: the columns to keep; None keeps all.
-        sampling: gives the sampler of the data set.
+        sampling: returns the sampler of the data set.
         what: "evaluation" or "prediction", for messages.
 
     Raises:
         DataError: the data is empty, has nothing for the model, or is of a kind that cannot be read.
     """
-    how = dataloader_settings(args, collator, args.eval_batch_size)
-    how = attrs.evolve(how, options={**how.options, "persistent_workers": False})
-    return _dataloader(dataset, how, accepted, sampling, what)
+    settings = dataloader_settings(args, collator, args.eval_batch_size)
+    settings = attrs.evolve(settings, options={**settings.options, "persistent_workers": False})
+    return _dataloader(dataset, settings, accepted, sampling, what)
 
 
 def select_eval_dataset(eval_dataset: Any, own: Any) -> Any:
-    """The evaluation set that is meant: one of the Trainer's by name, another one, or the Trainer's only one.
+    """The evaluation set to use: one of the Trainer's by name, another one, or the Trainer's only one.
 
     >>> select_eval_dataset("long", {"short": [1], "long": [2]}), select_eval_dataset(None, [3])
     ([2], [3])
@@ -184,7 +184,7 @@ def dataloader_settings(
 
 
 def _dataloader(
-    dataset: Any, how: DataLoaderSettings, accepted: Sequence[str] | None, sampling: SamplerFactory, what: str
+    dataset: Any, settings: DataLoaderSettings, accepted: Sequence[str] | None, sampling: SamplerFactory, what: str
 ) -> DataLoader[Any]:
     check_dataset(dataset, what)
     sampler = sampling(dataset)
@@ -193,54 +193,59 @@ def _dataloader(
             f"A sampler was given for a {type(dataset).__name__}, which can only be iterated. Return None instead of a sampler, "
             "or give data with __getitem__ and __len__."
         )
-    kept, collator = remove_unused_columns(dataset, how.collator, accepted, what)
-    return make_dataloader(kept, attrs.evolve(how, collator=collator), sampler)
+    kept, collator = remove_unused_columns(dataset, settings.collator, accepted, what)
+    return make_dataloader(kept, attrs.evolve(settings, collator=collator), sampler)
 
 
 def make_dataloader(
-    dataset: Any, how: DataLoaderSettings, sampler: Sampler[Any] | Iterable[Any] | None = None
+    dataset: Any, settings: DataLoaderSettings, sampler: Sampler[Any] | Iterable[Any] | None = None
 ) -> DataLoader[Any]:
     """A torch DataLoader of a data set.
 
     Args:
         dataset: indexable or iterable.
-        how: batch size, collator, workers, device.
+        settings: batch size, collator, workers, device.
         sampler: the order of indexable data; None for its own.
     """
-    options: dict[str, Any] = {"batch_size": how.batch_size, "collate_fn": how.collator, "drop_last": how.drop_last}
-    options |= how.options
+    options: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "collate_fn": settings.collator,
+        "drop_last": settings.drop_last,
+    }
+    options |= settings.options
     if is_map_style(dataset):
         options["sampler"] = sampler
     elif not isinstance(dataset, IterableDataset):
         dataset = IterableWrapper(dataset)
         if options.get("num_workers", 0) > 1:
             raise ArgumentError(
-                f"{options['num_workers']} workers would each iterate the whole of a {type(dataset.data).__name__}. Use "
-                "dataloader_num_workers=1, or a torch IterableDataset that divides its items by "
+                f"{options['num_workers']} workers would each iterate all of a {type(dataset.data).__name__}. Use "
+                "dataloader_num_workers=1, or a torch IterableDataset that divides its examples by "
                 "torch.utils.data.get_worker_info()."
             )
-    if how.device.type == "cpu":
+    if settings.device.type == "cpu":
         return DataLoader(dataset, **options)
-    return DeviceDataLoader(dataset, device=how.device, **options)
+    return DeviceDataLoader(dataset, device=settings.device, **options)
 
 
 def check_dataset(dataset: Any, what: str) -> None:
-    """Raise DataError for data that is empty, or that nobody can read row by row."""
+    """Raise DataError for data that is empty, or of a kind that cannot be read."""
     name = type(dataset).__name__
     if isinstance(dataset, (Mapping, str, bytes)) or not (is_map_style(dataset) or isinstance(dataset, Iterable)):
         length = " A dataset with __getitem__ needs __len__, too." if hasattr(dataset, "__getitem__") else ""
         part = " Give one of the dictionary's values." if isinstance(dataset, Mapping) else ""
-        raise DataError(f"The {what} set is a {name}; it must be a list of rows, or a dataset.{length}{part}")
-    _check_not_empty(dataset, what)
+        raise DataError(f"The {what} set is a {name}; it must be a list of examples, or a dataset.{length}{part}")
+    check_not_empty(dataset, what)
 
 
-def _check_not_empty(dataset: Any, what: str) -> None:
+def check_not_empty(dataset: Any, what: str) -> None:
+    """Raise DataError for data of length 0."""
     if hasattr(dataset, "__len__") and _length_or_none(dataset) == 0:
-        raise DataError(f"The {what} set ({type(dataset).__name__}) is empty. Give it at least one row.")
+        raise DataError(f"The {what} set ({type(dataset).__name__}) is empty. Give it at least one example.")
 
 
 def num_examples(loader: Any, batch_size: int) -> int:
-    """How many rows a loader has; without a data set of known length, its batches times `batch_size`.
+    """How many examples a loader has; without a data set of known length, its batches times `batch_size`.
 
     Raises:
         DataError: neither has a length.
@@ -248,9 +253,9 @@ def num_examples(loader: Any, batch_size: int) -> int:
     >>> num_examples(DataLoader(range(5), batch_size=2), 2), num_examples([[1, 2], [3]], 2)
     (5, 4)
     """
-    rows, batches = _length_or_none(getattr(loader, "dataset", None)), _length_or_none(loader)
-    if rows is not None:
-        return rows
+    examples, batches = _length_or_none(getattr(loader, "dataset", None)), _length_or_none(loader)
+    if examples is not None:
+        return examples
     if batches is None:
         raise DataError(
             f"The number of examples of a {type(loader).__name__} is unknown: neither it nor its dataset has a length."
@@ -263,7 +268,7 @@ def num_tokens(loader: Iterable[Any], max_steps: int | None = None) -> int:
 
     Args:
         loader: its batches are dictionaries with `input_ids`.
-        max_steps: if given, the first batch is taken as an example for so many.
+        max_steps: if given, the tokens of the first batch times this number.
 
     Returns:
         The count; 0, and a warning, if a batch has no `input_ids`.

@@ -1,4 +1,4 @@
-"""In which order the rows of a data set are visited, as the arguments ask for it."""
+"""Samplers: in which order the examples of a data set are visited."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from torch.utils.data import IterableDataset, Sampler, SequentialSampler
 from fts.errors import DataError, MissingDependencyError
 from fts.loops.sampling import EpochSampler, IsolatedGenerators, length_grouped_indices, permutation
 from fts.messages import install_hint
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.conflicts import sampling_strategy
-from fts.trainer.arguments.data_parallel import num_parallel_batches
+from fts.trainer.arguments import TrainingArguments, num_parallel_batches, sampling_strategy
 
 PROGRESS_BAR_FROM = 10_000
-"""From how many rows on, reading their lengths shows a bar."""
+"""From how many examples on a progress bar is shown while their lengths are read."""
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Whether rows can be read in any order."""
+    """Whether a dataset is map-style: it has `__getitem__` and `__len__`, so that examples can be read in any order."""
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
@@ -32,7 +30,7 @@ def data_seed(args: TrainingArguments) -> int:
 
 
 def train_sampler(dataset: Any, args: TrainingArguments, processing_class: Any = None) -> Sampler[int] | None:
-    """The order of training: shuffled, in sequence, or rows of similar length together.
+    """The order of training: shuffled, in sequence, or grouped by length.
 
     Args:
         dataset: the training set, with all its columns.
@@ -59,9 +57,9 @@ def train_sampler(dataset: Any, args: TrainingArguments, processing_class: Any =
         return EpochSampler(partial(permutation, len(dataset)), len(dataset), data_seed(args))
     name = (getattr(processing_class, "model_input_names", None) or ["input_ids"])[0]
     lengths = example_lengths(dataset, args.length_column_name, name, show=not args.disable_tqdm)
-    # neighbours are those of an update, over all processes, so that the order is that of one process with as large an update
-    rows = args.train_batch_size * args.gradient_accumulation_steps * num_parallel_batches(args)
-    return EpochSampler(partial(length_grouped_indices, lengths, rows), len(dataset), data_seed(args))
+    # groups are those of an update over all ranks, so that the order is that of one process with as large an update
+    group_size = args.train_batch_size * args.gradient_accumulation_steps * num_parallel_batches(args)
+    return EpochSampler(partial(length_grouped_indices, lengths, group_size), len(dataset), data_seed(args))
 
 
 def eval_sampler(dataset: Any) -> Sampler[int] | None:
@@ -70,19 +68,19 @@ def eval_sampler(dataset: Any) -> Sampler[int] | None:
 
 
 def example_lengths(dataset: Any, column: str = "length", input_name: str = "input_ids", *, show: bool = False) -> Tensor:
-    """The length of each row of an indexable data set, read once.
+    """The length of each example of an indexable data set, read once.
 
     Args:
-        dataset: rows are dictionaries.
+        dataset: examples are dictionaries.
         column: holds the lengths, if there is such a column.
         input_name: otherwise they are those of this input.
-        show: show a bar if there are many rows.
+        show: show a progress bar if there are many examples.
 
     Returns:
-        int64, shape (rows,).
+        int64, shape (examples,).
 
     Raises:
-        DataError: rows have neither.
+        DataError: examples have neither.
 
     >>> example_lengths([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
     tensor([2, 3])
@@ -94,22 +92,22 @@ def example_lengths(dataset: Any, column: str = "length", input_name: str = "inp
         if input_name in columns and dataset.format["type"] != "custom":  # a transform may change lengths
             plain = dataset.select_columns([input_name]).with_format(None)
             batches = (batch[input_name] for batch in plain.iter(1000))
-            return _length_tensor((len(row) for batch in batches for row in batch), len(dataset), show)
-    with IsolatedGenerators(0):  # rows may draw random numbers, and this pass must not count
+            return _length_tensor((len(example) for batch in batches for example in batch), len(dataset), show)
+    with IsolatedGenerators(0):  # examples may draw random numbers; this pass must not change the run
         return _length_tensor(
             (_example_length(dataset[index], column, input_name) for index in range(len(dataset))), len(dataset), show
         )
 
 
-def _example_length(row: Any, column: str, input_name: str) -> int:
-    if isinstance(row, Mapping):
-        if column in row:
-            return int(row[column])
-        if input_name in row:
-            return len(row[input_name])
-    found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+def _example_length(example: Any, column: str, input_name: str) -> int:
+    if isinstance(example, Mapping):
+        if column in example:
+            return int(example[column])
+        if input_name in example:
+            return len(example[input_name])
+    found = ", ".join(map(str, example)) if isinstance(example, Mapping) else type(example).__name__
     raise DataError(
-        f"group_by_length needs rows that are dictionaries with {column!r} or {input_name!r}; there is one of {found}. Add a "
+        f"group_by_length needs examples that are dictionaries with {column!r} or {input_name!r}; there is one of {found}. Add a "
         "column with the lengths, and name it by length_column_name."
     )
 

@@ -1,26 +1,25 @@
-"""Which part of the data this process has."""
+"""The local shard of the data, the data-parallel group, and the GPUs of this process."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
 from fts import loops
 from fts.distributed import device_mesh
+from fts.distributed.process_group import Group
 from fts.loops import Source
-from fts.trainer.arguments import AcceleratorConfig, TrainingArguments
-from fts.trainer.arguments.accelerator_config import parse_accelerator_config
-from fts.trainer.arguments.data_parallel import data_parallel_rank
-from fts.trainer.arguments.processes import default_group
-from fts.trainer.arguments.strategy import resolve_mesh
-
-if TYPE_CHECKING:
-    from fts.distributed.process_group import Group
+from fts.trainer.arguments import (
+    AcceleratorConfig,
+    TrainingArguments,
+    data_parallel_rank,
+    default_group,
+    parse_accelerator_config,
+    resolve_mesh,
+)
 
 
 def data_parallel_group(args: TrainingArguments) -> Group:
-    """The processes that have data of their own, this one among them; joined here if they were not yet.
+    """The data-parallel group of this rank: the ranks that have data of their own. The first call makes it, on all ranks.
 
     >>> data_parallel_group(TrainingArguments(use_cpu=True)).size
     1
@@ -29,7 +28,7 @@ def data_parallel_group(args: TrainingArguments) -> Group:
 
 
 def device_ids(args: TrainingArguments) -> tuple[int, ...]:
-    """The numbers of the GPUs that this process trains on, its own first; empty where it has not several.
+    """The indices of the GPUs that this process trains on, its own first; empty for fewer than two.
 
     >>> device_ids(TrainingArguments(use_cpu=True))
     ()
@@ -46,13 +45,13 @@ def _accelerator_config(args: TrainingArguments) -> AcceleratorConfig:
 
 
 def local_shard(source: Source, args: TrainingArguments) -> Source:
-    """This process's part of a source, as `accelerator_config` shares it.
+    """The local shard of a source, as `accelerator_config` divides it.
 
-    `even_batches` makes no difference: a process without a batch runs one that weighs nothing in either case.
+    `even_batches` makes no difference: a rank without a batch runs a padding batch in either case.
 
     Args:
-        source: the whole data, the same in each process.
-        args: the arguments; without `dispatch_batches` the first process reads data that can only be iterated.
+        source: all the data, the same on each rank.
+        args: the arguments; by default rank 0 reads data that can only be iterated (`dispatch_batches`).
     """
     rank, size = data_parallel_rank(args)
     if size == 1:

@@ -13,8 +13,9 @@ from fts import loops
 from fts.errors import DataError
 from fts.loops import Source
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.data.dataloader import _check_not_empty
-from fts.trainer.data.shards import data_parallel_rank, local_shard
+from fts.trainer.arguments.data_parallel import data_parallel_rank
+from fts.trainer.data.dataloader import check_not_empty
+from fts.trainer.data.shards import local_shard
 
 
 def make_source(
@@ -24,52 +25,52 @@ def make_source(
     device: torch.device,
     what: str,
     micro_batches: int = 1,
-    share: Callable[[Source], Source] = lambda source: source,
+    shard: Callable[[Source], Source] = lambda source: source,
 ) -> Source:
     """The numbered epochs of numbered batches of a loader, on a device.
 
     Args:
-        loader: that of `train_dataloader`, or a user's: any DataLoader, or an object that gives ready batches again and again.
+        loader: that of `train_dataloader`, or a user's: any DataLoader, or an iterable of batches that can be iterated again.
         seed: the seed of the order and of everything random in the data.
         device: where the batches go.
         what: "training" or "evaluation", for messages.
         micro_batches: how many batches make one step.
-        share: gives the part of the source that this process takes.
+        shard: returns the local shard of the source.
 
     Returns:
-        The source; where items can be indexed, what is skipped is not read.
+        The source. Data that can be indexed is not read where it is skipped.
 
     Raises:
         DataError: there is no batch, or the loader cannot be iterated.
     """
     if hasattr(loader, "dataset"):
-        _check_not_empty(loader.dataset, what)
+        check_not_empty(loader.dataset, what)
     source = loops.source(unshard_dataloader(loader), seed=seed, micro_batches=micro_batches)
     if source.batches_per_epoch == 0:
         if source.num_examples:
             raise DataError(
-                f"The {what} set has {source.num_examples} rows, fewer than a batch of {source.batch_size}, and "
+                f"The {what} set has {source.num_examples} examples, fewer than a batch of {source.batch_size}, and "
                 "dataloader_drop_last=True leaves them out. Use a smaller batch, or keep the last one."
             )
         raise DataError(f"The {what} loader ({type(loader).__name__}) has no batch. Give it at least one.")
-    return loops.on_device(share(source), device)
+    return loops.on_device(shard(source), device)
 
 
 def eval_batches(loader: Any, args: TrainingArguments, seed: int) -> Any:
-    """The batches of an evaluation that this process predicts: those of the loader, or its part of them.
+    """The batches of an evaluation that this process predicts: those of the loader, or its local shard of them.
 
     Args:
-        loader: all the data, the same in each process.
+        loader: all the data, the same on each rank.
         args: the arguments.
-        seed: of what is random in the data, where several processes share them.
+        seed: of what is random in the data, where several processes divide it.
     """
     if data_parallel_rank(args)[1] == 1:
         return loader
-    return make_source(loader, seed=seed, device=args.device, what="evaluation", share=partial(local_shard, args=args)).epoch(0)
+    return make_source(loader, seed=seed, device=args.device, what="evaluation", shard=partial(local_shard, args=args)).epoch(0)
 
 
 def unshard_dataloader(loader: Any) -> Any:
-    """A loader of all the data, also where accelerate has given it this process's part of them alone."""
+    """A loader of all the data, also where accelerate has reduced it to the shard of this process."""
     if type(loader).__module__ == "accelerate.data_loader" and hasattr(loader, "base_dataloader"):
         return _base_dataloader(loader.base_dataloader)
     return loader

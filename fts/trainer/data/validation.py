@@ -1,4 +1,4 @@
-"""Whether a model can use a data set: found out from its first rows, before long work begins."""
+"""Checks on the first examples of a data set, before a run begins: whether the model can use them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fts.trainer.data.sampler import is_map_style
 from fts.typing import Batch
 
 MAX_EXAMPLES = 8
-"""How many rows are looked at, at most."""
+"""How many examples are read, at most."""
 
 CLASSIFICATION_LOSSES = (
     "ForSequenceClassification",
@@ -35,7 +35,7 @@ TOKEN_LOSSES = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
 
 
 class LossInputs(Protocol):
-    """What these checks read of the way in which the loss of a batch is computed, such as `fts.trainer.model.LossConfig`."""
+    """What these checks need to know of the loss, such as `fts.trainer.model.LossConfig`."""
 
     @property
     def label_names(self) -> Sequence[str]:
@@ -47,15 +47,15 @@ class LossInputs(Protocol):
 
 
 def check_dataloader(loader: Any, model: nn.Module, loss: LossInputs | None, what: str, *, labelled: bool = True) -> None:
-    """Collate the first rows behind a loader, and raise where the model could not use the batch.
+    """Collate the first examples of a loader, and raise where the model could not use the batch.
 
-    Nothing happens where that would consume something (data that can only be iterated, a loader that iterates in its own way)
-    or where the rows are not asked for by number: see `check_first_batch`.
+    Nothing happens where that would consume data (an iterable dataset, a loader with its own `__iter__`), or where the sampler
+    is not a usual one: see `check_first_batch`.
 
     Args:
         loader: any loader.
         model: is called with the batch.
-        loss: how the loss of the batch is computed; None where a user's method does, so that only the rows are read.
+        loss: how the loss of the batch is computed; None where a user's method does, so that only the examples are read.
         what: "training" or "evaluation", for messages.
         labelled: whether there must be labels.
 
@@ -64,8 +64,8 @@ def check_dataloader(loader: Any, model: nn.Module, loss: LossInputs | None, wha
     """
     plain = unwrap_dataloader(loader)
     if plain is not None and _samples_by_index(plain):
-        rows = plain.batch_size or 1
-        check_examples(plain.dataset, plain.collate_fn, model, loss, what, rows=rows, labelled=labelled)
+        size = plain.batch_size or 1
+        check_examples(plain.dataset, plain.collate_fn, model, loss, what, batch_size=size, labelled=labelled)
 
 
 def _samples_by_index(loader: DataLoader[Any]) -> bool:
@@ -81,32 +81,32 @@ def check_examples(
     loss: LossInputs | None,
     what: str,
     *,
-    rows: int = 1,
+    batch_size: int = 1,
     labelled: bool = True,
 ) -> None:
-    """Collate the first rows of a data set, and raise where the model could not use the batch.
+    """Collate the first examples of a data set, and raise where the model could not use the batch.
 
-    Random numbers are drawn apart, so that the run is not changed. Where all labels can be read at next to no cost (one whole
-    number a row of a list or of a table of `datasets`), all are looked at.
+    The run's random generators are not used. Where all labels can be read cheaply (one integer for each example of a list or of
+    a table of `datasets`), all are checked.
 
     Args:
-        dataset: is left alone if its rows cannot be read in any order.
+        dataset: is not read unless it is map-style.
         collator: makes a batch.
         model: is called with the batch.
         loss: how the loss of the batch is computed; None where a user's method does.
         what: "training" or "evaluation", for messages.
-        rows: how many rows a batch has; at most `MAX_EXAMPLES` are read.
+        batch_size: of the run; at most `MAX_EXAMPLES` are read.
         labelled: whether there must be labels.
 
     Raises:
-        DataError: the rows cannot be collated, or the model cannot use the batch.
+        DataError: the examples cannot be collated, or the model cannot use the batch.
     """
     if not is_map_style(dataset) or not len(dataset):
         return
-    numbers = list(range(min(rows, MAX_EXAMPLES, len(dataset))))
-    several = getattr(dataset, "__getitems__", None)
+    indices = list(range(min(batch_size, MAX_EXAMPLES, len(dataset))))
+    get_items = getattr(dataset, "__getitems__", None)
     with IsolatedGenerators(0):
-        examples = several(numbers) if callable(several) else [dataset[number] for number in numbers]
+        examples = get_items(indices) if callable(get_items) else [dataset[index] for index in indices]
         batch = _collate(examples, collator, what)
     check_batch(batch, model, loss, what, labelled=labelled)
     if labelled and loss is not None and loss.compute_loss_func is None and _keeps_labels(collator):
@@ -114,14 +114,14 @@ def check_examples(
 
 
 def _keeps_labels(collator: Any) -> bool:
-    """Whether a collator leaves labels as they are in the data, as far as one can know."""
-    inner = getattr(collator, "collator", collator)  # ours that drops columns
+    """Whether a collator leaves labels as they are in the data, as far as is known."""
+    inner = getattr(collator, "collator", collator)  # inside RemoveColumnsCollator
     kind = f"{type(inner).__module__}.{type(inner).__name__}"
     return inner is default_data_collator or kind == "transformers.data.data_collator.DataCollatorWithPadding"
 
 
 def _check_all_labels(dataset: Any, model: nn.Module, what: str) -> None:
-    """Look for classes that a model does not have in all rows, where reading the labels alone costs next to nothing."""
+    """Look for classes that a model does not have in all examples, where the labels alone can be read cheaply."""
     inner = unwrap_model(model)
     config = getattr(inner, "config", None)
     count = getattr(config, "num_labels", None)
@@ -133,7 +133,7 @@ def _check_all_labels(dataset: Any, model: nn.Module, what: str) -> None:
 
 
 def _label_column(dataset: Any) -> Tensor | None:
-    """One whole number a row, of a list of dictionaries or a table of `datasets`; None where it is something else."""
+    """One integer for each example of a list of dictionaries or a table of `datasets`; None where it is something else."""
     if isinstance(dataset, list):
         names = [name for name in LABEL_COLUMNS if name in dataset[0]] if isinstance(dataset[0], Mapping) else []
         values = [row.get(names[0]) for row in dataset] if names and all(isinstance(row, Mapping) for row in dataset) else []
@@ -154,9 +154,9 @@ def _collate(examples: Any, collator: Collator, what: str) -> Any:
         raise
     except Exception as error:
         name = getattr(collator, "__name__", type(collator).__name__)
-        shown = f"the columns {', '.join(map(str, examples[0]))}" if _are_mappings(examples) else "rows of this kind"
+        shown = f"the columns {', '.join(map(str, examples[0]))}" if _are_mappings(examples) else "examples of this kind"
         raise DataError(
-            f"The data_collator ({name}) cannot make a batch of the first rows of the {what} set, which have {shown}: "
+            f"The data_collator ({name}) cannot make a batch of the first examples of the {what} set, which have {shown}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -166,7 +166,7 @@ def _are_mappings(examples: Any) -> bool:
 
 
 def check_first_batch(source: Source, check: Callable[[Batch], None]) -> Source:
-    """The same source, of which the first batch that is read is checked before it is given.
+    """The same source, whose first batch is checked when it is read.
 
     Args:
         source: any source.
@@ -174,8 +174,8 @@ def check_first_batch(source: Source, check: Callable[[Batch], None]) -> Source:
     """
     pending = [check]
 
-    def batches(epoch: int, start: int, **how: Any) -> Iterator[Batch]:
-        found = source.batches(epoch, start, **how)
+    def batches(epoch: int, start: int, **options: Any) -> Iterator[Batch]:
+        found = source.batches(epoch, start, **options)
         return _check_first(found, pending.pop()) if pending else found
 
     return attrs.evolve(source, batches=batches)
@@ -195,13 +195,13 @@ def check_batch(batch: Any, model: nn.Module, loss: LossInputs | None, what: str
     Args:
         batch: what the collator made.
         model: is called as `model(**batch)`.
-        loss: how the loss of the batch is computed; None where a user's method does, who may do anything with a batch.
+        loss: how the loss of the batch is computed; None where a user's method does, which may use a batch in any way.
         what: "training" or "evaluation", for messages.
         labelled: whether there must be labels.
 
     Raises:
         DataError: the batch is no dictionary, has keys that forward does not take, lacks some that it needs, has none of the
-            labels, or has ids or labels that the model's tables do not have.
+            labels, or has ids or labels outside of the model's tables.
 
     >>> from types import SimpleNamespace
     >>> loss = SimpleNamespace(label_names=(), compute_loss_func=None)
@@ -231,7 +231,7 @@ def _check_keys(batch: Mapping[str, Any], model: nn.Module, loss: LossInputs, wh
     if unknown:
         raise DataError(
             f"{name}.forward does not take {', '.join(unknown)}, which a batch of the {what} set has. Remove "
-            "these columns, rename them, or leave it to remove_unused_columns=True."
+            "these columns, rename them, or set remove_unused_columns=True."
         )
     hint = (
         "Rename your columns to what forward calls them, or tokenize the text first: remove_unused_columns=True drops the "
@@ -267,7 +267,7 @@ def _check_ids(batch: Mapping[str, Any], model: nn.Module, what: str) -> None:
         return
     if ids.is_floating_point():
         raise DataError(
-            f"input_ids of the {what} set are {ids.dtype}; ids of tokens must be whole numbers (int64). Take the tokenizer's "
+            f"input_ids of the {what} set are {ids.dtype}; ids of tokens must be integers (int64). Take the tokenizer's "
             "input_ids as they are, or pass vectors as inputs_embeds."
         )
     # models of several kinds of input may replace ids of their own before they look them up
@@ -276,8 +276,8 @@ def _check_ids(batch: Mapping[str, Any], model: nn.Module, what: str) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         raise DataError(
-            f"input_ids of the {what} set reach from {low} to {high}, but {type(unwrap_model(model)).__name__} has embeddings for "
-            f"0 to {size - 1}. Use the model's own tokenizer, or after adding tokens call model.resize_token_embeddings("
+            f"input_ids of the {what} set reach from {low} to {high}, but {type(unwrap_model(model)).__name__} has embeddings "
+            f"for 0 to {size - 1}. Use the model's own tokenizer, or after adding tokens call model.resize_token_embeddings("
             "len(tokenizer))."
         )
 
@@ -301,7 +301,7 @@ def _check_labels(batch: Mapping[str, Any], model: nn.Module, names: Sequence[st
 
 
 def _loss_type(model: nn.Module) -> str:
-    """Which of transformers' losses a model computes; empty for others, who may use their labels in any way."""
+    """Which of transformers' losses a model computes; empty for other models, which may use labels in any way."""
     if not type(model).__module__.startswith("transformers."):
         return ""
     return getattr(model, "loss_type", None) or ("ForCausalLM" if type(model).__name__.endswith("LMHeadModel") else "")
@@ -311,8 +311,9 @@ def _check_classes(labels: Tensor, model: nn.Module, count: int, problem: str | 
     name = type(model).__name__
     if problem is None and count > 1 and labels.is_floating_point() and labels.ndim < 2:
         raise DataError(
-            f"labels of the {what} set are {labels.dtype} with one number a row, and {name} has {count} classes (num_labels). "
-            "Give whole numbers to choose one class, num_labels=1 for a regression, or a row of 0.0 and 1.0 to choose several."
+            f"labels of the {what} set are {labels.dtype} with one number per example, and {name} has {count} classes "
+            "(num_labels). Give integers for one class each, num_labels=1 for a regression, "
+            "or vectors of 0.0 and 1.0 for several classes."
         )
     if problem is None:
         problem = "regression" if count == 1 else "multi" if labels.is_floating_point() else "single_label_classification"
@@ -320,8 +321,8 @@ def _check_classes(labels: Tensor, model: nn.Module, count: int, problem: str | 
         _check_label_values(labels, model, count, _class_range(count), what)
     elif problem == "multi_label_classification" and not labels.is_floating_point():
         raise DataError(
-            f"labels of the {what} set are {labels.dtype}, and {name} chooses among several labels "
-            "(problem_type='multi_label_classification'). Give a row of 0.0 and 1.0 for each example, as floats."
+            f"labels of the {what} set are {labels.dtype}, and {name} predicts several labels "
+            "(problem_type='multi_label_classification'). Give a vector of 0.0 and 1.0 for each example, as floats."
         )
 
 
@@ -333,14 +334,13 @@ def _check_label_values(labels: Tensor, model: nn.Module, count: int, limit: str
     name = type(model).__name__
     if labels.dtype not in (torch.int64, torch.uint8):
         raise DataError(
-            f"labels of the {what} set are {labels.dtype}; {name} chooses among {count}, so they must be whole numbers of type "
-            "int64."
+            f"labels of the {what} set are {labels.dtype}; {name} predicts one of {count}, so they must be integers (int64)."
         )
     wrong = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
     if wrong.numel():
         raise DataError(
             f"The {what} set has the label {int(wrong.flatten()[0])}, which {name} cannot have: {limit}. "
-            "-100 marks what does not count."
+            "-100 marks a label that is ignored."
         )
 
 

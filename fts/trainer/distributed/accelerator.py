@@ -27,7 +27,7 @@ def make_accelerator(args: Any) -> Any:
             `fp16`, `data_seed`, `gradient_accumulation_steps` and `dataloader_pin_memory`; those missing are taken as unset.
 
     Returns:
-        The accelerator. Its gradient accumulation counts 1 step, because fts cuts batches itself.
+        The accelerator. Its gradient accumulation counts 1 step, because fts splits batches itself.
 
     Raises:
         ArgumentError: the settings contradict each other, or there is no state to use.

@@ -13,13 +13,15 @@ from fts.distributed.deepspeed import initialize, is_partitioned, placeholder_tr
 from fts.distributed.strategies import DeepSpeed
 from fts.errors import ArgumentError
 from fts.steps.losses import base_model
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.deepspeed_config import (load_deepspeed_config, fill_deepspeed_config, finalize_deepspeed_config)
-from fts.trainer.arguments.plan import Plan
-from fts.trainer.arguments.strategy import resolve_strategy
-from fts.trainer.optimization import (RunOptimizer)
-from fts.trainer.optimization import (group_settings)
-from fts.trainer.optimization import (make_parameter_groups, with_parameters)
+from fts.trainer.arguments import (
+    Plan,
+    TrainingArguments,
+    fill_deepspeed_config,
+    finalize_deepspeed_config,
+    load_deepspeed_config,
+    resolve_strategy,
+)
+from fts.trainer.optimization import RunOptimizer, group_settings, make_parameter_groups, with_parameters
 
 
 @attrs.frozen(eq=False)
@@ -126,7 +128,12 @@ def start_engine(
     own_schedule = "scheduler" in config
     scheduler = engine.lr_scheduler if own_schedule else methods.create_scheduler(plan.total_steps, optimizer)
     return attrs.evolve(
-        chosen, optimizer=optimizer, scheduler=scheduler, steps=not own_schedule, before=group_settings(optimizer), engine=engine
+        chosen,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        steps_scheduler=not own_schedule,
+        initial_settings=group_settings(optimizer),
+        engine=engine,
     )
 
 
@@ -158,7 +165,7 @@ def fill_config(args: TrainingArguments, world_size: int, batch_size: int, auto_
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """The width of a transformers model, the greatest where it has several; None where it does not tell.
+    """The width of a transformers model, the greatest where it has several; None where its configuration has none.
 
     >>> hidden_size(nn.Linear(1, 1)) is None
     True

@@ -11,9 +11,8 @@ from fts.distributed import DDP, FSDP, DeepSpeed, Group
 from fts.distributed.deepspeed import check_installed
 from fts.errors import ArgumentError
 from fts.steps.module_binding import uses_fully_shard
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.strategy import (resolve_mesh, resolve_strategy)
-from fts.trainer.data import (data_parallel_group)
+from fts.trainer.arguments import TrainingArguments, resolve_mesh, resolve_strategy
+from fts.trainer.data import data_parallel_group
 
 
 def setup_parallelism(args: TrainingArguments, model: nn.Module) -> Group:
@@ -67,7 +66,7 @@ def parallelize_model(model: nn.Module, args: TrainingArguments, world: Group) -
 def distribute_step(step: Any, args: TrainingArguments, group: Group) -> Any:
     """The step of all ranks, which reduces their gradients."""
     strategy = resolve_strategy(args)
-    config: Any = args.accelerator_config  # settled: an AcceleratorConfig
+    config: Any = args.accelerator_config  # parsed: an AcceleratorConfig
     each = bool((config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
     return distributed.distribute(step, group, strategy if isinstance(strategy, DDP) else None, sync_each_batch=each)
 

@@ -3,7 +3,12 @@
 It may use `fts.trainer.optimization` and what is below it.
 """
 
-from fts.trainer.evaluation.best_model import best_checkpoint, check_metric_for_best_model, metric_for_best_model, update_best_metric
+from fts.trainer.evaluation.best_model import (
+    best_checkpoint,
+    check_metric_for_best_model,
+    metric_for_best_model,
+    update_best_metric,
+)
 from fts.trainer.evaluation.config import EvaluationConfig, dataset_length, evaluation_config
 from fts.trainer.evaluation.loop import EvaluationInterrupted, run_evaluation, warn_missing_labels
 from fts.trainer.evaluation.metrics import check_batch_metrics

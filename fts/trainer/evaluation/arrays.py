@@ -1,4 +1,4 @@
-"""Where large arrays lie: in memory, or in a file that vanishes with them."""
+"""Allocation of large arrays: in memory, or in temporary files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Array = np.ndarray[Any, Any]
 
 @attrs.define
 class ArrayAllocator:
-    """Makes arrays: in memory up to a limit for all of them together, beyond it in temporary files that are mapped into memory.
+    """Allocates arrays: in memory up to a limit for all of them, beyond it in memory-mapped temporary files.
 
-    A file has no name and is gone with the last array that looks into it.
+    A file has no name, and is deleted with the last array that uses it.
 
     Args:
-        limit: bytes in memory; None: half of what is free when the first array is made.
+        limit: bytes in memory; None: half of what is free when the first array is allocated.
         directory: where files are made; None: the system's directory for temporary files (`TMPDIR`).
 
-    >>> space = ArrayAllocator(limit=1000)
-    >>> small, large = space.array((10,), "float32"), space.array((1000,), "float32")
-    >>> space.in_memory, large.shape
+    >>> allocator = ArrayAllocator(limit=1000)
+    >>> small, large = allocator.allocate((10,), "float32"), allocator.allocate((1000,), "float32")
+    >>> allocator.in_memory, large.shape
     (40, (1000,))
     """
 
@@ -37,28 +37,28 @@ class ArrayAllocator:
     directory: str | Path | None = None
     in_memory: int = attrs.field(default=0, init=False)
 
-    def array(self, shape: tuple[int, ...], dtype: Any, instead_of: Array | None = None) -> Array:
-        """An array without values.
+    def allocate(self, shape: tuple[int, ...], dtype: Any, replaces: Array | None = None) -> Array:
+        """An uninitialized array.
 
         Args:
             shape: its shape.
             dtype: numpy's.
-            instead_of: an array made before, which this one replaces.
+            replaces: an array that this one replaces.
 
         Raises:
-            DataError: there is no room for its file.
+            DataError: the disk is too small for its file.
         """
         if self.limit is None:
             self.limit = available_memory() // 2
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > 0 and self.in_memory + size > self.limit:
             return _memory_mapped(shape, dtype, size, self.directory)
-        self.in_memory += size - (instead_of.nbytes if instead_of is not None and instead_of.base is None else 0)
+        self.in_memory += size - (replaces.nbytes if replaces is not None and replaces.base is None else 0)
         return np.empty(shape, dtype)
 
 
 def available_memory() -> int:
-    """How many bytes this process may still take: of the machine, or of its container if that has less; 8 GiB if unknown."""
+    """How many bytes this process can still allocate: on the machine, or in its container if that has less; 8 GiB if unknown."""
     try:
         import psutil  # accelerate brings it
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which evaluation is the best so far."""
+"""The best model: which evaluation is the best so far, and which checkpoint has its weights."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.best_metric import best_metric_name, is_better
-from fts.trainer.arguments.enums import IntervalStrategy, SaveStrategy
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import IntervalStrategy, SaveStrategy, TrainingArguments, best_metric_name, is_better
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.evaluation.metrics import BUILTIN_METRICS
 
 logger = logging.getLogger(__name__)
 
 
 def check_metric_for_best_model(args: TrainingArguments, eval_dataset: Any, *, computes: bool) -> None:
-    """Raise ArgumentError before training where no evaluation can have the metric that decides.
+    """Raise ArgumentError before training where no evaluation can have `metric_for_best_model`.
 
     Args:
-        args: say which metric decides.
-        eval_dataset: a dictionary of several gives the figures of each its name.
-        computes: whether there is a compute_metrics, whose names are not known before it is called.
+        args: `metric_for_best_model`.
+        eval_dataset: the evaluation set, or a dictionary of several, whose metrics have their names.
+        computes: whether there is a compute_metrics, whose metrics are not known before it is called.
 
     >>> check_metric_for_best_model(TrainingArguments(metric_for_best_model="f1", eval_strategy="epoch"), None, computes=True)
     """
@@ -31,16 +29,16 @@ def check_metric_for_best_model(args: TrainingArguments, eval_dataset: Any, *, c
         return
     name = best_metric_name(args)
     prefixes = [f"eval_{key}_" for key in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
-    known = [prefix + figure for prefix in prefixes for figure in BUILTIN_METRICS]
+    known = [prefix + metric for prefix in prefixes for metric in BUILTIN_METRICS]
     if name not in known and not (computes and name.startswith(tuple(prefixes))):
         raise _unknown_metric(args, known)
 
 
 def metric_for_best_model(args: TrainingArguments, metrics: dict[str, float]) -> float:
-    """The figure of an evaluation that `metric_for_best_model` names.
+    """The metric of an evaluation that `metric_for_best_model` names.
 
     Raises:
-        ArgumentError: the evaluation has no such figure.
+        ArgumentError: the evaluation has no such metric.
 
     >>> metric_for_best_model(TrainingArguments(metric_for_best_model="loss"), {"eval_loss": 0.5})
     0.5
@@ -51,41 +49,41 @@ def metric_for_best_model(args: TrainingArguments, metrics: dict[str, float]) ->
     return metrics[name]
 
 
-def update_best_metric(args: TrainingArguments, told: TrainerState, metrics: dict[str, float]) -> bool:
-    """Record an evaluation in the state if it is the best so far; one that is NaN never is.
+def update_best_metric(args: TrainingArguments, trainer_state: TrainerState, metrics: dict[str, float]) -> bool:
+    """Record an evaluation in the trainer state if it is the best so far; NaN never is.
 
     Args:
-        args: say which metric decides.
-        told: is changed if the evaluation is the best.
+        args: `metric_for_best_model`.
+        trainer_state: is updated if the evaluation is the best.
         metrics: those of the evaluation.
 
     Returns:
         Whether it is.
 
     Raises:
-        ArgumentError: the metric that decides is not among them.
+        ArgumentError: the evaluation has no such metric.
 
-    >>> args, told = TrainingArguments(metric_for_best_model="loss"), TrainerState(global_step=5)
-    >>> update_best_metric(args, told, {"eval_loss": 0.5}), told.best_metric, told.best_global_step
+    >>> args, trainer_state = TrainingArguments(metric_for_best_model="loss"), TrainerState(global_step=5)
+    >>> update_best_metric(args, trainer_state, {"eval_loss": 0.5}), trainer_state.best_metric, trainer_state.best_global_step
     (True, 0.5, 5)
     """
     if args.metric_for_best_model is None:
         return False
     value = metric_for_best_model(args, metrics)
-    is_best = is_better(args, value, told.best_metric)
+    is_best = is_better(args, value, trainer_state.best_metric)
     if is_best:
-        told.best_metric = value
+        trainer_state.best_metric = value
         if args.save_strategy != SaveStrategy.NO:
-            told.best_global_step = told.global_step
+            trainer_state.best_global_step = trainer_state.global_step
     return is_best
 
 
-def best_checkpoint(args: TrainingArguments, told: TrainerState) -> str | None:
-    """The checkpoint whose weights a run ends with; a warning says where it is not that of the best evaluation.
+def best_checkpoint(args: TrainingArguments, trainer_state: TrainerState) -> str | None:
+    """The checkpoint whose weights are loaded at the end of a run, with a warning where it is not that of the best evaluation.
 
     Args:
         args: `load_best_model_at_end`, and which metric decides.
-        told: the state at the end of training.
+        trainer_state: the state at the end of training.
 
     Returns:
         Its path; None where the last weights stay.
@@ -94,15 +92,15 @@ def best_checkpoint(args: TrainingArguments, told: TrainerState) -> str | None:
     """
     if not args.load_best_model_at_end:
         return None
-    step, path = told.best_global_step, told.best_model_checkpoint
-    if args.metric_for_best_model is not None and told.best_metric is None:
+    step, path = trainer_state.best_global_step, trainer_state.best_model_checkpoint
+    if args.metric_for_best_model is not None and trainer_state.best_metric is None:
         if args.eval_strategy != IntervalStrategy.NO:
             logger.warning("No evaluation had a finite %s: the last weights stay.", best_metric_name(args))
     elif step is not None and (path is None or Path(path).name != f"checkpoint-{step}"):
         logger.warning(
             "The best evaluation (%s=%s) was at step %s, of which there is no checkpoint: %s. Set save_steps to eval_steps "
             "(save_steps=%s, eval_steps=%s now), or save_strategy='best'.",
-            *(best_metric_name(args), told.best_metric, step),
+            *(best_metric_name(args), trainer_state.best_metric, step),
             *("the last weights stay" if path is None else f"those of {path}, the best that was saved, are loaded",),
             *(args.save_steps, args.eval_steps),
         )
@@ -111,6 +109,6 @@ def best_checkpoint(args: TrainingArguments, told: TrainerState) -> str | None:
 
 def _unknown_metric(args: TrainingArguments, names: Iterable[str]) -> ArgumentError:
     return ArgumentError(
-        f"metric_for_best_model={args.metric_for_best_model!r} is not among the figures of the evaluation: {', '.join(names)}. "
+        f"metric_for_best_model={args.metric_for_best_model!r} is not one of the metrics of the evaluation: {', '.join(names)}. "
         "Name one of them, or return it from compute_metrics."
     )

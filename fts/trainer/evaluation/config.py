@@ -1,4 +1,4 @@
-"""What an evaluation keeps and computes."""
+"""The configuration of an evaluation: what it computes and keeps."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from fts.typing import Number
 
 @attrs.frozen
 class EvaluationConfig:
-    """How an evaluation goes.
+    """What an evaluation computes and keeps.
 
     Attributes:
-        prefix: is put before the figures' names.
-        loss_weight: over how many items the mean loss of a batch runs; None: over its rows.
+        prefix: of the metrics' names.
+        loss_weight: from a batch to the denominator of its mean loss; None: the batch size.
         compute_metrics: `EvalPrediction -> {name: number}`; called where there are predictions and labels.
-        batch_eval_metrics: call it for each batch, with `compute_result=True` for the last one, whose answer counts.
-        keep: whether predictions and labels are kept for the result; with `batch_eval_metrics` nothing else needs them.
+        batch_eval_metrics: call it for each batch, with `compute_result=True` for the last one, whose metrics are used.
+        keep: whether predictions and labels are kept for the result; with `batch_eval_metrics` the metrics do not need them.
         concat_batches: join the batches to arrays with a row per example; otherwise lists with an entry per batch.
-        main_input_name: the key of the batch that `EvalPrediction.inputs` is made of; None: no inputs. With `batch_eval_metrics` it is
-            the whole batch, as in transformers.
+        main_input_name: the key of the batch that `EvalPrediction.inputs` is made of; None: no inputs. With
+            `batch_eval_metrics` the inputs are the complete batch, as in transformers.
         include_losses: whether there is `EvalPrediction.losses`.
         preprocess_logits: `(logits, labels) -> logits`, run before they are kept.
         skip_nonfinite: leave losses that are NaN or infinite out of the mean, unless all are.
         accumulation_steps: how many batches stay on an accelerator before they are copied to the CPU; None: a bounded amount.
         on_batch: called after each batch.
-        all_gather: brings together what a batch gave in each process: `(this process's or None) -> those of all, in order`.
-        total: how many rows there will be; None: as the data says, if it does.
-        memory_limit: bytes of arrays in memory, beyond which they lie in temporary files; None: half of what is free.
+        all_gather: gathers the outputs of all ranks: `(local outputs or None) -> those of all ranks, in order`.
+        total: how many examples there are; None: the length of the dataset, if it has one.
+        memory_limit: bytes of arrays in memory, beyond which they are in temporary files; None: half of what is free.
         directory: where these files are; None: the system's directory for temporary files.
     """
 
@@ -88,9 +88,10 @@ def evaluation_config(
 
 
 def dataset_length(batches: Any) -> int | None:
-    """How many rows a DataLoader's data has; None where that is not known, as for a list of batches.
+    """How many examples a DataLoader's dataset has; None where that is not known, as for a list of batches.
 
-    >>> dataset_length(torch.utils.data.DataLoader([1, 2, 3], batch_size=2)), dataset_length([torch.ones(2)])
+    >>> from torch.utils.data import DataLoader
+    >>> dataset_length(DataLoader([1, 2, 3], batch_size=2)), dataset_length([[1, 2]])
     (3, None)
     """
     try:

@@ -1,4 +1,4 @@
-"""Evaluation and prediction: a model over a data set, its outputs in arrays."""
+"""The evaluation loop: predict every batch of a data set, gather the outputs, compute the metrics."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluationInterrupted(BaseException):
-    """An evaluation was left in the middle, as the run was asked to stop. It is no error: `except Exception` lets it pass."""
+    """An evaluation was interrupted because the run is to stop. It is no error: `except Exception` does not catch it."""
 
 
 def run_evaluation(
     predict: Callable[[Any], tuple[Any, Any, Any]], batches: Iterable[Any], config: EvaluationConfig
 ) -> EvalLoopOutput:
-    """Predict every batch, and tell what came out.
+    """Predict every batch, and compute the metrics.
 
-    The loss is the mean over all items, whatever the batch size: `sum(weight * loss) / sum(weight)` over the batches.
+    The loss does not depend on the batch size: it is `sum(weight * loss) / sum(weight)` over the batches.
 
     Args:
-        predict: `(batch) -> (loss, logits, labels)`, each of them None where there is none, such as a Trainer's prediction_step.
-        batches: a DataLoader, or anything that gives batches. Several processes give each its own of a shared source.
+        predict: `(batch) -> (loss, logits, labels)`, each None where there is none, such as the Trainer's `prediction_step`.
+        batches: a DataLoader or another iterable of batches; of several ranks each has its local shard.
         config: what is kept and computed.
 
     Returns:
-        Outputs and labels by row, in the order of the data and padded with -100; figures; the number of rows.
+        Outputs and labels in the order of the data, padded with -100; metrics; the number of examples.
 
     Raises:
         ArgumentError: compute_metrics returned something that is not a dictionary of numbers, or a name that is taken.
-        BatchError: batches differ in what they give.
+        BatchError: the outputs of batches differ in their structure.
         DataError: there is no batch.
 
+    >>> import torch
     >>> predict = lambda batch: (batch.mean(), 2 * batch, batch)
     >>> output = run_evaluation(predict, [torch.tensor([1.0, 2.0]), torch.tensor([6.0])], EvaluationConfig())
     >>> output.metrics, output.predictions.tolist(), output.num_samples
@@ -62,26 +63,26 @@ def run_evaluation(
         if config.concat_batches
         else BatchedOutputs()
     )
-    held, mean = DeviceBuffer(gathered.add, config.accumulation_steps), MeanLoss()
+    buffer, mean = DeviceBuffer(gathered.add, config.accumulation_steps), MeanLoss()
     seen, count = False, 0
-    waiting: EvalPrediction | None = None
+    pending: EvalPrediction | None = None
     plain = isinstance(batches, DataLoader) and type(batches).__iter__ is DataLoader.__iter__
     for inputs in iterate_ignoring_signals(cast(DataLoader[Any], batches)) if plain else batches:
-        # one that weighs nothing is computed all the same, since a sharded model needs every process
+        # padding batches are computed, too, since a sharded model needs every rank
         found = _predict(predict, unwrap_batch(inputs), config)
         for batch in config.all_gather(None if isinstance(inputs, PaddingBatch) else found):
-            if waiting is not None and config.compute_metrics is not None:
-                config.compute_metrics(waiting, compute_result=False)
-            mean.add(batch.loss, batch.weight)
-            seen, count = True, count + batch.rows
-            waiting = _keep(batch, config, held)
+            if pending is not None and config.compute_metrics is not None:
+                config.compute_metrics(pending, compute_result=False)
+            mean.update(batch.loss, batch.weight)
+            seen, count = True, count + batch.batch_size
+            pending = _keep(batch, config, buffer)
     if not seen:
         raise DataError("There is no batch to evaluate. Give data that is not empty, without dropping its last batch.")
-    held.flush()
+    buffer.flush()
     arrays = gathered.arrays() or {}
-    figures = mean.figures(skip_nonfinite=config.skip_nonfinite)
-    figures |= _compute_metrics(config, waiting, arrays, {*figures, *SPEED_METRICS})
-    metrics = {f"{config.prefix}_{name}": value for name, value in figures.items()}
+    metrics = mean.compute(skip_nonfinite=config.skip_nonfinite)
+    metrics |= _compute_metrics(config, pending, arrays, {*metrics, *SPEED_METRICS})
+    metrics = {f"{config.prefix}_{name}": value for name, value in metrics.items()}
     return EvalLoopOutput(arrays.get("predictions"), arrays.get("labels"), metrics, count)
 
 
@@ -99,46 +100,46 @@ def _compute_metrics(
 
 @attrs.frozen
 class BatchOutput:
-    """What a batch gave.
+    """The outputs of a batch.
 
     Attributes:
-        rows: how many it has; 0 where that cannot be told.
-        loss: its loss, and over how many items that is a mean.
-        weight: see `loss`.
+        batch_size: how many examples it has; 0 where that is not known.
+        loss: its loss.
+        weight: the denominator of `loss`.
         record: "predictions", "labels", "inputs" and "losses", as far as there are any.
     """
 
-    rows: int
+    batch_size: int
     loss: Tensor | None
     weight: Number
     record: dict[str, Any]
 
 
 def _predict(predict: Callable[[Any], tuple[Any, Any, Any]], inputs: Any, config: EvaluationConfig) -> BatchOutput:
-    rows = steps.batch_size_of(inputs)
-    weight = rows or 1 if config.loss_weight is None else config.loss_weight(inputs)
-    main = (
-        None
-        if config.main_input_name is None
-        else copy.copy(inputs)
-        if config.batch_eval_metrics
-        else _main_input(inputs, config.main_input_name)
-    )
+    size = steps.batch_size_of(inputs)
+    weight = size or 1 if config.loss_weight is None else config.loss_weight(inputs)
+    main = _inputs_to_keep(inputs, config)
     loss, logits, labels = predict(inputs)
     if logits is not None and config.preprocess_logits is not None:
         logits = config.preprocess_logits(logits, labels)
     loss = _check_loss(loss)
-    losses = _loss_per_example(loss, rows or 1) if config.include_losses else None
+    losses = _loss_per_example(loss, size or 1) if config.include_losses else None
     found = {"predictions": logits, "labels": labels, "inputs": main, "losses": losses}
-    return BatchOutput(rows or 0, loss, weight, {name: value for name, value in found.items() if value is not None})
+    return BatchOutput(size or 0, loss, weight, {name: value for name, value in found.items() if value is not None})
 
 
-def _keep(batch: BatchOutput, config: EvaluationConfig, held: DeviceBuffer) -> EvalPrediction | None:
-    """Keep what a batch gave for the result; what compute_metrics is to be given of it."""
+def _inputs_to_keep(inputs: Any, config: EvaluationConfig) -> Any:
+    if config.main_input_name is None:
+        return None
+    return copy.copy(inputs) if config.batch_eval_metrics else _main_input(inputs, config.main_input_name)
+
+
+def _keep(batch: BatchOutput, config: EvaluationConfig, buffer: DeviceBuffer) -> EvalPrediction | None:
+    """Keep the outputs of a batch, and return what compute_metrics gets of it, if it is called by batch."""
     record = batch.record
     if config.keep:
         only = ("predictions", "labels") if config.batch_eval_metrics else tuple(record)
-        held.add({name: value for name, value in record.items() if name in only}, batch.rows)
+        buffer.add({name: value for name, value in record.items() if name in only}, batch.batch_size)
     config.on_batch()
     by_batch = config.batch_eval_metrics and config.compute_metrics is not None and {"predictions", "labels"} <= record.keys()
     return _eval_prediction(record) if by_batch else None
@@ -164,13 +165,13 @@ def _check_loss(loss: Any) -> Tensor | None:
     raise LossError(f"prediction_step returned {type(loss).__name__} as the loss; it must be a tensor, or None.")
 
 
-def _loss_per_example(loss: Tensor | None, rows: int) -> Tensor | None:
-    """The loss of a batch for each of its rows."""
-    return loss if loss is None or loss.shape == (rows,) else loss.mean().expand(rows)
+def _loss_per_example(loss: Tensor | None, batch_size: int) -> Tensor | None:
+    """The loss of a batch for each of its examples."""
+    return loss if loss is None or loss.shape == (batch_size,) else loss.mean().expand(batch_size)
 
 
 def warn_missing_labels(model: nn.Module, label_names: Sequence[str], prefix: str) -> None:
-    """Say that an evaluation gave no loss, and what it would need."""
+    """Warn that an evaluation has no loss, and what it needs."""
     called = ", ".join(label_names) or "not named by the model's forward"
     logger.warning(
         "The evaluation set has no labels: there is no %s_loss, and compute_metrics is not called. The labels of %s are %s; "

@@ -11,12 +11,12 @@ from fts.typing import Number
 
 @attrs.define
 class MeanLoss:
-    """The mean of losses over all items; sums stay on the device, and are read once.
+    """The weighted mean of losses; sums stay on the device, and are read once.
 
     >>> mean = MeanLoss()
-    >>> mean.add(torch.tensor(1.0), 2), mean.add(torch.tensor(torch.nan), 1)
+    >>> mean.update(torch.tensor(1.0), 2), mean.update(torch.tensor(torch.nan), 1)
     (None, None)
-    >>> mean.figures(skip_nonfinite=True)
+    >>> mean.compute(skip_nonfinite=True)
     {'loss': 1.0}
     """
 
@@ -24,18 +24,18 @@ class MeanLoss:
     losses: list[Tensor] = attrs.field(factory=list)
     weights: list[Number] = attrs.field(factory=list)
 
-    def add(self, loss: Tensor | None, weight: Number) -> None:
-        """Add the mean over so many items, or of several elements with as many weights."""
+    def update(self, loss: Tensor | None, weight: Number) -> None:
+        """Add a mean loss with its weight, or several losses with as many weights."""
         if loss is None:
             return
-        of_rows = isinstance(weight, Tensor) and weight.shape == loss.shape
-        self.losses.append(loss if of_rows or loss.ndim == 0 else loss.mean())
+        per_example = isinstance(weight, Tensor) and weight.shape == loss.shape
+        self.losses.append(loss if per_example or loss.ndim == 0 else loss.mean())
         self.weights.append(weight)
-        if len(self.losses) == 256:  # a few at a time, because small operations cost as much as large ones
+        if len(self.losses) == 256:  # many at a time, because small operations cost as much as large ones
             self._sum()
 
-    def figures(self, *, skip_nonfinite: bool = False) -> dict[str, float]:
-        """The mean as "loss"; nothing if there was none. It is NaN where no item counted."""
+    def compute(self, *, skip_nonfinite: bool = False) -> dict[str, float]:
+        """The mean as "loss"; empty if there was no loss. It is NaN where the weights are 0."""
         self._sum()
         if self.sums is None:
             return {}
@@ -50,7 +50,7 @@ class MeanLoss:
         losses = torch.cat([loss.reshape(-1) for loss in self.losses])
         wide = torch.float32 if losses.device.type == "mps" else torch.float64  # MPS has no float64
         losses, weights = losses.to(wide), _concatenate(self.weights, wide).to(losses.device)
-        amounts = torch.where(weights == 0, 0.0, losses * weights)  # a mean over no items is NaN, but adds nothing
+        amounts = torch.where(weights == 0, 0.0, losses * weights)  # a mean of weight 0 is NaN, and adds nothing
         finite = torch.isfinite(amounts)
         parts = amounts, weights, torch.where(finite, amounts, 0.0), torch.where(finite, weights, 0.0)
         sums = torch.stack([part.sum() for part in parts])

@@ -1,4 +1,4 @@
-"""Rows from many batches, written once into arrays that are allocated once."""
+"""Containers for the outputs of all batches, which are written into arrays that are allocated once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fts.trainer.evaluation.arrays import Array, ArrayAllocator
 from fts.trainer.evaluation.pytree import tree_leaves_with_path, tree_map
 
 PADDING_INDEX = -100
-"""What fills up rows that are shorter than others: Hugging Face's mark for a label that does not count."""
+"""The padding of rows that are shorter than others: transformers' mark of an ignored label."""
 
 GROWTH = 1.25
-"""By how much an array grows where rows get longer: few copies, and little that is not used."""
+"""By how much an array grows where rows get longer: few copies, and little unused memory."""
 
 BUFFER_BYTES = 256 * 2**20
-"""How much stays on an accelerator where nobody says for how many batches."""
+"""How many bytes stay on an accelerator where the number of batches is not given."""
 
 
 class PaddedRows:
@@ -28,7 +28,7 @@ class PaddedRows:
 
     Args:
         total: how many rows there will be; None where that is not known, and then the array grows by doubling.
-        space: makes the array.
+        allocator: allocates the array.
 
     >>> rows = PaddedRows(3)
     >>> rows.add(torch.tensor([[1, 2]])), rows.add(torch.tensor([[3], [4]]))
@@ -37,9 +37,9 @@ class PaddedRows:
     [[1, 2], [3, -100], [4, -100]]
     """
 
-    def __init__(self, total: int | None = None, space: ArrayAllocator | None = None) -> None:
+    def __init__(self, total: int | None = None, allocator: ArrayAllocator | None = None) -> None:
         self.total = total
-        self.space = ArrayAllocator() if space is None else space
+        self.allocator = ArrayAllocator() if allocator is None else allocator
         self.count = 0
         self.shape: tuple[int, ...] = ()
         self.dtype: torch.dtype | None = None
@@ -53,7 +53,7 @@ class PaddedRows:
         """
         tensor = _as_tensor(values)
         shape, end = tuple(tensor.shape[1:]), self.count + tensor.shape[0]
-        store = self._room(end, shape, tensor)
+        store = self._reserve(end, shape, tensor)
         window = store[self.count : end]
         if shape != store.shape[1:]:
             window[:] = _padding(self.dtype or tensor.dtype)
@@ -67,32 +67,32 @@ class PaddedRows:
     def array(self) -> Array:
         """All rows, padded with -100 where they differ in size; a view of what was allocated."""
         if self.store is None:
-            raise BatchError("There is no row: no batch was added.")
+            raise BatchError("There are no outputs: no batch was added.")
         return self.store[: self.count][_slices(self.shape)]
 
-    def _room(self, end: int, shape: tuple[int, ...], tensor: Tensor) -> Array:
+    def _reserve(self, end: int, shape: tuple[int, ...], tensor: Tensor) -> Array:
         old = self.store
         if old is None or self.dtype is None:
             self.shape, self.dtype = shape, tensor.dtype
-            self.store = self.space.array((max(end, self.total or 0), *shape), _numpy_dtype(tensor.dtype))
+            self.store = self.allocator.allocate((max(end, self.total or 0), *shape), _numpy_dtype(tensor.dtype))
             return self.store
         if end <= len(old) and shape == old.shape[1:] == self.shape and tensor.dtype == self.dtype:
             return old  # nearly always
         if len(shape) != old.ndim - 1:
-            known = ["rows", *self.shape]
+            known = ["examples", *self.shape]
             raise BatchError(f"An output has shape {list(tensor.shape)} in one batch and {known} in others: axes differ.")
         dtype = torch.promote_types(self.dtype, tensor.dtype)
-        room = tuple(_grown(*sizes) for sizes in zip(shape, old.shape[1:], strict=True))
-        if end > len(old) or room != old.shape[1:] or dtype != self.dtype:
+        sizes = tuple(_grown(*pair) for pair in zip(shape, old.shape[1:], strict=True))
+        if end > len(old) or sizes != old.shape[1:] or dtype != self.dtype:
             length = len(old) if end <= len(old) else max(end, 2 * len(old))
-            self.store = self._moved(old, (length, *room), dtype)
-        self.shape = tuple(max(sizes) for sizes in zip(shape, self.shape, strict=True))
+            self.store = self._reallocate(old, (length, *sizes), dtype)
+        self.shape = tuple(max(pair) for pair in zip(shape, self.shape, strict=True))
         self.dtype = dtype
         assert self.store is not None
         return self.store
 
-    def _moved(self, old: Array, shape: tuple[int, ...], dtype: torch.dtype) -> Array:
-        new = self.space.array(shape, _numpy_dtype(dtype), instead_of=old)
+    def _reallocate(self, old: Array, shape: tuple[int, ...], dtype: torch.dtype) -> Array:
+        new = self.allocator.allocate(shape, _numpy_dtype(dtype), replaces=old)
         if shape[1:] != old.shape[1:]:
             new[: self.count] = _padding(dtype)
         new[: self.count][_slices(old.shape[1:])] = old[: self.count]
@@ -100,30 +100,30 @@ class PaddedRows:
 
 
 class ConcatenatedOutputs:
-    """Trees of outputs (a tensor, or tuples, lists and dictionaries of tensors) over all batches, row after row.
+    """Trees of outputs (a tensor, or tuples, lists and dictionaries of tensors), concatenated over all batches.
 
     Args:
-        total: how many rows of the data there will be; None where that is not known.
-        space: makes the arrays.
+        total: how many examples there will be; None where that is not known.
+        allocator: allocates the arrays.
 
-    >>> gathered = ConcatenatedOutputs()
-    >>> gathered.add((torch.zeros(2, 3), {"a": torch.ones(2)}), 2)
-    >>> gathered.arrays()[0].shape
+    >>> outputs = ConcatenatedOutputs()
+    >>> outputs.add((torch.zeros(2, 3), {"a": torch.ones(2)}), 2)
+    >>> outputs.arrays()[0].shape
     (2, 3)
     """
 
-    def __init__(self, total: int | None = None, space: ArrayAllocator | None = None) -> None:
+    def __init__(self, total: int | None = None, allocator: ArrayAllocator | None = None) -> None:
         self.total = total
-        self.space = ArrayAllocator() if space is None else space
+        self.allocator = ArrayAllocator() if allocator is None else allocator
         self.tree: Any = None
         self.rows: dict[str, PaddedRows] | None = None
 
-    def add(self, tree: Any, rows: int | None = None) -> None:
+    def add(self, tree: Any, batch_size: int | None = None) -> None:
         """Append a batch's outputs; what is neither a tensor nor an array is left out.
 
         Args:
             tree: the outputs.
-            rows: how many rows of the data the batch has; an output may have a multiple, such as several answers to each.
+            batch_size: how many examples the batch has; an output may have several for each of them.
 
         Raises:
             BatchError: the batch has other outputs than the first one.
@@ -131,11 +131,11 @@ class ConcatenatedOutputs:
         found = dict(tree_leaves_with_path(tree))
         if self.rows is None:
             self.tree = tree_map(lambda leaf: np.empty(0), tree)
-            self.rows = {path: PaddedRows(self._total_of(leaf, rows), self.space) for path, leaf in found.items()}
+            self.rows = {path: PaddedRows(self._total_of(leaf, batch_size), self.allocator) for path, leaf in found.items()}
         if found.keys() != self.rows.keys():
             raise BatchError(
                 f"One batch gave the tensors {sorted(found) or 'none'}, the first one {sorted(self.rows) or 'none'}, so they "
-                "cannot be joined by rows. Let every batch have the same, or keep batches apart by eval_do_concat_batches=False."
+                "cannot be concatenated. Let every batch have the same, or set eval_do_concat_batches=False."
             )
         for path, leaf in found.items():
             self.rows[path].add(leaf)
@@ -146,27 +146,27 @@ class ConcatenatedOutputs:
             return None
         return _fill(self.tree, iter([rows.array() for rows in self.rows.values()]))
 
-    def _total_of(self, leaf: Any, rows: int | None) -> int | None:
+    def _total_of(self, leaf: Any, batch_size: int | None) -> int | None:
         own = leaf.shape[0] if leaf.ndim else None
-        if self.total is None or not rows or own is None or own % rows:
+        if self.total is None or not batch_size or own is None or own % batch_size:
             return None
-        return self.total * int(own // rows)
+        return self.total * int(own // batch_size)
 
 
 class BatchedOutputs:
-    """Trees of outputs over all batches, kept apart: a list with an entry for each batch.
+    """Trees of outputs of all batches: a list with an entry for each batch.
 
-    >>> listed = BatchedOutputs()
-    >>> listed.add({"labels": torch.zeros(2)}, 2), listed.add({"labels": torch.zeros(1)}, 1)
+    >>> outputs = BatchedOutputs()
+    >>> outputs.add({"labels": torch.zeros(2)}, 2), outputs.add({"labels": torch.zeros(1)}, 1)
     (None, None)
-    >>> listed.arrays()
+    >>> outputs.arrays()
     {'labels': [array([0., 0.], dtype=float32), array([0.], dtype=float32)]}
     """
 
     def __init__(self) -> None:
         self.trees: dict[str, list[Any]] = {}
 
-    def add(self, tree: dict[str, Any], rows: int | None = None) -> None:
+    def add(self, tree: dict[str, Any], batch_size: int | None = None) -> None:
         """Append a batch's outputs by name."""
         for name, part in tree.items():
             self.trees.setdefault(name, []).append(tree_map(_copy, part))
@@ -177,45 +177,45 @@ class BatchedOutputs:
 
 
 class DeviceBuffer:
-    """Keeps batches on their accelerator for a while, so that it does not wait for each to be copied to the CPU.
+    """Buffers outputs on their accelerator, so that it does not wait for each batch to be copied to the CPU.
 
     Args:
-        write: takes the batches in their order.
-        batches: how many are kept; None: as many as fit `BUFFER_BYTES`. On the CPU each is written at once.
-        anywhere: keep those on the CPU, too.
+        write: is called with the outputs of each batch, in their order.
+        batches: how many are buffered; None: as many as fit `BUFFER_BYTES`. On the CPU each is written at once.
+        on_cpu: buffer outputs on the CPU, too.
 
-    >>> held = DeviceBuffer(lambda tree, rows: print(tree, batch_size_of), batches=2, anywhere=True)
-    >>> held.add(torch.zeros(1), 1)
-    >>> held.add(torch.ones(2), 2)
+    >>> buffer = DeviceBuffer(lambda tree, batch_size: print(tree, batch_size), batches=2, on_cpu=True)
+    >>> buffer.add(torch.zeros(1), 1)
+    >>> buffer.add(torch.ones(2), 2)
     tensor([0.]) 1
     tensor([1., 1.]) 2
     """
 
-    def __init__(self, write: Callable[[Any, int | None], None], batches: int | None = None, *, anywhere: bool = False) -> None:
+    def __init__(self, write: Callable[[Any, int | None], None], batches: int | None = None, *, on_cpu: bool = False) -> None:
         self.write = write
         self.batches = batches
-        self.anywhere = anywhere
-        self.waiting: list[tuple[Any, int | None]] = []
+        self.on_cpu = on_cpu
+        self.pending: list[tuple[Any, int | None]] = []
         self.bytes = 0
 
-    def add(self, tree: Any, rows: int | None = None) -> None:
-        """Take a batch, and write what is due."""
+    def add(self, tree: Any, batch_size: int | None = None) -> None:
+        """Add the outputs of a batch, and write the buffer where it is full."""
         tensors = [leaf for _, leaf in tree_leaves_with_path(tree) if isinstance(leaf, Tensor)]
-        if not self.anywhere and all(tensor.device.type == "cpu" for tensor in tensors):
+        if not self.on_cpu and all(tensor.device.type == "cpu" for tensor in tensors):
             self.flush()
-            self.write(tree, rows)
+            self.write(tree, batch_size)
             return
-        # copies, because a compiled model may reuse its outputs' memory, and a slice would keep all of what it was cut from
-        self.waiting.append((tree_map(_clone, tree), rows))
+        # copies, because a compiled model may reuse its outputs' memory, and a slice would keep the memory of its base
+        self.pending.append((tree_map(_clone, tree), batch_size))
         self.bytes += sum(tensor.nbytes for tensor in tensors)
-        if len(self.waiting) >= self.batches if self.batches is not None else self.bytes > BUFFER_BYTES:
+        if len(self.pending) >= self.batches if self.batches is not None else self.bytes > BUFFER_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write everything."""
-        waiting, self.waiting, self.bytes = self.waiting, [], 0
-        for tree, rows in waiting:
-            self.write(tree, rows)
+        """Write what is buffered."""
+        pending, self.pending, self.bytes = self.pending, [], 0
+        for tree, batch_size in pending:
+            self.write(tree, batch_size)
 
 
 def _clone(leaf: Any) -> Any:
@@ -241,8 +241,8 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _grown(size: int, room: int) -> int:
-    return room if size <= room else max(size, int(GROWTH * room))
+def _grown(size: int, allocated: int) -> int:
+    return allocated if size <= allocated else max(size, int(GROWTH * allocated))
 
 
 def _slices(shape: tuple[int, ...]) -> tuple[slice, ...]:

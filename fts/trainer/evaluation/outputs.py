@@ -1,4 +1,4 @@
-"""What training, evaluation, prediction and a search hand back."""
+"""What training, evaluation, prediction and a search return."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import attrs
 
 @attrs.define(eq=False)  # not frozen: scripts replace predictions in place, as in `prediction.predictions = ...`
 class EvalPrediction:
-    """What `compute_metrics` is given.
+    """What `compute_metrics` is called with.
 
     Attributes:
         predictions: the model's outputs: an array with a row per example, or a tuple of such arrays.
         label_ids: the labels, likewise.
         inputs: the inputs, if asked for by `include_for_metrics`.
-        losses: the loss of each row's batch, if asked for.
+        losses: for each example the loss of its batch, if asked for.
 
     >>> predictions, labels = EvalPrediction([0.0, 0.5], [1, 0])
     >>> labels
@@ -37,13 +37,13 @@ class EvalPrediction:
 
 
 class EvalLoopOutput(NamedTuple):
-    """What an evaluation loop found.
+    """What an evaluation loop returns.
 
     Attributes:
-        predictions: outputs by row, or None if they were not kept.
-        label_ids: labels by row, or None.
-        metrics: figures by name, with their prefix.
-        num_samples: how many rows there were.
+        predictions: outputs, an array with a row per example; None if they were not kept.
+        label_ids: labels, likewise.
+        metrics: by name, with their prefix.
+        num_samples: how many examples there were.
     """
 
     predictions: Any
@@ -53,7 +53,7 @@ class EvalLoopOutput(NamedTuple):
 
 
 class PredictionOutput(NamedTuple):
-    """What `Trainer.predict` returns: outputs by row, labels by row or None, figures by name."""
+    """What `Trainer.predict` returns: outputs, labels or None, and metrics by name."""
 
     predictions: Any
     label_ids: Any
@@ -61,7 +61,7 @@ class PredictionOutput(NamedTuple):
 
 
 class TrainOutput(NamedTuple):
-    """What `Trainer.train` returns: updates done, the mean training loss, figures by name."""
+    """What `Trainer.train` returns: updates done, the mean training loss, and metrics by name."""
 
     global_step: int
     training_loss: float
@@ -72,7 +72,7 @@ class BestRun(NamedTuple):
     """The best run of a hyper-parameter search.
 
     Attributes:
-        run_id: which run it is; its checkpoints lie in a folder that ends in `run-{run_id}`.
+        run_id: which run it is; its checkpoints are in a directory that ends in `run-{run_id}`.
         objective: its value, or several.
         hyperparameters: the values that it was trained with, by name.
         run_summary: the search as its library describes it, where it does.

@@ -1,4 +1,4 @@
-"""One batch of prediction: loss, logits and labels, told apart in what a model returned."""
+"""Prediction of one batch: its loss, logits and labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class BatchPrediction(NamedTuple):
-    """What a batch gave: a 0-d loss, logits and labels; each None where there is none."""
+    """A 0-d loss, logits and labels of a batch; each None where there is none."""
 
     loss: Tensor | None
     logits: Any
@@ -54,8 +54,8 @@ def predict_batch(
 ) -> BatchPrediction:
     """Run a model on one batch without gradients.
 
-    A batch that has all labels, or a model that needs none for its loss, gives a loss. Among the outputs everything but the
-    loss and the ignored keys is logits: a single output is returned itself, several as a tuple. Outputs without a tensor are
+    A batch that has all labels, or a model that needs none for its loss, gives a loss. All outputs but the loss and the
+    ignored keys are logits: a single output is returned itself, several as a tuple. Outputs without a tensor are
     left out. Where `context` is autocast, half-precision outputs become float32.
 
     Args:
@@ -101,7 +101,7 @@ def predict_batch(
 
 
 def has_loss(inputs: Mapping[str, Any], label_names: Sequence[str], can_return_loss: bool = False) -> bool:
-    """Whether a model computes a loss of a batch: it has all labels, or there are none to have and the model needs none.
+    """Whether a model computes a loss of a batch: it has all labels, or the model has none and needs none.
 
     >>> has_loss({"x": 1, "labels": 2}, ["labels"]), has_loss({"x": 1}, [], can_return_loss=True)
     (True, True)
@@ -110,8 +110,8 @@ def has_loss(inputs: Mapping[str, Any], label_names: Sequence[str], can_return_l
     """
     if label_names:
         return all(inputs.get(name) is not None for name in label_names)
-    asked = inputs.get("return_loss")
-    return bool(can_return_loss if asked is None else asked)
+    return_loss = inputs.get("return_loss")
+    return bool(can_return_loss if return_loss is None else return_loss)
 
 
 def keys_to_ignore(model: Any) -> list[str]:
@@ -125,12 +125,12 @@ def keys_to_ignore(model: Any) -> list[str]:
 
 
 def select_logits(outputs: Any, ignored: Sequence[str] = (), loss: Any = None) -> Any:
-    """The predictions among a model's outputs: all with a tensor that are not ignored, and not the loss.
+    """The predictions in a model's outputs: all with a tensor that are not ignored, and not the loss.
 
     Args:
         outputs: a dictionary, tuple, object with attributes, or tensor.
         ignored: names of outputs to leave out, where they have names.
-        loss: the loss of the batch, which may begin a tuple.
+        loss: the loss of the batch, which may be the first of a tuple.
 
     Returns:
         A single output itself, else a tuple.
@@ -182,17 +182,15 @@ def _contains_tensor(tree: Any) -> bool:
 
 def _loss_and_outputs(found: Any) -> tuple[Any, Any]:
     if not isinstance(found, tuple) or len(found) != 2:
-        raise LossError(
-            f"compute_loss returned {type(found).__name__}; asked with return_outputs=True it must return (loss, outputs)."
-        )
+        raise LossError(f"compute_loss returned {type(found).__name__}; with return_outputs=True it must return (loss, outputs).")
     return found
 
 
 def _mean_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise LossError(
-            f"compute_loss gave {type(loss).__name__} as the loss of a batch with labels; it must be a tensor. Return it from "
-            'the model as "loss" or as the first of a tuple, or pass compute_loss_func=.'
+            f"compute_loss returned {type(loss).__name__} as the loss of a batch with labels; it must be a tensor. Return it "
+            'from the model as "loss" or as the first of a tuple, or pass compute_loss_func=.'
         )
     return full_tensor(loss.detach()).mean()
 

@@ -1,4 +1,4 @@
-"""Outputs of models: tensors in tuples, lists and dictionaries."""
+"""Outputs of models as trees: tensors in tuples, lists and dictionaries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAF_TYPES = (Tensor, np.ndarray, np.generic)
 def tree_map(fn: Callable[[Any], Any], tree: Any) -> Any:
     """The same tree with each tensor or array replaced; what is neither is left out of dictionaries, and None elsewhere.
 
-    optree is not used here because it takes dictionaries of a class of their own, such as transformers' outputs, for leaves.
+    This is not optree, for which subclasses of dictionaries, such as transformers' outputs, are leaves.
 
     >>> tree_map(len, (np.zeros(2), {"a": [np.zeros(3)], "b": "text"}))
     (2, {'a': [3]})
@@ -33,7 +33,7 @@ def tree_map(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def tree_leaves_with_path(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each tensor or array with where it is.
+    """Each tensor or array with its path.
 
     >>> [path for path, _ in tree_leaves_with_path((np.zeros(2), {"a": [np.zeros(3)], "b": "text"}))]
     ['[0]', '[1].a[0]']

@@ -3,6 +3,7 @@
 Uses `arguments` and `callbacks` of the trainer, and `fts.loops`.
 """
 
+from fts.trainer.hub.mixin import HubMixin
 from fts.trainer.hub.push import (
     init_hf_repo,
     prepare_push,
@@ -16,6 +17,7 @@ from fts.trainer.hub.session import HubSession, PushableTrainer, PushOptions
 from fts.trainer.hub.upload_queue import UploadQueue
 
 __all__ = [
+    "HubMixin",
     "HubSession",
     "PushOptions",
     "PushableTrainer",

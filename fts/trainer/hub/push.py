@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from fts import loops
 from fts.errors import CallbackError, HubError
 from fts.loops.checkpoint_list import checkpoints_in
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import HubStrategy, SaveStrategy
+from fts.trainer.arguments import HubStrategy, SaveStrategy, TrainingArguments
 from fts.trainer.hub import snapshots
 from fts.trainer.hub.repository import Repository
 from fts.trainer.hub.session import HubSession, PushableTrainer, PushOptions, model_name_of, repository_of
@@ -46,7 +45,7 @@ def init_hf_repo(session: HubSession, trainer: PushableTrainer, token: str | Non
 def prepare_push(trainer: PushableTrainer) -> None:
     """Prepare for `push_to_hub`: what can never be uploaded is an error now, before time is spent on training.
 
-    If the Hub cannot be reached or fails, that is a warning; each upload tries again.
+    If the Hub cannot be reached or fails, that is a warning; each upload is another attempt.
 
     Raises:
         HubError: there is no token, it is wrong or has no write access, a name is not allowed, or HF_HUB_OFFLINE is set.
@@ -59,7 +58,7 @@ def prepare_push(trainer: PushableTrainer) -> None:
     except HubError as error:
         if error.refused:
             raise
-        logger.warning("%s The first upload tries again.", error)
+        logger.warning("%s The first upload is another attempt.", error)
 
 
 def push_from_checkpoint(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import attrs
 
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.hub.repository import Repository
 from fts.trainer.hub.upload_queue import UploadQueue
 

@@ -31,8 +31,8 @@ def check_float8(device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device.type!r}"
         raise ArgumentError(
-            f"{SETTING} needs an NVIDIA GPU that multiplies in float8 (Ada, Hopper or newer: compute capability 8.9); this run is "
-            f"on {found}. Use bf16=True."
+            f"{SETTING} needs an NVIDIA GPU that multiplies in float8 (Ada, Hopper or newer: compute capability 8.9); this run "
+            f"is on {found}. Use bf16=True."
         )
     if importlib.util.find_spec("torchao") is None:
         raise MissingDependencyError(f"{SETTING} needs the package torchao: pip install torchao. Or use bf16=True.")

@@ -1,4 +1,4 @@
-"""How many labels count in a batch, and by what a mean loss was divided."""
+"""How many labels count in a batch (`num_items_in_batch`), and by what a mean loss was divided."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def count_labels(batches: Sequence[Any], shift: bool) -> Tensor | None:
 
     Args:
         batches: dictionaries with "labels" (of any shape), or with "shift_labels".
-        shift: whether the first label of a row is not predicted.
+        shift: whether the first label of each sequence is not predicted.
 
     Returns:
         A 0-d int64 tensor on the labels' device; None where there are no labels.
@@ -48,20 +48,20 @@ def _labels_to_count(batch: Any, shift: bool) -> Tensor | None:
 
 
 def accepts_loss_kwargs(model: nn.Module) -> bool:
-    """Whether a model's forward takes `num_items_in_batch`: it says so, or takes any keyword.
+    """Whether a model's forward takes `num_items_in_batch`: by its `accepts_loss_kwargs`, or as it takes any keyword.
 
     >>> accepts_loss_kwargs(nn.Linear(1, 1))
     False
     """
     inner = base_model(model)
-    said = getattr(inner, "accepts_loss_kwargs", None)
-    if said is not None:
-        return bool(said)
+    declared = getattr(inner, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(inner.forward).parameters.values())
 
 
 def loss_denominator(model: nn.Module, batch: Mapping[str, Any], label_names: Sequence[str]) -> Number:
-    """Over how many items a batch's mean loss runs: labels that count where labels are tokens, else rows.
+    """By what the mean loss of a batch was divided: the labels that count where labels are tokens, else the batch size.
 
     >>> loss_denominator(nn.Linear(2, 1), {"x": torch.zeros(4, 2), "labels": torch.zeros(4)}, ["labels"])
     4
@@ -75,7 +75,7 @@ def loss_denominator(model: nn.Module, batch: Mapping[str, Any], label_names: Se
 
 
 def all_labels_ignored(model: nn.Module, batch: Any, label_names: Sequence[str]) -> bool:
-    """Whether a batch, or one of the micro-batches of an update, has labels of which none counts, so that their mean is 0/0.
+    """Whether all labels of a batch, or of a micro-batch of an update, are ignored (-100), so that its mean loss is 0/0.
 
     >>> all_labels_ignored(nn.Linear(2, 1), {"x": torch.zeros(4, 2), "labels": torch.full((4, 3), -100)}, ["labels"])
     True
@@ -91,9 +91,9 @@ def _all_ignored(model: nn.Module, labels: Tensor) -> bool:
 
 
 def counts_shifted_labels(model: nn.Module) -> bool:
-    """Whether `num_items_in_batch` leaves out the first label of each row, which a causal language model does not predict.
+    """Whether `num_items_in_batch` leaves out the first label of each sequence, which a causal language model does not predict.
 
-    As Hugging Face decides it, by the name of the model's loss; GPT-2 has none, so its loss is divided by all labels.
+    transformers decides it by the name of the model's loss. GPT-2 has none, so its loss is divided by all labels.
 
     >>> counts_shifted_labels(nn.Linear(1, 1))
     False

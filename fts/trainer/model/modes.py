@@ -13,7 +13,7 @@ from fts.steps.module_binding import ModuleBinding
 
 @contextmanager
 def evaluation_mode(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """No gradients, and every module in eval mode, until the block ends; then each is as it was.
+    """No gradients, and every module in eval mode, until the block ends; then its mode is restored.
 
     Args:
         model: its parameters and buffers stay the same objects with the same storage.
@@ -47,7 +47,7 @@ def _cast_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode until the block ends, then each as it was."""
+    """Every module in eval mode until the block ends; then its mode is restored."""
     trained = [child for child in model.modules() if child.training]
     try:
         for child in trained:
@@ -60,7 +60,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_train_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in train mode until the block ends, then each as it was."""
+    """Every module in train mode until the block ends; then its mode is restored."""
     modes = [(child, child.training) for child in model.modules()]
     model.train()
     try:

@@ -1,4 +1,4 @@
-"""What the arguments do to the model."""
+"""Preparation of the model by the arguments: device, kernels, gradient checkpointing, NEFTune, overflow detection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def prepare_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
-    """A model as the arguments want it before any work: with a head, its caches and kernels chosen, on the device.
+    """Prepare a model as the arguments say: check its head, choose caches and kernels, move it to the device.
 
     Raises:
         ArgumentError: it computes hidden states only.
@@ -39,7 +39,7 @@ def prepare_model(model: nn.Module, args: TrainingArguments) -> nn.Module:
 
 
 def apply_liger_kernel(model: nn.Module, options: dict[str, Any] | None = None) -> None:
-    """Exchange a transformers model's layers for Liger's fused kernels (`use_liger_kernel`).
+    """Replace a transformers model's layers by Liger's fused kernels (`use_liger_kernel`).
 
     Args:
         model: a transformers model, perhaps inside peft's.
@@ -63,7 +63,7 @@ def apply_liger_kernel(model: nn.Module, options: dict[str, Any] | None = None) 
 
 @contextmanager
 def debug_overflow(model: nn.Module, debug: Collection[str]) -> Iterator[None]:
-    """Look for overflow in each layer's output until the block ends, where `debug` asks for it.
+    """Detect overflow in each layer's output until the block ends, where `debug` says so.
 
     Args:
         model: any module.
@@ -85,7 +85,7 @@ def debug_overflow(model: nn.Module, debug: Collection[str]) -> Iterator[None]:
 
 
 def enable_gradient_checkpointing(model: nn.Module, options: dict[str, Any] | None = None) -> None:
-    """Let a model recompute its activations in the backward pass, to save memory (`gradient_checkpointing`).
+    """Let a model recompute its activations in the backward pass to save memory (`gradient_checkpointing`).
 
     Args:
         model: a transformers model, or any with `gradient_checkpointing_enable`.
@@ -112,10 +112,10 @@ def neftune_noise(model: nn.Module, alpha: float | None) -> Iterator[None]:
 
     Args:
         model: has `get_input_embeddings`.
-        alpha: the noise lies between plus and minus `alpha / sqrt(tokens * width)`; None adds none.
+        alpha: the noise is between plus and minus `alpha / sqrt(tokens * width)`; None adds none.
 
     Raises:
-        ArgumentError: the model does not tell its input embeddings.
+        ArgumentError: the model has no `get_input_embeddings`.
 
     >>> class Net(nn.Module):
     ...     def __init__(self):
@@ -152,7 +152,7 @@ def neftune_noise(model: nn.Module, alpha: float | None) -> Iterator[None]:
 
 
 def check_has_head(model: nn.Module) -> None:
-    """Raise ArgumentError for a transformers model that computes hidden states only, which nothing can be trained on.
+    """Raise ArgumentError for a transformers model that computes hidden states only, and so no loss.
 
     >>> check_has_head(nn.Linear(1, 1))
     """

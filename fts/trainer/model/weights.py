@@ -1,4 +1,4 @@
-"""Which weights the model has: those that are trained, those that are evaluated, those of the best evaluation."""
+"""The weights of the model: those that are trained, those that are evaluated, those that a file has."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fts.state import WEIGHTS_NAME, TrainState
 from fts.storage import has_tensors, read_into, read_tensor_specs, read_tensors
 from fts.typing import Transform
 
-ADAPTERS = "adapter_model.safetensors"
-"""Where peft saves adapters alone."""
+ADAPTER_SAFE_WEIGHTS_NAME = "adapter_model.safetensors"
+"""The file in which peft saves adapters alone."""
 
 
 @contextmanager
 def swap_eval_params(model: nn.Module, state: TrainState, transform: Transform) -> Iterator[None]:
-    """The model at the weights that the optimizer evaluates with, where these are not those it trains, until the block ends."""
+    """Swap in the weights that the optimizer evaluates with, where these are not those it trains, until the block ends."""
     params = tx.eval_params(transform, state.opt_state, state.params)
     if params is state.params:
         yield
@@ -31,17 +31,17 @@ def swap_eval_params(model: nn.Module, state: TrainState, transform: Transform) 
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
-    """Read a checkpoint's weights and buffers, or the adapters that it has alone, into a model, in place.
+    """Read a checkpoint's weights and buffers, or its adapters where it has these alone, into a model, in place.
 
     Raises:
         ArgumentError: names or shapes are not those of the model.
-        CheckpointError: there are none, or a file is damaged.
+        CheckpointError: there are none, or a file is corrupt.
     """
     directory = Path(directory)
     if has_only_adapters(directory):
         from peft import set_peft_model_state_dict  # it knows the names
 
-        set_peft_model_state_dict(model, read_tensors(directory, ADAPTERS))
+        set_peft_model_state_dict(model, read_tensors(directory, ADAPTER_SAFE_WEIGHTS_NAME))
         return
     found, targets = read_tensor_specs(directory, WEIGHTS_NAME), named_tensors(model)
     missing = [name for name, _ in model.named_parameters() if name not in found]
@@ -56,7 +56,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
 
 def has_only_adapters(directory: Path) -> bool:
     """Whether a checkpoint has the adapters of a model, and not the weights below them."""
-    return has_tensors(directory, ADAPTERS) and not has_tensors(directory, WEIGHTS_NAME)
+    return has_tensors(directory, ADAPTER_SAFE_WEIGHTS_NAME) and not has_tensors(directory, WEIGHTS_NAME)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -64,10 +64,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def apply_eval_params(model: nn.Module, state: TrainState, transform: Transform, *, anyway: bool = False) -> None:
-    """Give the model the weights that its optimizer evaluates with: where these are not those it trains, or anyway."""
+def apply_eval_params(model: nn.Module, state: TrainState, transform: Transform, *, always: bool = False) -> None:
+    """Write the weights that the optimizer evaluates with into the model: where these are not those it trains, or always."""
     params = tx.eval_params(transform, state.opt_state, state.params)
-    if anyway or params is not state.params:
+    if always or params is not state.params:
         state.replace(params=params).apply_to(model)
 
 

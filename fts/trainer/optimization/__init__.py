@@ -4,6 +4,7 @@ It may use `fts.trainer.arguments`, and `fts.trainer.model`.
 """
 
 from fts.trainer.optimization.group_changes import parse_group_changes
+from fts.trainer.optimization.mixin import OptimizerMixin
 from fts.trainer.optimization.optimizer import OPTIMIZER_METHODS, RunOptimizer, make_optimizer
 from fts.trainer.optimization.optimizer_classes import optimizer_cls_and_kwargs
 from fts.trainer.optimization.optimizer_proxy import OptimizerProxy
@@ -15,6 +16,7 @@ from fts.trainer.optimization.transform import make_transform
 
 __all__ = [
     "OPTIMIZER_METHODS",
+    "OptimizerMixin",
     "OptimizerProxy",
     "RunOptimizer",
     "decay_parameter_names",

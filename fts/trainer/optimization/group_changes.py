@@ -9,7 +9,7 @@ from fts.errors import ArgumentError
 
 
 def parse_group_changes(changed: dict[int, dict[str, Any]], filled: Collection[int] = ()) -> tuple[dict[str, Any], float | None]:
-    """What was written into a view's groups: arguments that last, by name, and the learning rate of the next update.
+    """What was written into the proxy's groups: arguments for the rest of the run, and the rate of the next update.
 
     Args:
         changed: by the group's index, the new values by name.
@@ -33,15 +33,15 @@ def parse_group_changes(changed: dict[int, dict[str, Any]], filled: Collection[i
                 values["adam_epsilon"] = value
             elif name != "lr":
                 raise _unsupported_change(index, name, value)
-    silent = [index for index in filled if "lr" not in changed.get(index, {})]
-    if len(rates) > 1 or (rates and silent):
+    without_rate = [index for index in filled if "lr" not in changed.get(index, {})]
+    if len(rates) > 1 or (rates and without_rate):
         raise _unsupported_change(0, "lr", sorted(rates))
     return values, next(iter(rates), None)
 
 
 def _unsupported_change(index: int, name: str, value: Any) -> ArgumentError:
     return ArgumentError(
-        f"optimizer.param_groups[{index}][{name!r}] = {value!r} cannot be given to fts's own optimizer while it runs: it takes "
+        f"optimizer.param_groups[{index}][{name!r}] = {value!r} cannot be set in fts's own optimizer during a run: it takes "
         "one lr for all groups, betas, eps, and the weight_decay of the first group. For anything else override "
         "create_optimizer, which makes a torch optimizer."
     )

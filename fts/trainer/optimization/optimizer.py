@@ -1,4 +1,4 @@
-"""What updates the weights: the plan's own transform, or the user's torch optimizer as one."""
+"""The optimizer of a run: the transform that updates the weights, and the torch objects that stand for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.messages import abbreviate
 from fts.state import TrainState
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.plan import Plan
+from fts.trainer.arguments import Plan, TrainingArguments
 from fts.trainer.optimization.checks import check_rollback, check_step_model
 from fts.trainer.optimization.optimizer_proxy import OptimizerProxy, SchedulerProxy, make_optimizer_proxy
 from fts.trainer.optimization.schedules import make_metric_rule
@@ -29,12 +28,12 @@ OPTIMIZER_METHODS = (
     *("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"),
     *("get_optimizer_cls_and_kwargs", "get_decay_parameter_names"),
 )
-"""The methods by which a subclass asks for a torch optimizer of its own."""
+"""The Trainer's methods that a subclass overrides to make a torch optimizer."""
 
 
 @attrs.define(eq=False)
 class LatestState:
-    """The state that a view reads, exchanged after each update."""
+    """The state that proxies read, replaced after each update."""
 
     state: TrainState | None = None
 
@@ -45,35 +44,35 @@ class RunOptimizer:
 
     Attributes:
         transform: what the step runs.
-        optimizer: a torch optimizer: a view of the transform's state, or the one that the transform runs.
-        scheduler: a torch schedule: a view of the plan's, or the one that sets the optimizer's rates.
-        steps: whether the schedule is a torch one, which has to be told of each update.
-        rule: how evaluations move the rate of the transform, if they do.
-        latest: what views read.
-        schedule: the rate by update; None where the optimizer itself knows.
-        before: the settings of a torch optimizer's groups when the run began.
+        optimizer: a torch optimizer: a proxy of the transform's state, or the one that the transform runs.
+        scheduler: a torch scheduler: a proxy of the plan's schedule, or the one that sets the optimizer's rates.
+        steps_scheduler: whether the scheduler is a torch one, which steps after each update.
+        metric_rule: how the metric of evaluations changes the rate of the transform, if it does.
+        latest: what proxies read.
+        schedule: the rate by update; None where the optimizer sets its rate.
+        initial_settings: the settings of a torch optimizer's groups when the run began.
         engine: DeepSpeed's, which takes the steps; None for fts's own.
     """
 
     transform: Transform
     optimizer: Any
     scheduler: Any
-    steps: bool = False
-    rule: Any = None
+    steps_scheduler: bool = False
+    metric_rule: Any = None
     latest: LatestState = attrs.Factory(LatestState)
     schedule: Schedule | None = None
-    before: list[dict[str, Any]] = attrs.Factory(list)
+    initial_settings: list[dict[str, Any]] = attrs.Factory(list)
     engine: Any = None
 
     @property
     def needs_metric(self) -> bool:
-        """Whether evaluations move the learning rate."""
-        return self.rule is not None or steps_on_metric(self.scheduler)
+        """Whether the metric of evaluations changes the learning rate."""
+        return self.metric_rule is not None or steps_on_metric(self.scheduler)
 
     def after_update(self, state: TrainState, step: int, metrics: Metrics) -> None:
-        """Let a torch schedule step, unless the update was skipped, or the views show the rate of the next update."""
+        """Step a torch scheduler, unless the update was skipped; or set the rate of the next update in the proxy."""
         self.latest.state = state
-        if not self.steps:
+        if not self.steps_scheduler:
             if isinstance(self.optimizer, OptimizerProxy) and self.schedule is not None:
                 self.optimizer.set_lr(self.schedule(step))
         elif not steps_on_metric(self.scheduler) and not int(metrics.get("skipped", 0)):
@@ -81,10 +80,10 @@ class RunOptimizer:
 
     def step_on_metric(self, state: TrainState, metric: float) -> None:
         """Let the metric of an evaluation change the rate; the state, which belongs to the run, is written in place."""
-        if self.rule is None:
+        if self.metric_rule is None:
             self.scheduler.step(metric)
             return
-        after = tx.update_on_metric(state.opt_state, metric, self.rule)
+        after = tx.update_on_metric(state.opt_state, metric, self.metric_rule)
         for old, new in zip(optree.tree_leaves(state.opt_state), optree.tree_leaves(after), strict=True):
             if old is not new:
                 old.copy_(new)
@@ -118,7 +117,7 @@ def make_optimizer(
         torch_optimizer, torch_scheduler = create(plan.total_steps)
         check_rollback(args, torch_schedule=torch_scheduler is not None)
         transform, initial = transform_from_torch(torch_optimizer, model, args), group_settings(torch_optimizer)
-        return RunOptimizer(transform, torch_optimizer, torch_scheduler, steps=True, before=initial)
+        return RunOptimizer(transform, torch_optimizer, torch_scheduler, steps_scheduler=True, initial_settings=initial)
     transform = make_transform(args, plan.schedule, model, total_steps=plan.total_steps)
     rule, latest = make_metric_rule(args), LatestState()
     optimizer = make_optimizer_proxy(args, model, lambda: None if latest.state is None else latest.state.opt_state)
@@ -126,7 +125,7 @@ def make_optimizer(
     scheduler = SchedulerProxy(optimizer, plan.schedule, count)
     optimizer.set_lr(plan.schedule(0))
     schedule = None if rule is not None else plan.schedule
-    return RunOptimizer(transform, optimizer, scheduler, rule=rule, latest=latest, schedule=schedule)
+    return RunOptimizer(transform, optimizer, scheduler, metric_rule=rule, latest=latest, schedule=schedule)
 
 
 def _from_step(args: TrainingArguments, model: nn.Module, step: Any) -> RunOptimizer:
@@ -151,6 +150,6 @@ def _check_parameter_dtypes(args: TrainingArguments, model: nn.Module) -> None:
     narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if narrow and args.mixed_precision == "fp16":
         raise ArgumentError(
-            f"fp16=True computes in float16 and keeps the trained weights in float32, but {abbreviate(narrow)} are in float16. Load "
-            "the model in float32 (from_pretrained(..., dtype=torch.float32), or model.float())."
+            f"fp16=True computes in float16 and keeps the trained weights in float32, but {abbreviate(narrow)} are in float16. "
+            "Load the model in float32 (from_pretrained(..., dtype=torch.float32), or model.float())."
         )

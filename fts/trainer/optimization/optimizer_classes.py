@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import OptimizerNames
+from fts.trainer.arguments import OptimizerNames, TrainingArguments
 from fts.trainer.optimization import third_party
 from fts.trainer.optimization.parameter_groups import low_rank_groups, make_parameter_groups, with_parameters
 from fts.trainer.optimization.third_party import OptimArgs
@@ -21,10 +20,10 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = 
 
     Args:
         args: `optim`, `optim_args`, `optim_target_modules`, `learning_rate`, `weight_decay` and those of Adam.
-        model: is needed by GaLore and APOLLO, whose options hold "params", and by LOMO, whose options hold "model".
+        model: is needed by GaLore and APOLLO, whose options have "params", and by LOMO, whose options have "model".
 
     Returns:
-        A class and the keyword arguments beside the parameters. `weight_decay` of the groups (`make_parameter_groups`) comes first.
+        A class and its keyword arguments. The `weight_decay` of parameter groups (`make_parameter_groups`) has precedence.
 
     Raises:
         MissingDependencyError: the package or the hardware that the optimizer needs is absent.
@@ -56,11 +55,11 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = 
 def optimizer_and_groups(
     args: TrainingArguments, model: nn.Module, *, total_steps: int | None = None
 ) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
-    """What `make_transform` and a view of it are made of.
+    """The torch optimizer class that `make_transform` and the proxy of it are made of, with its groups.
 
     Args:
         args: as for `optimizer_cls_and_kwargs`.
-        model: tells the names of the trained parameters and which of them decay.
+        model: its trained parameters, of which some decay.
         total_steps: updates in the run, if they are known; a warm-up may be a share of them.
 
     Returns:
@@ -100,22 +99,22 @@ def _resolve_groups(args: TrainingArguments, model: nn.Module, kwargs: dict[str,
 
 
 def _adamw_torch(args: TrainingArguments, options: OptimArgs) -> tuple[Any, dict[str, Any]]:
-    options.read()
+    options.parse()
     fused = {"fused": True} if args.optim == OptimizerNames.ADAMW_TORCH_FUSED else {}
     return torch.optim.AdamW, {**third_party.adam(args), **fused}
 
 
 def _sgd_torch(args: TrainingArguments, options: OptimArgs) -> tuple[Any, dict[str, Any]]:
-    taken = options.read(momentum=float, dampening=float, weight_decay=float, nesterov=bool)
+    taken = options.parse(momentum=float, dampening=float, weight_decay=float, nesterov=bool)
     return torch.optim.SGD, taken
 
 
 def _adagrad(args: TrainingArguments, options: OptimArgs) -> tuple[Any, dict[str, Any]]:
-    return torch.optim.Adagrad, options.read(lr_decay=float, weight_decay=float, eps=float)
+    return torch.optim.Adagrad, options.parse(lr_decay=float, weight_decay=float, eps=float)
 
 
 def _rmsprop(args: TrainingArguments, options: OptimArgs) -> tuple[Any, dict[str, Any]]:
-    return torch.optim.RMSprop, options.read(momentum=float, alpha=float, eps=float, weight_decay=float, centered=bool)
+    return torch.optim.RMSprop, options.parse(momentum=float, alpha=float, eps=float, weight_decay=float, centered=bool)
 
 
 _LOW_RANK = frozenset(name for name in OptimizerNames if name.startswith(("galore", "apollo")))

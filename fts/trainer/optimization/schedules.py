@@ -1,4 +1,4 @@
-"""From `lr_scheduler_type` and `lr_scheduler_kwargs` to a schedule, or to a rule that follows a metric."""
+"""Learning rate schedules by `lr_scheduler_type` and `lr_scheduler_kwargs`, and rules that follow a metric."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import attrs
+
 from fts import transforms as tx
 from fts.errors import ArgumentError, FtsError
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.checks import check_float
-from fts.trainer.arguments.enums import SchedulerType
+from fts.trainer.arguments import SchedulerType, TrainingArguments, check_float
 from fts.typing import Schedule
 
 
@@ -20,7 +20,7 @@ def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
     Args:
         args: `learning_rate`, `lr_scheduler_type` and `lr_scheduler_kwargs`.
         total: updates in the run.
-        warmup: updates of warm-up. Where a metric decides on the rate, there is none.
+        warmup: updates of warm-up. Where a metric decides the rate, there is none.
 
     Returns:
         A schedule; the constant first rate where a metric decides (see `make_metric_rule`).
@@ -37,13 +37,13 @@ def make_schedule(args: TrainingArguments, total: int, warmup: int) -> Schedule:
     make, taken = _SCHEDULES[kind]
     _check_keys(args, options, taken)
     try:
-        return make(args.learning_rate, total, warmup, **options)
+        return make(_RateInputs(args.learning_rate, total, warmup), **options)
     except FtsError as error:
         raise ArgumentError(f"lr_scheduler_type='{kind}' with lr_scheduler_kwargs={options} cannot work: {error}") from error
 
 
 def make_metric_rule(args: TrainingArguments) -> tx.RateRule | None:
-    """How evaluations move the learning rate, where `lr_scheduler_type` says that they do.
+    """How the metric of evaluations changes the learning rate, where `lr_scheduler_type` names such a rule.
 
     Args:
         args: `lr_scheduler_type` and `lr_scheduler_kwargs`, which are those of torch's `ReduceLROnPlateau`, or of
@@ -65,9 +65,7 @@ def make_metric_rule(args: TrainingArguments) -> tx.RateRule | None:
     options = scheduler_kwargs(args)
     _check_keys(args, options, _field_names(rule))
     if options.pop("verbose", False):
-        raise ArgumentError(
-            "lr_scheduler_kwargs: verbose=True prints nothing here; each log holds the learning_rate. Leave it out."
-        )
+        raise ArgumentError("lr_scheduler_kwargs: verbose=True has no effect: each log has the learning_rate. Leave it out.")
     for name in ("min_lr", "max_lr"):
         if isinstance(options.get(name), (list, tuple)):
             options[name] = _one_value(name, options[name])
@@ -93,78 +91,89 @@ def _check_keys(args: TrainingArguments, options: dict[str, Any], taken: tuple[s
         )
 
 
-def _linear(peak: float, total: int, warmup: int) -> Schedule:
-    if warmup >= total:  # the rise is cut, and nothing is left of the fall
-        rise = tx.linear_schedule(0.0, peak, warmup)
-        return tx.join_schedules([rise, tx.constant_schedule(0.0)], [warmup])
-    return tx.linear_schedule(peak, 0.0, total - warmup, warmup_steps=warmup)
+@attrs.frozen
+class _RateInputs:
+    """What every schedule is made of: the peak rate, the updates in the run, and those of warm-up."""
+
+    peak: float
+    total: int
+    warmup: int
 
 
-def _cosine(peak: float, total: int, warmup: int, *, num_cycles: float = 0.5) -> Schedule:
-    return tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=max(total, warmup), cycles=num_cycles)
+def _linear(run: _RateInputs) -> Schedule:
+    if run.warmup >= run.total:  # the warm-up is truncated, and there is no decay
+        rise = tx.linear_schedule(0.0, run.peak, run.warmup)
+        return tx.join_schedules([rise, tx.constant_schedule(0.0)], [run.warmup])
+    return tx.linear_schedule(run.peak, 0.0, run.total - run.warmup, warmup_steps=run.warmup)
 
 
-def _cosine_with_restarts(peak: float, total: int, warmup: int, *, num_cycles: float = 1) -> Schedule:
-    return tx.cosine_restarts_schedule(peak, warmup_steps=warmup, total_steps=max(total, warmup), cycles=num_cycles)
+def _cosine(run: _RateInputs, *, num_cycles: float = 0.5) -> Schedule:
+    return tx.cosine_schedule(run.peak, warmup_steps=run.warmup, total_steps=max(run.total, run.warmup), cycles=num_cycles)
 
 
-def _polynomial(peak: float, total: int, warmup: int, *, lr_end: float = 1e-7, power: float = 1.0) -> Schedule:
+def _cosine_with_restarts(run: _RateInputs, *, num_cycles: float = 1) -> Schedule:
+    return tx.cosine_restarts_schedule(
+        run.peak, warmup_steps=run.warmup, total_steps=max(run.total, run.warmup), cycles=num_cycles
+    )
+
+
+def _polynomial(run: _RateInputs, *, lr_end: float = 1e-7, power: float = 1.0) -> Schedule:
     check_float("lr_end", lr_end)
-    if lr_end >= peak:
-        raise ArgumentError(f"lr_end={lr_end!r} must be below learning_rate={peak!r}.")
-    return tx.polynomial_schedule(peak, lr_end, power, max(total - warmup, 1), warmup_steps=warmup)
+    if lr_end >= run.peak:
+        raise ArgumentError(f"lr_end={lr_end!r} must be below learning_rate={run.peak!r}.")
+    return tx.polynomial_schedule(run.peak, lr_end, power, max(run.total - run.warmup, 1), warmup_steps=run.warmup)
 
 
-def _constant(peak: float, total: int, warmup: int) -> Schedule:
-    return tx.constant_schedule(peak)
+def _constant(run: _RateInputs) -> Schedule:
+    return tx.constant_schedule(run.peak)
 
 
-def _constant_with_warmup(peak: float, total: int, warmup: int) -> Schedule:
-    return tx.constant_schedule(peak, warmup_steps=warmup)
+def _constant_with_warmup(run: _RateInputs) -> Schedule:
+    return tx.constant_schedule(run.peak, warmup_steps=run.warmup)
 
 
-def _inverse_sqrt(peak: float, total: int, warmup: int, *, timescale: float | None = None) -> Schedule:
-    return tx.inverse_sqrt_schedule(peak, warmup_steps=warmup, timescale=timescale)
+def _inverse_sqrt(run: _RateInputs, *, timescale: float | None = None) -> Schedule:
+    return tx.inverse_sqrt_schedule(run.peak, warmup_steps=run.warmup, timescale=timescale)
 
 
 def _cosine_with_min_lr(
-    peak: float,
-    total: int,
-    warmup: int,
+    run: _RateInputs,
     *,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
 ) -> Schedule:
-    end = _min_lr(peak, min_lr, min_lr_rate)
-    return tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=max(total, warmup), end_value=end, cycles=num_cycles)
+    end = _min_lr(run.peak, min_lr, min_lr_rate)
+    return tx.cosine_schedule(
+        run.peak, warmup_steps=run.warmup, total_steps=max(run.total, run.warmup), end_value=end, cycles=num_cycles
+    )
 
 
 def _cosine_warmup_with_min_lr(
-    peak: float,
-    total: int,
-    warmup: int,
+    run: _RateInputs,
     *,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
     warmup_lr_rate: float | None = None,
 ) -> Schedule:
-    # One step ahead of the plain wave, so the first update moves; the wave goes on for that one step behind the end.
-    left = max(total - warmup, 1)
+    # One step ahead of the cosine, so that the first update has a rate; the cosine is one step longer.
+    left = max(run.total - run.warmup, 1)
     check_float("num_cycles", num_cycles, open_low=True)
-    wave: dict[str, Any] = {"end_value": _min_lr(peak, min_lr, min_lr_rate), "cycles": num_cycles * (left + 1) / left}
-    if warmup_lr_rate is None or not warmup:
-        return tx.shift_schedule(tx.cosine_schedule(peak, warmup_steps=warmup, total_steps=warmup + left + 1, **wave), 1)
+    wave: dict[str, Any] = {"end_value": _min_lr(run.peak, min_lr, min_lr_rate), "cycles": num_cycles * (left + 1) / left}
+    if warmup_lr_rate is None or not run.warmup:
+        return tx.shift_schedule(
+            tx.cosine_schedule(run.peak, warmup_steps=run.warmup, total_steps=run.warmup + left + 1, **wave), 1
+        )
     check_float("warmup_lr_rate", warmup_lr_rate)
-    rise = tx.linear_schedule(warmup_lr_rate * peak, peak, max(warmup - 1, 1))
-    return tx.join_schedules([rise, tx.shift_schedule(tx.cosine_schedule(peak, total_steps=left + 1, **wave), 1)], [warmup])
+    rise = tx.linear_schedule(warmup_lr_rate * run.peak, run.peak, max(run.warmup - 1, 1))
+    return tx.join_schedules(
+        [rise, tx.shift_schedule(tx.cosine_schedule(run.peak, total_steps=left + 1, **wave), 1)], [run.warmup]
+    )
 
 
 def _warmup_stable_decay(
-    peak: float,
-    total: int,
-    warmup: int,
+    run: _RateInputs,
     *,
     num_decay_steps: int | None = None,
     num_stable_steps: int | None = None,
@@ -177,12 +186,12 @@ def _warmup_stable_decay(
         raise ArgumentError("num_decay_steps is missing: over how many updates the rate falls at the end.")
     check_float("min_lr_ratio", min_lr_ratio)
     return tx.warmup_stable_decay_schedule(
-        peak,
-        warmup_steps=warmup,
+        run.peak,
+        warmup_steps=run.warmup,
         decay_steps=num_decay_steps,
-        total_steps=total if num_stable_steps is None else warmup + num_stable_steps + num_decay_steps,
-        end_value=min_lr_ratio * peak,
-        init_value=min_lr_ratio * peak,
+        total_steps=run.total if num_stable_steps is None else run.warmup + num_stable_steps + num_decay_steps,
+        end_value=min_lr_ratio * run.peak,
+        init_value=min_lr_ratio * run.peak,
         warmup_shape=warmup_type,
         decay_shape=decay_type,
         cycles=num_cycles,
@@ -204,15 +213,15 @@ def _field_names(rule: Any) -> tuple[str, ...]:
 
 def _one_value(name: str, values: Any) -> Any:
     if len(set(values)) != 1:
-        raise ArgumentError(f"lr_scheduler_kwargs: {name}={values!r}: all parameter groups share one rate here. Give one number.")
+        raise ArgumentError(f"lr_scheduler_kwargs: {name}={values!r}: all parameter groups share one rate. Give one number.")
     return values[0]
 
 
 _METRIC_RULES: dict[SchedulerType, Any] = {SchedulerType.REDUCE_ON_PLATEAU: tx.Plateau, SchedulerType.GREEDY: tx.Greedy}
 
 
-def _constant_until_metric(peak: float, total: int, warmup: int, **options: Any) -> Schedule:
-    return tx.constant_schedule(peak)
+def _constant_until_metric(run: _RateInputs, **options: Any) -> Schedule:
+    return tx.constant_schedule(run.peak)
 
 
 _CYCLES, _MIN_LR = ("num_cycles",), ("min_lr", "min_lr_rate")

@@ -1,6 +1,6 @@
-"""The optimizers of other packages: where each comes from, which options it takes, and what makes its state plain.
+"""Optimizers of other packages: the class, the options that it takes, and adapters that turn its state into plain tensors.
 
-A function here takes the arguments and `optim_args` and returns a class with the options that differ from `lr`.
+Each function takes the arguments and `optim_args`, and returns a class with its options other than `lr`.
 """
 
 from __future__ import annotations
@@ -14,40 +14,38 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import OptimizerNames
-from fts.trainer.arguments.parsing import parse_key_values
+from fts.trainer.arguments import OptimizerNames, TrainingArguments, parse_key_values
 
 ClassAndKwargs = tuple[Any, dict[str, Any]]
 
 
 @attrs.frozen
 class OptimArgs:
-    """What `optim_args` says.
+    """The options in `optim_args`.
 
     Attributes:
-        optim: whose options they are.
-        given: texts by name.
+        optim: the optimizer.
+        texts: the values, unparsed, by name.
     """
 
     optim: str
-    given: dict[str, str]
+    texts: dict[str, str]
 
     @classmethod
     def of(cls, args: TrainingArguments) -> OptimArgs:
-        """Those of some arguments."""
+        """Those of the arguments."""
         return cls(str(args.optim), parse_key_values("optim_args", args.optim_args) if args.optim_args else {})
 
     def parse(self, **kinds: Any) -> dict[str, Any]:
-        """The given options, each of the kind that its name has here.
+        """The options, each converted to the type that `kinds` has for its name.
 
         Raises:
-            ArgumentError: a name is not among `kinds`, or a text is not of its kind.
+            ArgumentError: a name is not in `kinds`, or a text cannot be converted.
 
         >>> OptimArgs("sgd", {"momentum": "0.9", "nesterov": "true"}).parse(momentum=float, nesterov=bool)
         {'momentum': 0.9, 'nesterov': True}
         """
-        return {name: self._one(name, text, kinds) for name, text in self.given.items()}
+        return {name: self._one(name, text, kinds) for name, text in self.texts.items()}
 
     def _one(self, name: str, text: str, kinds: dict[str, Any]) -> Any:
         if name not in kinds:
@@ -61,7 +59,7 @@ class OptimArgs:
 
 
 def adam(args: TrainingArguments) -> dict[str, Any]:
-    """Adam's options among the arguments."""
+    """Adam's options in the arguments."""
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
@@ -134,21 +132,21 @@ def lomo(args: TrainingArguments, options: OptimArgs) -> ClassAndKwargs:
 
 
 def galore(args: TrainingArguments, options: OptimArgs) -> ClassAndKwargs:
-    """Gradients projected by their singular vectors; "target" holds the options of the projected group."""
+    """Gradients projected by their singular vectors; "target" has the options of the projected group."""
     given = options.parse(rank=int, update_proj_gap=int, scale=float, proj_type=str)
     name = str(args.optim)
     kind = {"galore_adamw": "GaLoreAdamW", "galore_adamw_8bit": "GaLoreAdamW8bit", "galore_adafactor": "GaLoreAdafactor"}[name]
     cls = _import_class(options, "galore_torch", kind, "pip install galore-torch")
     if name == "galore_adamw_8bit" and not torch.cuda.is_available():
         raise MissingDependencyError(
-            f"optim='{name}' needs a CUDA GPU, and there is none here. Use optim='galore_adamw', which keeps 32 bits."
+            f"optim='{name}' needs a CUDA GPU, and there is none. Use optim='galore_adamw', which keeps 32 bits."
         )
     own = {"scale_parameter": False, "relative_step": False} if kind == "GaLoreAdafactor" else {}
     return cls, {**own, "target": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", **given}}
 
 
 def apollo(args: TrainingArguments, options: OptimArgs) -> ClassAndKwargs:
-    """Rates of channels from random projections; "target" holds the options of the projected group."""
+    """Rates of channels from random projections; "target" has the options of the projected group."""
     given = options.parse(rank=int, proj=str, scale_type=str, update_proj_gap=int, scale=float, proj_type=str)
     defaults = {"rank": 128, "proj": "random", "scale_type": "channel", "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
     cls = _import_class(options, "apollo_torch", "APOLLOAdamW", "pip install apollo-torch")
@@ -191,33 +189,33 @@ def split_unquantized(group: dict[str, Any], names: set[str]) -> list[dict[str, 
 
 
 def with_plain_state(cls: Any) -> Any:
-    """The class, or a class of it that keeps in `state` what it hides elsewhere, so that `tx.from_torch` can hold it."""
+    """The class, or a subclass whose `state` has all of its state as plain tensors, so that `tx.from_torch` can use it."""
     package = cls.__module__.partition(".")[0]
     return _ADAPTERS.get(package, lambda cls: cls)(cls)
 
 
-def _unquantizing(cls: Any) -> Any:
-    class Unquantizing(cls):  # type: ignore[misc]
-        """Keeps 32 bits for groups that ask for them; the package's own way goes by the identity of Parameters."""
+def _with_unquantized_groups(cls: Any) -> Any:
+    class UnquantizedGroups(cls):  # type: ignore[misc]
+        """Keeps 32 bits for groups marked `unquantized`; the package itself identifies Parameters by `id`."""
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
             config = super().get_config(gindex, pindex, group)
             return {**config, "optim_bits": 32} if group.get("unquantized") else config
 
-    return _rename(Unquantizing, cls)
+    return _rename(UnquantizedGroups, cls)
 
 
-def _projecting(cls: Any) -> Any:
-    class Projecting(cls):  # type: ignore[misc]
-        """Keeps what a projector has learnt instead of the projector."""
+def _with_projector_state(cls: Any) -> Any:
+    class ProjectorState(cls):  # type: ignore[misc]
+        """Keeps the tensors of each projector in `state`, not the projector itself."""
 
         def step(self, closure: Any = None) -> Any:
             for group, parameter in _all_parameters(self):
                 state = self.state.get(parameter, {})
                 if isinstance(state.get("projector"), dict):
-                    learnt = state["projector"]
+                    tensors = state["projector"]
                     state["projector"] = _projector(self, group, state)
-                    vars(state["projector"]).update(learnt)
+                    vars(state["projector"]).update(tensors)
             loss = super().step(closure)
             for _, parameter in _all_parameters(self):
                 state = self.state.get(parameter, {})
@@ -226,7 +224,7 @@ def _projecting(cls: Any) -> Any:
                     state["projector"] = {key: own[key] for key in ("ortho_matrix", "seed", "svd_count") if key in own}
             return loss
 
-    return _rename(Projecting, cls)
+    return _rename(ProjectorState, cls)
 
 
 def _projector(optimizer: Any, group: dict[str, Any], state: dict[str, Any]) -> Any:
@@ -236,9 +234,9 @@ def _projector(optimizer: Any, group: dict[str, Any], state: dict[str, Any]) -> 
     return projector(group["rank"], **{key: group[key] for key in ("update_proj_gap", "scale", "proj_type")})
 
 
-def _in_state(cls: Any) -> Any:
-    class InState(cls):  # type: ignore[misc]
-        """Keeps its moments where an optimizer's state belongs, and not in its groups."""
+def _with_moments_in_state(cls: Any) -> Any:
+    class MomentsInState(cls):  # type: ignore[misc]
+        """Keeps its moments in `state`, not in its groups."""
 
         def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
@@ -248,12 +246,12 @@ def _in_state(cls: Any) -> Any:
                 self.state.update(group.pop("state"))
             return loss
 
-    return _rename(InState, cls)
+    return _rename(MomentsInState, cls)
 
 
-def _plain(cls: Any) -> Any:
-    class Plain(cls):  # type: ignore[misc]
-        """Keeps the plain tensors that its quantized tensors wrap."""
+def _with_unwrapped_tensors(cls: Any) -> Any:
+    class UnwrappedTensors(cls):  # type: ignore[misc]
+        """Keeps the plain tensors inside its quantized tensors."""
 
         def step(self, closure: Any = None) -> Any:
             for _, parameter in _all_parameters(self):
@@ -270,15 +268,15 @@ def _plain(cls: Any) -> Any:
                         state[key] = {name: getattr(value, name) for name in value.__tensor_flatten__()[0]}
             return loss
 
-    return _rename(Plain, cls)
+    return _rename(UnwrappedTensors, cls)
 
 
 _ADAPTERS: dict[str, Callable[[Any], Any]] = {
-    "bitsandbytes": _unquantizing,
-    "galore_torch": _projecting,
-    "apollo_torch": _projecting,
-    "grokadamw": _in_state,
-    "torchao": _plain,
+    "bitsandbytes": _with_unquantized_groups,
+    "galore_torch": _with_projector_state,
+    "apollo_torch": _with_projector_state,
+    "grokadamw": _with_moments_in_state,
+    "torchao": _with_unwrapped_tensors,
 }
 
 

@@ -9,24 +9,22 @@ from torch import nn
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import SchedulerType
-from fts.trainer.arguments.plan import with_settings
+from fts.trainer.arguments import SchedulerType, TrainingArguments, with_settings
 from fts.trainer.optimization.schedules import make_metric_rule, make_schedule, scheduler_kwargs
 from fts.trainer.optimization.transform import with_clipping
 from fts.typing import Transform
 
 
 def transform_from_torch(optimizer: Any, model: nn.Module, args: TrainingArguments) -> Transform:
-    """A torch optimizer, behind clipping, as the transform of a run.
+    """A torch optimizer with gradient clipping as the transform of a run.
 
     Args:
-        optimizer: holds Parameters of the model.
+        optimizer: has Parameters of the model.
         model: its trained parameters become the state.
         args: `max_grad_norm`.
 
     Raises:
-        ArgumentError: it is no torch optimizer, or holds none of the model's parameters.
+        ArgumentError: it is no torch optimizer, or has none of the model's parameters.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(
@@ -37,18 +35,18 @@ def transform_from_torch(optimizer: Any, model: nn.Module, args: TrainingArgumen
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in parameters.values()):
         raise ArgumentError(
-            f"The optimizer {type(optimizer).__name__} holds none of the parameters of {type(model).__name__}: nothing would be "
+            f"The optimizer {type(optimizer).__name__} has none of the parameters of {type(model).__name__}: nothing would be "
             "trained. Make it of the model that the Trainer is given; with model_init, use optimizer_cls_and_kwargs= instead."
         )
     return with_clipping(args, tx.from_torch(optimizer, parameters=parameters))
 
 
 def make_torch_scheduler(optimizer: Any, args: TrainingArguments, total_steps: int) -> Any:
-    """The schedule that the arguments ask for, as a torch one that sets the rates of an optimizer's groups."""
+    """The schedule of the arguments as a torch scheduler, which sets the rates of an optimizer's groups."""
     rule = make_metric_rule(args)
     if rule is not None:
         return _make_plateau_scheduler(optimizer, args)
-    peak = float(optimizer.defaults.get("lr", args.learning_rate))  # which shapes with a lowest rate of their own begin from
+    peak = float(optimizer.defaults.get("lr", args.learning_rate))  # from which schedules with a minimum rate begin
     schedule = make_schedule(with_settings(args, learning_rate=peak), total_steps, args.get_warmup_steps(total_steps))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(schedule(step)) / peak if peak else 0.0)
 
@@ -57,13 +55,13 @@ def _make_plateau_scheduler(optimizer: Any, args: TrainingArguments) -> Any:
     if args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **scheduler_kwargs(args))
     raise ArgumentError(
-        f"lr_scheduler_type='{args.lr_scheduler_type}' cannot drive a torch optimizer of your own. Pass its schedule too: "
-        "Trainer(optimizers=(optimizer, scheduler))."
+        f"lr_scheduler_type='{args.lr_scheduler_type}' cannot be used with a torch optimizer of your own. Pass its scheduler, "
+        "too: Trainer(optimizers=(optimizer, scheduler))."
     )
 
 
 def steps_on_metric(scheduler: Any) -> bool:
-    """Whether a torch schedule steps by the metric of an evaluation.
+    """Whether a torch scheduler steps by the metric of an evaluation.
 
     >>> steps_on_metric(None)
     False

@@ -1,4 +1,4 @@
-"""What a torch optimizer and its schedule have become in a run, as JSON and back."""
+"""The state of a torch scheduler and the changed settings of a torch optimizer's groups, as JSON and back."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ def group_settings(optimizer: Any) -> list[dict[str, Any]]:
     return [{name: copy.deepcopy(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def torch_state_dict(optimizer: Any, scheduler: Any, before: list[dict[str, Any]]) -> dict[str, Any]:
-    """What JSON can hold of a torch schedule's state, and of the group settings that the run has changed.
+def torch_state_dict(optimizer: Any, scheduler: Any, initial_settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a torch scheduler, and the group settings that the run has changed, as far as JSON can represent them.
 
     Args:
         optimizer: a torch optimizer.
-        scheduler: its schedule, or None.
-        before: `group_settings` when the run began; settings that are still so are the next run's own.
+        scheduler: its scheduler, or None.
+        initial_settings: `group_settings` when the run began; a run that resumes sets unchanged ones itself.
     """
     now = group_settings(optimizer)
     changed = [
         {name: value for name, value in group.items() if name not in old or not _equal(value, old[name])}
-        for group, old in zip(now, before, strict=True)
+        for group, old in zip(now, initial_settings, strict=True)
     ]
     state = {} if scheduler is None else scheduler.state_dict()
     return {"scheduler": _to_json(state, scheduler), "groups": [_to_json(group, optimizer) for group in changed]}
 
 
 def load_torch_state_dict(optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
-    """Set what `torch_state_dict` gave.
+    """Restore what `torch_state_dict` returned.
 
     Raises:
-        CheckpointError: the optimizer has other groups, or the schedule another state.
+        CheckpointError: the optimizer has other groups, or the scheduler another state.
     """
     groups = state.get("groups", [])
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
             f"The checkpoint is of an optimizer with {len(groups)} groups of parameters, this one has "
-            f"{len(optimizer.param_groups)}. Make it as it was."
+            f"{len(optimizer.param_groups)}. Make the optimizer as it was."
         )
     try:
         if scheduler is not None and state.get("scheduler"):
@@ -88,7 +88,7 @@ def _to_json(values: dict[str, Any], owner: Any) -> dict[str, Any]:
         try:
             kept[name] = _encode(value)
         except TypeError:
-            logger.warning("%s keeps %r, which a checkpoint cannot hold.", type(owner).__name__, name)
+            logger.warning("%s keeps %r, which a checkpoint cannot store.", type(owner).__name__, name)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""From `optim`, `optim_args` and `optim_target_modules` to a transform."""
+"""The transform that the arguments name: clipping, and the optimizer of `optim`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from fts import transforms as tx
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.enums import OptimizerNames
+from fts.trainer.arguments import OptimizerNames, TrainingArguments
 from fts.trainer.optimization.optimizer_classes import optimizer_and_groups
 from fts.trainer.optimization.parameter_groups import decay_parameter_names
 from fts.trainer.optimization.schedules import make_metric_rule
@@ -27,8 +26,8 @@ def make_transform(args: TrainingArguments, schedule: Schedule, model: nn.Module
 
     Args:
         args: as for `optimizer_cls_and_kwargs`, and `max_grad_norm` (0 only reports the norm) and `lr_scheduler_type`.
-        schedule: the learning rate by update; not used where a metric decides on it (`make_metric_rule`).
-        model: tells the names of the trained parameters and which of them decay.
+        schedule: the learning rate by update; not used where a metric decides it (`make_metric_rule`).
+        model: its trained parameters, of which some decay.
         total_steps: updates in the run.
 
     Returns:
@@ -67,7 +66,7 @@ def _transform_factory(args: TrainingArguments, model: nn.Module, total_steps: i
     """A function from a rate (a schedule, a number or a 0-d tensor) to the transform behind the clipping."""
     name = OptimizerNames(args.optim)
     cls, groups, kwargs = optimizer_and_groups(args, model, total_steps=total_steps)
-    if "weight_decay" in OptimArgs.of(args).given:
+    if "weight_decay" in OptimArgs.of(args).texts:
         warnings.warn(
             "optim_args: weight_decay has no effect, as in transformers: each group of parameters carries that of "
             f"TrainingArguments(weight_decay={args.weight_decay}). Set it there.",

@@ -1,4 +1,4 @@
-"""How much the loggers of fts tell."""
+"""The level of fts' loggers, and their handler."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ import sys
 from typing import Any
 
 from fts.errors import ArgumentError
-
-LOG_LEVELS = {
-    "detail": logging.DEBUG,
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "critical": logging.CRITICAL,
-}
-"""The values of `log_level`, beside "passive"."""
+from fts.trainer.arguments import LOG_LEVELS
 
 
 class StderrHandler(logging.Handler):
-    """Writes to the standard error stream of the moment, but is silent where the root logger has handlers of its own."""
+    """Writes to the current standard error stream, unless the root logger has handlers of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -31,12 +22,12 @@ class StderrHandler(logging.Handler):
 def apply_log_level(args: Any) -> None:
     """Set the level of the "fts" logger from `log_level`, or from `log_level_replica` in a process that does not log.
 
-    Where nothing handles its records yet, they go to standard error, as they would under Python's default, but from the chosen
-    level on. The root logger and those of other libraries stay as they are.
+    If nothing handles its records yet, they go to standard error, as by Python's default, but from this level on. The root logger
+    and those of other libraries stay unchanged.
 
     Args:
         args: have `log_level` and `log_level_replica` ("debug", "info", "warning", "error", "critical", or "passive", which
-            leaves everything as it is) and `should_log`.
+            changes nothing) and `should_log`.
 
     Raises:
         ArgumentError: the level is unknown.
@@ -50,9 +41,9 @@ def apply_log_level(args: Any) -> None:
         return
     if level not in LOG_LEVELS:
         raise ArgumentError(f"{name}={level!r} is unknown. Use one of {', '.join(map(repr, LOG_LEVELS))} or 'passive'.")
-    ours = logging.getLogger("fts")
-    ours.setLevel(LOG_LEVELS[level])
-    if not ours.hasHandlers():
+    logger = logging.getLogger("fts")
+    logger.setLevel(LOG_LEVELS[level])
+    if not logger.hasHandlers():
         handler = StderrHandler()
         handler.setFormatter(logging.Formatter("[%(levelname)s|%(name)s:%(lineno)d] %(asctime)s >> %(message)s"))
-        ours.addHandler(handler)
+        logger.addHandler(handler)

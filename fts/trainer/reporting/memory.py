@@ -1,4 +1,4 @@
-"""How much memory the stages of a run take."""
+"""The memory that the stages of a run use."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ import torch
 from fts.errors import MissingDependencyError
 
 SAMPLING_SECONDS = 0.001
-"""Seconds between two looks at the memory of the process."""
+"""Seconds between two samples of the memory of the process."""
 
 
 @attrs.frozen
 class MemoryUsage:
-    """Bytes in use at the two ends of a stage, and the most in between; `peak` is None where the device does not tell."""
+    """Bytes in use at the begin and the end of a stage, and the peak; `peak` is None where the device does not report it."""
 
     begin: int
     end: int
     peak: int | None
 
-    def figures(self, stage: str, kind: str) -> dict[str, int]:
-        """What was added and stayed, and what was needed beyond that for a time.
+    def metrics(self, stage: str, kind: str) -> dict[str, int]:
+        """The bytes allocated by the stage, and the peak above them.
 
-        >>> MemoryUsage(10, 30, 45).figures("train", "cpu")
+        >>> MemoryUsage(10, 30, 45).metrics("train", "cpu")
         {'train_mem_cpu_alloc_delta': 20, 'train_mem_cpu_peaked_delta': 15}
         """
-        peaked = {} if self.peak is None else {f"{stage}_mem_{kind}_peaked_delta": max(0, self.peak - self.end)}
-        return {f"{stage}_mem_{kind}_alloc_delta": self.end - self.begin} | peaked
+        peak = {} if self.peak is None else {f"{stage}_mem_{kind}_peaked_delta": max(0, self.peak - self.end)}
+        return {f"{stage}_mem_{kind}_alloc_delta": self.end - self.begin} | peak
 
 
 class TrainerMemoryTracker:
-    """Measures the memory of a run's outermost stages, with transformers' names of the figures.
+    """Measures the memory of a run's outermost stages, with transformers' names of the metrics.
 
-    Memory of the process (`cpu`) is its resident set, looked at each millisecond; that of an accelerator (`gpu`) is what torch
-    has allocated there. A stage inside another one (an evaluation while training) counts to the outer one. The figures of "init"
-    are reported with those of the stage after it.
+    Memory of the process (`cpu`) is its resident set, sampled each millisecond; that of an accelerator (`gpu`) is what torch has
+    allocated there. A stage inside another one (an evaluation during training) belongs to the outer one. The metrics of "init"
+    are reported with those of the next stage.
 
     Args:
-        active: whether to measure at all (`not args.skip_memory_metrics`); if not, all figures are empty.
+        active: whether to measure at all (`not args.skip_memory_metrics`); if not, there are no metrics.
 
     Raises:
         MissingDependencyError: psutil is missing.
@@ -51,8 +51,8 @@ class TrainerMemoryTracker:
     >>> meter = TrainerMemoryTracker(True)
     >>> with meter.measuring("init"):
     ...     pass
-    >>> with meter.measuring("eval") as figures:
-    ...     metrics = figures()
+    >>> with meter.measuring("eval") as memory_metrics:
+    ...     metrics = memory_metrics()
     >>> [name for name in metrics if "gpu" not in name and not name.startswith("init")]
     ['eval_mem_cpu_alloc_delta', 'eval_mem_cpu_peaked_delta', 'before_init_mem_cpu']
     """
@@ -60,7 +60,7 @@ class TrainerMemoryTracker:
     def __init__(self, active: bool) -> None:
         self.rss = _rss_reader() if active else None
         self.stage: str | None = None
-        self.begun: dict[str, int] = {}
+        self.begin_bytes: dict[str, int] = {}
         self.sampler: _PeakSampler | None = None
         self.init: dict[str, MemoryUsage] = {}
 
@@ -72,8 +72,8 @@ class TrainerMemoryTracker:
             stage: "init", "train", "eval" or "test".
 
         Yields:
-            A function that ends the measurement and gives the figures, in bytes by name: empty for "init", and inside another
-            stage. It is called once, within the block; a block that raises before ends its measurement, too.
+            A function that ends the measurement and returns the metrics, in bytes by name: empty for "init", and inside another
+            stage. Call it once, within the block; a block that raises before ends its measurement, too.
         """
         if self.rss is None or self.stage is not None:
             yield dict
@@ -90,29 +90,29 @@ class TrainerMemoryTracker:
         assert self.rss is not None
         gc.collect()
         self.stage = stage
-        self.begun = _reset_device_peak() | {"cpu": self.rss()}
+        self.begin_bytes = _reset_device_peak() | {"cpu": self.rss()}
         self.sampler = _PeakSampler(self.rss)
 
     def _end(self) -> dict[str, MemoryUsage]:
         assert self.rss is not None and self.sampler is not None
         peak = self.sampler.stop()
         gc.collect()
-        taken = {"cpu": MemoryUsage(self.begun["cpu"], self.rss(), peak)}
-        if "gpu" in self.begun:
-            taken["gpu"] = MemoryUsage(self.begun["gpu"], *_device_usage())
-        return taken
+        usage = {"cpu": MemoryUsage(self.begin_bytes["cpu"], self.rss(), peak)}
+        if "gpu" in self.begin_bytes:
+            usage["gpu"] = MemoryUsage(self.begin_bytes["gpu"], *_device_usage())
+        return usage
 
     def _report(self, stage: str) -> dict[str, int]:
         if self.sampler is None:
             return {}
-        before, taken = self.init, self._end()
+        init, usage = self.init, self._end()
         self._stop()
         self.init = {}
-        figures: dict[str, int] = {}
-        for name, part in (("init", before), (stage, taken)):
-            for kind, bytes_taken in part.items():
-                figures |= bytes_taken.figures(name, kind)
-        return figures | {f"before_init_mem_{kind}": bytes_taken.begin for kind, bytes_taken in before.items()}
+        metrics: dict[str, int] = {}
+        for name, usages in (("init", init), (stage, usage)):
+            for kind, used in usages.items():
+                metrics |= used.metrics(name, kind)
+        return metrics | {f"before_init_mem_{kind}": used.begin for kind, used in init.items()}
 
     def _stop(self) -> None:
         if self.sampler is not None:
@@ -121,24 +121,24 @@ class TrainerMemoryTracker:
 
 
 class _PeakSampler:
-    """A thread that notes the most bytes until it is stopped."""
+    """A thread that records the maximum of bytes until it is stopped."""
 
     def __init__(self, read: Callable[[], int]) -> None:
         self.read = read
-        self.most = read()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="fts-memory", daemon=True)
+        self.peak = read()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._sample, name="fts-memory", daemon=True)
         self.thread.start()
 
     def stop(self) -> int:
-        self.over.set()
+        self.stopped.set()
         self.thread.join()
-        return self.most
+        return self.peak
 
-    def _watch(self) -> None:
-        while not self.over.wait(SAMPLING_SECONDS):
-            self.most = max(self.most, self.read())
-        self.most = max(self.most, self.read())
+    def _sample(self) -> None:
+        while not self.stopped.wait(SAMPLING_SECONDS):
+            self.peak = max(self.peak, self.read())
+        self.peak = max(self.peak, self.read())
 
 
 def _rss_reader() -> Callable[[], int]:

@@ -1,4 +1,4 @@
-"""The figures of training between two logs, and over the whole run."""
+"""The metrics of training between two logs, and over the whole run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import attrs
 from fts.loops import Logged
 
 COUNTED = {"skipped_total": ("skipped", "skipped_in_a_row"), "spikes_total": ("spike", "spikes_in_a_row")}
-"""Counts of the updates that transforms leave out: a log has the total, as it stands, and not the others."""
+"""Counters of updates that transforms skip -> metrics that a log leaves out beside the total."""
 
 
 @attrs.define
 class RunningMetrics:
-    """Sums of what the loop has read but nobody has logged yet, and of all losses; checkpoints keep it.
+    """Sums of metrics since the last log, and of all losses; saved in checkpoints.
 
-    The loop's figures are also read before a checkpoint is written, so that the log after it is the same whether the run was
-    interrupted there or not.
+    Metrics are also read before a checkpoint is written, so that the next log is the same whether or not the run is interrupted
+    there.
 
     Attributes:
-        sums: of each metric, over the steps since the last log.
-        last: each metric at the last step.
-        steps: since the last log.
+        sums: the sum of each metric over the steps since the last log.
+        last: the value of each metric at the last step.
+        steps: the number of steps since the last log.
         total_loss: the sum of all steps' losses.
-        read_at: the step up to which figures were read.
-        left_out: of each metric, since the last log: steps whose mean was not finite, and is not among the sums.
-        without_loss: steps whose loss is not in `total_loss`, for that reason.
+        read_at: the step up to which metrics were read.
+        left_out: for each metric the steps since the last log that `sums` leaves out because their mean was not finite.
+        without_loss: the steps that `total_loss` leaves out for the same reason.
     """
 
     sums: dict[str, float] = attrs.field(factory=dict)
@@ -39,11 +39,11 @@ class RunningMetrics:
     without_loss: int = 0
 
     def update(self, event: Logged, *, skip_nonfinite: bool = False) -> None:
-        """Take in what the loop has read; means that are not finite only if they are not to be skipped."""
+        """Add metrics that the loop has read; with `skip_nonfinite`, means that are not finite are left out."""
         for name, mean in event.metrics.items():
-            kept = math.isfinite(mean) or not skip_nonfinite
-            self.sums[name] = self.sums.get(name, 0.0) + (mean * event.steps if kept else 0.0)
-            if not kept:
+            counted = math.isfinite(mean) or not skip_nonfinite
+            self.sums[name] = self.sums.get(name, 0.0) + (mean * event.steps if counted else 0.0)
+            if not counted:
                 self.left_out[name] = self.left_out.get(name, 0) + event.steps
         loss = event.metrics.get("loss", 0.0)
         if math.isfinite(loss) or not skip_nonfinite:
@@ -55,7 +55,7 @@ class RunningMetrics:
         self.read_at = event.counters.step
 
     def pop_logs(self) -> dict[str, float]:
-        """What to log: means over the steps since the last log; learning rate, gradient norm and loss scale of the last step."""
+        """The metrics to log: means over the steps since the last log; learning rate, gradient norm and loss scale of the last step."""
         counts = {name: self.steps - self.left_out.get(name, 0) for name in self.sums}
         means = {name: total / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         logs = {"loss": means.pop("loss")} if "loss" in means else {}
@@ -76,5 +76,5 @@ class RunningMetrics:
         return self.total_loss / max(step - self.without_loss, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, from which `RunningMetrics(**values)` makes the same again."""
+        """JSON values, from which `RunningMetrics(**values)` restores it."""
         return attrs.asdict(self)

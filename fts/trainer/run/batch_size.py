@@ -36,18 +36,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def find_executable_batch_size(run: Callable[[int], Result], size: int, restore: Callable[[], None]) -> Result:
-    """Run with a batch size, and again with half of it for as long as memory does not suffice.
+    """Run with a batch size, and again with half of it while memory is exhausted.
 
     Args:
-        run: is given the batch size.
+        run: is called with the batch size.
         size: the first one.
-        restore: called before each further try; brings everything back to where it was before the first one.
+        restore: called before each further attempt; restores everything as it was before the first one.
 
     Returns:
         What `run` returned.
 
     Raises:
-        ArgumentError: not even one row fits.
+        ArgumentError: not even one example fits.
 
     >>> def run(size):
     ...     if size > 2:
@@ -65,19 +65,19 @@ def find_executable_batch_size(run: Callable[[int], Result], size: int, restore:
                 raise
             if size == 1:
                 raise ArgumentError(
-                    f"auto_find_batch_size=True: memory does not even suffice for one row in a batch (it began with {first}). "
-                    "Use a smaller model, shorter rows, or gradient_checkpointing=True."
+                    f"auto_find_batch_size=True: not even a batch of one example fits into memory (the first attempt had "
+                    f"{first}). Use a smaller model, shorter examples, or gradient_checkpointing=True."
                 ) from error
-        # outside the handler, whose traceback holds the tensors that did not fit
+        # outside the handler, whose traceback references the tensors that did not fit
         size //= 2
         gc.collect()
         empty_cache()
-        logger.warning("Memory does not suffice for a batch of %s rows: trying again from the start with %s.", 2 * size, size)
+        logger.warning("A batch of %s examples does not fit into memory: trying again from the start with %s.", 2 * size, size)
         restore()
 
 
 def make_restore(model: nn.Module, callbacks: list[Any], optimizers: Sequence[Any] = ()) -> Callable[[], None]:
-    """A function that brings a model's weights and the callbacks' states back to what they are now.
+    """A function that restores a model's weights and the states of callbacks and optimizers as they are now.
 
     Args:
         model: a copy of its tensors is kept on the CPU.
@@ -101,7 +101,7 @@ def make_restore(model: nn.Module, callbacks: list[Any], optimizers: Sequence[An
 
 
 def empty_cache(device: Any = None) -> None:
-    """Give memory that torch keeps for reuse back to the accelerator; nothing happens on the CPU."""
+    """Release the memory that torch caches on the accelerator; nothing happens on the CPU."""
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from fts import steps, transforms as tx
 from fts.errors import CheckpointError
 from fts.loops import StepBegin, StepEnd
 from fts.steps import MicroBatches
-from fts.trainer.arguments.plan import with_settings
+from fts.trainer.arguments import with_settings
 from fts.trainer.model import shares_storage
 from fts.trainer.optimization import OptimizerProxy, make_transform, parse_group_changes
 from fts.trainer.run.context import Run, RunContext
@@ -56,7 +56,7 @@ class CallbackStep:
             user_callbacks: whether any rank has callbacks of the user's own.
         """
         self.proxy = self._writable_proxy(user_callbacks)
-        if user_callbacks and self.run.optimizing.engine is None and shares_storage(self.run.state, self.context.model):
+        if user_callbacks and self.run.optimizer.engine is None and shares_storage(self.run.state, self.context.model):
             self.guard = ModelGuard(self.context.model)
 
     def begin(self, event: StepBegin) -> None:
@@ -68,7 +68,7 @@ class CallbackStep:
 
     def _changed(self, optimizer: OptimizerProxy) -> dict[int, dict[str, Any]] | None:
         """What callbacks wrote into the optimizer's groups, on the first rank where they did."""
-        changed, world = optimizer.changed(), self.context.world
+        changed, world = optimizer.changes(), self.context.world
         if world.size == 1:
             return changed
         if not int(world.all_reduce(torch.tensor(int(bool(changed))))):
@@ -91,7 +91,7 @@ class CallbackStep:
 
     def _writable_proxy(self, user_callbacks: bool) -> OptimizerProxy | None:
         """The optimizer's proxy, where a callback of the user's own could write into it."""
-        optimizer = self.run.optimizing.optimizer
+        optimizer = self.run.optimizer.optimizer
         if not isinstance(optimizer, OptimizerProxy):
             return None
         if self.settings:
@@ -111,31 +111,31 @@ class CallbackStep:
         Returns:
             The transform of the next update, if it is another one.
         """
-        context, plan, optimizing = self.context, self.run.plan, self.run.optimizing
-        nonempty = [index for index, group in enumerate(optimizing.optimizer.param_groups) if group["params"]]
+        context, plan, optimizer = self.context, self.run.plan, self.run.optimizer
+        nonempty = [index for index, group in enumerate(optimizer.optimizer.param_groups) if group["params"]]
         settings, rate = parse_group_changes(changed, nonempty)
         self.settings |= settings
         args = with_settings(context.args, **self.settings)
 
         def step_at(schedule: Schedule) -> tuple[Transform, Any]:
             transform = make_transform(args, schedule, context.model, total_steps=plan.total_steps)
-            return transform, self._observable(context.hooks.make_step(plan, attrs.evolve(optimizing, transform=transform)))
+            return transform, self._observable(context.hooks.make_step(plan, attrs.evolve(optimizer, transform=transform)))
 
         transform = None
         if settings or not changed:
             transform, self.default_step = step_at(plan.schedule)
             self.step.step = self.default_step
-        if rate is not None and optimizing.rule is not None:
+        if rate is not None and optimizer.metric_rule is not None:
             tx.followed_rate(self.state.opt_state).fill_(rate)  # the rate of such a run is in its state
         elif rate is not None:
             transform, self.step.step = step_at(tx.constant_schedule(rate))
-        optimizing.optimizer.accept_changes()
+        optimizer.optimizer.accept_changes()
         return transform
 
     def optimizer_changes(self) -> dict[str, Any]:
         """What callbacks have written into the groups, for a checkpoint: settings of all updates, and those of the next one."""
-        optimizer = self.run.optimizing.optimizer
-        pending = optimizer.changed() if isinstance(optimizer, OptimizerProxy) else None
+        optimizer = self.run.optimizer.optimizer
+        pending = optimizer.changes() if isinstance(optimizer, OptimizerProxy) else None
         return {name: found for name, found in (("settings", self.settings), ("next", pending)) if found}
 
     def _observable(self, step: Any) -> Any:
@@ -162,8 +162,8 @@ class CallbackStep:
         finally:
             for name in grads:
                 parameters[name].grad = None
-        optimizer = self.run.optimizing.optimizer
-        changed = optimizer.changed() if isinstance(optimizer, OptimizerProxy) else None
+        optimizer = self.run.optimizer.optimizer
+        changed = optimizer.changes() if isinstance(optimizer, OptimizerProxy) else None
         return self._swap(changed) if changed else None
 
     def _call_inner_events(self) -> None:

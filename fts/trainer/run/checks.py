@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments, check_num_steps
-from fts.trainer.arguments.enums import IntervalStrategy
+from fts.trainer.arguments import IntervalStrategy, TrainingArguments, check_num_steps
 from fts.trainer.run.plan import autocast_precision
 from fts.typing import Transform
 
@@ -28,8 +27,8 @@ def check_parts(
         raise ArgumentError(f"Trainer(model=...) must be a torch.nn.Module, not {type(model).__name__}.")
     if args.eval_strategy != IntervalStrategy.NO and eval_dataset is None:
         raise ArgumentError(f"eval_strategy='{args.eval_strategy}' needs data to evaluate: Trainer(..., eval_dataset=...).")
-    autocast_precision(args)  # one that is not there is an error now
-    config: Any = args.accelerator_config  # settled: an AcceleratorConfig
+    autocast_precision(args)  # an unavailable one is an error now
+    config: Any = args.accelerator_config  # parsed: an AcceleratorConfig
     check_num_steps(config.gradient_accumulation_kwargs, args.gradient_accumulation_steps)
     _check_optimizers(model_init, optimizers, optimizer_cls_and_kwargs)
     _check_step(step, optimizers, optimizer_cls_and_kwargs)

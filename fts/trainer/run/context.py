@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,11 @@ from fts.distributed import Group
 from fts.loops import Position, Source
 from fts.loops.preemption import StopRequest
 from fts.state import TrainState
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.plan import Plan
-from fts.trainer.callbacks import CallbackHandler
-from fts.trainer.callbacks.state import TrainerControl, TrainerState
-from fts.trainer.checkpoints.epoch_layout import EpochLayout
+from fts.trainer.arguments import Plan, TrainingArguments
+from fts.trainer.callbacks import CallbackHandler, TrainerControl, TrainerState
+from fts.trainer.checkpoints import EpochLayout
 from fts.trainer.optimization import RunOptimizer
-from fts.trainer.reporting.running_metrics import RunningMetrics
+from fts.trainer.reporting import RunningMetrics
 
 
 class TrainerProtocol(Protocol):
@@ -108,7 +106,7 @@ class RunContext:
     group: Group
     world: Group
     start_time: float
-    memory_metrics: Callable[[], dict[str, float]] = dict
+    memory_metrics: Callable[[], Mapping[str, float]] = dict
 
 
 @attrs.frozen(eq=False)
@@ -117,12 +115,12 @@ class Run:
 
     Attributes:
         plan: the resolved arguments.
-        optimizing: what updates the weights.
+        optimizer: what updates the weights.
         step: `(state, batch) -> (state, metrics)`.
         state: the core's state; its tensors are those of the model.
         source: the batches.
         sampled_source: the same, or what an overridden `get_batch_samples` makes of them.
-        cut: how the examples of an epoch are split into updates.
+        epoch_layout: how the examples of an epoch are split into updates.
         start: where in the batches to begin.
         trainer_state: the state that callbacks get.
         running_metrics: metrics that were read before the checkpoint, but not logged.
@@ -131,12 +129,12 @@ class Run:
     """
 
     plan: Plan
-    optimizing: RunOptimizer
+    optimizer: RunOptimizer
     step: Any
     state: TrainState
     source: Source
     sampled_source: Source
-    cut: EpochLayout
+    epoch_layout: EpochLayout
     start: Position
     trainer_state: TrainerState
     running_metrics: RunningMetrics

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fts.distributed import Group
-from fts.trainer.callbacks.state import TrainerControl
+from fts.trainer.callbacks import TrainerControl
 from fts.trainer.run.context import TrainerProtocol
 
 FLAGS = ("should_log", "should_evaluate", "should_save", "should_training_stop", "should_epoch_stop")

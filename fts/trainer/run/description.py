@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from fts import steps
-from fts.trainer.arguments.plan import Plan
+from fts.trainer.arguments import Plan
 
 
 def describe_run(plan: Plan, step: Any, processes: str = "1, one process") -> str:
@@ -16,11 +16,11 @@ def describe_run(plan: Plan, step: Any, processes: str = "1, one process") -> st
     Args:
         plan: of the run.
         step: of the run.
-        processes: how many there are, and how they share the model.
+        processes: their number, and the strategy.
 
     >>> from fts.trainer import TrainingArguments
     >>> from fts.trainer.run.plan import make_plan
-    >>> plan = make_plan(TrainingArguments(num_train_epochs=1), batches=10, items=80)
+    >>> plan = make_plan(TrainingArguments(num_train_epochs=1), batches=10, num_examples=80)
     >>> describe_run(plan, lambda state, batch: None).splitlines()[:3]
     ['run', '├── plan', '│   ├── total_steps: 10']
     """
@@ -37,7 +37,7 @@ def describe_learning_rate(plan: Plan) -> str:
 
     >>> from fts.trainer import TrainingArguments
     >>> from fts.trainer.run.plan import make_plan
-    >>> describe_learning_rate(make_plan(TrainingArguments(max_steps=10, learning_rate=1.0), batches=None, items=None))
+    >>> describe_learning_rate(make_plan(TrainingArguments(max_steps=10, learning_rate=1.0), batches=None, num_examples=None))
     '1 at first, 0.5 after 5 updates, 0.1 at the last'
     """
     middle = plan.total_steps // 2

@@ -14,7 +14,7 @@ from fts.loops import Counters, Due, EpochBegin, EpochEnd, Logged, Position, Rol
 from fts.loops.preemption import StopRequest
 from fts.randomness import EVALUATION, fold_in, seed_generators
 from fts.state import TrainState
-from fts.trainer.arguments.enums import SaveStrategy
+from fts.trainer.arguments import SaveStrategy
 from fts.trainer.callbacks import close_bars, states_to_save
 from fts.trainer.checkpoints import CheckpointHooks, CheckpointManager
 from fts.trainer.evaluation import EvaluationInterrupted, metric_for_best_model, update_best_metric
@@ -107,8 +107,8 @@ class CallbackDispatcher:
         args, run = self.args, self.run
         if self.token_counter:
             yield lambda event, batch: self.token_counter.add(batch)
-        if run.optimizing.scheduler is not None:
-            yield lambda event, batch: run.optimizing.after_update(event.state, event.counters.step, event.metrics)
+        if run.optimizer.scheduler is not None:
+            yield lambda event, batch: run.optimizer.after_update(event.state, event.counters.step, event.metrics)
         every = args.torch_empty_cache_steps
         if every:
             yield lambda event, batch: empty_cache(args.device) if event.counters.step % every == 0 else None
@@ -122,7 +122,7 @@ class CallbackDispatcher:
             state,
             run.sampled_source,
             total_steps=run.trainer_state.global_step if self.trainer.control.should_training_stop else run.plan.total_steps,
-            epochs=None if run.source.batches_per_epoch is None or run.cut.offset or by_steps else run.plan.epochs,
+            epochs=None if run.source.batches_per_epoch is None or run.epoch_layout.offset or by_steps else run.plan.epochs,
             start=start,
             due=self.due,
             evaluate=self.evaluate,
@@ -193,17 +193,17 @@ class CallbackDispatcher:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Evaluate the model, which has the state's weights, and note whether it is the best so far."""
-        control, optimizing = self.trainer.control, self.run.optimizing
+        control, optimizer = self.trainer.control, self.run.optimizer
         control.should_evaluate = False
         self.checkpoints.evaluation_pending = True  # until it is done: also for a checkpoint after an error in it
         try:
-            with swap_eval_params(self.context.model, state, optimizing.transform):
+            with swap_eval_params(self.context.model, state, optimizer.transform):
                 metrics = self.run_evaluation()
         except EvaluationInterrupted:
             self._stop(evaluation_pending=True)
             return {}
-        if optimizing.needs_metric:
-            optimizing.step_on_metric(state, metric_for_best_model(self.args, metrics))
+        if optimizer.needs_metric:
+            optimizer.step_on_metric(state, metric_for_best_model(self.args, metrics))
         is_best = update_best_metric(self.args, self.trainer_state, metrics)
         if self.args.save_strategy == SaveStrategy.BEST:
             self.trainer.control.should_save = is_best
@@ -247,7 +247,7 @@ class CallbackDispatcher:
 
     def run_pending_evaluation(self, state: TrainState) -> None:
         """Evaluate, which was due at the last step of an interrupted run, and save again with that."""
-        self.run.optimizing.latest.state = state
+        self.run.optimizer.latest.state = state
         history, step = self.trainer_state.log_history, self.trainer_state.global_step
         # the history has it already where a callback failed after it
         history[:] = [entry for entry in history if entry.get("step") != step or not any(map(_is_eval_metric, entry))]

@@ -17,11 +17,11 @@ from fts import loops
 from fts.loops import Position
 from fts.loops.sampling import IsolatedGenerators
 from fts.state import TrainState
-from fts.trainer.arguments.plan import Plan
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import Plan
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.checkpoints import CheckpointContents, save_checkpoint
 from fts.trainer.data import data_seed
-from fts.trainer.reporting.memory import TrainerMemoryTracker
+from fts.trainer.reporting import TrainerMemoryTracker
 from fts.trainer.run.context import RunContext
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def dry_run(
     eval_dataloader: Callable[[], Iterable[Any]] | None,
     evaluation_loop: Callable[[list[Any], str], Any],
 ) -> DryRun:
-    """Try what a run is made of, and restore everything as it was.
+    """Try the parts of a run, and restore everything as it was.
 
     Args:
         context: what the run is given. Its model, optimizer, random numbers, callbacks and files are not changed.

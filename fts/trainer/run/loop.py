@@ -13,10 +13,10 @@ from fts.distributed.deepspeed import gathered_parameters
 from fts.errors import Interrupted, NonFiniteError
 from fts.trainer.callbacks import close_bars, export_callbacks
 from fts.trainer.checkpoints import load_best_model, remaining_time, saves_checkpoints
-from fts.trainer.distributed.strategy import make_checkpointer, reading_group
+from fts.trainer.distributed import make_checkpointer, reading_group
 from fts.trainer.evaluation import TrainOutput, best_checkpoint
 from fts.trainer.model import all_labels_ignored, apply_eval_params, debug_overflow, in_train_mode, neftune_noise
-from fts.trainer.reporting.metrics import speed_metrics
+from fts.trainer.reporting import speed_metrics
 from fts.trainer.run.context import Run, RunContext
 from fts.trainer.run.dispatcher import CallbackDispatcher
 from fts.trainer.run.nonfinite import CHOICES, LABELS, with_rollback
@@ -94,13 +94,13 @@ def _add_notes(error: NonFiniteError, context: RunContext, batch: Any) -> None:
 def _finish(context: RunContext, run: Run, dispatcher: CallbackDispatcher, first_step: int) -> TrainOutput:
     """Log the metrics of a run that has ended, load its best model, and upload it, where the arguments ask for that."""
     model, args, trainer_state = context.model, context.args, run.trainer_state
-    state, transform = dispatcher.step.state, run.optimizing.transform
+    state, transform = dispatcher.step.state, run.optimizer.transform
     apply_eval_params(model, state, transform)
     trained = trainer_state.global_step - first_step
     loss = run.running_metrics.mean_loss(trainer_state.global_step)
     metrics = speed_metrics("train", dispatcher.start, run.plan.samples * trained / run.plan.total_steps, trained)
     dispatcher.token_counter.sync(trainer_state)
-    metrics |= {"total_flos": trainer_state.total_flos, "train_loss": loss} | context.memory_metrics()
+    metrics |= {"total_flos": trainer_state.total_flos, "train_loss": loss} | dict(context.memory_metrics())
     context.trainer.log(metrics)
     best = best_checkpoint(args, trainer_state)
     if best is not None:

@@ -1,4 +1,4 @@
-"""What callbacks do to the model while a run has it."""
+"""Checks of what callbacks do to the model during a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fts.steps.module_binding import ModuleBinding
 
 
 class ModelGuard:
-    """Takes what was written into a model for the state's, and refuses what a running step cannot follow.
+    """Copies what callbacks wrote into a model to the state, and refuses changes that a running step cannot follow.
 
     Args:
         model: the one that is trained.
@@ -29,7 +29,7 @@ class ModelGuard:
         """Compare the model with the state that it shares its tensors with.
 
         Args:
-            state: gets the values of Parameters whose `.data` was exchanged; what was written in place it has already.
+            state: gets the values of Parameters whose `.data` was replaced; it shares what was written in place.
 
         Raises:
             ArgumentError: a Parameter was replaced, frozen or unfrozen.

@@ -13,10 +13,9 @@ from fts import loops, steps
 from fts.loops import Position
 from fts.state import TrainState
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks import export_callbacks, restore_callbacks
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.callbacks import TrainerState, export_callbacks, restore_callbacks
 from fts.trainer.model import named_tensors, shares_storage
-from fts.trainer.reporting.running_metrics import RunningMetrics
+from fts.trainer.reporting import RunningMetrics
 
 COPY_INTERVAL = 25
 """A run that may roll back keeps a copy of its state every so many updates."""

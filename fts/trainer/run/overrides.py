@@ -1,4 +1,4 @@
-"""Which methods of the Trainer a subclass replaced."""
+"""Which methods of the Trainer are overridden."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 def overridden(trainer: Any, *names: str) -> bool:
     """Whether any of these methods is the user's: of a subclass, or set on the instance.
 
-    The step that a run takes is composed of what is overridden and of the fast functions for everything else.
+    The step that a run takes is composed of the overridden methods, and of fast functions in the place of all others.
 
     >>> from types import SimpleNamespace
     >>> overridden(SimpleNamespace(log=print), "log")

@@ -11,25 +11,31 @@ import attrs
 
 from fts.errors import ArgumentError
 from fts.loops import Source
-from fts.trainer.arguments import TrainingArguments, check_conflicts
-from fts.trainer.arguments.data_parallel import num_parallel_batches
-from fts.trainer.arguments.plan import Plan, resolve_steps, total_train_batch_size, with_settings
+from fts.trainer.arguments import (
+    Plan,
+    TrainingArguments,
+    check_conflicts,
+    num_parallel_batches,
+    resolve_steps,
+    total_train_batch_size,
+    with_settings,
+)
 from fts.trainer.model import check_float8
 from fts.trainer.optimization import make_schedule
 from fts.trainer.run.context import RunContext
 
 
 def make_plan(
-    args: TrainingArguments, *, batches: int | None, items: int | None, batch_size: int | None = None, offset: int = 0
+    args: TrainingArguments, *, batches: int | None, num_examples: int | None, batch_size: int | None = None, offset: int = 0
 ) -> Plan:
     """Resolve arguments for data of a given size.
 
     Args:
         args: the arguments.
-        batches: micro-batches of each process in an epoch; None where the data does not tell.
-        items: rows in an epoch; None where the data does not tell.
-        batch_size: rows in a micro-batch, where they are not those of the arguments.
-        offset: updates to add where `num_train_epochs` decides, because some epochs were cut into others.
+        batches: micro-batches of each rank in an epoch; None where the data has no length.
+        num_examples: in an epoch; None where the data has no length.
+        batch_size: examples in a micro-batch, where it is not that of the arguments.
+        offset: updates to add where `num_train_epochs` decides, because earlier epochs were split into updates in another way.
 
     Returns:
         The plan, a function of the arguments of this call alone.
@@ -37,24 +43,24 @@ def make_plan(
     Raises:
         ArgumentError: arguments contradict each other, or the data has no length and `max_steps` does not give one.
 
-    >>> plan = make_plan(TrainingArguments(num_train_epochs=1.5, warmup_steps=0.1), batches=20, items=160)
+    >>> plan = make_plan(TrainingArguments(num_train_epochs=1.5, warmup_steps=0.1), batches=20, num_examples=160)
     >>> plan.total_steps, plan.epochs, plan.warmup_steps
     (30, 2, 3)
     """
     check_conflicts(args)
     size = args.train_batch_size if batch_size is None else batch_size
     per_epoch = None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
-    rows_per_step = total_train_batch_size(args, size)
+    examples_per_step = total_train_batch_size(args, size)
     if args.max_steps > 0:
         total = args.max_steps
         epochs = 1 if per_epoch is None else -(-total // per_epoch)
-        samples: float = total * rows_per_step
+        samples: float = total * examples_per_step
     elif per_epoch is None:
         raise ArgumentError("max_steps=-1 with training data that has no length: nothing says when to end. Set max_steps.")
     else:
         total = max(1, math.ceil(args.num_train_epochs * per_epoch) + offset)
         epochs = math.ceil(args.num_train_epochs)
-        samples = total * rows_per_step if offset else args.num_train_epochs * (items or 0)
+        samples = total * examples_per_step if offset else args.num_train_epochs * (num_examples or 0)
     warmup = args.get_warmup_steps(total)
     return Plan(
         total_steps=total,
@@ -76,12 +82,12 @@ def make_plan(
 
 
 def autocast_precision(args: TrainingArguments) -> str | None:
-    """In which precision losses are computed: None for that of the parameters, "bf16" or "fp16".
+    """The precision in which losses are computed: None for that of the parameters, "bf16" or "fp16".
 
-    Beside the linear layers that compute in float8 (`accelerate launch --mixed_precision fp8`) everything is in "bf16".
+    With `accelerate launch --mixed_precision fp8` linear layers compute in float8, and everything else in "bf16".
 
     Raises:
-        ArgumentError: the hardware does not compute in it, or it is unknown.
+        ArgumentError: the hardware does not support it, or it is unknown.
         MissingDependencyError: a package is missing.
     """
     precision = args.mixed_precision
@@ -94,27 +100,27 @@ def autocast_precision(args: TrainingArguments) -> str | None:
 
 
 def initial_values(
-    args: TrainingArguments, loader: Any, rows_per_step: int, count_rows: Callable[[Any], int]
+    args: TrainingArguments, loader: Any, examples_per_step: int, count_examples: Callable[[Any], int]
 ) -> tuple[int, int, int, float, bool, int | None, int]:
     """What Hugging Face's `set_initial_training_values` gives.
 
     Args:
         args: the arguments.
         loader: the batches of training.
-        rows_per_step: rows in an update.
-        count_rows: how many rows a loader has.
+        examples_per_step: examples in an update.
+        count_examples: how many examples a loader has.
 
     Returns:
-        Epochs, updates in an epoch, rows, rows over the whole run, whether epochs decide when to stop, batches of each process in
+        Epochs, updates in an epoch, examples, examples over the run, whether epochs decide when to stop, batches of each rank in
         an epoch (None if unknown), and updates in all.
     """
     batches = -(-len(loader) // num_parallel_batches(args)) if hasattr(loader, "__len__") else None
-    plan = make_plan(args, batches=batches, items=None if batches is None else count_rows(loader))
-    rows = plan.total_steps * rows_per_step if batches is None else count_rows(loader)
+    plan = make_plan(args, batches=batches, num_examples=None if batches is None else count_examples(loader))
+    num_examples = plan.total_steps * examples_per_step if batches is None else count_examples(loader)
     per_epoch = plan.steps_per_epoch or plan.total_steps
     by_epochs = args.max_steps <= 0
-    total = args.num_train_epochs * rows if by_epochs else float(plan.total_steps * rows_per_step)
-    return plan.epochs, per_epoch, rows, total, by_epochs, batches, plan.total_steps
+    total = args.num_train_epochs * num_examples if by_epochs else float(plan.total_steps * examples_per_step)
+    return plan.epochs, per_epoch, num_examples, total, by_epochs, batches, plan.total_steps
 
 
 def resolve_plan(context: RunContext, source: Source, batch_size: int, offset: int = 0) -> Plan:
@@ -127,7 +133,7 @@ def resolve_plan(context: RunContext, source: Source, batch_size: int, offset: i
         offset: see `make_plan`.
     """
     args, override = context.args, context.hooks.set_initial_training_values
-    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "items": source.num_examples, "batch_size": batch_size}
+    sizes: dict[str, Any] = {"batches": source.batches_per_epoch, "num_examples": source.num_examples, "batch_size": batch_size}
     if override is None:
         return make_plan(args, **sizes, offset=offset)
     total_train_batch_size = context.hooks.total_train_batch_size()

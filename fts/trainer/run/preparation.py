@@ -14,10 +14,8 @@ from fts.loops.checkpoint_list import checkpoints_in
 from fts.loops.checkpoint_status import looks_complete
 from fts.messages import abbreviate
 from fts.state import TrainState
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.plan import Plan
-from fts.trainer.callbacks import restore_callbacks
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import Plan, TrainingArguments
+from fts.trainer.callbacks import TrainerState, restore_callbacks
 from fts.trainer.checkpoints import (
     EpochLayout,
     is_transformers_checkpoint,
@@ -25,8 +23,8 @@ from fts.trainer.checkpoints import (
     saves_checkpoints,
 )
 from fts.trainer.data import data_seed, with_batch_samples
-from fts.trainer.distributed.strategy import parallelize_model
-from fts.trainer.reporting.running_metrics import RunningMetrics
+from fts.trainer.distributed import parallelize_model
+from fts.trainer.reporting import RunningMetrics
 from fts.trainer.run.context import Run, RunContext
 from fts.trainer.run.plan import resolve_plan
 from fts.trainer.run.resume import resume, resume_from_transformers
@@ -62,8 +60,8 @@ def prepare_run(context: RunContext, checkpoint: Path | None, batch_size: int) -
     state.logging_steps, state.eval_steps, state.save_steps = plan.logging_steps, plan.eval_steps, plan.save_steps
     sampled_source = run.source
     if hooks.get_batch_samples is not None:
-        sampled_source = with_batch_samples(hooks.get_batch_samples, run.source, args.device)
-    run = attrs.evolve(run, step=hooks.make_step(plan, run.optimizing), sampled_source=sampled_source)
+        sampled_source = with_batch_samples(run.source, hooks.get_batch_samples, args.device)
+    run = attrs.evolve(run, step=hooks.make_step(plan, run.optimizer), sampled_source=sampled_source)
     _log_run(context, run)
     return run
 
@@ -74,9 +72,9 @@ def _new_run(context: RunContext, batch_size: int, seed: int) -> Run:
     parallelize_model(model, args, context.world)
     source = hooks.train_source(seed)
     shard = source.shard
-    cut = EpochLayout(
-        # examples that each of `shard.stride` ranks has, or that all have together
-        batch_size=batch_size if source.batch_size is None else source.batch_size * (shard.size // shard.stride),
+    layout = EpochLayout(
+        # examples that each of `shard.stride` ranks has, or that all have in sum
+        batch_size=batch_size if source.batch_size is None else source.batch_size * (shard.world_size // shard.stride),
         micro_batches=args.gradient_accumulation_steps,
         items=source.num_examples,
         drop_last=args.dataloader_drop_last,
@@ -85,23 +83,23 @@ def _new_run(context: RunContext, batch_size: int, seed: int) -> Run:
         processes=shard.stride,
     )
     plan = resolve_plan(context, source, batch_size)
-    _check_same_on_all_ranks(context, cut, plan)
-    optimizing = hooks.start_engine(plan, hooks.make_optimizer(plan))
+    _check_same_on_all_ranks(context, layout, plan)
+    optimizer = hooks.start_engine(plan, hooks.make_optimizer(plan))
     # The state takes the module's tensors over and steps write them in place, so the model always has the latest weights.
-    state = TrainState.create(model, optimizing.transform, seed=args.seed, copy=False)
-    if optimizing.engine is None:
+    state = TrainState.create(model, optimizer.transform, seed=args.seed, copy=False)
+    if optimizer.engine is None:
         state = distributed.broadcast_state(state, context.group)
     elif saves_checkpoints(args) and args.process_index == 0:
         logger.warning("Checkpoints of a run under DeepSpeed have the weights alone, so that no run can resume from them.")
-    return Run(plan, optimizing, None, state, source, source, cut, Position(), TrainerState(), RunningMetrics())
+    return Run(plan, optimizer, None, state, source, source, layout, Position(), TrainerState(), RunningMetrics())
 
 
-def _check_same_on_all_ranks(context: RunContext, cut: EpochLayout, plan: Plan) -> None:
+def _check_same_on_all_ranks(context: RunContext, layout: EpochLayout, plan: Plan) -> None:
     """Raise DistributedError where the ranks were given different data, or arguments that make a different run."""
     args = context.args
-    values = attrs.asdict(cut) | attrs.asdict(plan, filter=lambda field, value: field.name != "schedule")
+    values = attrs.asdict(layout) | attrs.asdict(plan, filter=lambda field, value: field.name != "schedule")
     strategies = {name: str(getattr(args, name)) for name in ("logging_strategy", "eval_strategy", "save_strategy")}
-    check_same_on_all_ranks(context.world, values | strategies | {"seed": args.seed, "data_seed": cut.seed})
+    check_same_on_all_ranks(context.world, values | strategies | {"seed": args.seed, "data_seed": layout.seed})
 
 
 def _warn_about_other_checkpoints(args: TrainingArguments) -> None:

@@ -11,7 +11,7 @@ import attrs
 from fts import loops
 from fts.errors import ArgumentError
 from fts.loops import Counters, ReplayedStep, Source, StepBegin
-from fts.trainer.callbacks.state import TrainerControl
+from fts.trainer.callbacks import TrainerControl
 from fts.trainer.checkpoints import load_epoch_layout
 from fts.trainer.model import in_train_mode, neftune_noise
 from fts.trainer.run.callback_step import CallbackStep
@@ -67,7 +67,7 @@ class RunStep:
         self.callback_step.begin(StepBegin(Counters(), state, batch))
         after, metrics = self.callback_step.step(state, batch)
         self.callback_step.step.step = self.callback_step.default_step
-        self.run.optimizing.after_update(after, int(after.step), metrics)
+        self.run.optimizer.after_update(after, int(after.step), metrics)
         return after, metrics
 
     def check(self, info: Info) -> None:
@@ -76,11 +76,11 @@ class RunStep:
 
 
 def _check_layout(run: Run, checkpoint: Path) -> None:
-    old, new = load_epoch_layout(checkpoint), run.cut
+    old, new = load_epoch_layout(checkpoint), run.epoch_layout
     if old is not None and (old.sizes, old.items, old.seed) != (new.sizes, new.items, new.seed):
         raise ArgumentError(
-            f"The updates of {checkpoint} have the layout {old}; these arguments and data give {new}, so that another batch would "
-            "be replayed. Make the trainer as that of the run was made."
+            f"The updates of {checkpoint} have the layout {old}; these arguments and data give {new}, so that another batch "
+            "would be replayed. Make the trainer as that of the run was made."
         )
 
 
@@ -88,5 +88,7 @@ def _source(run: Run) -> Source:
     """The batches, with the indices of their examples also where an overridden `get_batch_samples` draws them."""
     if run.sampled_source is run.source or run.source.order is None:
         return run.sampled_source
-    items = run.source.items
-    return attrs.evolve(run.sampled_source, order=lambda epoch, start: (items(epoch, batch) or [] for batch in count(start)))
+    example_indices = run.source.example_indices
+    return attrs.evolve(
+        run.sampled_source, order=lambda epoch, start: (example_indices(epoch, batch) or [] for batch in count(start))
+    )

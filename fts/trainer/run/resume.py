@@ -13,11 +13,11 @@ from fts.errors import CheckpointError
 from fts.loops import Position
 from fts.loops.checkpoint_list import checkpoints_in
 from fts.loops.checkpoint_status import is_complete
+from fts.loops.trainer_state import TRAINER_STATE_NAME
 from fts.state import TrainState
 from fts.storage import check_type
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.plan import Plan
-from fts.trainer.callbacks.state import TrainerState
+from fts.trainer.arguments import Plan, TrainingArguments
+from fts.trainer.callbacks import TrainerState
 from fts.trainer.checkpoints import (
     STATE_ARGUMENTS,
     EpochLayout,
@@ -35,7 +35,7 @@ from fts.trainer.checkpoints import (
     step_offset,
     transformers_step_offset,
 )
-from fts.trainer.distributed.strategy import reading_group
+from fts.trainer.distributed import reading_group
 from fts.trainer.optimization import load_torch_state_dict
 from fts.trainer.run.context import Run, RunContext
 from fts.trainer.run.plan import resolve_plan
@@ -56,22 +56,22 @@ def resume(context: RunContext, run: Run, checkpoint: Path, old: EpochLayout | N
     args, where = context.args, str(checkpoint)
     loaded, start = _load(args, checkpoint, run.state, reading_group(args, context.world))
     if old is not None:
-        start = _convert_position(start, old, run.cut)
-        run = _with_offset(context, run, step_offset(int(loaded.step), start, old, run.cut), batch_size)
+        start = _convert_position(start, old, run.epoch_layout)
+        run = _with_offset(context, run, step_offset(int(loaded.step), start, old, run.epoch_layout), batch_size)
     if args.ignore_data_skip:
         start = Position(start.epoch, 0)
     loaded.apply_to(context.model)
     state = run.state.replace(opt_state=loaded.opt_state, step=loaded.step, seed=loaded.seed)
     trainer_state, extra = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME), loops.load_extra(checkpoint)
     running_metrics, optimizer_changes = load_running_metrics(checkpoint), load_group_changes(checkpoint)
-    if run.optimizing.steps and "torch" in extra:
+    if run.optimizer.steps_scheduler and "torch" in extra:
         torch_state = check_type(extra["torch"], dict, where)
-        load_torch_state_dict(run.optimizing.optimizer, run.optimizing.scheduler, torch_state)
-    _warn_of_changes(args, run.plan, trainer_state, checkpoint, seed_changes(args, state.seed, run.cut.seed))
-    for line in [] if old is None else process_changes(old, run.cut):
+        load_torch_state_dict(run.optimizer.optimizer, run.optimizer.scheduler, torch_state)
+    _warn_of_changes(args, run.plan, trainer_state, checkpoint, seed_changes(args, state.seed, run.epoch_layout.seed))
+    for line in [] if old is None else process_changes(old, run.epoch_layout):
         logger.warning("%s: this run wins.", line)
     source = run.source
-    if not args.ignore_data_skip and (old is None or old.items == run.cut.items):
+    if not args.ignore_data_skip and (old is None or old.items == run.epoch_layout.items):
         source = source.with_state_dict(start, check_type(extra.get("data"), dict | None, where))
     return attrs.evolve(
         run,
@@ -90,13 +90,15 @@ def resume_from_transformers(context: RunContext, run: Run, checkpoint: Path, ba
     batches, accumulate = run.source.batches_per_epoch, run.plan.accumulate
     run = _with_offset(context, run, transformers_step_offset(checkpoint, batches, accumulate), batch_size)
     found = read_transformers_checkpoint(
-        checkpoint, run.state, context.model, run.optimizing, batches=batches, accumulate=accumulate
+        checkpoint, run.state, context.model, run.optimizer, batches=batches, accumulate=accumulate
     )
     found.state.apply_to(context.model)
     state = run.state.replace(opt_state=found.state.opt_state, step=found.state.step)
     log_report(checkpoint, found)
-    _warn_of_changes(context.args, run.plan, found.told, checkpoint, [])
-    return attrs.evolve(run, state=state, start=found.start, trainer_state=found.told, running_metrics=found.tally)
+    _warn_of_changes(context.args, run.plan, found.trainer_state, checkpoint, [])
+    return attrs.evolve(
+        run, state=state, start=found.start, trainer_state=found.trainer_state, running_metrics=found.running_metrics
+    )
 
 
 def _with_offset(context: RunContext, run: Run, offset: int, batch_size: int) -> Run:
@@ -104,8 +106,8 @@ def _with_offset(context: RunContext, run: Run, offset: int, batch_size: int) ->
     if not offset:
         return run
     plan = resolve_plan(context, run.source, batch_size, offset)
-    optimizing = context.hooks.make_optimizer(plan)
-    return attrs.evolve(run, plan=plan, optimizing=optimizing, cut=attrs.evolve(run.cut, offset=offset))
+    optimizer = context.hooks.make_optimizer(plan)
+    return attrs.evolve(run, plan=plan, optimizer=optimizer, epoch_layout=attrs.evolve(run.epoch_layout, offset=offset))
 
 
 def saved_batch_size(checkpoint: Path | None) -> int | None:
@@ -116,8 +118,8 @@ def saved_batch_size(checkpoint: Path | None) -> int | None:
 def _convert_position(position: Position, old: EpochLayout, new: EpochLayout) -> Position:
     if position.batch and old.items != new.items:
         logger.warning(
-            "The training set has %s examples, that of the checkpoint had %s: epoch %s is in another order now, so that some of its "
-            "examples are trained twice or not at all. Resume from a checkpoint at the end of an epoch to avoid it.",
+            "The training set has %s examples, that of the checkpoint had %s: epoch %s is in another order now, so that some "
+            "of its examples are trained twice or not at all. Resume from a checkpoint at the end of an epoch to avoid it.",
             *(new.items, old.items, position.epoch),
         )
     return convert_position(position, old, new)

@@ -19,7 +19,7 @@ from fts.distributed.deepspeed import DeepSpeedStep
 from fts.errors import ArgumentError
 from fts.steps import MicroBatches, PaddingBatch
 from fts.steps.precision import autocast_dtype
-from fts.trainer.arguments.plan import Plan
+from fts.trainer.arguments import Plan
 from fts.trainer.data import SampledBatches
 from fts.trainer.model import (
     LossConfig,
@@ -102,14 +102,14 @@ def compose_step(
     if overrides.training_step is not None:
         if plan.compiled:
             raise ArgumentError(
-                "torch_compile=True compiles the whole step, but an overridden training_step calls backward itself, which a "
-                "graph cannot follow. Override compute_loss instead, or set torch_compile=False."
+                "torch_compile=True compiles the step as one graph, but an overridden training_step calls backward itself, which "
+                "a graph cannot follow. Override compute_loss instead, or set torch_compile=False."
             )
         own_step = _own_step(overrides.training_step, parallel.group.size)
         step: Any = steps.gradient_step(steps.manual_backward(model, own_step, scaler=overrides.scaler), transform)
         return steps.with_full_batch(step, count_update_totals(config, model, parallel))
     simple = overrides.compute_loss is None and overrides.context is None and overrides.prepare_inputs is None
-    own = not config.counts and not config.label_smoothing and config.loss_is_scaled is None
+    own = not config.needs_num_items and not config.label_smoothing and config.loss_is_scaled is None
     if simple and own and plan.accumulate == 1 and parallel.group.size == 1 and not parallel.devices:
         return _compiled(steps.train_step(steps.module_loss(model), transform, precision=plan.precision), plan)
     compute = effective_loss(config, overrides)
@@ -168,12 +168,12 @@ def count_update_totals(
     def num_labels(batch: Batch, micro: Sequence[Batch]) -> Any:
         if isinstance(batch, SampledBatches):
             return batch.num_items_in_batch
-        return count_labels(micro, shift) if config.counts else None
+        return count_labels(micro, shift) if config.needs_num_items else None
 
     def count(batch: Batch) -> Sequence[UpdateTotals]:
         micro = [part for part in (batch if isinstance(batch, MicroBatches) else (batch,)) if not isinstance(part, PaddingBatch)]
         totals = UpdateTotals(num_labels(batch, micro), len(micro))
-        return (totals if parallel.group.size == 1 else _all_reduce(totals, parallel, counts=config.counts),)
+        return (totals if parallel.group.size == 1 else _all_reduce(totals, parallel, counts=config.needs_num_items),)
 
     return count
 
@@ -181,13 +181,20 @@ def count_update_totals(
 def _all_reduce(totals: UpdateTotals, parallel: DataParallelConfig, *, counts: bool) -> UpdateTotals:
     """The totals by which each rank scales its losses, from the totals of its own micro-batches."""
     group = parallel.group
-    own = 0 if totals.labels is None else totals.labels
-    sums = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=group.device) for value in (own, totals.parts)])
+    own = 0 if totals.num_items_in_batch is None else totals.num_items_in_batch
+    sums = torch.stack(
+        [torch.as_tensor(value, dtype=torch.int64, device=group.device) for value in (own, totals.num_micro_batches)]
+    )
     labels, parts = group.all_reduce(sums).unbind()
-    known = counts and (totals.labels is not None or not totals.parts)  # a rank without a micro-batch takes that of the others
+    known = counts and (
+        totals.num_items_in_batch is not None or not totals.num_micro_batches
+    )  # a rank without a micro-batch takes that of the others
     if parallel.average_tokens:
         return UpdateTotals(labels if known else None, parts)
-    return UpdateTotals(totals.labels if totals.labels is not None or not known else labels.new_ones(()), parts / group.size)
+    return UpdateTotals(
+        totals.num_items_in_batch if totals.num_items_in_batch is not None or not known else labels.new_ones(()),
+        parts / group.size,
+    )
 
 
 def _own_step(training_step: Callable[..., Any], world_size: int) -> Callable[[nn.Module, Any, UpdateTotals], Any]:

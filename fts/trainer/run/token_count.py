@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fts.distributed import Group
 from fts.steps import MicroBatches, PaddingBatch
-from fts.trainer.callbacks.state import TrainerState
-from fts.trainer.reporting.metrics import count_input_tokens
+from fts.trainer.callbacks import TrainerState
+from fts.trainer.reporting import count_input_tokens
 from fts.trainer.run.context import RunContext
 
 
@@ -40,7 +40,7 @@ class TokenCounter:
     def of(cls, context: RunContext) -> TokenCounter:
         """A counter of what the arguments and the model of a run ask for."""
         model = context.model
-        mode = context.args.include_num_input_tokens_seen
+        mode: Any = context.args.include_num_input_tokens_seen
         name = getattr(model, "main_input_name", "input_ids")
         padding = getattr(context.processing_class, "pad_token_id", None)
         operations = _floating_point_ops(model, context.hooks.floating_point_ops, name)

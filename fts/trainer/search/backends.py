@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.arguments.checks import closest_name
-from fts.trainer.arguments.enums import HPSearchBackend
+from fts.trainer.arguments import HPSearchBackend, closest_name
 
 INSTALL = {HPSearchBackend.OPTUNA: "pip install optuna", HPSearchBackend.RAY: "pip install 'ray[tune]'"}
 """Backend -> how to install it, the preferred one first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments.enums import HPSearchBackend
+from fts.trainer.arguments import HPSearchBackend
 from fts.trainer.evaluation import BestRun
 from fts.trainer.run.overrides import overridden
 from fts.trainer.search.backends import resolve_backend

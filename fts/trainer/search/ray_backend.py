@@ -13,13 +13,11 @@ from typing import Any, TypeVar
 from ray import cloudpickle, tune
 
 from fts.errors import ArgumentError, NonFiniteError
-from fts.trainer.arguments.plan import with_settings
-from fts.trainer.arguments.seed import enable_full_determinism
-from fts.trainer.arguments.tf32 import apply_tf32
+from fts.trainer.arguments import enable_full_determinism, with_settings
+from fts.trainer.arguments import apply_tf32
 from fts.trainer.evaluation import BestRun
 from fts.trainer.model import prepare_model
-from fts.trainer.reporting.log_level import apply_log_level
-from fts.trainer.reporting.memory import TrainerMemoryTracker
+from fts.trainer.reporting import TrainerMemoryTracker, apply_log_level
 from fts.trainer.search.backends import split_options
 from fts.trainer.search.config import SearchConfig
 from fts.trainer.search.objective import TrialReporter
@@ -97,11 +95,12 @@ def _pickling_error(part: Any) -> str | None:
 
 def _train_trial(values: dict[str, Any], trainer: SearchableTrainer, search_config: SearchConfig) -> None:
     """What a worker runs: the settings of the process that the Trainer's constructor makes, and the trial."""
-    apply_log_level(trainer.args)
-    apply_tf32(trainer.args)
-    if trainer.args.full_determinism:
-        enable_full_determinism(trainer.args.seed)
-    model = prepare_model(trainer.call_model_init(), trainer.args)
+    args = trainer.args
+    apply_log_level(args)
+    apply_tf32(args.tf32, torch_compile=args.torch_compile, fp16=args.fp16)
+    if args.full_determinism:
+        enable_full_determinism(args.seed)
+    model = prepare_model(trainer.call_model_init(), args)
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
     reporter = TrialReporter(search_config.compute_objective, 1, _report)
     run_id = str(tune.get_context().get_trial_id())

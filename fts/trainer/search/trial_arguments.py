@@ -8,7 +8,7 @@ from typing import Any
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments, check_conflicts
-from fts.trainer.arguments.argument_names import unknown_name_error
+from fts.trainer.arguments import unknown_name_error
 
 _SIMILARITY = 0.8  # above it a name is a typo of an argument's; below it model_init may read the value
 
@@ -16,7 +16,7 @@ _SET_EARLY = "It is read when the Trainer is made: set it there."
 _NOT_SEARCHABLE = {
     "output_dir": "Each trial has its own folder below it, which hp_name can name.",
     **dict.fromkeys(("label_names", "disable_tqdm", "report_to"), _SET_EARLY),
-    **dict.fromkeys(("full_determinism", "tf32", "log_level"), f"It applies to the whole process. {_SET_EARLY}"),
+    **dict.fromkeys(("full_determinism", "tf32", "log_level"), f"It applies to the process. {_SET_EARLY}"),
 }
 
 

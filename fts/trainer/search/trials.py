@@ -14,10 +14,10 @@ from torch import nn
 
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks.state import TrainerControl, TrainerState
+from fts.trainer.callbacks import TrainerControl, TrainerState
 from fts.trainer.hub import UploadQueue
 from fts.trainer.model import accepts_trial, resolve_label_smoothing
-from fts.trainer.reporting.memory import TrainerMemoryTracker
+from fts.trainer.reporting import TrainerMemoryTracker
 from fts.trainer.run.batch_size import empty_cache
 from fts.trainer.search.objective import Objective, TrialReporter
 from fts.trainer.search.searchable_trainer import SearchableTrainer
@@ -149,7 +149,7 @@ def _shared_parts(trainer: SearchableTrainer) -> Iterator[Any]:
 
 def _parts_of_run(trainer: SearchableTrainer) -> Iterator[Any]:
     handler = trainer.callback_handler
-    yield from (trainer.optimizer, trainer.lr_scheduler, trainer._accelerator, getattr(trainer, "memory_figures", None))
+    yield from (trainer.optimizer, trainer.lr_scheduler, trainer._accelerator, getattr(trainer, "memory_metrics", None))
     yield from (handler.train_dataloader, handler.eval_dataloader, handler.optimizer, handler.lr_scheduler)
 
 

@@ -22,11 +22,8 @@ def tensorboard(info: RunInfo) -> TrackerRun:
 
     root = Path(str(info.args.output_dir)).absolute()
     directory = os.environ.get("TENSORBOARD_LOGGING_DIR")
-    new = (
-        Path("runs") / f"{datetime.now():%b%d_%H-%M-%S}_{socket.gethostname()}"
-        if directory is None
-        else Path(directory).absolute()
-    )
+    default = Path("runs") / f"{datetime.now():%b%d_%H-%M-%S}_{socket.gethostname()}"
+    new = default if directory is None else Path(directory).absolute()
     folder = root / (info.run_id or new)
     # what an interrupted run logged after its last checkpoint is logged again
     purge = {"purge_step": info.step + 1} if info.run_id else {}

@@ -9,8 +9,8 @@ from typing import Any
 from fts.distributed.process_group import is_initialized
 from fts.errors import ArgumentError, FtsError
 from fts.trainer.arguments import processes
-from fts.trainer.callbacks.base import TrainerCallback
-from fts.trainer.callbacks.state import ExportableState
+from fts.trainer.callbacks import TrainerCallback
+from fts.trainer.callbacks import ExportableState
 from fts.trainer.trackers import accelerate_trackers
 from fts.trainer.trackers.azure_ml import azure_ml
 from fts.trainer.trackers.codecarbon import codecarbon

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fts.trainer.callbacks.base import TrainerCallback
-from fts.trainer.callbacks.displays import html_table
+from fts.trainer.callbacks import TrainerCallback
+from fts.trainer.callbacks import html_table
 
 
 class FlyteCallback(TrainerCallback):

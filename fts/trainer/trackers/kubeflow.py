@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from fts.trainer.arguments.tracker_packages import KUBEFLOW_VARIABLE
+from fts.trainer.arguments import KUBEFLOW_VARIABLE
 from fts.trainer.trackers.logs import keep_names
 from fts.trainer.trackers.tracker import RunInfo, TrackerRun
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fts.trainer.arguments.tracker_packages import resolve_report_to
+from fts.trainer.arguments import resolve_report_to
 from fts.trainer.trackers.callback import TrackerCallback
 from fts.trainer.trackers.flyte import FlyteCallback
 

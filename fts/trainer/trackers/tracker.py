@@ -10,7 +10,7 @@ import attrs
 from fts.trainer.trackers.logs import rewrite_logs
 
 GLOBAL_STEP = "train/global_step"
-"""The name of the number of updates among the metrics of a tracker that counts its own steps."""
+"""The name of the number of updates in the metrics of a tracker that counts its own steps."""
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import (AcceleratorConfig, TrainingArguments, check_num_steps)
+from fts.trainer.arguments import AcceleratorConfig, TrainingArguments, check_num_steps
 
 
 def test_fields_and_defaults_are_those_of_transformers():

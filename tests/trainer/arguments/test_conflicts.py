@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import (TrainingArguments, check_conflicts, sampling_strategy)
+from fts.trainer.arguments import TrainingArguments, check_conflicts, sampling_strategy
 
 ASKED = [
     ({"fp16": True, "bf16": True}, "fp16=True and bf16=True: at most one"),

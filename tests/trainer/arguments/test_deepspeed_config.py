@@ -7,7 +7,7 @@ import pytest
 from fts.distributed.strategies import DeepSpeed
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.deepspeed_config import (load_deepspeed_config, fill_deepspeed_config, finalize_deepspeed_config)
+from fts.trainer.arguments.deepspeed_config import fill_deepspeed_config, finalize_deepspeed_config, load_deepspeed_config
 from fts.trainer.arguments.strategy import resolve_strategy
 
 LAUNCHED = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
@@ -42,7 +42,9 @@ def arguments(**values):
 
 def test_what_is_left_out_or_auto_comes_from_the_arguments():
     given = json.loads(json.dumps(AUTO))
-    found = finalize_deepspeed_config(fill_deepspeed_config(given, arguments(), world_size=2), arguments(), total_steps=50, hidden_size=16)
+    found = finalize_deepspeed_config(
+        fill_deepspeed_config(given, arguments(), world_size=2), arguments(), total_steps=50, hidden_size=16
+    )
     assert given == AUTO
     assert found == {
         "train_batch_size": 24,
@@ -95,9 +97,9 @@ def test_what_depends_on_the_run_may_contradict_it_too():
     with pytest.raises(ArgumentError, match=r"total_num_steps=9, but the updates of the run=50; .*warmup_num_steps=2, but warm"):
         finalize_deepspeed_config(config, arguments(), total_steps=50, hidden_size=None)
     config = {"scheduler": {"params": {"warmup_num_steps": "auto"}}}
-    assert finalize_deepspeed_config(config, arguments(warmup_steps=0), total_steps=50, hidden_size=None)["scheduler"]["params"] == {
-        "warmup_num_steps": 1
-    }
+    assert finalize_deepspeed_config(config, arguments(warmup_steps=0), total_steps=50, hidden_size=None)["scheduler"][
+        "params"
+    ] == {"warmup_num_steps": 1}
 
 
 def test_what_nobody_can_tell_is_an_error():
@@ -112,7 +114,9 @@ def test_a_batch_size_that_is_looked_for_wins():
 
 
 def test_nodes_with_disks_of_their_own():
-    assert fill_deepspeed_config(STAGE_2, arguments(save_on_each_node=True), world_size=2)["checkpoint"] == {"use_node_local_storage": True}
+    assert fill_deepspeed_config(STAGE_2, arguments(save_on_each_node=True), world_size=2)["checkpoint"] == {
+        "use_node_local_storage": True
+    }
 
 
 # Where it comes from

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError, FtsError, MissingDependencyError
-from fts.trainer.arguments import (TrainingArguments, tracker_packages, unsupported)
+from fts.trainer.arguments import TrainingArguments, tracker_packages, unsupported
 from fts.trainer.arguments.requirements import REQUIREMENTS
 from fts.trainer.arguments.unsupported import UNSUPPORTED
 
@@ -111,7 +111,7 @@ def test_lower_precision_works_on_the_cpu():
 
 def test_a_gpu_without_bf16(monkeypatch):
     monkeypatch.setattr(
-        "fts.trainer.arguments.processes.resolve_device", lambda args: torch.device("cpu" if args.use_cpu else "cuda:0")
+        "fts.trainer.arguments.processes.resolve_device", lambda use_cpu: torch.device("cpu" if use_cpu else "cuda:0")
     )
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ArgumentError, match=r"bf16=True needs a GPU that computes in bfloat16 .* Use fp16=True, or use_cpu=True"):

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from fts.errors import ArgumentError, MissingDependencyError
-from fts.trainer.arguments import (TrainingArguments, tracker_packages)
+from fts.trainer.arguments import TrainingArguments, tracker_packages
 
 CALLS = [
     ("set_training", {}),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 
-from fts.distributed.device_mesh import (Mesh, data_parallel_rank_and_size)
+from fts.distributed.device_mesh import Mesh, data_parallel_rank_and_size
 from fts.distributed.strategies import DDP, FSDP, SingleProcess
 from fts.errors import ArgumentError
 from fts.trainer.arguments import TrainingArguments
 from fts.trainer.arguments.enums import FSDPOption
-from fts.trainer.arguments.strategy import (resolve_mesh, resolve_strategy)
+from fts.trainer.arguments.strategy import resolve_mesh, resolve_strategy
 
 LAUNCHED = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 
@@ -274,7 +274,9 @@ def test_processes_are_laid_out():
     environ = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
     assert laid_out(4, environ, fsdp=True) == Mesh(shard=2, context=2)
     assert resolve_strategy(TrainingArguments(fsdp=True, parallelism_config=sizes), LAUNCHED, world_size=8) == FSDP(replicate=2)
-    assert resolve_strategy(TrainingArguments(), LAUNCHED, world_size=2, tp_size=2) == SingleProcess()  # the same examples for both
+    assert (
+        resolve_strategy(TrainingArguments(), LAUNCHED, world_size=2, tp_size=2) == SingleProcess()
+    )  # the same examples for both
     assert [data_parallel_rank_and_size(rank, Mesh(shard=2, context=2)) for rank in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 

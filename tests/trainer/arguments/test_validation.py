@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import (Seq2SeqTrainingArguments, TrainingArguments, check_conflicts)
+from fts.trainer.arguments import Seq2SeqTrainingArguments, TrainingArguments, check_conflicts
 from fts.trainer.arguments.enums import IntervalStrategy
 
 BAD = [
@@ -58,7 +58,7 @@ BAD = [
     ("gradient_checkpointing_kwargs", 3, "gradient_checkpointing_kwargs=3 must be a dict"),
     ("optim_args", "rank", "optim_args='rank' must be pairs like"),
     ("optim_args", {"betas": [1, 2]}, "optim_args=.* must hold numbers, booleans and words"),
-    ("optim_args", 3, "optim_args=3 must be a text"),
+    ("optim_args", 3, "optim_args=3 must be a string"),
     ("report_to", "tensorbord", "report_to='tensorbord' is unknown. .* Did you mean 'tensorboard'"),
     ("report_to", 3, "report_to=3 must be a name or a list"),
     ("save_safetensors", False, "save_safetensors=False: fts writes safetensors only"),
@@ -70,10 +70,10 @@ BAD = [
     ("ddp_timeout", 0, "ddp_timeout=0 .* seconds"),
     ("ddp_bucket_cap_mb", 0, "ddp_bucket_cap_mb=0 must be"),
     ("debug", "overflow", "debug='overflow' is unknown"),
-    ("debug", 3, "debug=3 must be a text"),
+    ("debug", 3, "debug=3 must be a string"),
     ("output_dir", 3, "output_dir=3 must be the path of a directory"),
-    ("run_name", 3, "run_name=3 must be a text"),
-    ("hub_token", "", "hub_token='' must be a text"),
+    ("run_name", 3, "run_name=3 must be a string"),
+    ("hub_token", "", "hub_token='' must be a string"),
     ("generation_max_length", 0, "generation_max_length=0 must be"),
     ("generation_num_beams", -1, "generation_num_beams=-1 must be"),
     ("generation_config", 3, "generation_config=3 must be a GenerationConfig"),

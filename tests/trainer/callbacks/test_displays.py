@@ -12,7 +12,7 @@ import pytest
 
 from fts.trainer import ProgressCallback, TrainerState
 from fts.trainer.callbacks import close_bars
-from fts.trainer.callbacks.displays import (MAX_TABLE_ROWS, html_table)
+from fts.trainer.callbacks.displays import MAX_TABLE_ROWS, html_table
 from tests.trainer.helpers import arguments
 
 ROOT = Path(__file__).parents[3]
@@ -53,7 +53,7 @@ def test_a_terminal_has_one_live_line(tmp_path, columns):
     assert sum("'loss'" in line for line in written.split("\n")) == 6
     if columns == 160:
         last = [line for line in pictures if "40/40" in line][-1]
-        assert re.search(r"items/s, loss \S+, lr \S+, grad_norm \S+, (eval_loss|saved)", last)
+        assert re.search(r"examples/s, loss \S+, lr \S+, grad_norm \S+, (eval_loss|saved)", last)
         assert "saved at 40" in last and "eval_loss" in last and "at 40" in last
         assert not any("eval_loss" in line for line in pictures if "/60" in line and "40/60" in line)
 

@@ -31,7 +31,7 @@ def test_progress_bars_appear(tmp_path, capsys, terminal):
     assert "train: 100%" in shown.err
     assert "6/6" in shown.err
     assert "evaluate:" in shown.err
-    assert "items/s, loss " in shown.err
+    assert "examples/s, loss " in shown.err
     assert "grad_norm " in shown.err
     assert "'eval_loss'" in shown.out
     assert "'train_loss'" in shown.out
@@ -45,7 +45,7 @@ def test_lines_appear_where_there_is_no_terminal(tmp_path, capsys):
     assert [line.split(",")[0] for line in lines] == [
         *("train 2/6 (33%)", "train 3/6 (50%)", "train 4/6 (66%)", "train 6/6 (100%)", "train 6/6 (100%)", "train 6/6 (100%)"),
     ]
-    assert all(part in lines[-1] for part in ("items/s", "loss ", "lr ", "grad_norm ", "eval_loss ", " at 6", "saved at 6"))
+    assert all(part in lines[-1] for part in ("examples/s", "loss ", "lr ", "grad_norm ", "eval_loss ", " at 6", "saved at 6"))
     assert "saved at 4" in lines[3]
     assert "\r" not in shown.err + shown.out and "\x1b" not in shown.err + shown.out
     assert sum(line.startswith("{'") for line in shown.out.splitlines()) == 6
@@ -59,7 +59,7 @@ def test_the_speed_counts_the_rows_of_those_with_rows_of_their_own(monkeypatch, 
     for more, rows in (({}, 64), (matrices, 16), (cut, 16)):
         args = TrainingArguments(use_cpu=True, gradient_accumulation_steps=2, **more)
         shown = begun(state, args)
-        assert shown.training_bar.shown.rows == rows
+        assert shown.training_bar.progress.examples_per_step == rows
         close_bars([shown])
 
 
@@ -100,16 +100,16 @@ def test_the_speed_is_that_of_this_run(monkeypatch):
     assert isinstance(shown.training_bar, LineDisplay)
     state.global_step = 45
     shown.on_step_end(None, state, None)
-    now = shown.training_bar.shown.start
+    now = shown.training_bar.progress.start
     monkeypatch.setattr("fts.trainer.callbacks.progress_state.time.monotonic", lambda: now + 10.0)
     # 5 updates of 8 rows in 10 seconds, and 55 are left
-    assert shown.training_bar.shown.line() == "train 45/100 (45%), 4 items/s, 0:00:10 so far, 0:01:50 left"
+    assert shown.training_bar.progress.line() == "train 45/100 (45%), 4 examples/s, 0:00:10 so far, 0:01:50 left"
 
 
 def test_a_minute_without_logs_has_a_line(monkeypatch, capsys):
     state = TrainerState(max_steps=1000)
     shown = begun(state)
-    now = shown.training_bar.shown.start
+    now = shown.training_bar.progress.start
     for step in range(1, 200):
         monkeypatch.setattr("fts.trainer.callbacks.displays.time.monotonic", lambda step=step: now + step)
         state.global_step = step

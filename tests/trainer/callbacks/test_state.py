@@ -47,13 +47,13 @@ def test_unknown_keys_are_left_out(tmp_path):
         ({"log_history": {}}, "log_history is {}; it must be a list"),
         ({"best_metric": "good"}, "best_metric is 'good'; it must be a number"),
         ({"best_global_step": 1.5}, "best_global_step is 1.5; it must be a whole number"),
-        ({"best_model_checkpoint": 5}, "best_model_checkpoint is 5; it must be a text"),
+        ({"best_model_checkpoint": 5}, "best_model_checkpoint is 5; it must be a string"),
         ({"stateful_callbacks": []}, "stateful_callbacks is"),
     ],
 )
 def test_damaged_files_are_found(change, text, tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(asdict(TrainerState()) | change))
-    with pytest.raises(CheckpointError, match=f"is damaged: {text}"):
+    with pytest.raises(CheckpointError, match=f"is corrupt: {text}"):
         TrainerState.load_from_json(tmp_path / "state.json")
 
 
@@ -86,7 +86,7 @@ def test_logs_that_json_cannot_hold_are_kept_as_texts_and_told_once(tmp_path, ca
     assert warned[0].startswith("The log history has 'when': datetime.datetime(2026, 11, 26, 0, 0), which JSON cannot hold")
     state.save_to_json(tmp_path / "state.json")
     assert len(caplog.records) == 5
-    with pytest.raises(CheckpointError, match=r"cannot be written: .*set.* Give it numbers and texts only"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*set.* Give it numbers and strings only"):
         TrainerState(trial_params={"a": {1}}).save_to_json(tmp_path / "state.json")
 
 
@@ -125,7 +125,7 @@ def test_callbacks_may_be_given_instead_of_their_states():
     ours = TrainerState(stateful_callbacks=callbacks).stateful_callbacks
     assert ours == transformers.TrainerState(stateful_callbacks=theirs).stateful_callbacks
     assert TrainerState(stateful_callbacks=None, log_history=None) == TrainerState()
-    with pytest.raises(ArgumentError, match="PrinterCallback has no state to keep: derive it from ExportableState"):
+    with pytest.raises(ArgumentError, match="PrinterCallback has no state to save: derive it from ExportableState"):
         TrainerState(stateful_callbacks=[PrinterCallback()])
 
 

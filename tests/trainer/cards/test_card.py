@@ -10,9 +10,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from fts.trainer.cards import card as cards, metadata
+from fts.trainer.cards import TrainingSummary, card as cards
+from fts.trainer.cards.fields import infer_fields
 from fts.trainer.cards.metadata import license_of
-from fts.trainer.cards.results import (MAX_TABLE_ROWS, final_results, markdown_table, format_value, evaluation_table)
+from fts.trainer.cards.results import MAX_TABLE_ROWS, evaluation_table, final_results, format_value, markdown_table
 from tests.trainer.helpers import Linear, make_trainer
 
 
@@ -31,7 +32,7 @@ def card(tmp_path):
     return ModelCard.load(tmp_path / "README.md")
 
 
-SAID = {
+GIVEN = {
     "language": "en",
     "license": "apache-2.0",
     "tags": ["small", "linear"],
@@ -44,9 +45,9 @@ SAID = {
 }
 
 
-def test_what_is_said_is_read_back(tmp_path):
+def test_given_fields_are_read_back(tmp_path):
     trainer = trained(tmp_path)
-    trainer.create_model_card(**SAID)
+    trainer.create_model_card(**GIVEN)
     data = card(tmp_path).data
     assert (data.language, data.license, data.base_model) == (["en"], "apache-2.0", "google/some-model")
     assert data.tags == ["small", "linear", "generated_from_trainer"]
@@ -66,9 +67,9 @@ def test_what_is_said_is_read_back(tmp_path):
 
 
 def test_the_index_is_that_of_metadata_eval_result(tmp_path):
-    trained(tmp_path).create_model_card(**SAID)
+    trained(tmp_path).create_model_card(**GIVEN)
     theirs = metadata_eval_result(
-        model_pretty_name=SAID["model_name"],
+        model_pretty_name=GIVEN["model_name"],
         task_pretty_name="Text Classification",
         task_id="text-classification",
         metrics_pretty_name="Accuracy",
@@ -98,7 +99,7 @@ def test_several_tasks_and_data_sets(tmp_path):
     assert "on the A dataset and the B dataset." in card(tmp_path).text
 
 
-def test_without_anything_said(tmp_path):
+def test_without_given_fields(tmp_path):
     trained(tmp_path).create_model_card()
     data = card(tmp_path).data
     assert data.to_dict() == {"tags": ["generated_from_trainer"], "metrics": ["accuracy", "exact_match"]}
@@ -140,21 +141,21 @@ def test_hyperparameters_and_versions(tmp_path):
         f"- Pytorch {torch.__version__}".partition("+")[0],
     ):
         assert f"\n{line}" in text, line
-    assert "Transformers" not in text  # of which this model is none
+    assert "Transformers" not in text  # this model is not from it
 
 
 def test_the_optimizer(tmp_path):
-    def told(**changes):
-        return cards.hyperparameters(make_trainer(tmp_path, **changes))["optimizer"]
+    def description(**changes):
+        return TrainingSummary.from_trainer(make_trainer(tmp_path, **changes)).optimizer
 
     model = Linear()
-    assert told(optim="sgd", optim_args="momentum=0.9") == "sgd (momentum=0.9)"
-    assert told(step=tx.sgd(0.1)) == "given as Trainer(step=...)"
-    assert told(model=model, optimizers=(torch.optim.Adagrad(model.parameters()), None)) == "Adagrad"
-    assert told(optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 0.1})) == "RMSprop"
+    assert description(optim="sgd", optim_args="momentum=0.9") == "sgd (momentum=0.9)"
+    assert description(step=tx.sgd(0.1)) == "given as Trainer(step=...)"
+    assert description(model=model, optimizers=(torch.optim.Adagrad(model.parameters()), None)) == "Adagrad"
+    assert description(optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 0.1})) == "RMSprop"
 
 
-def test_results_are_those_of_the_weights_that_are_there(tmp_path):
+def test_results_are_those_of_the_current_weights(tmp_path):
     history = [
         {"loss": 2.0, "step": 1},
         {"eval_loss": 0.1, "eval_runtime": 3.0, "step": 1},
@@ -177,7 +178,7 @@ def test_long_tables_are_thinned():
     assert "| 1000 |" in markdown_table(rows)
 
 
-def test_what_people_wrote_stays(tmp_path):
+def test_user_sections_are_kept(tmp_path):
     trainer = trained(tmp_path)
     trainer.create_model_card(tags="first", license="mit")
     path = tmp_path / "README.md"
@@ -192,15 +193,15 @@ def test_what_people_wrote_stays(tmp_path):
     assert found.text.count("## Training procedure") == 1
     assert found.data.tags == ["second", "generated_from_trainer", "first"]
     assert (found.data.license, found.data.thumbnail) == ("mit", "a.png")
-    make_trainer(tmp_path, Linear()).create_model_card()  # which has no figures
+    make_trainer(tmp_path, Linear()).create_model_card()  # which has no metrics
     assert card(tmp_path).data.get("metrics") is None
     assert card(tmp_path).data.thumbnail == "a.png"
 
 
-def test_a_card_of_ones_own_keeps_its_text(tmp_path):
+def test_a_user_written_card_keeps_its_text(tmp_path):
     trainer = trained(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# Mine\n\nAll of it.\n")
-    trainer.create_model_card(**SAID)
+    trainer.create_model_card(**GIVEN)
     found = card(tmp_path)
     assert found.text.strip() == "# Mine\n\nAll of it."
     assert found.data.license == "apache-2.0"
@@ -211,10 +212,10 @@ def test_a_card_of_ones_own_keeps_its_text(tmp_path):
     assert card(tmp_path).text.strip() == "No metadata."
 
 
-def test_one_that_cannot_be_read_is_not_replaced(tmp_path):
+def test_an_unreadable_card_is_not_replaced(tmp_path):
     trainer = trained(tmp_path)
     (tmp_path / "README.md").write_text("---\na: [\n---\nmine\n")
-    with pytest.raises(ArgumentError, match=r"README.md is not replaced by a new model card.* Mend it, or move it away"):
+    with pytest.raises(ArgumentError, match=r"README.md is not replaced by a new model card.* Fix it or move it away"):
         trainer.create_model_card()
     assert (tmp_path / "README.md").read_text() == "---\na: [\n---\nmine\n"
 
@@ -228,28 +229,28 @@ def bert(name="google/some-bert"):
     return model
 
 
-def test_what_a_model_tells(tmp_path, monkeypatch):
+def test_fields_inferred_from_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     license_of.cache_clear()
-    rows = [{"input_ids": [1, 2], "labels": 0}]
-    trainer = make_trainer(tmp_path, bert(), train_dataset=rows, eval_dataset=None)
+    examples = [{"input_ids": [1, 2], "labels": 0}]
+    trainer = make_trainer(tmp_path, bert(), train_dataset=examples, eval_dataset=None)
     trainer.create_model_card()
     data = card(tmp_path).data
     assert (data.library_name, data.base_model, data.license) == ("transformers", "google/some-bert", None)
-    assert metadata.infer_fields(trainer).tasks == ["text-classification"]
+    assert infer_fields(trainer.model, trainer.train_dataset).tasks == ["text-classification"]
     assert "- Transformers 5." in card(tmp_path).text
     for local in (str(tmp_path), "a/path/of/folders", ""):
-        made = make_trainer(tmp_path, bert(local), train_dataset=rows, eval_dataset=None)
-        assert metadata.infer_fields(made).finetuned_from is None
+        made = make_trainer(tmp_path, bert(local), train_dataset=examples, eval_dataset=None)
+        assert infer_fields(made.model, made.train_dataset).finetuned_from is None
 
 
-def test_what_a_data_set_tells(tmp_path):
+def test_fields_inferred_from_a_data_set(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"x": [[0.0] * 4], "labels": [0.0]}, split="validation")
-    trainer = make_trainer(tmp_path, Linear(), eval_dataset=rows)
-    assert metadata.infer_fields(trainer).dataset_tags == []
-    rows.info.builder_name, rows.info.dataset_name, rows.info.config_name = "parquet", "glue", "mrpc"
-    rows.info.builder_name = "glue"
+    examples = datasets.Dataset.from_dict({"x": [[0.0] * 4], "labels": [0.0]}, split="validation")
+    trainer = make_trainer(tmp_path, Linear(), eval_dataset=examples)
+    assert infer_fields(trainer.model, trainer.eval_dataset).dataset_tags == []
+    examples.info.builder_name, examples.info.dataset_name, examples.info.config_name = "parquet", "glue", "mrpc"
+    examples.info.builder_name = "glue"
     trainer.log({"eval_f1": 0.5})
     trainer.create_model_card(tasks="text-classification")
     (result,) = card(tmp_path).data.eval_results
@@ -272,7 +273,7 @@ def test_adapters(tmp_path):
     assert "[More Information Needed]" not in found.text
 
 
-def test_the_license_of_the_model_that_training_began_with(tmp_path, monkeypatch):
+def test_the_license_of_the_base_model(tmp_path, monkeypatch):
     from tests.trainer.hub.server import Hub
 
     hub = Hub()
@@ -280,12 +281,12 @@ def test_the_license_of_the_model_that_training_began_with(tmp_path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     license_of.cache_clear()
     hub.cards["google/some-bert"] = {"license": "mit"}
-    rows = [{"input_ids": [1, 2], "labels": 0}]
-    trainer = make_trainer(tmp_path, bert(), train_dataset=rows, eval_dataset=None)
+    examples = [{"input_ids": [1, 2], "labels": 0}]
+    trainer = make_trainer(tmp_path, bert(), train_dataset=examples, eval_dataset=None)
     trainer.create_model_card()
     trainer.create_model_card()
     assert card(tmp_path).data.license == "mit"
-    assert len(hub.asked("GET /api/models/google/some-bert")) == 1
+    assert len(hub.matching_requests("GET /api/models/google/some-bert")) == 1
     trainer.create_model_card(finetuned_from="google/other")
     assert card(tmp_path).data.license == "mit"  # as the card said
     hub.close()

@@ -184,7 +184,7 @@ def test_an_error_in_the_data_leaves_a_checkpoint_of_the_last_update(tmp_path):
     with pytest.raises(LookupError, match="row 13 has no label") as caught:
         trainer.train()
     notes = "\n".join(caught.value.__notes__)
-    assert "After step 3, before epoch 0, batch 3 (from 0), items 12, 13, 14, 15 of the data." in notes
+    assert "After step 3, before epoch 0, batch 3 (from 0), examples 12, 13, 14, 15 of the data." in notes
     assert "A checkpoint of step 3 was written" in notes
     torch.manual_seed(0)
     resumed = make_trainer(tmp_path, Regression(), save_strategy="steps", save_steps=100, **options)

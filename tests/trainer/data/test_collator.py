@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fts.trainer.data.collator import (get_data_collator, default_data_collator)
-from tests.trainer.data import minilm, tokenized
+from tests.trainer.sample_data import (minilm, tokenized)
 
 
 def test_tokenizers_pad_as_in_transformers():

@@ -8,7 +8,7 @@ from fts.errors import DataError
 from fts.trainer.data.collator import default_data_collator
 from fts.trainer.data.columns import (signature_columns, unwrap_model, find_labels, forward_arguments, unexpected_keys, remove_unused_columns)
 from fts.trainer.data.dataloader import eval_dataloader
-from tests.trainer.data import settings
+from tests.trainer.sample_data import settings
 
 
 class Net(nn.Module):

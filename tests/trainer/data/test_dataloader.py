@@ -10,7 +10,7 @@ from fts.trainer.data.collator import (get_data_collator, default_data_collator)
 from fts.trainer.data.dataloader import (DeviceDataLoader, check_dataset, select_eval_dataset, eval_dataloader, num_examples, num_tokens, train_dataloader)
 from fts.trainer.data.source import (make_source)
 from fts.trainer.data.sampler import train_sampler
-from tests.trainer.data import minilm, settings, tokenized
+from tests.trainer.sample_data import (minilm, settings, tokenized)
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from fts.trainer.data import sampler
 from fts.trainer.data.source import (make_source)
 from fts.trainer.data.dataloader import (train_dataloader)
 from fts.trainer.data.sampler import (data_seed, eval_sampler, example_lengths, train_sampler)
-from tests.trainer.data import minilm, settings, tokenized
+from tests.trainer.sample_data import (minilm, settings, tokenized)
 
 
 def rows(lengths):

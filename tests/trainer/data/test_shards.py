@@ -16,7 +16,7 @@ from fts.trainer.data import (dataloader, shards)
 from fts.trainer.data.batch_samples import (SampledBatches, with_batch_samples)
 from fts.trainer.data.sampler import data_seed
 from fts.trainer.run.plan import make_plan
-from tests.trainer.data import settings
+from tests.trainer.sample_data import settings
 from tests.trainer.helpers import Linear, make_trainer
 
 ROWS = 23
@@ -129,7 +129,7 @@ def test_samplers_and_data_that_divide_the_rows_are_refused(tmp_path, as_process
 
     as_process(0, 2)
     trainer = Divided(Linear(), settings(), train_dataset=rows)
-    with pytest.raises(DataError, match="by its DistributedSampler, and would be divided twice"):
+    with pytest.raises(DataError, match="by its DistributedSampler, and would be sharded twice"):
         trainer.train_source(0)
     datasets = pytest.importorskip("datasets")
     from datasets.distributed import split_dataset_by_node
@@ -149,7 +149,7 @@ def test_a_users_own_draw_sees_batches_that_count(tmp_path, as_process):
 
     as_process(1, 2)
     source = trainer_of(tmp_path, data=numbered(9), train_sampling_strategy="sequential").train_source(0)
-    first, last = with_batch_samples(draw, source, torch.device("cpu")).epoch(0)
+    first, last = with_batch_samples(source, draw, torch.device("cpu")).epoch(0)
     assert isinstance(first, SampledBatches) and first.num_items_in_batch == 4
     assert seen == [[[4.0, 5.0, 6.0, 7.0]], []]
     assert len(last) == 1 and isinstance(last[0], PaddingBatch) and last.num_items_in_batch == 0
@@ -171,18 +171,18 @@ SIZES = st.integers(1, 4)
 def test_positions_are_those_of_other_numbers_of_processes(items, batch, accumulate, before, after, drop_last, at):
     old = EpochLayout(batch, accumulate, items, drop_last, processes=before)
     new = EpochLayout(batch, accumulate, items, drop_last, processes=after)
-    assert old.steps is not None and new.steps is not None
-    position = Position(1, min(at, old.steps))
+    assert old.updates_per_epoch is not None and new.updates_per_epoch is not None
+    position = Position(1, min(at, old.updates_per_epoch))
     try:
         moved = convert_position(position, old, new)
     except ArgumentError:
-        assert 0 < position.batch < old.steps and position.batch * old.rows % new.rows
+        assert 0 < position.batch < old.updates_per_epoch and position.batch * old.examples_per_update % new.examples_per_update
         return
-    if position.batch == old.steps and position.batch:
-        assert moved == Position(1, new.steps)
+    if position.batch == old.updates_per_epoch and position.batch:
+        assert moved == Position(1, new.updates_per_epoch)
     else:
-        assert moved.batch * new.rows == position.batch * old.rows
-        assert convert_position(moved, new, old) == position or moved.batch >= new.steps
+        assert moved.batch * new.examples_per_update == position.batch * old.examples_per_update
+        assert convert_position(moved, new, old) == position or moved.batch >= new.updates_per_epoch
 
 
 def test_steps_of_a_cut_are_those_of_the_shared_source(tmp_path, as_process):
@@ -193,10 +193,10 @@ def test_steps_of_a_cut_are_those_of_the_shared_source(tmp_path, as_process):
                 tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=2, dataloader_drop_last=drop_last
             )
             source = trainer.train_source(data_seed(trainer.args))
-            assert source.steps_per_epoch == EpochLayout(3, 2, ROWS, drop_last, processes=size).steps
+            assert source.steps_per_epoch == EpochLayout(3, 2, ROWS, drop_last, processes=size).updates_per_epoch
 
 
 def test_the_plan_counts_the_rows_of_all_processes(as_process):
     as_process(0, 4)
-    plan = make_plan(settings(max_steps=10, train_batch_size=2, gradient_accumulation_steps=3), batches=5, items=40)
+    plan = make_plan(settings(max_steps=10, train_batch_size=2, gradient_accumulation_steps=3), batches=5, num_examples=40)
     assert (plan.samples, plan.steps_per_epoch) == (10 * 2 * 3 * 4, 2)

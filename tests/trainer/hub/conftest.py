@@ -1,4 +1,4 @@
-"""A Hub on this machine, in the place of huggingface.co."""
+"""A Hub on this machine instead of huggingface.co."""
 
 import huggingface_hub
 import pytest
@@ -11,10 +11,10 @@ from tests.trainer.hub.server import Hub
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub that is empty; nobody is logged in. huggingface_hub tries failed requests again without waiting."""
-    found = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", found.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}")
+    """An empty Hub without a login. huggingface_hub repeats failed requests without waiting."""
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose storage is another service
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -22,12 +22,12 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_http.time, "sleep", lambda seconds, sleep=_http.time.sleep: sleep(min(seconds, 0.01)))
     huggingface_hub.close_session()
-    yield found
-    found.close()
+    yield server
+    server.close()
     huggingface_hub.close_session()
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A server that is silent is given up soon."""
+    """Requests to a server that does not answer time out soon."""
     monkeypatch.setattr(repository, "READ_TIMEOUT", 0.3)

@@ -1,4 +1,4 @@
-"""A Hub for tests: a server on this machine that speaks what huggingface_hub asks of the real one, and keeps what it is given."""
+"""A Hub for tests: a local server that answers the requests of huggingface_hub and stores what it gets."""
 
 import base64
 import hashlib
@@ -13,9 +13,9 @@ import yaml
 TOKEN = "hf_SesameSesameSesameSesame"
 READER = "hf_ReaderReaderReaderReader"
 LFS_FROM = 1000
-"""Files of so many bytes go through LFS, and so do all weights."""
+"""Files of at least so many bytes are uploaded by LFS, and so are all weights."""
 PART = 20_000
-"""Larger ones go in parts of this size."""
+"""Larger files are uploaded in parts of this size."""
 
 
 class Repo:
@@ -29,7 +29,7 @@ class Repo:
         return hashlib.sha1(f"{branch} {len(self.branches[branch])}".encode()).hexdigest()
 
     def tree(self, revision):
-        """All files at a branch or a commit; None if there is none."""
+        """All files of a branch or a commit; None if it does not exist."""
         for name, commits in self.branches.items():
             if revision in (name, self.sha(name)):
                 return commits[-1][1]
@@ -70,7 +70,7 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def asked(self, pattern):
+    def matching_requests(self, pattern):
         return [line for line in self.requests if re.search(pattern, line)]
 
 
@@ -117,23 +117,23 @@ class Answers(BaseHTTPRequestHandler):
                 if callable(fault):
                     fault = fault()
                 if fault == "echo":
-                    self.say({"error": f"what is {self.headers.get('Authorization')}?"}, 400)
+                    self.respond({"error": f"what is {self.headers.get('Authorization')}?"}, 400)
                     return
                 if fault:
-                    self.say({"error": f"a fault of {line}"}, fault)
+                    self.respond({"error": f"a fault of {line}"}, fault)
                     return
         for verb, pattern, handle, needs_token in ROUTES:
             found = re.fullmatch(pattern, url.path)
             if found and method in verb:
                 given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
                 if needs_token and given not in (TOKEN, READER):
-                    self.say({"error": "Invalid credentials in Authorization header"}, 401)
+                    self.respond({"error": "Invalid credentials in Authorization header"}, 401)
                 elif needs_token == "write" and given != TOKEN:
-                    self.say({"error": "You don't have the rights to do this"}, 403)
+                    self.respond({"error": "You don't have the rights to do this"}, 403)
                 else:
                     handle(self, hub, *map(unquote, found.groups()))
                 return
-        self.say({"error": f"no such route: {line}"}, 404)
+        self.respond({"error": f"no such route: {line}"}, 404)
 
     def _chunk(self):
         size = int(self.rfile.readline().strip() or b"0", 16)
@@ -141,7 +141,7 @@ class Answers(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
-    def say(self, value, status=200, headers=None):
+    def respond(self, value, status=200, headers=None):
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -176,52 +176,52 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def whoami(self, hub):
-    self.say({"type": "user", "name": "me", "auth": {"accessToken": {"role": "write"}}})
+    self.respond({"type": "user", "name": "me", "auth": {"accessToken": {"role": "write"}}})
 
 
 def create(self, hub):
-    asked = json.loads(self.body)
-    name = f"{asked['organization'] or 'me'}/{asked['name']}"
+    request = json.loads(self.body)
+    name = f"{request['organization'] or 'me'}/{request['name']}"
     answer = {"url": f"{hub.url}/{name}", "name": name, "id": "0"}
-    if asked["organization"] == "theirs":
-        self.say({"error": 'You don\'t have the rights to create a model under the namespace "theirs"'}, 403)
+    if request["organization"] == "theirs":
+        self.respond({"error": 'You don\'t have the rights to create a model under the namespace "theirs"'}, 403)
     elif name in hub.repos:
-        self.say({"error": "You already created this model repo", **answer}, 409)
+        self.respond({"error": "You already created this model repo", **answer}, 409)
     else:
-        hub.created.append(asked)
-        hub.repos[name] = Repo(asked.get("visibility") == "private")
-        self.say(answer)
+        hub.created.append(request)
+        hub.repos[name] = Repo(request.get("visibility") == "private")
+        self.respond(answer)
 
 
-def may_write(self, hub, name):
+def auth_check(self, hub, name):
     if self.repo(name) is not None:
-        self.say({})
+        self.respond({})
 
 
 def info(self, hub, name, revision="main"):
     if name in hub.cards:
-        self.say({"id": name, "cardData": hub.cards[name], "siblings": [], "tags": [], "private": False})
+        self.respond({"id": name, "cardData": hub.cards[name], "siblings": [], "tags": [], "private": False})
         return
     tree = self.tree(name, revision)
     if tree is not None:
         sha = self.repo(name).sha(revision)
-        self.say({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in tree], "tags": [], "private": False})
+        self.respond({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in tree], "tags": [], "private": False})
 
 
 def listing(self, hub, name, revision):
     tree = self.tree(name, revision)
     if tree is not None:
-        self.say([{"type": "file", "path": path, "size": len(data), "oid": oid_of(data)} for path, data in tree.items()])
+        self.respond([{"type": "file", "path": path, "size": len(data), "oid": oid_of(data)} for path, data in tree.items()])
 
 
 def branch(self, hub, name, new):
     repo = self.repo(name)
     if repo is not None:
         if new in repo.branches:
-            self.say({"error": "Reference already exists"}, 409)
+            self.respond({"error": "Reference already exists"}, 409)
         else:
             repo.branches[new] = list(repo.branches["main"])
-            self.say({})
+            self.respond({})
 
 
 def validate(self, hub):
@@ -232,7 +232,7 @@ def validate(self, hub):
         errors = [] if isinstance(data, dict) else ["no mapping"]
     except yaml.YAMLError as error:
         errors = [str(error)]
-    self.say({"errors": [{"message": text} for text in errors], "warnings": []}, 400 if errors else 200)
+    self.respond({"errors": [{"message": text} for text in errors], "warnings": []}, 400 if errors else 200)
 
 
 def preupload(self, hub, name, revision):
@@ -247,14 +247,14 @@ def preupload(self, hub, name, revision):
         old = tree.get(file["path"])
         oid = None if old is None else hashlib.sha256(old).hexdigest() if lfs else oid_of(old)
         answers.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid})
-    self.say({"files": answers})
+    self.respond({"files": answers})
 
 
 def lfs_batch(self, hub, name):
-    asked = json.loads(self.body)
-    assert asked["operation"] == "upload"
+    request = json.loads(self.body)
+    assert request["operation"] == "upload"
     objects = []
-    for item in asked["objects"]:
+    for item in request["objects"]:
         oid, size = item["oid"], item["size"]
         if oid in hub.blobs:
             objects.append({"oid": oid, "size": size})
@@ -266,31 +266,31 @@ def lfs_batch(self, hub, name):
             upload = {"href": f"{hub.url}/complete/{oid}", "header": {"chunk_size": str(PART), **urls}}
         verify = {"href": f"{hub.url}/verify/{oid}"}
         objects.append({"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}})
-    self.say({"transfer": "basic", "objects": objects})
+    self.respond({"transfer": "basic", "objects": objects})
 
 
 def store(self, hub, oid):
     if hashlib.sha256(self.body).hexdigest() != oid:
-        self.say({"error": "the content is not that of its name"}, 400)
+        self.respond({"error": "the content is not that of its name"}, 400)
         return
     hub.blobs[oid] = self.body
-    self.say({})
+    self.respond({})
 
 
 def store_part(self, hub, oid, number):
     hub.parts[f"{oid}/{number}"] = self.body
-    self.say({}, headers={"ETag": hashlib.md5(self.body).hexdigest()})
+    self.respond({}, headers={"ETag": hashlib.md5(self.body).hexdigest()})
 
 
 def complete(self, hub, oid):
     data = b"".join(hub.parts[f"{oid}/{part['partNumber']}"] for part in json.loads(self.body)["parts"])
     assert hashlib.sha256(data).hexdigest() == oid
     hub.blobs[oid] = data
-    self.say({})
+    self.respond({})
 
 
 def verify(self, hub, oid):
-    self.say({}, 200 if len(hub.blobs[oid]) == json.loads(self.body)["size"] else 400)
+    self.respond({}, 200 if len(hub.blobs[oid]) == json.loads(self.body)["size"] else 400)
 
 
 def commit(self, hub, name, revision):
@@ -314,7 +314,7 @@ def commit(self, hub, name, revision):
             raise AssertionError(item["key"])
     hub.repos[name].branches[revision].append((message, files))
     oid = hub.repos[name].sha(revision)
-    self.say({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}", "hookOutput": ""})
+    self.respond({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}", "hookOutput": ""})
 
 
 def resolve(self, hub, name, revision, path):
@@ -322,10 +322,10 @@ def resolve(self, hub, name, revision, path):
     if tree is None:
         return
     if path not in tree:
-        self.say({"error": "Entry not found"}, 404)
+        self.respond({"error": "Entry not found"}, 404)
         return
     data = tree[path]
-    self.say(
+    self.respond(
         data,
         headers={
             "ETag": f'"{oid_of(data)}"',
@@ -340,7 +340,7 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", whoami, "read"),
     ("POST", r"/api/repos/create", create, "write"),
     ("POST", r"/api/validate-yaml", validate, None),
-    ("GET", rf"{MODEL}/auth-check/write", may_write, "write"),
+    ("GET", rf"{MODEL}/auth-check/write", auth_check, "write"),
     ("GET", rf"{MODEL}/revision/([^/]+)", info, None),
     ("GET", rf"{MODEL}/tree/([^/]+)", listing, None),
     ("GET", MODEL, info, None),

@@ -1,4 +1,4 @@
-"""What a Trainer uploads, and when, to a server that keeps it."""
+"""What a Trainer uploads, and when, to a server that stores it."""
 
 import logging
 import shutil
@@ -24,13 +24,13 @@ def pushing(tmp_path, model=None, **changes):
     return make_trainer(tmp_path / "out", model, **(settings | {"save_strategy": "steps"} | changes))
 
 
-def local(directory, under=""):
-    """The files of a directory by the name that they have in a repository."""
+def repository_files(directory, prefix=""):
+    """The files of a directory by their names in a repository."""
     files = (path for path in directory.rglob("*") if path.is_file())
-    return {f"{under}{path.relative_to(directory)}": path.read_bytes() for path in files}
+    return {f"{prefix}{path.relative_to(directory)}": path.read_bytes() for path in files}
 
 
-def nothing_is_left(out):
+def has_no_hidden_files(out):
     return [path.name for path in out.iterdir() if path.name.startswith(".")] == []
 
 
@@ -42,7 +42,7 @@ def test_every_save_is_a_commit_with_the_model_and_its_card(tmp_path, hub):
     assert repo.files() == {name: (out / name).read_bytes() for name in MODEL}
     _, first = repo.branches["main"][1]
     assert first["model.safetensors"] == (out / "checkpoint-2" / "model.safetensors").read_bytes()
-    assert nothing_is_left(out)
+    assert has_no_hidden_files(out)
 
 
 def test_what_is_uploaded_can_be_downloaded(tmp_path, hub):
@@ -51,7 +51,7 @@ def test_what_is_uploaded_can_be_downloaded(tmp_path, hub):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == Path(path).read_bytes()
 
 
-def test_end_uploads_what_is_saved_by_hand(tmp_path, hub):
+def test_end_uploads_explicit_saves(tmp_path, hub):
     trainer = pushing(tmp_path, hub_strategy="end")
     trainer.train()
     assert hub.repos["me/it"].messages() == []
@@ -65,22 +65,22 @@ def test_the_last_checkpoint_can_be_resumed_from(tmp_path, hub):
     trainer.train()
     repo, out = hub.repos["me/it"], tmp_path / "out"
     (_, first), (_, last) = repo.branches["main"][1], repo.branches["main"][-1]
-    held = {name: data for name, data in first.items() if name.startswith("last-checkpoint/")}
-    assert held == local(out / "checkpoint-2", "last-checkpoint/")
-    held = {name: data for name, data in last.items() if name.startswith("last-checkpoint/")}
-    assert held == local(out / "checkpoint-4", "last-checkpoint/")
-    assert set(repo.files()) == MODEL | set(held)
+    uploaded = {name: data for name, data in first.items() if name.startswith("last-checkpoint/")}
+    assert uploaded == repository_files(out / "checkpoint-2", "last-checkpoint/")
+    uploaded = {name: data for name, data in last.items() if name.startswith("last-checkpoint/")}
+    assert uploaded == repository_files(out / "checkpoint-4", "last-checkpoint/")
+    assert set(repo.files()) == MODEL | set(uploaded)
 
     folder = snapshot_download("me/it", cache_dir=tmp_path / "cache", endpoint=hub.url, allow_patterns="last-checkpoint/*")
     shutil.copytree(f"{folder}/last-checkpoint", tmp_path / "last-checkpoint")  # without the cache's links
     resumed = make_trainer(tmp_path / "resumed", Linear(), max_steps=6, lr_scheduler_type="constant")
     resumed.train(resume_from_checkpoint=str(tmp_path / "last-checkpoint"))
-    whole = make_trainer(tmp_path / "whole", Linear(), max_steps=6, lr_scheduler_type="constant")
-    whole.train()
-    assert torch.equal(resumed.model.w, whole.model.w)
+    uninterrupted = make_trainer(tmp_path / "uninterrupted", Linear(), max_steps=6, lr_scheduler_type="constant")
+    uninterrupted.train()
+    assert torch.equal(resumed.model.w, uninterrupted.model.w)
 
 
-def test_files_of_an_older_last_checkpoint_go(tmp_path, hub):
+def test_files_of_an_older_last_checkpoint_are_deleted(tmp_path, hub):
     trainer = pushing(tmp_path, hub_strategy="checkpoint")
     old = hub.repos["me/it"].branches["main"]
     old[-1][1].update({"last-checkpoint/optimizer-00007-of-00009.safetensors": b"old", "notes.md": b"mine"})
@@ -91,18 +91,20 @@ def test_files_of_an_older_last_checkpoint_go(tmp_path, hub):
     assert "last-checkpoint/optimizer.safetensors" in files
 
 
-def test_all_checkpoints_are_there_as_in_the_output_directory(tmp_path, hub):
+def test_all_checkpoints_are_uploaded_as_in_the_output_directory(tmp_path, hub):
     trainer = pushing(tmp_path, hub_strategy="all_checkpoints", save_steps=1)
     trainer.train()
     out = tmp_path / "out"
     files = hub.repos["me/it"].files()
     for step in (1, 2, 3, 4):  # also those whose own upload was skipped
         name = f"checkpoint-{step}"
-        assert {path: data for path, data in files.items() if path.startswith(f"{name}/")} == local(out / name, f"{name}/")
+        assert {path: data for path, data in files.items() if path.startswith(f"{name}/")} == repository_files(
+            out / name, f"{name}/"
+        )
 
 
 class Gate:
-    """A fault that holds a commit until it is opened."""
+    """A fault that blocks a commit until it is opened."""
 
     def __init__(self):
         self.begun, self.opened = threading.Event(), threading.Event()
@@ -112,8 +114,8 @@ class Gate:
         self.opened.wait()
 
 
-class Opening(TrainerCallback):
-    """Waits for an upload to have begun, and lets it go on at a later save."""
+class OpensGate(TrainerCallback):
+    """Waits until an upload has begun, and lets it continue at a later save."""
 
     def __init__(self, gate, at):
         self.gate, self.at = gate, at
@@ -126,24 +128,24 @@ class Opening(TrainerCallback):
 
 def test_a_save_during_an_upload_is_skipped(tmp_path, hub, caplog):
     gate = hub.faults["POST .*/commit/"] = Gate()
-    trainer = pushing(tmp_path, save_steps=1, callbacks=[Opening(gate, at=4)])
+    trainer = pushing(tmp_path, save_steps=1, callbacks=[OpensGate(gate, at=4)])
     with caplog.at_level(logging.INFO, "fts"):
         trainer.train()
     assert hub.repos["me/it"].messages()[0] == "Training in progress, step 1"
     assert hub.repos["me/it"].messages()[-1] == "End of training"
     assert "Training in progress, step 3" not in hub.repos["me/it"].messages()
-    assert "checkpoint-3 is not uploaded, because the upload before is still running." in caplog.text
+    assert "checkpoint-3 is not uploaded, because the previous upload is still running." in caplog.text
 
 
 def test_always_push_uploads_every_save_in_order(tmp_path, hub):
     gate = hub.faults["POST .*/commit/"] = Gate()
-    trainer = pushing(tmp_path, save_steps=1, hub_always_push=True, callbacks=[Opening(gate, at=4)])
+    trainer = pushing(tmp_path, save_steps=1, hub_always_push=True, callbacks=[OpensGate(gate, at=4)])
     trainer.train()
     steps = [f"Training in progress, step {step}" for step in (1, 2, 3, 4)]
     assert hub.repos["me/it"].messages() == [*steps, "End of training"]
 
 
-def test_rotation_takes_nothing_from_an_upload(tmp_path, hub):
+def test_rotation_deletes_nothing_of_an_upload(tmp_path, hub):
     gate = hub.faults["POST .*/preupload/"] = Gate()  # before any file is read
     trainer = pushing(
         tmp_path,
@@ -151,23 +153,25 @@ def test_rotation_takes_nothing_from_an_upload(tmp_path, hub):
         save_total_limit=1,
         hub_strategy="all_checkpoints",
         hub_always_push=True,
-        callbacks=[Opening(gate, at=4)],
+        callbacks=[OpensGate(gate, at=4)],
     )
-    kept = {}
+    saved = {}
 
-    class Keeping(TrainerCallback):
+    class RecordsCheckpoints(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            kept.update(local(tmp_path / "out" / f"checkpoint-{state.global_step}", f"checkpoint-{state.global_step}/"))
+            saved.update(
+                repository_files(tmp_path / "out" / f"checkpoint-{state.global_step}", f"checkpoint-{state.global_step}/")
+            )
 
-    trainer.add_callback(Keeping)
+    trainer.add_callback(RecordsCheckpoints)
     trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
     files = hub.repos["me/it"].files()
-    assert {name: data for name, data in files.items() if name.startswith("checkpoint-")} == kept
-    assert {name.partition("/")[0] for name in kept} == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
+    assert {name: data for name, data in files.items() if name.startswith("checkpoint-")} == saved
+    assert {name.partition("/")[0] for name in saved} == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
 
 
-def test_training_goes_on_during_an_upload(tmp_path, hub):
+def test_training_continues_during_an_upload(tmp_path, hub):
     gate = hub.faults["POST .*/commit/"] = Gate()
     steps = []
 
@@ -181,11 +185,11 @@ def test_training_goes_on_during_an_upload(tmp_path, hub):
             gate.opened.set()
 
     pushing(tmp_path, callbacks=[Opened()], max_steps=9).train()
-    assert (9, True) in steps  # nobody let the upload finish before
+    assert (9, True) in steps  # the upload could not end before
     assert hub.repos["me/it"].messages()[0] == "Training in progress, step 2"
 
 
-def test_a_line_says_what_is_waited_for(tmp_path, hub, capsys):
+def test_waiting_for_an_upload_prints_a_message(tmp_path, hub, capsys):
     pushing(tmp_path, disable_tqdm=False).train()
     assert "Uploading 'End of training' to me/it (0.0 MiB) …" in capsys.readouterr().err
     pushing(tmp_path, disable_tqdm=True).train()
@@ -202,7 +206,7 @@ def test_push_to_hub_gives_the_commit(tmp_path, hub):
     assert b"- mine\n" in hub.repos["me/out"].files()["README.md"]
 
 
-def test_push_to_hub_does_not_wait_if_asked(tmp_path, hub):
+def test_push_to_hub_without_blocking(tmp_path, hub):
     gate = hub.faults["POST .*/commit/"] = Gate()
     trainer = pushing(tmp_path)
     future = trainer.push_to_hub(blocking=False)
@@ -215,7 +219,7 @@ def test_push_to_hub_does_not_wait_if_asked(tmp_path, hub):
     assert hub.repos["me/it"].files()["model.safetensors"] == saved
 
 
-def test_the_same_again_is_no_commit(tmp_path, hub):
+def test_an_unchanged_push_makes_no_commit(tmp_path, hub):
     trainer = pushing(tmp_path)
     trainer.train()
     before = hub.repos["me/it"].messages()
@@ -223,7 +227,7 @@ def test_the_same_again_is_no_commit(tmp_path, hub):
     assert hub.repos["me/it"].messages() == before
 
 
-def test_a_branch(tmp_path, hub):
+def test_hub_revision_names_a_branch(tmp_path, hub):
     trainer = pushing(tmp_path, hub_revision="dev/one")
     trainer.train()
     assert hub.repos["me/it"].messages("dev/one")[-1] == "End of training"
@@ -234,23 +238,23 @@ def test_a_branch(tmp_path, hub):
     assert hub.repos["me/it"].messages("other") == ["Elsewhere"]  # for that one call
 
 
-def test_callbacks_hear_of_uploads(tmp_path, hub):
-    heard = []
+def test_callbacks_get_on_push_begin(tmp_path, hub):
+    events = []
 
-    class Hearing(TrainerCallback):
+    class RecordsPush(TrainerCallback):
         def on_push_begin(self, args, state, control, **kwargs):
-            heard.append((state.global_step, threading.current_thread() is threading.main_thread()))
+            events.append((state.global_step, threading.current_thread() is threading.main_thread()))
 
-    pushing(tmp_path, hub_always_push=True, callbacks=[Hearing()]).train()
-    assert heard == [(2, True), (4, True), (4, True)]
+    pushing(tmp_path, hub_always_push=True, callbacks=[RecordsPush()]).train()
+    assert events == [(2, True), (4, True), (4, True)]
 
 
-def test_epochs_are_named(tmp_path, hub):
+def test_commit_messages_name_epochs(tmp_path, hub):
     pushing(tmp_path, save_strategy="epoch", max_steps=-1, num_train_epochs=2, count=8, hub_always_push=True).train()
     assert hub.repos["me/it"].messages()[:2] == ["Training in progress, epoch 1", "Training in progress, epoch 2"]
 
 
-def test_other_files_go_along_but_not_what_is_hidden(tmp_path, hub):
+def test_other_files_are_uploaded_but_not_hidden_ones(tmp_path, hub):
     out = tmp_path / "out"
     for name in ("runs/events.0", "all_results.json", "_private.txt", ".secret", "checkpoint-99/model.safetensors"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +263,7 @@ def test_other_files_go_along_but_not_what_is_hidden(tmp_path, hub):
     assert set(hub.repos["me/it"].files()) == MODEL | {"runs/events.0", "all_results.json"}
 
 
-def test_large_files_go_in_parts(tmp_path, hub):
+def test_large_files_are_uploaded_in_parts(tmp_path, hub):
     class Large(Linear):
         def __init__(self):
             super().__init__()
@@ -267,11 +271,11 @@ def test_large_files_go_in_parts(tmp_path, hub):
 
     trainer = pushing(tmp_path, Large())
     trainer.push_to_hub()
-    assert len(hub.asked("PUT /storage/.*/")) == 5
+    assert len(hub.matching_requests("PUT /storage/.*/")) == 5
     assert hub.repos["me/it"].files()["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
-def test_the_way_of_xet_storage_for_small_files(tmp_path, hub, monkeypatch):
+def test_small_files_with_xet_storage(tmp_path, hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
@@ -279,7 +283,7 @@ def test_the_way_of_xet_storage_for_small_files(tmp_path, hub, monkeypatch):
     trainer = pushing(tmp_path, hub_strategy="checkpoint")
     trainer.train()
     out = tmp_path / "out"
-    expected = {name: (out / name).read_bytes() for name in MODEL} | local(out / "checkpoint-4", "last-checkpoint/")
+    expected = {name: (out / name).read_bytes() for name in MODEL} | repository_files(out / "checkpoint-4", "last-checkpoint/")
     assert hub.repos["me/it"].files() == expected
 
 
@@ -376,11 +380,11 @@ def test_no_token_is_in_any_file_or_line(tmp_path, hub, caplog, capsys):
             trainer.push_to_hub()
         hub.faults.clear()
         trainer.push_to_hub()
-    written = local(tmp_path / "out") | hub.repos["me/it"].files() | hub.blobs
+    written = repository_files(tmp_path / "out") | hub.repos["me/it"].files() | hub.blobs
     assert len(written) > 10
     assert [name for name, data in written.items() if TOKEN.encode() in data] == []
     output = capsys.readouterr()
-    for text in (caplog.text, output.out, output.err, str(caught.value), repr(trainer._repository), repr(trainer.args)):
+    for text in (caplog.text, output.out, output.err, str(caught.value), repr(trainer.hub_session), repr(trainer.args)):
         assert TOKEN not in text
 
 
@@ -396,15 +400,15 @@ def test_a_run_that_fails_does_not_wait_for_its_upload(tmp_path, hub, caplog):
     trainer = pushing(tmp_path, callbacks=[Failing()])
     with pytest.raises(CallbackError):
         trainer.train()
-    assert "The upload of 'Training in progress, step 2' to me/it (0.0 MiB) is not waited for" in caplog.text
+    assert "does not wait for the upload of 'Training in progress, step 2' to me/it (0.0 MiB)" in caplog.text
     assert hub.repos["me/it"].messages() == []
     gate.opened.set()
-    trainer._uploads.wait(print)
+    trainer.hub_session.uploads.wait_until_done(print)
     assert hub.repos["me/it"].messages() == ["Training in progress, step 2"]
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
 
 
-def test_a_callback_that_fails_before_the_last_upload_is_heard(tmp_path, hub):
+def test_a_callback_error_before_the_last_upload_is_raised(tmp_path, hub):
     class Failing(TrainerCallback):
         def on_push_begin(self, args, state, control, **kwargs):
             raise RuntimeError("mine")

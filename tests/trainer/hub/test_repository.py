@@ -1,4 +1,4 @@
-"""Whether a repository can be uploaded to is known before time is spent on training."""
+"""Whether a repository can be written to is checked before time is spent on training."""
 
 import traceback
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from fts.errors import FtsError, HubError
-from fts.trainer.hub.repository import (Repository, read_timeout, hidden_progress_bars)
+from fts.trainer.hub.repository import Repository, hidden_progress_bars, read_timeout
 from tests.trainer.helpers import Linear, make_trainer
 from tests.trainer.hub.server import READER, TOKEN
 
@@ -17,16 +17,16 @@ def pushing(tmp_path, **changes):
 
 
 @pytest.mark.parametrize(("given", "expected"), [("us/it", "us/it"), ("it", "me/it"), (None, "me/out")])
-def test_names(tmp_path, hub, given, expected):
+def test_repository_names(tmp_path, hub, given, expected):
     trainer = pushing(tmp_path, hub_model_id=given)
     assert trainer.hub_model_id == expected
     assert list(hub.repos) == [expected]
-    trainer.init_hf_repo()  # 409, since it is there
+    trainer.init_hf_repo()  # 409, since it exists
     assert trainer.hub_model_id == expected
     assert len(hub.created) == 1
 
 
-def test_nothing_is_asked_of_the_hub_unless_told(tmp_path, hub):
+def test_there_are_no_requests_unless_requested(tmp_path, hub):
     trainer = make_trainer(tmp_path, Linear(), hub_token=TOKEN, max_steps=2)
     trainer.train()
     assert trainer.hub_model_id is None
@@ -39,7 +39,7 @@ def test_nothing_is_asked_of_the_hub_unless_told(tmp_path, hub):
 @pytest.mark.parametrize(("private", "expected"), [(True, "private"), (False, "public"), (None, None)])
 def test_private_or_not(tmp_path, hub, private, expected):
     pushing(tmp_path, hub_private_repo=private)
-    assert [asked.get("visibility") for asked in hub.created] == [expected]
+    assert [request.get("visibility") for request in hub.created] == [expected]
 
 
 def test_private_for_one_call(tmp_path, hub):
@@ -50,9 +50,9 @@ def test_private_for_one_call(tmp_path, hub):
 
 def test_tokens(tmp_path, hub, monkeypatch):
     refused = {
-        "wrong": "401 .*Invalid credentials.* It was tried with hub_token. Log in with `hf auth login`",
-        READER: "403 .*don't have the rights.* It was tried with hub_token",
-        None: "no token was found. It was tried with the token that is logged in. Log in with `hf auth login`, set HF_TOKEN",
+        "wrong": "401 .*Invalid credentials.* The attempt used hub_token. Log in with `hf auth login`",
+        READER: "403 .*don't have the rights.* The attempt used hub_token",
+        None: "no token was found. The attempt used the token of the login. Log in with `hf auth login`, set HF_TOKEN",
     }
     for token, message in refused.items():
         with pytest.raises(HubError, match=f"^out on the Hub cannot be written to: .*{message}") as caught:
@@ -70,13 +70,13 @@ def test_tokens(tmp_path, hub, monkeypatch):
     assert trainer.push_to_hub(token=TOKEN).startswith(hub.url)
 
 
-def test_a_repository_that_may_only_be_read_is_refused_at_once(tmp_path, hub):
+def test_a_read_only_repository_is_refused_at_once(tmp_path, hub):
     hub.faults["GET .*/auth-check/write"] = 403
     with pytest.raises(HubError, match=r"^out on the Hub cannot be written to: 403"):
         pushing(tmp_path)
 
 
-def test_a_hub_without_that_check_is_believed(tmp_path, hub):
+def test_a_hub_without_the_access_check_is_trusted(tmp_path, hub):
     hub.faults["GET .*/auth-check/write"] = 404
     assert pushing(tmp_path).hub_model_id == "me/out"
 
@@ -93,7 +93,7 @@ def test_an_organization_of_others(tmp_path, hub):
         ({"hub_revision": "0" * 40}, "hub_revision='0{40}' is a commit, .* Give a branch"),
     ],
 )
-def test_names_that_cannot_be(tmp_path, hub, changes, message):
+def test_invalid_names(tmp_path, hub, changes, message):
     with pytest.raises(HubError, match=message):
         pushing(tmp_path, **changes)
 
@@ -105,7 +105,7 @@ def test_offline(tmp_path, hub, monkeypatch):
     assert hub.requests == []
 
 
-def test_a_branch_is_made_once(hub):
+def test_a_branch_is_created_once(hub):
     for _ in range(2):
         assert Repository("it", token=TOKEN, revision="dev").open() == "me/it"
     Repository("it", token=TOKEN, revision="refs/pr/1").open()
@@ -134,7 +134,7 @@ def test_errors_are_ours():
     assert not HubError("text").refused
 
 
-def test_silence_is_bounded_unless_the_user_bounds_it(hub):
+def test_requests_time_out_unless_the_user_sets_a_timeout(hub):
     from huggingface_hub.utils import get_session
 
     client = get_session()
@@ -148,7 +148,7 @@ def test_silence_is_bounded_unless_the_user_bounds_it(hub):
     assert client.timeout.read == 7
 
 
-def test_bars_are_hidden_and_come_back():
+def test_progress_bars_are_hidden_and_restored():
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     assert not are_progress_bars_disabled()

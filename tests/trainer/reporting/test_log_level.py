@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fts.errors import ArgumentError
-from fts.trainer.reporting.log_level import (StderrHandler, apply_log_level)
+from fts.trainer.reporting.log_level import StderrHandler, apply_log_level
 
 
 @pytest.fixture(autouse=True)

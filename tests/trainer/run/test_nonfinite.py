@@ -44,7 +44,7 @@ def test_the_default_raises_and_says_where(tmp_path):
         trainer.train()
     text = "\n".join([str(caught.value), *caught.value.__notes__])
     assert "In step 4 the loss is nan; the gradients of 6 of 6 parameters are not finite: hidden.weight (32 NaN" in text
-    assert "In step 4: epoch 0, batch 3 (from 0), items 12, 13, 14, 15 of the data." in text
+    assert "In step 4: epoch 0, batch 3 (from 0), examples 12, 13, 14, 15 of the data." in text
     assert "nonfinite='skip'" in text
     assert (
         f"A checkpoint of step 3 was written: train(resume_from_checkpoint={str(tmp_path / 'checkpoint-3')!r}) goes on." in text

@@ -25,11 +25,11 @@ from fts.trainer.run.plan import make_plan
     ],
 )
 def test_plan(changes, batches, expected):
-    plan = make_plan(TrainingArguments(**changes), batches=batches, items=80)
+    plan = make_plan(TrainingArguments(**changes), batches=batches, num_examples=80)
     assert {name: getattr(plan, name) for name in expected} == expected
-    assert plan == make_plan(TrainingArguments(**changes), batches=batches, items=80)
+    assert plan == make_plan(TrainingArguments(**changes), batches=batches, num_examples=80)
 
 
 def test_a_plan_without_an_end_is_an_error():
     with pytest.raises(ArgumentError, match="max_steps=-1 with training data that has no length"):
-        make_plan(TrainingArguments(), batches=None, items=None)
+        make_plan(TrainingArguments(), batches=None, num_examples=None)

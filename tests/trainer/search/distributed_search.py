@@ -1,4 +1,4 @@
-"""Searches in several processes, for test_processes: `torchrun together.py FOLDER [which process fails]`."""
+"""Searches on several ranks, for test_distributed_search: `torchrun distributed_search.py FOLDER [rank that fails]`."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ TOO_HIGH = 1e38
 ROWS = 8
 
 
-class Noting(TrainerCallback):
-    """Which trials this process trained, and how far."""
+class RecordsTrials(TrainerCallback):
+    """The trials that this rank trained, and their last steps."""
 
     def __init__(self):
         self.seen = []
@@ -30,14 +30,14 @@ class Noting(TrainerCallback):
 
 
 class FailsIn(TrainerCallback):
-    """Raises in one process, in the second trial."""
+    """Raises on one rank, in the second trial."""
 
     def __init__(self, rank):
         self.rank = rank
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.process_index == self.rank and state.trial_name == "trial 1" and state.global_step == 2:
-            raise ValueError("only here")
+            raise ValueError("only on one rank")
 
 
 class Second(optuna.pruners.BasePruner):
@@ -66,26 +66,26 @@ def space(trial):
     return {"learning_rate": TOO_HIGH if trial.number == 2 else rate}
 
 
-def named(trial):
+def trial_name(trial):
     return f"trial {trial.number}"
 
 
-def searched(folder, world, *callbacks):
-    """The best run, what this process trained, and, where the study is, its trials."""
-    noting, study = Noting(), []
-    best = make(folder, noting, *callbacks, world=world).hyperparameter_search(
+def run_search(folder, world, *callbacks):
+    """The best run, the trials that this rank trained, and, on the main process, those of the study."""
+    trained, study = RecordsTrials(), []
+    best = make(folder, trained, *callbacks, world=world).hyperparameter_search(
         space,
         n_trials=4,
         backend="optuna",
-        hp_name=named,
+        hp_name=trial_name,
         sampler=optuna.samplers.RandomSampler(seed=0),
         pruner=Second(),
         callbacks=[lambda found, trial: study.append([trial.state.name, trial.values, trial.intermediate_values])],
     )
-    return {"best": best._asdict(), "seen": noting.seen, "study": study}
+    return {"best": best._asdict(), "seen": trained.seen, "study": study}
 
 
-def refused(folder, world, **options):
+def search_error(folder, world, **options):
     try:
         make(folder, world=world).hyperparameter_search(**({"hp_space": space, "n_trials": 2, "backend": "optuna"} | options))
     except (FtsError, ZeroDivisionError) as error:
@@ -97,15 +97,15 @@ def main(folder, failing=None):
     trainer = make(folder, world=2)
     world, rank = trainer.world.size, trainer.world.rank
     if failing is not None:
-        searched(folder, world, FailsIn(int(failing)))
-    found = searched(folder, world)
+        run_search(folder, world, FailsIn(int(failing)))
+    found = run_search(folder, world)
     divide = lambda given: 1 / 0  # noqa: E731
-    found["space"] = refused(folder, world, hp_space=divide)
-    found["objective"] = refused(folder, world, compute_objective=divide)
-    found["catch"] = refused(folder, world, catch=ValueError)
-    found["option"] = refused(folder, world, n_trails=2)
-    found["ray"] = refused(folder, world, backend="ray")
-    found["again"] = searched(folder, world)["best"]
+    found["space"] = search_error(folder, world, hp_space=divide)
+    found["objective"] = search_error(folder, world, compute_objective=divide)
+    found["catch"] = search_error(folder, world, catch=ValueError)
+    found["option"] = search_error(folder, world, n_trails=2)
+    found["ray"] = search_error(folder, world, backend="ray")
+    found["again"] = run_search(folder, world)["best"]
     Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Searches that run in processes of their own: `python -m tests.trainer.search.search_jobs NAME FOLDER [ARGUMENTS as JSON]`."""
+"""Searches that run in separate processes: `python -m tests.trainer.search.search_jobs NAME FOLDER [ARGUMENTS as JSON]`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[3]
 
 
-class Noting(TrainerCallback):
-    """Counts what it hears, in a number and in a list."""
+class CountsSteps(TrainerCallback):
+    """Counts the updates, in a number and in a list."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,7 +32,7 @@ class Noting(TrainerCallback):
         self.steps.append(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.log_history.append({"heard": self.count, "listed": len(self.steps), "step": state.global_step})
+        state.log_history.append({"count": self.count, "listed": len(self.steps), "step": state.global_step})
 
 
 def make(folder: Any, *callbacks: Any, **settings: Any) -> Trainer:
@@ -55,7 +55,7 @@ def make(folder: Any, *callbacks: Any, **settings: Any) -> Trainer:
         args=args,
         train_dataset=rows(22),
         eval_dataset=rows(10, seed=1),
-        callbacks=[Noting(), *stop, *callbacks],
+        callbacks=[CountsSteps(), *stop, *callbacks],
     )
 
 
@@ -64,8 +64,8 @@ def rates(trial: Any) -> dict[str, Any]:
     return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)}
 
 
-def whole(trainer: Trainer) -> dict[str, Any]:
-    """What a run came to: its logs but for times, and its weights."""
+def run_result(trainer: Trainer) -> dict[str, Any]:
+    """The result of a run: its logs without times, and its weights."""
     logs = [
         {name: value for name, value in log.items() if "per_second" not in name and "runtime" not in name}
         for log in history(trainer)
@@ -77,11 +77,11 @@ def history(trainer: Trainer) -> list[dict[str, Any]]:
     return trainer.state.log_history
 
 
-def alone(folder: str, values: dict[str, Any]) -> Any:
+def single_run(folder: str, values: dict[str, Any]) -> Any:
     """Train with some arguments."""
     trainer = make(folder, **values)
     trainer.train()
-    return whole(trainer)
+    return run_result(trainer)
 
 
 class KillAt(TrainerCallback):
@@ -96,7 +96,7 @@ class KillAt(TrainerCallback):
 
 
 def killed(folder: str, values: dict[str, Any]) -> Any:
-    """Search; `kill` of the values may say in which trial, at which step and by which signal the process ends."""
+    """Search; `kill` in the values says in which trial, at which step and by which signal the process ends."""
     import optuna
 
     kill = [KillAt(*values["kill"])] if "kill" in values else []
@@ -125,27 +125,27 @@ def memory(folder: str, values: dict[str, Any]) -> Any:
     """At the end of each trial of a large model: the resident memory in MB, and how many trainers and models there are."""
     import psutil
 
-    found: list[tuple[float, int, int]] = []
+    usage: list[tuple[float, int, int]] = []
     args = TrainingArguments(
         folder, max_steps=2, save_strategy="steps", save_steps=2, save_total_limit=1, disable_tqdm=True, use_cpu=True
     )
     trainer = Trainer(model_init=Large, args=args, train_dataset=rows(8), eval_dataset=rows(4))
 
-    def note(study: Any, trial: Any) -> None:
+    def record(study: Any, trial: Any) -> None:
         alive = [sum(isinstance(thing, kind) for thing in gc.get_objects()) for kind in (Trainer, Large)]
-        found.append((psutil.Process().memory_info().rss / 2**20, *alive))
+        usage.append((psutil.Process().memory_info().rss / 2**20, *alive))
 
-    trainer.hyperparameter_search(rates, n_trials=values["n_trials"], backend="optuna", callbacks=[note])
-    return found
+    trainer.hyperparameter_search(rates, n_trials=values["n_trials"], backend="optuna", callbacks=[record])
+    return usage
 
 
-JOBS = {"alone": alone, "killed": killed, "memory": memory}
+JOBS = {"single_run": single_run, "killed": killed, "memory": memory}
 
 
 def start(name: str, folder: Any, **values: Any) -> subprocess.CompletedProcess[str]:
-    """Run a job in a process of its own; its result is the last line of what it prints, as JSON."""
+    """Run a job in a separate process; its result is the last line that it prints, as JSON."""
     command = [sys.executable, "-m", "tests.trainer.search.search_jobs", name, str(folder), json.dumps(values)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is returned at once
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
 
 

@@ -28,7 +28,7 @@ def test_optuna_is_preferred(installed):
     assert resolve_backend(None) is HPSearchBackend.RAY
 
 
-def test_a_member_of_transformers_enum_will_do(installed):
+def test_members_of_transformers_enum_are_accepted(installed):
     theirs = pytest.importorskip("transformers.trainer_utils").HPSearchBackend
     installed("optuna", "ray", "pandas")
     assert resolve_backend(theirs.RAY) is HPSearchBackend.RAY

@@ -1,4 +1,4 @@
-"""The code of docs/search.md runs as it stands; its part for Ray is run in test_by_ray.py."""
+"""The code of docs/search.md runs unchanged; its part for Ray is run in test_ray_backend.py."""
 
 import re
 
@@ -10,7 +10,7 @@ PAGE = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def test_the_page(tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "page"}

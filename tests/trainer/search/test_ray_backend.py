@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fts.errors import ArgumentError
 from fts.trainer import TrainerCallback
-from tests.trainer.search.search_jobs import (ROOT, make)
+from tests.trainer.search.search_jobs import ROOT, make
 from tests.trainer.search.test_docs import BLOCKS
 
 ray = pytest.importorskip("ray")
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A local Ray of two workers, which tells nobody."""
+    """A local Ray of two workers, without usage reports."""
     own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": str(tmp_path_factory.getbasetemp())}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (own | {"PYTHONPATH": str(ROOT)}).items():
@@ -31,8 +31,8 @@ def cluster(tmp_path_factory):
         ray.shutdown()
 
 
-class Meeting(TrainerCallback):
-    """Goes on when two trials have come here: which one alone never would."""
+class WaitsForTwo(TrainerCallback):
+    """Waits until two trials have started, which requires that they run in parallel."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -47,28 +47,28 @@ def rates(_):
     return {"learning_rate": tune.grid_search([1e-4, 3e-2])}
 
 
-def test_two_trials_run_at_once_and_the_better_rate_is_found(cluster, tmp_path):
+def test_two_trials_run_in_parallel_and_the_better_rate_is_found(cluster, tmp_path):
     level = logging.getLogger("fts").level
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
+    started = tmp_path / "started"
+    started.mkdir()
     scheduler = tune.schedulers.ASHAScheduler(metric="objective", mode="min", grace_period=1, max_t=10, reduction_factor=2)
-    trainer = make(tmp_path / "out", Meeting(meeting), log_level="error")
+    trainer = make(tmp_path / "out", WaitsForTwo(started), log_level="error")
     best = trainer.hyperparameter_search(
         rates, n_trials=1, backend="ray", storage_path=str(tmp_path / "ray"), scheduler=scheduler, verbose=0
     )
     trials = {trial.config["learning_rate"]: trial for trial in best.run_summary.trials}
     assert len(trials) == 2
-    assert [path.read_text() for path in meeting.glob("pid-*")] == ["ERROR"] * 2  # the workers are set up as this process is
+    assert [path.read_text() for path in started.glob("pid-*")] == ["ERROR"] * 2  # the workers have the settings of this process
     assert best.hyperparameters == {"learning_rate": 3e-2} and best.run_id == trials[3e-2].trial_id
     assert best.objective == trials[3e-2].last_result["eval_loss"] < trials[1e-4].last_result["eval_loss"]
     assert trials[3e-2].last_result["step"] == 18  # and each evaluation was reported
     assert trials[3e-2].last_result["training_iteration"] == 3
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"run-{trial.trial_id}" for trial in trials.values()}
 
-    alone = make(tmp_path / "alone", learning_rate=3e-2, load_best_model_at_end=False)
-    alone.train()
+    single = make(tmp_path / "single", learning_rate=3e-2, load_best_model_at_end=False)
+    single.train()
     saved = load_file(tmp_path / "out" / f"run-{best.run_id}" / "checkpoint-18" / "model.safetensors")
-    assert all(saved[name].equal(value) for name, value in alone.model.state_dict().items() if name in saved)
+    assert all(saved[name].equal(value) for name, value in single.model.state_dict().items() if name in saved)
     assert trainer.args.learning_rate == 1e-4 and trainer.model is not None
     logging.getLogger("fts").setLevel(level)
 
@@ -94,9 +94,9 @@ def test_a_scheduler_stops_trials(cluster, tmp_path):
     assert (tmp_path / "rate-0.03" / "checkpoint-18").is_dir() and not (tmp_path / "rate-0.0001" / "checkpoint-18").exists()
 
 
-def test_the_page(cluster, tmp_path, monkeypatch):
+def test_the_examples_of_the_page_run(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    space = {"__name__": "__main__"}  # its classes are sent by value, as those of a script are
+    space = {"__name__": "__main__"}  # its classes are pickled by value, like those of a script
     exec(BLOCKS[0].split("best =")[0], space)
     exec(BLOCKS[2].replace('backend="ray",', f'backend="ray", storage_path={str(tmp_path / "ray")!r}, verbose=0,'), space)
     assert space["best"].hyperparameters == {"learning_rate": 0.1}
@@ -118,7 +118,7 @@ def test_what_cannot_be_sent_is_named(tmp_path):
         trainer.hyperparameter_search(rates, backend="ray")
 
 
-def test_a_trainer_is_shippable_after_it_has_trained(tmp_path):
+def test_a_trained_trainer_can_be_sent_to_workers(tmp_path):
     from fts.trainer.search.ray_backend import copy_for_workers
 
     trainer = make(tmp_path, disable_tqdm=False, max_steps=3, skip_memory_metrics=False)
@@ -126,9 +126,9 @@ def test_a_trainer_is_shippable_after_it_has_trained(tmp_path):
     trainer.evaluate()
     assert trainer.accelerator is not None
     trainer.create_optimizer_and_scheduler(3)
-    sent = ray.cloudpickle.loads(ray.cloudpickle.dumps(copy_for_workers(trainer)))
-    assert sent.model is None and sent._accelerator is None and sent.optimizer is None
-    assert Path(sent.args.output_dir).is_absolute()
+    received = ray.cloudpickle.loads(ray.cloudpickle.dumps(copy_for_workers(trainer)))
+    assert received.model is None and received._accelerator is None and received.optimizer is None
+    assert Path(received.args.output_dir).is_absolute()
     assert trainer.model is not None
 
 

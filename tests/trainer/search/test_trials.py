@@ -9,9 +9,9 @@ import torch
 
 from fts.errors import ArgumentError
 from fts.trainer import Trainer, TrainerCallback
-from fts.trainer.search.space import with_trial_values
-from fts.trainer.search.trials import (copy_for_trial, offload_model)
-from tests.trainer.search.search_jobs import (Noting, make, rates, result, start, whole)
+from fts.trainer.search.trial_arguments import with_trial_values
+from fts.trainer.search.trials import copy_for_trial, offload_model
+from tests.trainer.search.search_jobs import CountsSteps, make, rates, result, run_result, start
 
 VALUES = {
     "learning_rate": 0.03,
@@ -22,51 +22,51 @@ VALUES = {
 }
 
 
-class Keeping(Trainer):
-    """Keeps what came of its runs where the test finds it, and a list of its own."""
+class RecordsRuns(Trainer):
+    """Records the results of its runs in the class, and has a list in the instance."""
 
     runs: ClassVar[list] = []
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mine = []
+        self.own_list = []
 
     def train(self, *args, **kwargs):
-        self.mine.append(1)
+        self.own_list.append(1)
         output = super().train(*args, **kwargs)
-        self.runs.append((len(self.mine), whole(self), self.state, dict(vars(self.args))))
+        self.runs.append((len(self.own_list), run_result(self), self.state, dict(vars(self.args))))
         return output
 
 
 @pytest.fixture
-def keeping(monkeypatch):
-    monkeypatch.setattr(Keeping, "runs", [])
-    monkeypatch.setattr("tests.trainer.search.search_jobs.Trainer", Keeping)
-    return Keeping
+def recorded(monkeypatch):
+    monkeypatch.setattr(RecordsRuns, "runs", [])
+    monkeypatch.setattr("tests.trainer.search.search_jobs.Trainer", RecordsRuns)
+    return RecordsRuns
 
 
-def test_each_trial_equals_a_run_of_a_fresh_process(tmp_path, keeping):
+def test_each_trial_equals_a_run_of_a_fresh_process(tmp_path, recorded):
     several = [VALUES, {"learning_rate": 0.05, "seed": 3, "lr_scheduler_type": "cosine", "warmup_steps": 3}, VALUES]
     trainer = make(tmp_path / "search")
     trainer.hyperparameter_search(lambda trial: several[trial.number], n_trials=3, backend="optuna")
-    assert [count for count, *_ in keeping.runs] == [1, 1, 1]
-    for number in (1, 2):  # the first has nothing before it
-        assert keeping.runs[number][1] == result(start("alone", tmp_path / f"alone-{number}", **several[number]))
-    assert keeping.runs[0][1] == keeping.runs[2][1] != keeping.runs[1][1]
+    assert [count for count, *_ in recorded.runs] == [1, 1, 1]
+    for number in (1, 2):  # the first has no trial before it
+        assert recorded.runs[number][1] == result(start("single_run", tmp_path / f"single-{number}", **several[number]))
+    assert recorded.runs[0][1] == recorded.runs[2][1] != recorded.runs[1][1]
 
 
-def test_the_trainer_stays_as_it_is(tmp_path, keeping):
+def test_the_trainer_stays_unchanged(tmp_path, recorded):
     trainer = make(tmp_path)
-    before, noting = dict(vars(trainer.args)), trainer.callback_handler.callbacks[1]
+    before, counts = dict(vars(trainer.args)), trainer.callback_handler.callbacks[1]
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.hyperparameter_search(rates, n_trials=2, backend="optuna")
     assert vars(trainer.args) == before
-    assert isinstance(noting, Noting) and (noting.count, noting.steps) == (0, [])
-    assert trainer.state.log_history == [] and trainer.mine == [] and trainer.hp_name is None
+    assert isinstance(counts, CountsSteps) and (counts.count, counts.steps) == (0, [])
+    assert trainer.state.log_history == [] and trainer.own_list == [] and trainer.hp_name is None
     assert all(value.equal(weights[name]) for name, value in trainer.model.state_dict().items())
 
 
-def test_a_fresh_trainer_is_as_one_that_is_made_with_the_arguments(tmp_path):
+def test_a_copy_for_a_trial_equals_a_trainer_made_with_the_arguments(tmp_path):
     changes = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0, "gradient_accumulation_steps": 2}
     changes |= {"per_device_train_batch_size": 3, "logging_steps": 5, "skip_memory_metrics": False}
     trainer = make(tmp_path)
@@ -83,26 +83,26 @@ def test_a_fresh_trainer_is_as_one_that_is_made_with_the_arguments(tmp_path):
     assert vars(args).items() >= {name: vars(expected["args"])[name] for name in (*changes, "eval_steps")}.items()
 
 
-def test_callbacks_that_know_the_trainer_know_the_trials_own(tmp_path):
+def test_callbacks_that_refer_to_the_trainer_refer_to_the_copy(tmp_path):
     found = []
 
-    class Knows(TrainerCallback):
+    class HasTrainer(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             found.append((self.trainer is not trainer, self.trainer.model is model, self.trainer.args is args))
 
-    knows = Knows()
-    trainer = make(tmp_path, knows)
-    knows.trainer = trainer
+    callback = HasTrainer()
+    trainer = make(tmp_path, callback)
+    callback.trainer = trainer
     trainer.hyperparameter_search(rates, n_trials=1, backend="optuna")
     assert found == [(True, True, True)]
 
 
-def test_data_and_uploads_that_run_are_not_copied(tmp_path):
+def test_data_and_running_uploads_are_not_copied(tmp_path):
     trainer = make(tmp_path)
-    trainer._uploads._last = Future()
+    trainer.hub_session.uploads._last = Future()
     copied = copy_for_trial(trainer, trainer.args)
     assert copied.train_dataset is trainer.train_dataset and copied.eval_dataset is trainer.eval_dataset
-    assert copied.callback_handler is not trainer.callback_handler and not copied._uploads.busy
+    assert copied.callback_handler is not trainer.callback_handler and not copied.hub_session.uploads.busy
 
 
 def test_what_cannot_be_copied_is_named(tmp_path):
@@ -131,10 +131,10 @@ def test_a_callback_may_be_shared(tmp_path):
     assert shared.last > 0
 
 
-def test_the_state_says_which_trial_it_is(tmp_path, keeping):
+def test_the_state_says_which_trial_it_is(tmp_path, recorded):
     trainer = make(tmp_path)
     trainer.hyperparameter_search(rates, n_trials=2, backend="optuna", hp_name=lambda trial: f"try-{trial.number}")
-    states = [state for *_, state, _ in keeping.runs]
+    states = [state for *_, state, _ in recorded.runs]
     assert [state.trial_name for state in states] == ["try-0", "try-1"]
     assert all(state.is_hyper_param_search and state.trial_params.keys() == {"learning_rate"} for state in states)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["try-0", "try-1"]
@@ -159,7 +159,7 @@ def test_a_name_that_cannot_be_a_folder(tmp_path, name):
         make(tmp_path).hyperparameter_search(rates, n_trials=1, backend="optuna", hp_name=lambda trial: name)
 
 
-def test_checkpoints_of_another_search_are_warned_of(tmp_path, caplog):
+def test_checkpoints_of_another_search_cause_a_warning(tmp_path, caplog):
     make(tmp_path).hyperparameter_search(rates, n_trials=1, backend="optuna")
     assert "has checkpoints of another" not in caplog.text
     make(tmp_path).hyperparameter_search(rates, n_trials=1, backend="optuna")
@@ -180,7 +180,7 @@ def test_model_init_gets_the_trial(tmp_path):
     assert best.hyperparameters.keys() == {"learning_rate", "dropout"} and len(seen) == 2
 
 
-def test_the_trainers_own_model_leaves_an_accelerator_while_trials_run():
+def test_the_trainers_model_is_offloaded_during_trials():
     class Moves(torch.nn.Module):
         def to(self, device):
             moves.append(str(device))
@@ -188,7 +188,7 @@ def test_the_trainers_own_model_leaves_an_accelerator_while_trials_run():
     for placed, expected in ((None, ["cpu", "within", "cuda:0"]), (False, ["within"])):
         moves = []
         args = SimpleNamespace(device=torch.device("cuda", 0), place_model_on_device=placed)
-        with offload_model(SimpleNamespace(args=args, model=Moves())):
+        with offload_model(Moves(), args):
             moves.append("within")
         assert moves == expected
 
@@ -201,7 +201,7 @@ def test_memory_stays_over_20_trials(tmp_path):
     assert set(trainers) == {trainers[0]} and set(modules) == {modules[0]}
 
 
-def test_random_numbers_do_not_pass_from_trial_to_trial(tmp_path):
+def test_trials_share_no_random_state(tmp_path):
     drawn = []
 
     def noisy(metrics):
@@ -212,7 +212,7 @@ def test_random_numbers_do_not_pass_from_trial_to_trial(tmp_path):
     assert len(set(drawn)) == 1
 
 
-def test_study_of_one_trial_after_the_other_is_what_optuna_saw(tmp_path, keeping):
+def test_the_study_has_the_objective_of_each_trial(tmp_path, recorded):
     study = optuna.create_study
     made = []
 
@@ -225,5 +225,5 @@ def test_study_of_one_trial_after_the_other_is_what_optuna_saw(tmp_path, keeping
         make(tmp_path).hyperparameter_search(rates, n_trials=2, backend="optuna")
     objectives = [trial.value for trial in made[0].trials]
     assert objectives == [
-        [log["eval_loss"] for log in state.log_history if "eval_loss" in log][-1] for *_, state, _ in keeping.runs
+        [log["eval_loss"] for log in state.log_history if "eval_loss" in log][-1] for *_, state, _ in recorded.runs
     ]

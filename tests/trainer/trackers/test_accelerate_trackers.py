@@ -1,4 +1,4 @@
-"""How trackers are opened and closed, by fakes of their modules' documented calls: names, projects, resumed runs.
+"""How trackers are opened and closed, by fakes of their documented calls: names, projects, resumed runs.
 
 `test_real.py` runs those that are installed.
 """
@@ -8,20 +8,19 @@ import sys
 import time
 import types
 
-import accelerate.tracking  # noqa: F401 - looks for packages when it is imported: before the fakes are there
 import pytest
 
 from fts.trainer import TrainerState
 from fts.trainer.trackers import TrackerCallback
 from tests.trainer.helpers import make_trainer
-from tests.trainer.trackers.test_others import module
+from tests.trainer.trackers.fake_modules import fake_module
 
 SHORT = {"max_steps": 4, "logging_steps": 2, "run_name": "mine", "project": "group"}
 SAVED = SHORT | {"save_strategy": "steps", "save_steps": 2}
 
 
 class Recorder:
-    """An object whose methods remember their arguments, and return what is given."""
+    """An object whose methods record their arguments and return the given values."""
 
     def __init__(self, **returns):
         self.calls = []
@@ -30,8 +29,8 @@ class Recorder:
     def __getattr__(self, name):
         def method(*args, **kwargs):
             self.calls.append((name, args, kwargs))
-            found = self.returns.get(name)
-            return found(*args, **kwargs) if callable(found) else found
+            value = self.returns.get(name)
+            return value(*args, **kwargs) if callable(value) else value
 
         return method
 
@@ -42,7 +41,7 @@ class Recorder:
 def test_trackio_gets_its_spaces(tmp_path, monkeypatch):
     run = types.SimpleNamespace(name="mine", log=lambda values, step=None: None, finish=lambda: None)
     package = Recorder(init=run)
-    module(monkeypatch, "trackio", init=package.init, sync=package.sync, config={})
+    fake_module(monkeypatch, "trackio", init=package.init, sync=package.sync, config={})
     settings = {"trackio_space_id": "me/live", "trackio_bucket_id": "me/logs", "trackio_static_space_id": "me/after"}
     trainer = make_trainer(tmp_path, **SHORT, **settings, hub_private_repo=True, callbacks=[TrackerCallback(["trackio"])])
     trainer.train()
@@ -63,18 +62,18 @@ def test_trackio_gets_its_spaces(tmp_path, monkeypatch):
 def test_trackio_has_no_static_space_unless_asked(tmp_path, monkeypatch, static):
     run = types.SimpleNamespace(name="mine", log=lambda values, step=None: None, finish=lambda: None)
     package = Recorder(init=run)
-    module(monkeypatch, "trackio", init=package.init, sync=package.sync, config={})
+    fake_module(monkeypatch, "trackio", init=package.init, sync=package.sync, config={})
     settings = {"trackio_space_id": None, "trackio_static_space_id": static}
     make_trainer(tmp_path, **SHORT, **settings, callbacks=[TrackerCallback(["trackio"])]).train()
     assert package.of("init")[0][1]["space_id"] is None
     assert package.of("sync") == []
 
 
-def test_comet_goes_on_with_its_experiment(tmp_path, monkeypatch):
+def test_comet_continues_its_experiment(tmp_path, monkeypatch):
     experiment = Recorder(get_key="key-1")
     package = Recorder(start=experiment, get_running_experiment=None)
     calls = {"start": package.start, "get_running_experiment": package.get_running_experiment}
-    module(monkeypatch, "comet_ml", __version__="3.50.0", **calls)
+    fake_module(monkeypatch, "comet_ml", __version__="3.50.0", **calls)
     monkeypatch.setenv("COMET_START_ONLINE", "false")
     make_trainer(tmp_path, **SAVED, callbacks=[TrackerCallback(["comet_ml"])]).train()
     again = make_trainer(tmp_path, **SAVED, callbacks=[TrackerCallback(["comet_ml"])])
@@ -87,12 +86,12 @@ def test_comet_goes_on_with_its_experiment(tmp_path, monkeypatch):
     assert len(experiment.of("log_parameters")) == 1 and len(experiment.of("end")) == 2
 
 
-def test_clearml_goes_on_with_its_task_and_marks_one_that_failed(tmp_path, monkeypatch):
+def test_clearml_continues_its_task_and_marks_a_failed_one(tmp_path, monkeypatch):
     reports = Recorder()
     task = Recorder(get_logger=reports)
     task.id = "task-1"
     package = Recorder(init=task, current_task=None)
-    module(monkeypatch, "clearml", Task=package)
+    fake_module(monkeypatch, "clearml", Task=package)
 
     class Breaks:
         def on_step_end(self, args, state, control, **kwargs):
@@ -112,11 +111,11 @@ def test_clearml_goes_on_with_its_task_and_marks_one_that_failed(tmp_path, monke
     assert len(task.of("mark_failed")) == 1
 
 
-def test_swanlab_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_swanlab_continues_its_run(tmp_path, monkeypatch):
     run = Recorder()
     run.id = "run-1"
     package = Recorder(init=run, get_run=run)
-    module(monkeypatch, "swanlab", init=package.init, get_run=package.get_run, config={})
+    fake_module(monkeypatch, "swanlab", init=package.init, get_run=package.get_run, config={})
     monkeypatch.setenv("SWANLAB_MODE", "local")
     make_trainer(tmp_path, **SAVED, callbacks=[TrackerCallback(["swanlab"])]).train()
     again = make_trainer(tmp_path, **SAVED, callbacks=[TrackerCallback(["swanlab"])])
@@ -127,7 +126,7 @@ def test_swanlab_goes_on_with_its_run(tmp_path, monkeypatch):
     assert len(run.of("finish")) == 2
 
 
-def test_aim_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_aim_continues_its_run(tmp_path, monkeypatch):
     made = []
 
     class Run(dict):
@@ -141,7 +140,7 @@ def test_aim_goes_on_with_its_run(tmp_path, monkeypatch):
         def close(self):
             self.closed = True
 
-    module(monkeypatch, "aim", Run=Run)
+    fake_module(monkeypatch, "aim", Run=Run)
     monkeypatch.setenv("AIM_REPO", str(tmp_path))
     make_trainer(tmp_path, **SAVED, callbacks=[TrackerCallback(["aim"])]).train()
     again = make_trainer(tmp_path, **SAVED, callbacks=[TrackerCallback(["aim"])])
@@ -154,13 +153,13 @@ def test_aim_goes_on_with_its_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["comet_ml", "clearml"])
-def test_a_run_that_the_script_began_stays_open(tmp_path, monkeypatch, name):
+def test_a_run_started_by_the_script_stays_open(tmp_path, monkeypatch, name):
     running = Recorder(get_key="key", get_logger=Recorder())
     running.id = "task"
     if name == "comet_ml":
-        module(monkeypatch, name, __version__="3.50.0", get_running_experiment=lambda: running)
+        fake_module(monkeypatch, name, __version__="3.50.0", get_running_experiment=lambda: running)
     else:
-        module(monkeypatch, name, Task=Recorder(current_task=running))
+        fake_module(monkeypatch, name, Task=Recorder(current_task=running))
     make_trainer(tmp_path, **SHORT, callbacks=[TrackerCallback([name])]).train()
     assert not {"end", "close", "mark_failed"} & {called for called, *_ in running.calls}
     assert running.of("log_parameters") or running.of("connect_configuration")
@@ -169,14 +168,14 @@ def test_a_run_that_the_script_began_stays_open(tmp_path, monkeypatch, name):
 def test_a_wandb_run_of_the_script_is_used_and_left_open(tmp_path, monkeypatch):
     run = Recorder()
     run.id = "outer"
-    module(monkeypatch, "wandb", run=run, config=Recorder())
+    fake_module(monkeypatch, "wandb", run=run, config=Recorder())
     make_trainer(tmp_path, **SHORT, callbacks=[TrackerCallback(["wandb"])]).train()
     assert [args[0]["train/global_step"] for args, _ in run.of("log")] == [2, 4, 4]
     assert run.of("finish") == []
     assert len(sys.modules["wandb"].config.of("update")) == 1
 
 
-def test_tensorboard_writes_where_the_environment_says(tmp_path, monkeypatch):
+def test_tensorboard_writes_to_the_directory_of_the_environment(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     make_trainer(tmp_path / "out", **SHORT, report_to="tensorboard").train()
@@ -202,7 +201,7 @@ def test_a_trial_of_a_search_has_its_own_name(tmp_path, monkeypatch):
     run = Recorder()
     run.id = "run"
     package = Recorder(init=run)
-    module(monkeypatch, "wandb", run=None, init=package.init, config=Recorder())
+    fake_module(monkeypatch, "wandb", run=None, init=package.init, config=Recorder())
     trainer = make_trainer(tmp_path, **SHORT, callbacks=[TrackerCallback(["wandb"])])
     state = TrainerState(trial_name="trial 3")
     trainer.callback_handler.callbacks[1].on_train_begin(trainer.args, state, None, model=trainer.model)
@@ -213,9 +212,26 @@ def test_wandb_is_not_opened_twice_in_a_second(tmp_path, monkeypatch):
     run = Recorder()
     run.id = "run"
     seconds = []
-    module(monkeypatch, "wandb", run=None, init=lambda **given: (seconds.append(int(time.time())), run)[1], config=Recorder())
+    fake_module(
+        monkeypatch, "wandb", run=None, init=lambda **given: (seconds.append(int(time.time())), run)[1], config=Recorder()
+    )
     trainer = make_trainer(tmp_path, max_steps=1, callbacks=[TrackerCallback(["wandb"])])
     trainer.train()
     trainer.evaluate()
     trainer.predict(trainer.eval_dataset)
     assert len(seconds) == len(set(seconds)) == 3
+
+
+def test_dagshub_is_mlflow_on_the_current_repository(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = f"sqlite:///{tmp_path}/hub.db"
+    fake_module(monkeypatch, "dagshub", init=lambda mlflow: sys.modules["mlflow"].set_tracking_uri(uri))
+    try:
+        settings = {"max_steps": 4, "logging_steps": 2, "run_name": "mine"}
+        make_trainer(tmp_path, **settings, callbacks=[TrackerCallback(["dagshub"])]).train()
+        client = mlflow.MlflowClient(uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("huggingface").experiment_id])
+        assert run.info.run_name == "mine" and "loss" in run.data.metrics
+    finally:
+        mlflow.set_tracking_uri(None)

@@ -1,4 +1,4 @@
-"""Trackers that are installed, run for real: what they stored is read back by their own readers."""
+"""Installed trackers: what they stored is read back by their own readers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SPEED = ("runtime", "_per_second")
 
 
 def local(directory):
-    """Settings by which trackers stay on this machine, and in this directory."""
+    """Settings by which trackers write only to this directory."""
     return {
         "AIM_REPO": str(directory),
         "HF_HUB_OFFLINE": "1",
@@ -54,17 +54,17 @@ def grouped(name):
 
 
 def logged(entries, rename):
-    """From what the Trainer logged: name -> [[step, value], ...]."""
-    figures = {}
+    """The logs of the Trainer: name -> [[step, value], ...]."""
+    metrics = {}
     for entry in entries:
         for name, value in entry.items():
             if name != "step":
-                figures.setdefault(rename(name), []).append([entry["step"], value])
-    return figures
+                metrics.setdefault(rename(name), []).append([entry["step"], value])
+    return metrics
 
 
 def resumed(result, again):
-    """What was logged in all: by the run that crashed, and by that which went on from step 2."""
+    """All logs: of the run that crashed, and of the one that resumed from step 2."""
     crashed = result["crashed"] if again else [entry for entry in result["crashed"] if entry["step"] <= 2]
     return [*crashed, *(entry for entry in result["history"] if entry["step"] > 2)]
 
@@ -72,7 +72,7 @@ def resumed(result, again):
 @pytest.mark.parametrize(
     ("name", "rename", "again"),
     [
-        ("tensorboard", grouped, False),  # it takes back what came after the checkpoint
+        ("tensorboard", grouped, False),  # it drops the logs after the checkpoint
         ("mlflow", str, True),
         ("trackio", grouped, True),
         ("wandb", grouped, True),
@@ -80,29 +80,29 @@ def resumed(result, again):
         ("aim", grouped, False),  # it has one value of a step: the latest
     ],
 )
-def test_every_figure_is_stored_at_its_step(found, name, rename, again):
+def test_every_metric_is_stored_at_its_step(found, name, rename, again):
     result = found(name)
     expected = logged(resumed(result, again), rename)
-    assert result["runs"] == 1  # a resumed run goes on, and an evaluation after it belongs to it
+    assert result["runs"] == 1  # a resumed run continues, and a later evaluation belongs to it
     if name == "aim":
-        expected = {figure: [list(pair) for pair in dict(values).items()] for figure, values in expected.items()}
-    for figure, values in expected.items():
-        assert result["figures"][figure] == [[step, pytest.approx(value, rel=1e-5)] for step, value in values], figure
+        expected = {metric: [list(pair) for pair in dict(values).items()] for metric, values in expected.items()}
+    for metric, values in expected.items():
+        assert result["metrics"][metric] == [[step, pytest.approx(value, rel=1e-5)] for step, value in values], metric
     loss = rename("test_loss")
-    assert result["figures"][loss] == [[6, pytest.approx(result["history"][-1]["eval_loss"])]]  # predict, on the same rows
-    assert len(result["figures"][rename("loss")]) == (4 if again else 3)
+    assert result["metrics"][loss] == [[6, pytest.approx(result["history"][-1]["eval_loss"])]]  # predict, on the same examples
+    assert len(result["metrics"][rename("loss")]) == (4 if again else 3)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "trackio", "wandb", "dvclive", "aim"])
-def test_facts_are_told_once_and_without_secrets(found, name):
-    (facts,) = found(name)["facts"]
-    assert "hub_token" not in facts
-    assert {key: float(facts[key]) for key in ("learning_rate", "plan/total_steps", "model/num_parameters")} == {
+def test_the_config_is_stored_once_and_without_secrets(found, name):
+    (config,) = found(name)["configs"]
+    assert "hub_token" not in config
+    assert {key: float(config[key]) for key in ("learning_rate", "plan/total_steps", "model/num_parameters")} == {
         "learning_rate": 0.01,
         "plan/total_steps": 6,
         "model/num_parameters": 65,
     }
-    assert facts["environment/torch"]
+    assert config["environment/torch"]
 
 
 @pytest.mark.parametrize("name", ["mlflow", "trackio", "wandb", "aim"])
@@ -110,6 +110,6 @@ def test_the_run_has_its_name(found, name):
     assert found(name)["name"] == "mine"
 
 
-def test_a_run_that_crashed_says_so(found):
-    assert found("wandb")["exits"] == [1, 0, 0, 0]  # the crash, the run that went on, evaluate, predict
+def test_a_crashed_run_is_marked_as_failed(found):
+    assert found("wandb")["exits"] == [1, 0, 0, 0]  # the crash, the resumed run, evaluate, predict
     assert found("mlflow")["status"] == "FINISHED"

@@ -1,4 +1,4 @@
-"""What a tracker is told of a run: all of it, and no secret."""
+"""The configuration of a run that trackers store, without secrets."""
 
 import attrs
 import pytest
@@ -7,7 +7,7 @@ from torch import nn
 
 from fts.trainer import TrainingArguments
 from fts.trainer.run.plan import make_plan
-from fts.trainer.trackers.logs import (rewrite_logs, numeric_logs)
+from fts.trainer.trackers.logs import numeric_logs, rewrite_logs
 from fts.trainer.trackers.run_config import run_config
 from tests.trainer.helpers import Linear
 
@@ -26,42 +26,42 @@ class Configured(Linear):
         self.config = Config(values)
 
 
-def test_arguments_plan_model_and_environment_are_told():
+def test_the_config_has_arguments_plan_model_and_environment():
     args = TrainingArguments("out", learning_rate=0.25, label_names=["a"], use_cpu=True)
     model = Configured(hidden_size=8, architectures=["Net"])
     frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
     model.register_parameter("frozen", frozen)
-    facts = run_config(args, make_plan(args, batches=10, items=80), model)
-    assert facts["learning_rate"] == 0.25 and facts["label_names"] == "['a']"
-    assert facts["plan/total_steps"] == 30 and facts["plan/precision"] == "None"
-    assert "plan/schedule" not in facts
-    assert (facts["model/hidden_size"], facts["model/architectures"], facts["model/class"]) == (8, "['Net']", "Configured")
-    assert (facts["model/num_parameters"], facts["model/num_trainable_parameters"]) == (7, 4)
-    assert facts["environment/torch"] == torch.__version__ and facts["environment/device"] == "cpu"
-    assert all(type(value) in (bool, int, float, str) for value in facts.values())
+    config = run_config(args, make_plan(args, batches=10, num_examples=80), model)
+    assert config["learning_rate"] == 0.25 and config["label_names"] == "['a']"
+    assert config["plan/total_steps"] == 30 and config["plan/precision"] == "None"
+    assert "plan/schedule" not in config
+    assert (config["model/hidden_size"], config["model/architectures"], config["model/class"]) == (8, "['Net']", "Configured")
+    assert (config["model/num_parameters"], config["model/num_trainable_parameters"]) == (7, 4)
+    assert config["environment/torch"] == torch.__version__ and config["environment/device"] == "cpu"
+    assert all(type(value) in (bool, int, float, str) for value in config.values())
 
 
 @pytest.mark.parametrize("name", ["token", "auth_token", "api_key", "wandb_api_key", "password", "client_secret", "ACCESS_KEY"])
-def test_what_is_called_a_secret_is_left_out(name):
-    facts = run_config(
+def test_secrets_are_left_out_by_name(name):
+    config = run_config(
         TrainingArguments("out", hub_token="sesame"),
         None,
         Configured(**{name: "sesame", "inner": {name: "sesame", "deep": [{name: "sesame"}]}}),
     )
-    assert "sesame" not in str(facts)
-    assert f"model/{name}" not in facts and facts["model/inner"] == "{'deep': [{}]}"
+    assert "sesame" not in str(config)
+    assert f"model/{name}" not in config and config["model/inner"] == "{'deep': [{}]}"
 
 
-def test_what_only_sounds_like_one_is_told():
-    facts = run_config(TrainingArguments("out"), None, Configured(pad_token_id=3, num_key_value_heads=4, tokenizer_class="Bert"))
-    assert (facts["model/pad_token_id"], facts["model/num_key_value_heads"], facts["model/tokenizer_class"]) == (3, 4, "Bert")
+def test_names_that_only_resemble_secrets_are_kept():
+    config = run_config(TrainingArguments("out"), None, Configured(pad_token_id=3, num_key_value_heads=4, tokenizer_class="Bert"))
+    assert (config["model/pad_token_id"], config["model/num_key_value_heads"], config["model/tokenizer_class"]) == (3, 4, "Bert")
 
 
-@pytest.mark.parametrize("address", ["https://me:sesame@host/x", "s3://sesame@host/x", "postgresql://me:sesame@db:5432/runs"])
-def test_logins_in_addresses_are_masked(address):
-    facts = run_config(TrainingArguments(address, run_name=address), None, Configured(source=[address]))
-    assert "sesame" not in str(facts)
-    assert facts["run_name"].partition("@")[2] == address.partition("@")[2]
+@pytest.mark.parametrize("url", ["https://me:sesame@host/x", "s3://sesame@host/x", "postgresql://me:sesame@db:5432/runs"])
+def test_logins_in_urls_are_masked(url):
+    config = run_config(TrainingArguments(url, run_name=url), None, Configured(source=[url]))
+    assert "sesame" not in str(config)
+    assert config["run_name"].partition("@")[2] == url.partition("@")[2]
 
 
 def test_the_model_keeps_its_configuration():
@@ -101,7 +101,7 @@ def test_names_are_those_that_transformers_writes(tmp_path):
     assert tags("ours") == tags("theirs")
 
 
-def test_a_split_needs_a_name_behind_it():
+def test_a_split_prefix_needs_a_name_after_it():
     assert rewrite_logs({"eval": 1.0, "evaluation_loss": 2.0, "test_eval_f1": 3.0}) == {
         "train/eval": 1.0,
         "train/evaluation_loss": 2.0,

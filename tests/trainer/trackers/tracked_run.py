@@ -1,6 +1,6 @@
-"""Trains with one tracker, is interrupted after a checkpoint, goes on, evaluates; prints what the tracker's own reader finds.
+"""Trains with one tracker, crashes after a checkpoint, resumes and evaluates; prints what the tracker's own reader finds.
 
-Called as `python tracked_run.py TRACKER DIRECTORY`, in a process of its own, since trackers keep global state.
+Called as `python tracked_run.py TRACKER DIRECTORY`, in a separate process, since trackers keep global state.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ def tensorboard(root):
     (folder,) = (root / "out" / "runs").iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
-    figures = {tag: [[one.step, one.value] for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    metrics = {tag: [[one.step, one.value] for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     import yaml
 
-    facts = [yaml.safe_load(path.read_text()) for path in folder.glob("*/hparams.yml")]
-    return {"runs": 1, "figures": figures, "facts": facts}
+    configs = [yaml.safe_load(path.read_text()) for path in folder.glob("*/hparams.yml")]
+    return {"runs": 1, "metrics": metrics, "configs": configs}
 
 
 def mlflow(root):
@@ -50,13 +50,13 @@ def mlflow(root):
     runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     run = runs[0]
     history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
-    figures = {key: [[one.step, one.value] for one in values] for key, values in history.items()}
+    metrics = {key: [[one.step, one.value] for one in values] for key, values in history.items()}
     return {
         "runs": len(runs),
         "name": run.info.run_name,
         "status": run.info.status,
-        "figures": figures,
-        "facts": [run.data.params],
+        "metrics": metrics,
+        "configs": [run.data.params],
     }
 
 
@@ -65,17 +65,17 @@ def trackio(root):
     from trackio.sqlite_storage import SQLiteStorage
 
     runs = list(package.Api().runs("tests"))
-    figures = {}
+    metrics = {}
     for row in SQLiteStorage.get_logs("tests", runs[0].name):
         for key, value in row.items():
-            figures.setdefault(key, []).append([row["train/global_step"], value])
-    return {"runs": len(runs), "name": runs[0].name, "figures": figures, "facts": [dict(runs[0].config)]}
+            metrics.setdefault(key, []).append([row["train/global_step"], value])
+    return {"runs": len(runs), "name": runs[0].name, "metrics": metrics, "configs": [dict(runs[0].config)]}
 
 
 def wandb(root):
     from wandb.proto import wandb_internal_pb2
 
-    figures, facts, runs, names, exits = {}, [], set(), set(), []
+    metrics, configs, runs, names, exits = {}, [], set(), set(), []
     for file in sorted(root.glob("wandb/offline-run-*/*.wandb")):
         for data in records(file.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
@@ -86,42 +86,42 @@ def wandb(root):
                 exits.append(record.exit.exit_code)
             if record.HasField("config"):
                 items = {item.key: json.loads(item.value_json) for item in record.config.update if item.key != "_wandb"}
-                facts += [items] if items else []
+                configs += [items] if items else []
             if record.HasField("history"):
                 row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
                 for key, value in row.items():
-                    figures.setdefault(key, []).append([row["train/global_step"], value])
+                    metrics.setdefault(key, []).append([row["train/global_step"], value])
     (name,) = names
-    return {"runs": len(runs), "name": name, "exits": exits, "figures": figures, "facts": facts}
+    return {"runs": len(runs), "name": name, "exits": exits, "metrics": metrics, "configs": configs}
 
 
 def records(data):
-    """The records of a file in the log format of LevelDB, as its documentation has it, after W&B's header of 7 bytes."""
+    """The records of a file in LevelDB's documented log format, after W&B's header of 7 bytes."""
     assert data[:4] == b":W&B"
-    place, whole = 7, b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
         if left < 7:
-            place += left
+            position += left
             continue
-        _, size, kind = struct.unpack_from("<IHB", data, place)
-        whole += data[place + 7 : place + 7 + size]
-        place += 7 + size
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + size]
+        position += 7 + size
         if kind in (1, 4):  # a full one, or the last part
-            yield whole
-            whole = b""
+            yield record
+            record = b""
 
 
 def dvclive(root):
-    figures = {}
+    metrics = {}
     for path in (root / "dvclive" / "plots" / "metrics").rglob("*.tsv"):
         with path.open() as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
         (key,) = (key for key in rows[0] if key not in ("step", "timestamp"))
-        figures[f"{path.parent.name}/{key}"] = [[int(row["step"]), float(row[key])] for row in rows]
+        metrics[f"{path.parent.name}/{key}"] = [[int(row["step"]), float(row[key])] for row in rows]
     import yaml
 
-    return {"runs": 1, "figures": figures, "facts": [yaml.safe_load((root / "dvclive" / "params.yaml").read_text())]}
+    return {"runs": 1, "metrics": metrics, "configs": [yaml.safe_load((root / "dvclive" / "params.yaml").read_text())]}
 
 
 def aim(root):
@@ -130,8 +130,8 @@ def aim(root):
     hashes = [path.name for path in (root / ".aim" / "meta" / "chunks").iterdir()]  # before Aim's server has listed them
     run = Run(hashes[0], repo=str(root), system_tracking_interval=None, capture_terminal_logs=False)
     tables = {metric.name: metric.dataframe() for metric in run.metrics()}
-    figures = {name: [[int(row.step), row.value] for row in table.itertuples()] for name, table in tables.items()}
-    return {"runs": len(hashes), "name": run.name, "figures": figures, "facts": [dict(run["hparams"])]}
+    metrics = {name: [[int(row.step), row.value] for row in table.itertuples()] for name, table in tables.items()}
+    return {"runs": len(hashes), "name": run.name, "metrics": metrics, "configs": [dict(run["hparams"])]}
 
 
 def main(name, root):

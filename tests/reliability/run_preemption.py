@@ -1,4 +1,4 @@
-"""One of two processes that train until one of them is asked to stop, for test_stopping: `with_stop.py FILE RANK`."""
+"""One of two processes that train until one of them is asked to stop, for test_preemption: `run_preemption.py FILE RANK`."""
 
 import sys
 import time

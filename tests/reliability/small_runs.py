@@ -18,12 +18,12 @@ from fts import loops, steps, transforms as tx
 from fts.trainer import TrainerCallback
 from tests.trainer.helpers import Regression, make_trainer, rows
 
-LAST = 12
+LAST_STEP = 12
 SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
 Act = Callable[[int], object]
 
 
-class Rows(Dataset[Any]):
+class Examples(Dataset[Any]):
     """22 rows; to read the eighth calls `fault`."""
 
     def __init__(self, fault: Callable[[], object] | None = None) -> None:
@@ -39,7 +39,7 @@ class Rows(Dataset[Any]):
         return self.rows[index]
 
 
-class Acting(TrainerCallback):
+class ActCallback(TrainerCallback):
     """Calls a function after each update; saves before are complete, because it listens to them."""
 
     def __init__(self, act: Act) -> None:
@@ -52,22 +52,22 @@ class Acting(TrainerCallback):
         self.act(state.global_step)
 
 
-def by_trainer(root: Path, act: Act | None = None, data: Any = None, workers: int = 0, **options: Any) -> None:
-    data = Rows() if data is None else data
-    callbacks = [] if act is None else [Acting(act)]
+def run_trainer(root: Path, act: Act | None = None, data: Any = None, workers: int = 0, **options: Any) -> None:
+    data = Examples() if data is None else data
+    callbacks = [] if act is None else [ActCallback(act)]
     settings = SETTINGS | {"dataloader_num_workers": workers} | options
     trainer = make_trainer(root, train_dataset=data, callbacks=callbacks, **settings)
     trainer.train(resume_from_checkpoint=loops.newest_checkpoint(root) is not None)
 
 
-def by_fit(root: Path, act: Act | None = None, data: Any = None, workers: int = 0) -> None:
+def run_fit(root: Path, act: Act | None = None, data: Any = None, workers: int = 0) -> None:
     torch.manual_seed(0)
     net, optimizer = Regression().train(), tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(0.01))
     state, start = fts.TrainState.create(net, optimizer, seed=1), loops.Position()
     newest = loops.newest_checkpoint(root)
     if newest is not None:
         state, start = loops.load_checkpoint(newest, like=state)
-    data = Rows() if data is None else data
+    data = Examples() if data is None else data
     source = loops.source(data, batch_size=4, shuffle=True, seed=1, workers=workers)
     step = steps.train_step(steps.module_loss(net), optimizer)
     with loops.AsyncCheckpointer() as writer:
@@ -82,10 +82,10 @@ def by_fit(root: Path, act: Act | None = None, data: Any = None, workers: int = 
                 act(event.counters.step)
 
 
-WAYS = {"Trainer": by_trainer, "fit": by_fit}
+LOOPS = {"Trainer": run_trainer, "fit": run_fit}
 
 
-def ending(root: Path) -> dict[str, bytes]:
+def result_of(root: Path) -> dict[str, bytes]:
     """What a run led to: weights, optimizer and step, byte for byte."""
     names = ("model.safetensors", "optimizer.safetensors", "state.json")
-    return {name: (root / f"checkpoint-{LAST}" / name).read_bytes() for name in names}
+    return {name: (root / f"checkpoint-{LAST_STEP}" / name).read_bytes() for name in names}

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fts.dtensors import (to_local, local_tensors, local_storage_ptr, redistribute_like)
+from fts.dtensors import local_storage_ptr, local_tensors, redistribute_like, to_local
 from fts.typing import Info, Number, OptState, Params, Transform
 
 Update: TypeAlias = Callable[[Params, OptState, Params | None], tuple[Params, OptState, Info]]
@@ -80,16 +80,28 @@ def _separated(update: Update) -> Update:
 def scale_in_place(tensors: Iterable[Tensor], factor: Any) -> None:
     """Multiply in place by a number or a 0-d tensor.
 
+    Sharded tensors are multiplied by their local shards.
+    """
+    scale_(local_tensors(tensors), factor)
+
+
+def scale_(tensors: list[Tensor], factor: Any) -> None:
+    """Multiply plain tensors in place by a number or a 0-d tensor.
+
     The kernels are two to three times as fast with a 0-d tensor of the tensors' own dtype, on the CPU also for numbers.
     """
-    tensors = local_tensors(tensors)
-    dtypes = set(map(_dtype_of, tensors))
-    own = next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= WIDE_DTYPES else None
+    own = wide_dtype(tensors)
     if isinstance(factor, Tensor):
         factor = factor if own is None else factor.to(own)
     elif tensors[0].is_cpu:
         factor = torch.full((), factor, dtype=own or torch.float64)
     torch._foreach_mul_(tensors, factor)
+
+
+def wide_dtype(tensors: list[Tensor]) -> torch.dtype | None:
+    """The dtype of all of them, where that is float32 or float64."""
+    dtypes = set(map(_dtype_of, tensors))
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= WIDE_DTYPES else None
 
 
 def for_kernel(rate: Number) -> Number:

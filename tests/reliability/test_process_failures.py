@@ -6,10 +6,10 @@ from pathlib import Path
 from fts.loops.checkpoint_list import list_checkpoints
 from tests.torchrun import results
 
-SCRIPT = Path(__file__).parent / "lives_of_two.py"
+SCRIPT = Path(__file__).parent / "run_two_processes.py"
 
 
-def test_a_run_whose_process_is_killed_in_a_step_and_in_saves_ends_as_if_it_had_never_been(tmp_path):
+def test_a_run_whose_process_is_killed_in_a_step_and_in_saves_has_the_result_of_one_that_was_not(tmp_path):
     folders = {name: tmp_path / name for name in ("killed", "whole")}
     for folder in folders.values():
         folder.mkdir()
@@ -17,8 +17,8 @@ def test_a_run_whose_process_is_killed_in_a_step_and_in_saves_ends_as_if_it_had_
     whole = results(SCRIPT, folders["whole"], tmp_path / "other", "lives")
     assert killed[0] == killed[1]
     assert killed[0]["weights"] == whole[0]["weights"]
-    assert [(one.step, one.status) for one in list_checkpoints(tmp_path / "out") if one.status != "cut off"] == [
-        (step, "whole") for step in (4, 8, 12)
+    assert [(one.step, one.status) for one in list_checkpoints(tmp_path / "out") if one.status != "interrupted"] == [
+        (step, "complete") for step in (4, 8, 12)
     ]
     for life, lives_on in ((0, 0), (1, 0), (2, 1)):
         told = json.loads((folders["killed"] / f"life-{life}-{lives_on}").read_text())

@@ -1,4 +1,4 @@
-"""What goes wrong in real runs: empty micro-batches, failures in the middle, hooks, modules that change themselves."""
+"""Edge cases: micro-batches without examples, failures inside a step, hooks, modules that change themselves."""
 
 import warnings
 
@@ -28,13 +28,13 @@ def mean_square(model, batch):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_a_micro_batch_without_items_counts_nothing(engine, as_tensor):
+def test_a_micro_batch_without_examples_has_no_weight(engine, as_tensor):
     """Its masked mean is NaN, in the loss, the metrics and the gradients."""
 
     def loss(params, batch):
-        items = batch["mask"].sum()
-        mean = ((params["w"] * batch["x"]).square() * batch["mask"]).sum() / items
-        return mean, items if as_tensor else int(items), {"mean": mean}
+        count = batch["mask"].sum()
+        mean = ((params["w"] * batch["x"]).square() * batch["mask"]).sum() / count
+        return mean, count if as_tensor else int(count), {"mean": mean}
 
     state = fts.TrainState.create({"w": torch.tensor([2.0])}, tx.identity())
     batch = {"x": torch.tensor([1.0, 3.0, 5.0, 7.0]), "mask": torch.tensor([1.0, 1.0, 0.0, 0.0])}
@@ -47,7 +47,7 @@ def test_a_micro_batch_without_items_counts_nothing(engine, as_tensor):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("weight", [-1, float("nan")])
-def test_a_weight_that_counts_nothing_sensible_is_refused(engine, weight):
+def test_an_invalid_weight_is_an_error(engine, weight):
     state = fts.TrainState.create({"w": torch.ones(1)}, tx.identity())
     with pytest.raises(LossError, match="weight"):
         steps.value_and_grad(lambda params, x: (params["w"].sum(), weight), engine=engine)(state, torch.ones(2))
@@ -121,7 +121,7 @@ class Growing(nn.Module):
 
 
 @pytest.mark.parametrize(("what", "name"), [("buffer", "cache"), ("parameter", "extra")])
-def test_tensors_that_a_forward_pass_makes_are_named(what, name):
+def test_tensors_registered_in_a_forward_pass_are_named(what, name):
     net = Growing(what)
     state = fts.TrainState.create(net, tx.sgd(0.1))
     with pytest.raises(UnknownParameterError, match=name):

@@ -1,4 +1,4 @@
-"""One of two processes that save by time, for test_cadence: `agreeing.py FILE RANK`; its clock runs faster or slower."""
+"""One of two processes that save by time, for test_cadence: `run_cadence.py FILE RANK`; its clock runs faster or slower."""
 
 import sys
 from pathlib import Path

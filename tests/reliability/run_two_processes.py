@@ -1,4 +1,4 @@
-"""A run of two processes, one of which is killed, for test_processes: `torchrun --max-restarts 3 lives_of_two.py RESULTS OUT`.
+"""A run of two processes, one of which is killed, for test_process_failures: `torchrun --max-restarts 3 run_two_processes.py RESULTS OUT`.
 
 The first life ends in a step, the second while parts of a checkpoint are written, the third while it is sealed, and the fourth
 as the run is planned.

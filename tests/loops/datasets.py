@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 
-class Items(Dataset[Tensor]):
+class RecordingDataset(Dataset[Tensor]):
     """Item i is i; every read is noted."""
 
     def __init__(self, count: int) -> None:
@@ -28,7 +28,7 @@ class Items(Dataset[Tensor]):
         return torch.tensor(float(index))
 
 
-class Augmented(Items):
+class AugmentedDataset(RecordingDataset):
     """Each item comes with a draw from each of the three generators."""
 
     def __getitem__(self, index: int) -> Tensor:
@@ -36,7 +36,7 @@ class Augmented(Items):
         return torch.tensor([float(index), torch.rand(()).item(), np.random.rand(), random.random()], dtype=torch.float64)
 
 
-class Together(Items):
+class GetItemsDataset(RecordingDataset):
     """Has `__getitems__` and counts its calls."""
 
     calls = 0
@@ -46,7 +46,7 @@ class Together(Items):
         return [self[index] for index in indices]
 
 
-class Numbers(IterableDataset[Tensor]):
+class NumberStream(IterableDataset[Tensor]):
     """0 ... count-1, divided among workers; shuffled by epoch if `set_epoch` was called; reads are noted."""
 
     def __init__(self, count: int, *, sized: bool = False, random_items: bool = False) -> None:
@@ -55,7 +55,7 @@ class Numbers(IterableDataset[Tensor]):
         self.reads = 0
         self.random_items = random_items
         if sized:
-            self.__class__ = SizedNumbers
+            self.__class__ = SizedNumberStream
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -70,7 +70,7 @@ class Numbers(IterableDataset[Tensor]):
             yield torch.tensor(1000.0 * epoch + number + noise, dtype=torch.float64)
 
 
-class SizedNumbers(Numbers):
+class SizedNumberStream(NumberStream):
     def __len__(self) -> int:
         return self.count
 
@@ -90,12 +90,12 @@ def add(state: Count, batch: Any) -> tuple[Count, dict[str, Tensor]]:
     return attrs.evolve(state, step=state.step + 1, total=state.total + float(amount)), {"loss": amount}
 
 
-def listed(batches: Any) -> list[Any]:
+def to_lists(batches: Any) -> list[Any]:
     """Batches as nested Python lists."""
     if isinstance(batches, Tensor):
         return batches.tolist()
     if isinstance(batches, dict):
-        return {name: listed(value) for name, value in batches.items()}
+        return {name: to_lists(value) for name, value in batches.items()}
     if isinstance(batches, (list, tuple)) or hasattr(batches, "__next__"):
-        return [listed(batch) for batch in batches]
+        return [to_lists(batch) for batch in batches]
     return batches

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "g2p.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "g2p.py"
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def wait_for(process, word):
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_two_processes_stop_at_the_same_step(name, tmp_path):
-    script = Path(__file__).with_name("stopping.py")
+    script = Path(__file__).with_name("run_preemption.py")
     one, other = (started(script, tmp_path / "meeting", rank) for rank in (0, 1))
     wait_for(one, "running"), wait_for(other, "running")
     one.send_signal(getattr(signal, name))
@@ -91,7 +91,7 @@ print("never")
 
 
 @pytest.mark.parametrize(("moment", "steps"), [("first", [1]), ("evaluation", [3, 4]), ("save", [3, 4]), ("twice", [3])])
-def test_a_signal_at_a_bad_moment(moment, steps, tmp_path):
+def test_a_signal_at_a_critical_moment(moment, steps, tmp_path):
     """An update is finished, an evaluation left and made up for when the run goes on; one update at most follows, and a save."""
     root = tmp_path / "run"
     process = started("-c", PROGRAM, moment, root)

@@ -1,4 +1,4 @@
-"""A program that trains until it is interrupted, for test_interrupting: `preempted.py ROOT WAY`."""
+"""A program that trains until it is interrupted, for test_preemption and test_worker_signals: `run_preemption.py ROOT WAY`."""
 
 import sys
 import time

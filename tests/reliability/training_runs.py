@@ -18,10 +18,10 @@ import fts
 from fts import loops, steps, transforms as tx
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
 
-Tell: TypeAlias = Callable[[str], None]
+Report: TypeAlias = Callable[[str], None]
 
-ROWS, EPOCHS, BATCH, ACCUMULATE = 80, 6, 4, 2
-TOTAL = EPOCHS * ROWS // (BATCH * ACCUMULATE)
+NUM_EXAMPLES, EPOCHS, BATCH, ACCUMULATE = 80, 6, 4, 2
+TOTAL = EPOCHS * NUM_EXAMPLES // (BATCH * ACCUMULATE)
 
 
 def model() -> Any:
@@ -45,10 +45,10 @@ def sentences(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": int(row[0]) % 3} for row in ids]
 
 
-class Telling(TrainerCallback):
+class ReportCallback(TrainerCallback):
     """Tells where a run begins and what it has saved."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: Report) -> None:
         self.tell = tell
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class Telling(TrainerCallback):
         self.tell(f"saved {state.global_step}")
 
 
-def with_trainer(root: Path, tell: Tell, **changes: Any) -> tuple[Any, Any]:
+def with_trainer(root: Path, tell: Report, **changes: Any) -> tuple[Any, Any]:
     """`fts.Trainer`, which evaluates, keeps the best checkpoint and rotates the others."""
     settings: dict[str, Any] = {
         "num_train_epochs": EPOCHS,
@@ -80,7 +80,7 @@ def with_trainer(root: Path, tell: Tell, **changes: Any) -> tuple[Any, Any]:
         "log_level": "error",
     }
     args = TrainingArguments(str(root), **(settings | changes))
-    trainer = Trainer(model(), args, train_dataset=sentences(ROWS), eval_dataset=sentences(8, 1), callbacks=[Telling(tell)])
+    trainer = Trainer(model(), args, train_dataset=sentences(NUM_EXAMPLES), eval_dataset=sentences(8, 1), callbacks=[ReportCallback(tell)])
     trainer.train(resume_from_checkpoint=loops.newest_checkpoint(root) is not None)
     figures = [
         {name: value for name, value in entry.items() if "runtime" not in name and "per_second" not in name}
@@ -95,24 +95,24 @@ def _core() -> tuple[Any, Any, Any, Any]:
     optimizer = tx.chain(tx.clip_by_global_norm(1.0), tx.adamw(rate, weight_decay=0.01))
     step = steps.train_step(steps.module_loss(net), optimizer)
     state = fts.TrainState.create(net, optimizer, seed=5)
-    data = loops.source(sentences(ROWS), batch_size=BATCH, shuffle=True, seed=5, micro_batches=ACCUMULATE)
+    data = loops.source(sentences(NUM_EXAMPLES), batch_size=BATCH, shuffle=True, seed=5, micro_batches=ACCUMULATE)
     return net, step, state, data
 
 
 def _fit(
-    net: Any, step: Any, state: Any, data: Any, position: loops.Position, save: Any, tell: Tell, watch: Any = iter
+    net: Any, step: Any, state: Any, data: Any, position: loops.Position, save: Any, tell: Report, watch: Any = iter
 ) -> tuple[Any, Any]:
     tell(f"began {int(state.step)}")
     *_, last = watch(loops.fit(step, state, data, epochs=EPOCHS, start=position, due=loops.cadence(save=2), save=save))
     return last.state.apply_to(net), None
 
 
-def on_the_thread(root: Path, tell: Tell) -> tuple[Any, Any]:
+def on_the_thread(root: Path, tell: Report) -> tuple[Any, Any]:
     """`fts.Trainer` that saves on the training thread."""
     return with_trainer(root, tell, async_save=False)
 
 
-def with_rotation(root: Path, tell: Tell) -> tuple[Any, Any]:
+def with_rotation(root: Path, tell: Report) -> tuple[Any, Any]:
     """`loops.fit` with a `AsyncCheckpointer` and a checkpoint of each second step, of which two stay."""
     net, step, state, data = _core()
     newest, position = loops.newest_checkpoint(root), loops.Position()
@@ -132,7 +132,7 @@ def with_rotation(root: Path, tell: Tell) -> tuple[Any, Any]:
         return _fit(net, step, state, data, position, save, tell, writer.watch)
 
 
-def with_replacement(root: Path, tell: Tell) -> tuple[Any, Any]:
+def with_replacement(root: Path, tell: Report) -> tuple[Any, Any]:
     """`loops.fit` with one checkpoint that is replaced again and again."""
     net, step, state, data = _core()
     position = loops.Position()
@@ -147,7 +147,7 @@ def with_replacement(root: Path, tell: Tell) -> tuple[Any, Any]:
     return _fit(net, step, state, data, position, save, tell)
 
 
-WAYS: dict[str, Callable[[Path, Tell], tuple[Any, Any]]] = {
+LOOPS: dict[str, Callable[[Path, Report], tuple[Any, Any]]] = {
     "Trainer": with_trainer,
     "Trainer, async_save=False": on_the_thread,
     "fit, Writer": with_rotation,

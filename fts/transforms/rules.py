@@ -1,0 +1,276 @@
+"""Transforms from a rule for one tensor, as the paper writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+import torch
+from torch import Tensor
+
+from fts.dtensors import any_dtensor, full_tensor, local_tensors, redistribute
+from fts.errors import ArgumentError
+from fts.transforms._arguments import need_params
+from fts.transforms._foreach import Plan, make_plan
+from fts.transforms._scalars import as_scalar, device_of, new_count, readable, real, shared_step
+from fts.typing import Info, OptState, Params, Transform
+
+Rule: TypeAlias = Callable[..., Any]
+"""`(grad, ...) -> update` or `(update, *new)`: arguments by name, results in the order of the state's fields."""
+
+Init: TypeAlias = Mapping[str, Callable[[Tensor], Tensor] | float | None]
+"""How fields of a state begin: a function of the parameter, a number for all parameters together, or None for an empty one."""
+
+Shared: TypeAlias = Callable[[Params, Any, Params | None], Mapping[str, Any]]
+"""`(grads, state, params) -> numbers by name`, once per update."""
+
+
+def elementwise(
+    rule: Rule,
+    state: type[Any] | None = None,
+    *,
+    label: str,
+    init: Init | None = None,
+    shared: Shared | None = None,
+    report: tuple[str, ...] = (),
+    check: Callable[[Info], None] | None = None,
+) -> Transform:
+    """Make a transform from a rule that treats every number of a tensor alike.
+
+    The rule is a plain function. It gets what its arguments name: `grad`, `param`, `step` (1 in the first update), a field
+    of the state, or a number that `shared` returns. It returns the update and then the new values of the per-parameter
+    fields, in their order; without such fields, the update alone.
+
+    `update` calls the rule for each tensor. The fast path runs the same formula on lists of tensors with torch's
+    `_foreach_*` kernels, over local shards, and in place: the rule is traced once for that, so it must not branch on values
+    (use `torch.where`).
+
+    Args:
+        rule: the formula.
+        state: a NamedTuple class: `step`, if the rule or a schedule needs it, and per-parameter fields, which begin at
+            zero. None for a transform without state.
+        label: the transform in words, for `describe`.
+        init: the fields that begin otherwise: a function of the parameter, a number (then the field is one 0-d tensor for all
+            parameters), or None (then it stays empty, and the rule has nothing to do with it).
+        shared: `(grads, state, params) -> dict` of numbers or 0-d tensors, once per update: those that are fields of the
+            state are its new values. `state.step` is then the number of earlier updates, as schedules take it.
+        report: which of those numbers the transform reports.
+        check: `check(info)`: raises if training must not go on.
+
+    Returns:
+        A transform with `state`.
+
+    Raises:
+        ArgumentError: the rule has an argument that is none of these; or (in the fast path) it cannot be traced, or an
+            operation in it is not elementwise.
+
+    >>> from typing import NamedTuple
+    >>> from fts.typing import Params
+    >>> class LionState(NamedTuple):
+    ...     mu: Params
+    >>> def scale_by_lion(b1=0.9, b2=0.99):
+    ...     def rule(grad, mu):
+    ...         return (b1 * mu + (1 - b1) * grad).sign(), b2 * mu + (1 - b2) * grad
+    ...
+    ...     return elementwise(rule, LionState, label=f"scale_by_lion(b1={b1}, b2={b2})")
+    >>> lion, grads = scale_by_lion(), {"w": torch.tensor([0.5, -3.0])}
+    >>> lion.update(grads, lion.init(grads), None)[0]
+    {'w': tensor([ 1., -1.])}
+    """
+    made = _make(rule, state, label, init or {}, shared, report, whole=False)
+    return Transform(made.init, made.update, update_=made.update_, check=check, label=label)
+
+
+def per_tensor(
+    rule: Rule,
+    state: type[Any] | None = None,
+    *,
+    label: str,
+    init: Init | None = None,
+    shared: Shared | None = None,
+    report: tuple[str, ...] = (),
+    check: Callable[[Info], None] | None = None,
+) -> Transform:
+    """Make a transform from any rule for one tensor: with norms, factors, matrix products, or branches on the shape.
+
+    As `elementwise`, but the rule always runs on whole tensors, one by one: a sharded one is gathered on all ranks before,
+    and the results are sharded again. Fields of the state may have any shape.
+
+    Args:
+        rule: the formula.
+        state: as in `elementwise`.
+        label: the transform in words, for `describe`.
+        init: as in `elementwise`.
+        shared: as in `elementwise`.
+        report: as in `elementwise`.
+        check: as in `elementwise`.
+
+    Returns:
+        A transform with `state`.
+
+    Raises:
+        ArgumentError: the rule has an argument that is none of those in `elementwise`.
+
+    >>> normalize = per_tensor(lambda grad: grad / grad.norm(), label="normalize()")
+    >>> normalize.update({"w": torch.tensor([3.0, 4.0])}, (), None)[0]
+    {'w': tensor([0.6000, 0.8000])}
+    """
+    made = _make(rule, state, label, init or {}, shared, report, whole=True)
+    return Transform(made.init, made.update, check=check, label=label)
+
+
+@attrs.frozen(eq=False)
+class _Rule:
+    """A rule with all that it is given; its methods are the functions of the transform.
+
+    Attributes:
+        rule: as in `elementwise`, and so the next five.
+        whole: whether the rule runs on full tensors.
+        wanted: the names of the rule's arguments.
+        numbers: the fields of the state that are one number for all parameters.
+        moments: those that are a tensor for each.
+        plan: the rule on lists, once it is traced.
+    """
+
+    rule: Rule
+    state: type[Any] | None
+    label: str
+    begin: Init
+    shared: Shared | None
+    report: tuple[str, ...]
+    whole: bool
+    wanted: tuple[str, ...]
+    numbers: tuple[str, ...]
+    moments: tuple[str, ...]
+    plan: list[Plan] = attrs.field(factory=list)
+
+    def init(self, params: Params) -> OptState:
+        """The state before the first update."""
+        return () if self.state is None else self.state(*[self._first(field, params) for field in self.state._fields])
+
+    def _first(self, field: str, params: Params) -> Any:
+        begin = self.begin.get(field, torch.zeros_like)
+        if field == "step":
+            return new_count(params)
+        if field in self.numbers:
+            return as_scalar(begin, device_of(params))
+        values: Params = {}
+        if callable(begin):
+            for name, param in params.items():
+                param = param.detach()
+                value = begin(param)
+                values[name] = value.clone() if value is param else value
+        return values
+
+    def update(self, grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
+        """The pure update: the rule for each tensor."""
+        weights = self._weights(params)
+        numbers = {field: getattr(state, field) for field in self.numbers}
+        if "step" in numbers:
+            numbers["step"] = shared_step(state.step + 1)
+        if self.shared is not None:
+            numbers = {**numbers, **self.shared(grads, state, params)}
+        columns: list[Mapping[str, Any]] = []
+        for key in self.wanted:
+            if key == "grad":
+                columns.append(grads)
+            elif key == "param" and weights is not None:
+                columns.append(weights)
+            else:
+                columns.append(getattr(state, key) if key in self.moments else dict.fromkeys(grads, numbers[key]))
+        old: list[Params] = [getattr(state, field) for field in self.moments]
+        updates: Params = {}
+        moments: list[Params] = [{} for _ in old]
+        for name, grad in grads.items():
+            args = [column[name] for column in columns]
+            update, *new = self._results(self.rule(*map(full_tensor, args) if self.whole else args))
+            updates[name] = self._fitted(update, grad)
+            for before, after, tensor in zip(old, moments, new, strict=True):
+                after[name] = self._fitted(tensor, before[name])
+        return updates, self._next(state, numbers, moments), self._info(numbers, grads)
+
+    def _next(self, state: Any, numbers: Mapping[str, Any], moments: Sequence[Params]) -> OptState:
+        if self.state is None:
+            return state
+        found: dict[str, Any] = dict(zip(self.moments, moments, strict=True))
+        for field in self.numbers:
+            old = getattr(state, field)
+            found[field] = old + 1 if field == "step" else as_scalar(numbers[field], old.device)
+        return self.state(*[found.get(field, {}) for field in self.state._fields])
+
+    def update_(self, grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
+        """The same on lists, over the gradients and the state."""
+        weights = self._weights(params)
+        numbers = {field: getattr(state, field) for field in self.numbers}
+        if self.shared is not None:
+            seen = state._replace(step=readable(state.step)) if "step" in numbers else state
+            numbers.update(self.shared(grads, seen, params))
+            for field in self.numbers:
+                value = numbers[field]
+                if value is not getattr(state, field):
+                    getattr(state, field).copy_(value) if isinstance(value, Tensor) else getattr(state, field).fill_(value)
+        info = self._info(numbers, grads)
+        if "step" in numbers:
+            count = state.step.add_(1)
+            numbers["step"] = readable(count) if count.is_cpu else real(count)
+        if not grads:
+            return grads, state, info
+        if not self.plan:
+            self.plan.append(make_plan(self.rule, self.moments, self.label))
+        lists = {"grad": local_tensors(grads.values())}
+        for field in self.moments:
+            moments = getattr(state, field)
+            lists[field] = local_tensors([moments[name] for name in grads])
+        if weights is not None:
+            lists["param"] = local_tensors([weights[name] for name in grads])
+        updates = self.plan[0].run(lists, {key: _read(value) for key, value in numbers.items()})
+        if updates is lists["grad"]:
+            return grads, state, info
+        if any_dtensor(grads.values()):
+            torch._foreach_copy_(lists["grad"], updates)
+            return grads, state, info
+        return dict(zip(grads, updates, strict=True)), state, info
+
+    def _weights(self, params: Params | None) -> Params | None:
+        return need_params(params, self.label.split("(")[0]) if "param" in self.wanted else None
+
+    def _results(self, results: Any) -> tuple[Tensor, ...]:
+        found = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        if len(found) != 1 + len(self.moments):
+            names = ", ".join(("update", *self.moments))
+            raise ArgumentError(f"{self.label}: the rule must return ({names}), not {len(found)} values.")
+        return found
+
+    def _fitted(self, tensor: Tensor, like: Tensor) -> Tensor:
+        tensor = tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+        return redistribute(tensor, like) if self.whole else tensor
+
+    def _info(self, numbers: Mapping[str, Any], grads: Params) -> Info:
+        device = device_of(grads)
+        return {key: as_scalar(_detached(numbers[key]), device) for key in self.report}
+
+
+def _make(
+    rule: Rule, state: type[Any] | None, label: str, init: Init, shared: Shared | None, report: tuple[str, ...], whole: bool
+) -> _Rule:
+    code = rule.__code__
+    wanted = code.co_varnames[: code.co_argcount]
+    fields = () if state is None else state._fields
+    numbers = tuple([field for field in fields if field == "step" or isinstance(init.get(field), (int, float))])
+    moments = tuple([field for field in fields if field not in numbers and init.get(field, 0.0) is not None])
+    unknown = [name for name in wanted if name not in ("grad", "param", *numbers, *moments)]
+    if unknown and shared is None:
+        raise ArgumentError(
+            f"{label}: the rule has an argument {unknown[0]!r}. It may have grad, param"
+            f"{''.join(f', {name}' for name in (*numbers, *moments))}, and what shared= returns."
+        )
+    return _Rule(rule, state, label, init, shared, report, whole, wanted, numbers, moments)
+
+
+def _read(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.is_cpu else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
