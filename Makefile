@@ -42,10 +42,10 @@ format: $(VENV)/.dev ## Format the code and apply safe lint fixes
 	$(PY) -m ruff check --fix-only --quiet .
 	$(PY) -m ruff format .
 
-lint: $(VENV)/.dev ## Check lint, format and the order of the rooms (import contracts)
+lint: $(VENV)/.dev ## Check lint, format and the import contracts
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) $(VENV)/bin/lint-imports
+	$(PY) $(VENV)/bin/lint-imports --no-cache
 
 types: $(VENV)/.dev ## Check the types of fts/ in strict mode
 	$(PY) -m mypy

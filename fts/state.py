@@ -385,8 +385,8 @@ def _read_tensors(directory: Path, file: str, like: dict[str, Tensor]) -> dict[s
         source = found[name]
         if source.shape != target.shape or source.dtype != target.dtype:
             raise CheckpointError(
-                f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, and {target.dtype}{list(target.shape)} in the "
-                "state."
+                f"{path}: {name!r} is {source.dtype}{list(source.shape)} in the file, but {target.dtype}{list(target.shape)} "
+                "in the state."
             )
     # tensors that are mapped from a file must not be written in place
     targets = {name: torch.empty_like(target) for name, target in like.items()}

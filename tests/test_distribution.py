@@ -42,8 +42,8 @@ def test_files_of_another_project_over_ours_are_an_error(tmp_path, known):
     for path in (ROOT / "fts").iterdir():
         if path.name not in ("__init__.py", "__pycache__"):
             (tmp_path / "fts" / path.name).symlink_to(path)
+    (tmp_path / "fts" / "__init__.py").write_text('__version__ = "1.1.0"')
     if known:
-        (tmp_path / "fts" / "__init__.py").write_text('__version__ = "1.1.0"')
         (tmp_path / "fts-1.1.0.dist-info").mkdir()
         (tmp_path / "fts-1.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.0\nName: fts\nVersion: 1.1.0\n")
     code = """

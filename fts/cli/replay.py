@@ -39,9 +39,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the number of the step to inspect")
     parser.add_argument(
         "--run",
-        dest="call_model_init",
+        dest="function",
         required=True,
-        metavar="CARD_FILE.py:FUNCTION",
+        metavar="FILE.py:FUNCTION",
         help="a function (or module:function) without arguments, which makes the run but does not start it: it returns a "
         "Trainer, or (step, state, data). The file is run as Python, so give only one that you trust",
     )
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """Replay and report; 1 if the state is not that of the run."""
     if options.top < 0:
         raise ArgumentError(f"--top {options.top} is not a number of gradients. Give 0 or more.")
-    found = replay_run(call_function(options.made_by), options.checkpoint, options.step, options.made_by)
+    found = replay_run(call_function(options.function), options.checkpoint, options.step, options.function)
     for line in report(found, options.checkpoint, options.top):
         print(line)
     return int(found.equal is False)
@@ -80,14 +80,14 @@ def replay_run(run: Any, checkpoint: Path, step: int, name: str) -> ReplayedStep
 
 
 def call_function(text: str) -> Any:
-    """What the function that `CARD_FILE.py:FUNCTION` or `module:function` names returns.
+    """Call the function at `FILE.py:FUNCTION` or `module:function`.
 
     Raises:
         ArgumentError: there is no such file, module or function.
     """
     path, _, name = text.rpartition(":")
     if not path or not name.isidentifier():
-        raise ArgumentError(f"--run {text!r} names no function: write CARD_FILE.py:FUNCTION or module:function.")
+        raise ArgumentError(f"--run {text!r} is not a function: write FILE.py:FUNCTION or module:function.")
     module = _import(path)
     function = getattr(module, name, None)
     if not callable(function):
@@ -104,7 +104,7 @@ def _import(source: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{source}.".startswith(f"{error.name}."):
                 raise  # the module exists, but one that it imports does not
-            raise ArgumentError(f"There is no module {source!r}. Give a file as CARD_FILE.py:FUNCTION.") from error
+            raise ArgumentError(f"There is no module {source!r}. Give a file as FILE.py:FUNCTION.") from error
     path = Path(source)
     name = path.stem if path.stem not in sys.modules else f"run_of_{path.stem}"  # that name may be imported already
     spec = importlib.util.spec_from_file_location(name, path)

@@ -114,7 +114,7 @@ class AllReduceGradients(_GradientCollectives):
         """Parameters are replicated, so they must be equal on all ranks."""
         check_same_params(self.group, params)
 
-    def gradient_sync(self, now: bool) -> AbstractContextManager[Any]:
+    def gradient_sync(self, enabled: bool) -> AbstractContextManager[Any]:
         """Nothing is reduced in a backward pass."""
         return nullcontext()
 
@@ -262,10 +262,10 @@ class DDPGradients(AllReduceGradients):
         return self.loss  # type: ignore[no-any-return]
 
     @contextmanager
-    def gradient_sync(self, now: bool) -> Iterator[None]:
+    def gradient_sync(self, enabled: bool) -> Iterator[None]:
         """DDP's `no_sync` where gradients are only accumulated."""
         # a static graph is recorded in a first pass with synchronization
-        syncs = now or self.sync_each_batch or (self.loss.static_graph and not self._passed)
+        syncs = enabled or self.sync_each_batch or (self.loss.static_graph and not self._passed)
         try:
             with nullcontext() if syncs else self.loss.no_sync():
                 yield
@@ -303,9 +303,9 @@ class FSDPGradients(_GradientCollectives):
         return grads
 
     @contextmanager
-    def gradient_sync(self, now: bool) -> Iterator[None]:
+    def gradient_sync(self, enabled: bool) -> Iterator[None]:
         """Gradients are reduced in the last pass only, unless `sync_each_batch`."""
         for unit in self._units:
-            unit.set_requires_gradient_sync(now or self.sync_each_batch, recurse=False)
-            unit.set_is_last_backward(now)
+            unit.set_requires_gradient_sync(enabled or self.sync_each_batch, recurse=False)
+            unit.set_is_last_backward(enabled)
         yield

@@ -117,7 +117,7 @@ def _check_heads(module: nn.Module, size: int) -> None:
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:
             raise ArgumentError(
-                f"{type(module).__name__} has {name}={heads}, which {size} processes cannot divide. Use a divisor."
+                f"{type(module).__name__} has {name}={heads}, which cannot be divided over {size} processes. Use a divisor."
             )
 
 

@@ -87,12 +87,12 @@ def list_checkpoints(root: str | Path, progress: Callable[[int, int], None] | No
     [(7, 'corrupt')]
     """
     _recover_interrupted_in(Path(root))
-    there = checkpoints_in(root)
+    paths = checkpoints_in(root)
     found = []
-    for number, (step, path) in enumerate(there.items()):
+    for number, (step, path) in enumerate(paths.items()):
         if progress is not None:
-            progress(number, len(there))
-        found.append(_examined(path, step))
+            progress(number, len(paths))
+        found.append(_examine(path, step))
     for operation, name in OPERATION_NAMES.items():
         for step, path in leftovers_in(root, operation):
             problem = f"{path} was left by a {name} that was interrupted."
@@ -100,7 +100,7 @@ def list_checkpoints(root: str | Path, progress: Callable[[int, int], None] | No
     return sorted(found, key=lambda one: one.step)
 
 
-def _examined(path: Path, step: int) -> CheckpointInfo:
+def _examine(path: Path, step: int) -> CheckpointInfo:
     status, problem = checkpoint_status(path)
     trainer_state = read_trainer_state(path)
     return CheckpointInfo(
@@ -155,7 +155,7 @@ def _size(path: Path) -> int:
         for file in path.rglob("*"):
             try:
                 yield file.stat().st_size if file.is_file() else 0
-            except OSError:  # deleted meanwhile, or not to be read
+            except OSError:  # deleted meanwhile, or not readable
                 yield 0
 
     return sum(sizes())

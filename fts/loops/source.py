@@ -82,7 +82,7 @@ class Source:
             raise epoch_too_short(start, steps)
         resumes = self.resume_from is not None and self.resume_from[0] == Position(epoch, start)
         state_dict = self.resume_from[1] if self.resume_from is not None and resumes else None
-        found = self.batches(epoch, start * self.micro_batches, **({} if state_dict is None else {"cursor": state_dict}))
+        found = self.batches(epoch, start * self.micro_batches, **({} if state_dict is None else {"state_dict": state_dict}))
         return found if self.micro_batches == 1 else map(MicroBatches, batched(found, self.micro_batches))
 
     def state_dict(self, position: Position) -> StateDict | None:

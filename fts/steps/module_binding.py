@@ -66,8 +66,8 @@ class ModuleBinding:
             for buffers, key in self.empty_buffers:
                 buffers[key] = None
             raise UnknownParameterError(
-                f"The forward pass of {type(self.module).__name__} registered {added[:5]}, which the state does not have, so "
-                "they would be neither trained nor saved. Run one batch through the module before you create the state and the loss."
+                f"The forward pass of {type(self.module).__name__} registered {added[:5]}, which the state does not have: "
+                "they would be neither trained nor saved. Run one batch through the module before creating state and loss."
             )
         self._structure_checked = True
 

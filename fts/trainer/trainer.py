@@ -173,7 +173,7 @@ class Trainer(RunMixin):
             self.model_init = model_init
             self.model = prepare_model(model if model is not None else self.call_model_init(), self.args)
         self.group = setup_parallelism(self.args, self.model)
-        self._peers = RankMonitor.create(self.world)
+        self._rank_monitor = RankMonitor.create(self.world)
         self.model_wrapped = self.model
         self.deepspeed: Any = None
         self.deepspeed_config: dict[str, Any] = {}
@@ -252,7 +252,7 @@ class Trainer(RunMixin):
 
         def run(batch_size: int) -> TrainOutput:
             self._train_batch_size = batch_size
-            with self._peers.translate_errors():
+            with self._rank_monitor.translate_errors():
                 context = self._run_context()
                 return self._train(context, prepare_run(context, checkpoint, batch_size), ignore_keys_for_eval, trial)
 
@@ -429,7 +429,7 @@ class Trainer(RunMixin):
 
     def _evaluate_on(self, loader: Any, stage: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
         parallelize_model(self.model, self.args, self.world)
-        with self.memory.measuring(stage) as memory_metrics, self._closing_bars(), self._peers.translate_errors():
+        with self.memory.measuring(stage) as memory_metrics, self._closing_bars(), self._rank_monitor.translate_errors():
             start = time.perf_counter()
             described, only = ("Prediction", None) if stage == "test" else ("Evaluation", self.compute_metrics is None or None)
             output = self.evaluation_loop(

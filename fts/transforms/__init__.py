@@ -10,6 +10,7 @@
 """
 
 from fts.transforms._bridge import TorchState
+from fts.transforms._scalars import bias_correction
 from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
 from fts.transforms.averaging import EmaState, averaged_params, ema_params
 from fts.transforms.bridging import eval_params, from_torch
@@ -21,6 +22,7 @@ from fts.transforms.loss_scaling import LossScaleState, dynamic_loss_scale, loss
 from fts.transforms.low_precision import MasterState, RoundingState, master_weights, stochastic_rounding
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
+from fts.transforms.optimizers import FusedKernel, optimizer
 from fts.transforms.plateau import (
     FollowState,
     Greedy,
@@ -59,6 +61,7 @@ __all__ = [
     "AdamState",
     "EmaState",
     "FollowState",
+    "FusedKernel",
     "Greedy",
     "LossScaleState",
     "MasterState",
@@ -79,6 +82,7 @@ __all__ = [
     "add_noise",
     "apply_updates",
     "averaged_params",
+    "bias_correction",
     "centralize",
     "chain",
     "clip_by_block_rms",
@@ -102,6 +106,7 @@ __all__ = [
     "masked",
     "master_weights",
     "multi_steps",
+    "optimizer",
     "partition",
     "per_tensor",
     "polynomial_schedule",

@@ -208,9 +208,7 @@ class _Writer:
             if self._is_spare(arg, name) and name != target and name not in self.free:
                 self.free.append(name)
 
-    def _call(
-        self, function: Callable[..., Any], value: Value, args: Sequence[Value], target: str, *, new: bool = False
-    ) -> None:
+    def _call(self, function: Callable[..., Any], value: Value, args: Sequence[Value], target: str, *, new: bool = False) -> None:
         lists = [self.place[arg] for arg in args]
         self.calls.append(Call(function, target, tuple(lists if new else [target, *lists[1:]]), value.scalars, new))
 

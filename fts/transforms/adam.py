@@ -138,15 +138,16 @@ def adamw(
     """
     check_decays("adamw", b1=b1, b2=b2)
     check_numbers("adamw", eps=eps)
-    return optimizer(
+    descent = optimizer(
         "adamw",
         scale_by_adam(b1, b2, eps),
         lr,
         weight_decay=weight_decay,
         mask=mask,
         fused=_fused(torch._fused_adamw_, b1, b2, eps),
-        label=format_label("adamw", lr=lr, weight_decay=weight_decay, mask=None if mask is None else mask_in_words(mask)),
     )
+    shown = None if mask is None else mask_in_words(mask)
+    return descent._replace(label=format_label("adamw", lr=lr, weight_decay=weight_decay, mask=shown))
 
 
 def _fused(kernel: Callable[..., None], b1: float, b2: float, eps: float) -> FusedKernel:

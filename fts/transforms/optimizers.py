@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import attrs
+from typing import Any, NamedTuple
 
 from fts.errors import ArgumentError
 from fts.transforms._arguments import check_number, check_transform, format_label
@@ -17,8 +15,7 @@ from fts.transforms.scaling import decayed_weights
 from fts.typing import Info, OptState, Params, Transform
 
 
-@attrs.frozen
-class FusedKernel:
+class FusedKernel(NamedTuple):
     """A kernel that makes an optimizer's whole update in place.
 
     Attributes:

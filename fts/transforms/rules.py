@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -78,7 +77,7 @@ def elementwise(
     >>> lion.update(grads, lion.init(grads), None)[0]
     {'w': tensor([ 1., -1.])}
     """
-    made = _make(rule, state, label, init or {}, shared, report, whole=False)
+    made = _Rule(rule, state, label, init, shared, report)
     return Transform(made.init, made.update, update_=made.update_, check=check, label=label)
 
 
@@ -116,34 +115,44 @@ def per_tensor(
     >>> normalize.update({"w": torch.tensor([3.0, 4.0])}, (), None)[0]
     {'w': tensor([0.6000, 0.8000])}
     """
-    made = _make(rule, state, label, init or {}, shared, report, whole=True)
+    made = _Rule(rule, state, label, init, shared, report)
+    made.whole = True
     return Transform(made.init, made.update, check=check, label=label)
 
 
-@attrs.frozen(eq=False)
 class _Rule:
-    """A rule with all that it is given; its methods are the functions of the transform.
+    """A rule with all that it is given; its methods are the functions of the transform. A plain class, which dynamo can trace."""
 
-    Attributes:
-        rule: as in `elementwise`, and so the next five.
-        whole: whether the rule runs on full tensors.
-        wanted: the names of the rule's arguments.
-        numbers: the fields of the state that are one number for all parameters.
-        moments: those that are a tensor for each.
-        plan: the rule on lists, once it is traced.
-    """
-
-    rule: Rule
-    state: type[Any] | None
-    label: str
-    begin: Init
-    shared: Shared | None
-    report: tuple[str, ...]
-    whole: bool
-    wanted: tuple[str, ...]
-    numbers: tuple[str, ...]
-    moments: tuple[str, ...]
-    plan: list[Plan] = attrs.field(factory=list)
+    def __init__(
+        self,
+        rule: Rule,
+        state: type[Any] | None,
+        label: str,
+        init: Init | None,
+        shared: Shared | None,
+        report: tuple[str, ...],
+    ) -> None:
+        self.rule, self.state, self.label, self.begin = rule, state, label, {} if init is None else init
+        self.shared, self.report = shared, report
+        self.whole = False  # whether the rule runs on full tensors
+        self.plan: Plan | None = None  # the rule on lists, once it is traced
+        self.wanted = _arguments(rule, label)
+        fields = () if state is None else state._fields
+        numbers, moments = [], []
+        for field in fields:
+            begin = self.begin.get(field, torch.zeros_like)
+            if field == "step" or isinstance(begin, (int, float)):
+                numbers.append(field)
+            elif begin is not None:
+                moments.append(field)
+        # fields that are one number for all parameters, and those that are a tensor for each
+        self.numbers, self.moments = tuple(numbers), tuple(moments)
+        unknown = [name for name in self.wanted if name not in ("grad", "param", *numbers, *moments)]
+        if unknown and shared is None:
+            raise ArgumentError(
+                f"{label}: the rule has an argument {unknown[0]!r}. It may have {', '.join(('grad', 'param', *numbers, *moments))}, "
+                "and what shared= returns."
+            )
 
     def init(self, params: Params) -> OptState:
         """The state before the first update."""
@@ -216,15 +225,15 @@ class _Rule:
             numbers["step"] = readable(count) if count.is_cpu else real(count)
         if not grads:
             return grads, state, info
-        if not self.plan:
-            self.plan.append(make_plan(self.rule, self.moments, self.label))
+        if self.plan is None:
+            self.plan = make_plan(self.rule, self.moments, self.label)
         lists = {"grad": local_tensors(grads.values())}
         for field in self.moments:
             moments = getattr(state, field)
             lists[field] = local_tensors([moments[name] for name in grads])
         if weights is not None:
             lists["param"] = local_tensors([weights[name] for name in grads])
-        updates = self.plan[0].run(lists, {key: _read(value) for key, value in numbers.items()})
+        updates = self.plan.run(lists, {key: _read(value) for key, value in numbers.items()})
         if updates is lists["grad"]:
             return grads, state, info
         if any_dtensor(grads.values()):
@@ -251,21 +260,11 @@ class _Rule:
         return {key: as_scalar(_detached(numbers[key]), device) for key in self.report}
 
 
-def _make(
-    rule: Rule, state: type[Any] | None, label: str, init: Init, shared: Shared | None, report: tuple[str, ...], whole: bool
-) -> _Rule:
+def _arguments(rule: Rule, label: str) -> tuple[str, ...]:
+    if not hasattr(rule, "__code__"):
+        raise ArgumentError(f"{label}: a rule is a plain Python function, not {rule!r}.")
     code = rule.__code__
-    wanted = code.co_varnames[: code.co_argcount]
-    fields = () if state is None else state._fields
-    numbers = tuple([field for field in fields if field == "step" or isinstance(init.get(field), (int, float))])
-    moments = tuple([field for field in fields if field not in numbers and init.get(field, 0.0) is not None])
-    unknown = [name for name in wanted if name not in ("grad", "param", *numbers, *moments)]
-    if unknown and shared is None:
-        raise ArgumentError(
-            f"{label}: the rule has an argument {unknown[0]!r}. It may have grad, param"
-            f"{''.join(f', {name}' for name in (*numbers, *moments))}, and what shared= returns."
-        )
-    return _Rule(rule, state, label, init, shared, report, whole, wanted, numbers, moments)
+    return tuple(code.co_varnames[: code.co_argcount])
 
 
 def _read(value: Any) -> Any:

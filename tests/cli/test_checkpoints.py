@@ -14,7 +14,7 @@ import pytest
 
 from fts.cli import main
 from fts.loops import newest_checkpoint
-from tests.loops.checkpoint_files import (flip_a_bit, names_in, save, save_model, truncate)
+from tests.loops.checkpoint_files import flip_a_bit, names_in, save, save_model, truncate
 
 
 def evaluated(step, loss):
@@ -51,7 +51,7 @@ def test_a_listing(tmp_path, capsys):
 def test_corruption_is_named_and_the_exit_status_is_1(tmp_path, capsys):
     a_run(tmp_path)
     save_model(tmp_path, 25)
-    assert main(["checkpoints", str(tmp_path)]) == 0  # a model alone is not damaged
+    assert main(["checkpoints", str(tmp_path)]) == 0  # a model alone is not corrupt
     flip_a_bit(tmp_path / "checkpoint-20")
     capsys.readouterr()
     assert main(["checkpoints", str(tmp_path)]) == 1

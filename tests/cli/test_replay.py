@@ -164,7 +164,7 @@ def test_an_earlier_step_that_raises_is_located(tmp_path, capsys):
     assert main(["replay", str(tmp_path / "checkpoint-5"), "--step", "8", "--run", f"{raising}:poisoned"]) == 0
     assert "The step raised NonFiniteError: In step 8 the loss is nan" in capsys.readouterr().out
     assert main(["replay", str(tmp_path / "checkpoint-5"), "--step", "9", "--run", f"{raising}:poisoned"]) == 2
-    assert "In step 8: epoch 1, batch 2 (from 0), items" in capsys.readouterr().err
+    assert "In step 8: epoch 1, batch 2 (from 0), examples" in capsys.readouterr().err
 
 
 def test_a_state_that_differs_gives_the_exit_status_1(tmp_path, capsys):
@@ -182,10 +182,10 @@ def test_a_state_that_differs_gives_the_exit_status_1(tmp_path, capsys):
     [
         ("{script}:nothing", "has no function 'nothing'. It has"),
         ("{script}:wrong", "returned int; it must return a Trainer"),
-        ("{script}", "names no function"),
+        ("{script}", "is not a function"),
         ("{root}/nowhere.py:made", "There is no file"),
         ("no.such.module:made", "There is no module 'no.such.module'"),
-        (":made", "names no function"),
+        (":made", "is not a function"),
     ],
 )
 def test_functions_that_do_not_exist(tmp_path, capsys, name, text):

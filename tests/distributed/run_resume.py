@@ -19,7 +19,7 @@ from torch import nn
 from fts.dtensors import full_tensor
 from fts.errors import FtsError
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
-from tests.trainer.helpers import rows
+from tests.trainer.helpers import make_examples
 
 EXAMPLES, STEPS = 8, 12
 """Examples of an update, in micro-batches of 2; updates of a run."""
@@ -64,7 +64,7 @@ def trainer_of(out, strategy, **more):
         **STRATEGIES[strategy],
     }
     torch.manual_seed(5)
-    return Trainer(model=Net(), args=TrainingArguments(**(options | more)), train_dataset=rows(40), eval_dataset=rows(12, seed=1))
+    return Trainer(model=Net(), args=TrainingArguments(**(options | more)), train_dataset=make_examples(40), eval_dataset=make_examples(12, seed=1))
 
 
 def metrics_of(trainer):

@@ -9,7 +9,7 @@ from torch import nn
 from fts.distributed.data_parallel import data_parallel_loss
 from fts.errors import ArgumentError
 from fts.trainer import Trainer
-from tests.trainer.helpers import Linear, losses, make_trainer, rows
+from tests.trainer.helpers import Linear, losses, make_examples, make_trainer
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, -100], [-100, -100, -100], [-100, -100, -100]])
 
@@ -85,7 +85,7 @@ def test_a_trainer_trains_as_with_one(sequential, tmp_path, monkeypatch):
     calls = []
     forward = SequentialDataParallel.forward
     monkeypatch.setattr(SequentialDataParallel, "forward", lambda self, *given: calls.append(self.count) or forward(self, *given))
-    monkeypatch.setattr("fts.trainer.trainer.devices", lambda args: (0, 1))
+    monkeypatch.setattr("fts.trainer.run.run_mixin.device_ids", lambda args: (0, 1))
     several = make_trainer(tmp_path, Linear(), **settings)
     several.train()
     assert losses(several) == pytest.approx(losses(one), rel=1e-5)
@@ -105,12 +105,12 @@ def test_a_batch_size_that_fits_is_one_for_each_gpu(tmp_path, monkeypatch):
 
     args = make_trainer(tmp_path, auto_find_batch_size=True, max_steps=1, per_device_train_batch_size=4).args
     args._n_gpu = 3
-    Full(Linear(), args, train_dataset=rows(24)).train()
+    Full(Linear(), args, train_dataset=make_examples(24)).train()
     assert tried == [12, 6, 3]
 
 
 def test_what_cannot_be_parallel_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("fts.trainer.trainer.devices", lambda args: (0, 1))
+    monkeypatch.setattr("fts.trainer.run.run_mixin.device_ids", lambda args: (0, 1))
 
     class Own(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -121,7 +121,7 @@ def test_what_cannot_be_parallel_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match="torch_compile=True cannot be used with 2 GPUs in one process"):
         trainer.train()
     with pytest.raises(ArgumentError, match="an overridden training_step cannot be used with 2 GPUs"):
-        Own(Linear(), make_trainer(tmp_path).args, train_dataset=rows(8)).train()
+        Own(Linear(), make_trainer(tmp_path).args, train_dataset=make_examples(8)).train()
 
 
 @pytest.mark.cuda
@@ -134,7 +134,7 @@ def test_two_gpus_train_as_one(tmp_path):
         settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
         args = TrainingArguments(str(tmp_path), per_device_train_batch_size=12 // count, **settings)
         args._n_gpu = count
-        trainer = Trainer(Linear(), args, train_dataset=rows(24))
+        trainer = Trainer(Linear(), args, train_dataset=make_examples(24))
         trainer.train()
         found.append(losses(trainer))
     assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -83,7 +83,7 @@ def test_a_tensor_parallel_model_equals_the_full_one(found, name):
         ("style", "has 'diagonal' for '0', which fts does not support"),
         ("nowhere", "fits no module of Sequential: up"),
         ("odd", "'0' has a weight of (3, 2), whose axis 0 cannot be sharded into 2 equal parts"),
-        ("heads", "num_attention_heads=1, which 2 processes cannot divide"),
+        ("heads", "num_attention_heads=1, which cannot be divided over 2 processes"),
         ("size", "is for 3 processes, but there are 2"),
     ],
 )

@@ -132,6 +132,7 @@ EAGER_REGISTRY = [
 NOT_TRANSFORMS = {
     "apply_updates", "averaged_params", "eval_params", "global_norm", "loss_scale",
     "followed_rate", "steps_on_metric", "update_on_metric", "torch_moments",
+    "bias_correction", "elementwise", "optimizer", "per_tensor",
     "constant_schedule", "cosine_restarts_schedule", "cosine_schedule", "inverse_sqrt_schedule", "join_schedules",
     "linear_schedule", "polynomial_schedule", "shift_schedule", "warmup", "warmup_stable_decay_schedule",
 }  # fmt: skip

@@ -17,12 +17,12 @@ def state_at(step: int, value: float = 1.0):
     return state.replace(step=torch.tensor(step))
 
 
-def save(root: Path, step: int, history: list | None = None, **told) -> Path:
-    """A checkpoint as the core writes it; with a history, or what else a Trainer tells, also its `trainer_state.json`."""
+def save(root: Path, step: int, history: list | None = None, **fields) -> Path:
+    """A checkpoint of `fts.loops`; with a history, or other fields of a trainer state, also a `trainer_state.json`."""
 
     def write(hidden: Path) -> None:
-        if history is not None or told:
-            document = {"global_step": step, "log_history": history or [], **told}
+        if history is not None or fields:
+            document = {"global_step": step, "log_history": history or [], **fields}
             (hidden / "trainer_state.json").write_text(json.dumps(document))
 
     return loops.save_checkpoint(root / f"checkpoint-{step}", state_at(step), Position(0, step), write=write)

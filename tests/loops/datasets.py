@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 
 class RecordingDataset(Dataset[Tensor]):
-    """Item i is i; every read is noted."""
+    """Example i is i; every read is recorded."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -29,7 +29,7 @@ class RecordingDataset(Dataset[Tensor]):
 
 
 class AugmentedDataset(RecordingDataset):
-    """Each item comes with a draw from each of the three generators."""
+    """Each example comes with a draw from each of the three generators."""
 
     def __getitem__(self, index: int) -> Tensor:
         self.reads.append(int(index))
@@ -47,13 +47,13 @@ class GetItemsDataset(RecordingDataset):
 
 
 class NumberStream(IterableDataset[Tensor]):
-    """0 ... count-1, divided among workers; shuffled by epoch if `set_epoch` was called; reads are noted."""
+    """0 ... count-1, divided over workers; shuffled by epoch if `set_epoch` was called; reads are recorded."""
 
-    def __init__(self, count: int, *, sized: bool = False, random_items: bool = False) -> None:
+    def __init__(self, count: int, *, sized: bool = False, random_examples: bool = False) -> None:
         self.count = count
         self.epochs: list[int] = []
         self.reads = 0
-        self.random_items = random_items
+        self.random_examples = random_examples
         if sized:
             self.__class__ = SizedNumberStream
 
@@ -66,7 +66,7 @@ class NumberStream(IterableDataset[Tensor]):
         epoch = self.epochs[-1] if self.epochs else 0
         for number in range(first, self.count, stride):
             self.reads += 1
-            noise = random.random() + torch.rand(()).item() + np.random.rand() if self.random_items else 0.0
+            noise = random.random() + torch.rand(()).item() + np.random.rand() if self.random_examples else 0.0
             yield torch.tensor(1000.0 * epoch + number + noise, dtype=torch.float64)
 
 

@@ -116,7 +116,7 @@ def odd_state():
         "eighth": torch.randn(3).to(torch.float8_e4m3fn),
         'a "quoted" näme\n': torch.ones(1),
     }
-    params = {"transposed": base.t(), "part": base[2:4], "whole": base, "strided": base[:, ::2], "scalar": torch.tensor(2.0)}
+    params = {"transposed": base.t(), "part": base[2:4], "full": base, "strided": base[:, ::2], "scalar": torch.tensor(2.0)}
     state = fts.TrainState.create(params, tx.identity(), copy=False)
     return state.replace(buffers=buffers)
 
@@ -182,7 +182,9 @@ def test_a_failing_hook_leaves_nothing_and_the_checkpointer_usable(tmp_path):
 def test_a_directory_without_a_state(tmp_path):
     path, seen = tmp_path / "model", []
     with AsyncCheckpointer() as writer:
-        writer.write_directory(path, lambda hidden: (hidden / "a.txt").write_text("a"), on_complete=lambda: seen.append(path.is_dir()))
+        writer.write_directory(
+            path, lambda hidden: (hidden / "a.txt").write_text("a"), on_complete=lambda: seen.append(path.is_dir())
+        )
         writer.wait()
         assert seen == [True]
         assert json.loads((path / "manifest.json").read_text())["files"]["a.txt"]["size"] == 1
@@ -301,7 +303,7 @@ def test_a_full_disk_surfaces_after_a_step_with_its_cause(small_disk):
         assert isinstance(caught.value.__cause__, OSError)
         assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
         assert step_of(newest_checkpoint(small_disk)) == 1
-        writer.poll()  # it was told once
+        writer.poll()  # it was raised once
         writer.save(small_disk / "checkpoint-3", state_at(3))
     assert step_of(newest_checkpoint(small_disk)) == 3
 
@@ -315,7 +317,9 @@ def test_an_error_behind_is_raised_once_by_whatever_comes_next(tmp_path, how):
     writer.save(tmp_path / "checkpoint-1", state_at(1), on_complete=fail)
     writer._thread.join()
     again = {"save": lambda: writer.save(tmp_path / "checkpoint-2", state_at(2))}
-    with pytest.raises(CheckpointError, match=r"checkpoint-1 is complete, but the callback after its save failed.*retention") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-1 is complete, but the callback after its save failed.*retention"
+    ) as caught:
         again.get(how, getattr(writer, how))()
     assert isinstance(caught.value.__cause__, KeyError)
     writer.poll()
@@ -432,13 +436,13 @@ def test_directories_are_any_path(tmp_path, monkeypatch):
 NO_MEMORY = """
 import resource, sys
 from pathlib import Path
-from fts.loops import Writer
+from fts.loops import AsyncCheckpointer
 from tests.loops.test_async_checkpointer import SIZE, state_at
 
 state, root = state_at(1, SIZE), Path(sys.argv[1])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
-with Writer() as writer:
+with AsyncCheckpointer() as writer:
     for step in (1, 2):
         writer.save(root / f"checkpoint-{step}", state)
         assert (root / f"checkpoint-{step}").is_dir()

@@ -1,4 +1,4 @@
-"""What is in a directory of checkpoints, and which one a run goes on from."""
+"""The checkpoints of a directory, and which one a run resumes from."""
 
 import json
 import logging
@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from fts.loops import newest_checkpoint
-from fts.loops.checkpoint_list import (best_checkpoint_step, list_checkpoints)
+from fts.loops.checkpoint_list import best_checkpoint_step, list_checkpoints
 from fts.loops.checkpoint_status import looks_complete
-from tests.loops.checkpoint_files import (flip_a_bit, names_in, save, save_model, truncate)
+from tests.loops.checkpoint_files import flip_a_bit, names_in, save, save_model, truncate
 
 
-def conditions(root):
+def statuses(root):
     return {one.step: one.status for one in list_checkpoints(root)}
 
 
@@ -51,17 +51,17 @@ def test_a_pipe_instead_of_a_file_does_not_hang(tmp_path, name):
     assert not looks_complete(path)
 
 
-def test_what_each_is_good_for_and_why_not(tmp_path):
+def test_the_status_of_each_and_its_problem(tmp_path):
     one_of_each(tmp_path)
     before = names_in(tmp_path)
     found = {one.step: one for one in list_checkpoints(tmp_path)}
-    assert conditions(tmp_path) == {
+    assert statuses(tmp_path) == {
         1: "complete", 2: "corrupt", 3: "corrupt", 4: "corrupt", 5: "corrupt", 6: "model only", 7: "corrupt", 8: "unknown",
         9: "unknown", 10: "interrupted", 11: "interrupted",
     }  # fmt: skip
     problems = {2: "bytes, but was written with", 3: "has changed", 4: "optimizer.safetensors", 5: "manifest.json is missing"}
     problems |= {6: "save_only_model", 7: "manifest.json is missing", 8: "another program", 9: "format 99"}
-    problems |= {10: "a save that was cut off", 11: "a deletion that was cut off"}
+    problems |= {10: "a save that was interrupted", 11: "a deletion that was interrupted"}
     assert found[1].problem is None
     for step, text in problems.items():
         assert text in found[step].problem and str(found[step].path) in found[step].problem
@@ -101,13 +101,13 @@ def test_one_of_unknown_status_is_used_where_the_caller_accepts_it(tmp_path, cap
         (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").write_bytes(b"weights")
     truncate(save(tmp_path, 4))
     assert newest_checkpoint(tmp_path, also=lambda path: path.name == "checkpoint-2") == tmp_path / "checkpoint-2"
-    assert len(caplog.records) == 2  # 4, which is damaged, and 3
+    assert len(caplog.records) == 2  # 4, which is corrupt, and 3
 
 
 def test_an_interrupted_replacement_is_undone(tmp_path):
     path = save(tmp_path, 4)
     path.rename(tmp_path / ".checkpoint-4.replaced")
-    assert conditions(tmp_path) == {4: "complete"}
+    assert statuses(tmp_path) == {4: "complete"}
 
 
 def test_a_replacement_that_cannot_be_undone_is_a_warning(tmp_path, caplog, monkeypatch):
@@ -126,20 +126,20 @@ def test_files_with_such_names_are_none(tmp_path):
     """A program may well write a file checkpoint-5."""
     (tmp_path / "checkpoint-5").write_bytes(b"weights")
     save(tmp_path, 4)
-    assert conditions(tmp_path) == {4: "complete"}
+    assert statuses(tmp_path) == {4: "complete"}
 
 
 def test_a_directory_that_is_not_readable_is_not_corrupt():
     """In a process without root's rights."""
     program = """
         import os, sys
-        from fts.loops.checkpoint_list import survey
+        from fts.loops.checkpoint_list import list_checkpoints
 
         if os.geteuid() == 0:
             os.setegid(65534)
             os.seteuid(65534)
-        for found in survey(sys.argv[1]):
-            print(found.step, found.condition, found.problem)
+        for found in list_checkpoints(sys.argv[1]):
+            print(found.step, found.status, found.problem)
     """
     with tempfile.TemporaryDirectory() as directory:  # pytest's own can be entered by its user only
         root = Path(directory)
@@ -163,9 +163,9 @@ def test_a_directory_that_is_not_readable_is_not_corrupt():
 def test_progress_is_reported(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    told = []
-    list_checkpoints(tmp_path, lambda done, count: told.append((done, count)))
-    assert told == [(0, 3), (1, 3), (2, 3)]
+    reported = []
+    list_checkpoints(tmp_path, lambda done, count: reported.append((done, count)))
+    assert reported == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_the_metrics_of_a_run(tmp_path):
@@ -209,13 +209,13 @@ def as_bytes(documents):
 
 
 @given(as_bytes(MANIFESTS), as_bytes(TOLD))
-def test_any_manifest_and_trainer_state_have_a_status(manifest, told):
+def test_any_manifest_and_trainer_state_have_a_status(manifest, reported):
     with tempfile.TemporaryDirectory() as root:
         directory = Path(root, "checkpoint-5")
         directory.mkdir()
         (directory / "progress.json").write_text("{}")
         (directory / "manifest.json").write_bytes(manifest)
-        (directory / "trainer_state.json").write_bytes(told)
+        (directory / "trainer_state.json").write_bytes(reported)
         [found] = list_checkpoints(root)
         assert found.status in ("corrupt", "unknown") and found.problem
         assert all(isinstance(value, float) for value in found.metrics.values())

@@ -17,8 +17,8 @@ import fts
 from fts import transforms as tx
 from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_checkpoint, newest_checkpoint, save_checkpoint
-from fts.loops.checkpoints import load_extra, verify_checkpoint
 from fts.loops.checkpoint_status import is_complete
+from fts.loops.checkpoints import load_extra, verify_checkpoint
 from fts.storage.manifest import write_manifest
 
 OPTIMIZER = tx.adamw(1e-3)
@@ -71,19 +71,19 @@ FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "progress.j
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "truncated", "emptied", "flipped", "longer"])
-def test_corruption_is_found_and_an_earlier_checkpoint_used(tmp_path, name, damage):
+@pytest.mark.parametrize("corruption", ["missing", "truncated", "emptied", "flipped", "longer"])
+def test_corruption_is_found_and_an_earlier_checkpoint_used(tmp_path, name, corruption):
     saved(tmp_path, 9)
     path = saved(tmp_path, 10)
     file = path / name
     content = file.read_bytes()
-    if damage == "missing":
+    if corruption == "missing":
         file.unlink()
-    elif damage == "flipped":
+    elif corruption == "flipped":
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 0x80]) + content[middle + 1 :])
     else:
-        file.write_bytes({"truncated": content[:-7], "emptied": b"", "longer": content + b"x"}[damage])
+        file.write_bytes({"truncated": content[:-7], "emptied": b"", "longer": content + b"x"}[corruption])
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         load_checkpoint(path, like=state_at(0))
     assert step_of(newest_checkpoint(tmp_path)) == 9
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", full)
     for step in (5, 6):
-        with pytest.raises(CheckpointError, match=r"checkpoint-.*No space left.*[Ee]arlier checkpoints are whole"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-.*No space left.*[Ee]arlier checkpoints are complete"):
             saved(tmp_path, step)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
     assert step_of(newest_checkpoint(tmp_path)) == 5
@@ -346,7 +346,9 @@ def test_the_error_of_safetensors_for_a_full_disk_is_a_checkpoint_error(tmp_path
     def full(*args, **kwargs):
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written.*No space left.*Earlier checkpoints are complete"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-6 could not be written.*No space left.*Earlier checkpoints are complete"
+    ):
         saved(tmp_path, 6, write=full)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-5"}
     assert step_of(newest_checkpoint(tmp_path)) == 5

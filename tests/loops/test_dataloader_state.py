@@ -1,4 +1,4 @@
-"""A stream whose data has `state_dict` is resumed at any batch, equals the uninterrupted one, and skipped items are not read."""
+"""A stream with `state_dict` resumes at any batch, equals the uninterrupted one, and reads no skipped examples."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ EPOCHS = 2
 
 
 class Counting(IterableDataset):
-    """Numbers, shuffled by epoch, divided among workers; every read is noted in memory that workers share."""
+    """Numbers, shuffled by epoch, divided over workers; every read is recorded in memory that workers share."""
 
     def __init__(self, count=23, *, noisy=True):
         self.count = count
@@ -73,7 +73,7 @@ def flat(batch):
 
 
 def walk(source, position, state_dict, epochs=EPOCHS):
-    """Positions, cursors and batches from a place to the end, as `loops.fit` with a save after each step sees them."""
+    """Positions, state dicts and batches from a position to the end, as `loops.fit` with a save after each step sees them."""
     source = source.with_state_dict(position, state_dict)
     found = []
     epoch, start = position.epoch, position.batch
@@ -89,26 +89,26 @@ def walk(source, position, state_dict, epochs=EPOCHS):
 
 
 def assert_resumes(make, *, every=1, boundary=True):
-    """From each place with a cursor the rest of the batches is the same; it is also the one of a source that consumes."""
-    whole = walk(make(), Position(), None)
-    plain = [batch for _, _, batch in whole]
+    """The remaining batches are the same from each position with a state dict, and where skipped examples are read."""
+    full = walk(make(), Position(), None)
+    plain = [batch for _, _, batch in full]
     assert sum(batch is not None for batch in plain) > 2
-    for index in range(0, len(whole), every):
-        position, state_dict, batch = whole[index]
+    for index in range(0, len(full), every):
+        position, state_dict, batch = full[index]
         if position.epoch == EPOCHS:
             continue
         if batch is not None or boundary:
             assert state_dict is not None, position
         restored = json.loads(json.dumps(state_dict))
         rest = walk(make(), position, restored)
-        assert [(at, batch) for at, _, batch in rest] == [(at, batch) for at, _, batch in whole[index + 1 :]], position
+        assert [(at, batch) for at, _, batch in rest] == [(at, batch) for at, _, batch in full[index + 1 :]], position
         again, second, _ = rest[len(rest) // 2]  # and a resumed run can be resumed
         if again.epoch < EPOCHS and (second is not None or again.batch):
             assert second is not None
             assert [(at, batch) for at, _, batch in walk(make(), again, second)] == [
                 (at, batch) for at, _, batch in rest[len(rest) // 2 + 1 :]
             ]
-    return whole
+    return full
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -133,8 +133,8 @@ def test_persistent_workers_keep_the_state_of_the_data():
     def make():
         return loops.source(Endless(9), batch_size=2, workers=2, persistent_workers=True)
 
-    whole = assert_resumes(make, every=3)
-    first, second = ([batch for at, _, batch in whole if at.epoch == epoch and batch is not None] for epoch in (0, 1))
+    full = assert_resumes(make, every=3)
+    first, second = ([batch for at, _, batch in full if at.epoch == epoch and batch is not None] for epoch in (0, 1))
     assert first != second
 
 
@@ -155,13 +155,13 @@ def test_skipped_examples_are_not_read(workers):
         next(batches)
     position = Position(0, 15)
     state_dict = source.state_dict(position)
-    whole = list(make(Counting(200, noisy=False)).epoch(0))
-    left = sum(len(batch) for batch in whole[15:])
+    full = list(make(Counting(200, noisy=False)).epoch(0))
+    left = sum(len(batch) for batch in full[15:])
     assert left < 60
     for found, reads in ((state_dict, left), (None, 200)):
         data = Counting(200, noisy=False)
         rest = list(make(data).with_state_dict(position, found).epoch(0, 15))
-        assert all(torch.equal(one, other) for one, other in zip(rest, whole[15:], strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(rest, full[15:], strict=True))
         assert int(data.reads.sum()) == reads
 
 
@@ -173,29 +173,31 @@ def test_a_state_dict_is_only_of_the_current_position():
     assert [source.state_dict(place) for place in (Position(0, 1), Position(0, 3), Position(1, 0), Position(1, 2))] == [None] * 4
     assert source.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).resume_from is not None
     other = loops.source(Counting(), batch_size=4, workers=2)
-    assert other.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).resume_from is None  # of another number of workers
+    assert (
+        other.with_state_dict(Position(0, 2), source.state_dict(Position(0, 2))).resume_from is None
+    )  # of another number of workers
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 1, "persistent_workers": True}])
 def test_an_epoch_that_was_left_restarts(options):
     source = loops.source(Counting(), batch_size=4, **options)
-    whole = [flat(batch) for batch in source.epoch(0)]
+    full = [flat(batch) for batch in source.epoch(0)]
     left = source.epoch(0)
-    assert flat(next(left)) == whole[0]
+    assert flat(next(left)) == full[0]
     del left
-    assert [flat(batch) for batch in source.epoch(0)] == whole
-    assert [flat(batch) for batch in source.epoch(0, 2)] == whole[2:]
+    assert [flat(batch) for batch in source.epoch(0)] == full
+    assert [flat(batch) for batch in source.epoch(0, 2)] == full[2:]
 
 
 def test_other_sizes_resume_at_the_same_example():
     source = loops.source(Counting(noisy=False), batch_size=4)
-    whole = [row for batch in source.epoch(0) for row in batch.tolist()]
+    full = [row for batch in source.epoch(0) for row in batch.tolist()]
     batches = source.epoch(0)
     next(batches), next(batches), next(batches)
     state_dict = source.state_dict(Position(0, 3))
     data = Counting(noisy=False)
     rest = loops.source(data, batch_size=2, micro_batches=3).with_state_dict(Position(0, 2), state_dict)
-    assert [row for group in rest.epoch(0, 2) for batch in group for row in batch.tolist()] == whole[12:]
+    assert [row for group in rest.epoch(0, 2) for batch in group for row in batch.tolist()] == full[12:]
     assert int(data.reads.sum()) == 11
 
 
@@ -223,8 +225,8 @@ def test_a_state_that_is_not_json_is_one_warning_and_examples_are_read_again(dat
     assert why in record.getMessage()
     assert f"a {data.__name__} cannot be saved in checkpoints" in record.getMessage()
     again = loops.source(data(), batch_size=4, workers=workers).with_state_dict(Position(0, 2), None)
-    whole = [flat(batch) for batch in loops.source(data(), batch_size=4, workers=workers).epoch(0)]
-    assert [flat(batch) for batch in again.epoch(0, 2)] == whole[2:]
+    full = [flat(batch) for batch in loops.source(data(), batch_size=4, workers=workers).epoch(0)]
+    assert [flat(batch) for batch in again.epoch(0, 2)] == full[2:]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_a_shuffle_buffer_is_read_again_with_a_warning(caplog):
     """`datasets` leaves the buffer out of its state: a run that trusted it would see other rows."""
     make = lambda: loops.source(table().shuffle(seed=3, buffer_size=8).map(lambda row: row), batch_size=3)  # noqa: E731
     source = make()
-    whole = [flat(batch) for batch in source.epoch(0)]
+    full = [flat(batch) for batch in source.epoch(0)]
     batches = source.epoch(0)
     for _ in range(3):
         next(batches)
@@ -309,7 +311,7 @@ def test_a_shuffle_buffer_is_read_again_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="fts"):
         assert source.state_dict(position) is None
     assert "leaves out what its shuffle buffer holds" in caplog.text
-    assert [flat(batch) for batch in make().with_state_dict(position, None).epoch(0, 3)] == whole[3:]
+    assert [flat(batch) for batch in make().with_state_dict(position, None).epoch(0, 3)] == full[3:]
     trusted = table().shuffle(seed=3, buffer_size=8)
     rows = iter(trusted)
     seen = [next(rows)["a"] for _ in range(9)]
@@ -322,14 +324,16 @@ def test_an_evaluation_on_a_part_of_the_same_dataset_does_not_move_the_position(
     data = table(24)
     train, held_out = data.skip(6), data.take(6)
     source = loops.source(train, batch_size=3)
-    whole = [flat(batch) for batch in source.epoch(0)]
+    full = [flat(batch) for batch in source.epoch(0)]
     batches = source.epoch(0)
     next(batches), next(batches)
     assert len(list(loops.source(held_out, batch_size=2).epoch(0))) == 3
     list(train)  # the very dataset, too
     state_dict = source.state_dict(Position(0, 2))
-    assert flat(next(batches)) == whole[2]
-    assert [flat(batch) for batch in loops.source(train, batch_size=3).with_state_dict(Position(0, 2), state_dict).epoch(0, 2)] == whole[2:]
+    assert flat(next(batches)) == full[2]
+    assert [
+        flat(batch) for batch in loops.source(train, batch_size=3).with_state_dict(Position(0, 2), state_dict).epoch(0, 2)
+    ] == full[2:]
     assert [row["a"] for row in train] == list(range(6, 24))  # and nothing is left of it in the dataset
 
 
@@ -345,7 +349,7 @@ def test_fit_saves_the_position_and_resumes_there(tmp_path):
         return loops.save_checkpoint(tmp_path / "checkpoint", state, position, extra={"data": data.state_dict(position)})
 
     first = fts.TrainState.create({"w": torch.zeros((), dtype=torch.float64)}, tx.sgd(0.1))
-    *_, whole = loops.fit(step, first, source(), epochs=2, donate=False)
+    *_, full = loops.fit(step, first, source(), epochs=2, donate=False)
     data = source()
     stop = {"save": 9, "stop": lambda counters: counters.step == 9}
     *_, left = loops.fit(step, first, data, epochs=2, save=save, due=loops.cadence(**stop), donate=False)
@@ -354,5 +358,5 @@ def test_fit_saves_the_position_and_resumes_there(tmp_path):
     assert position == Position(1, 3)
     data = source().with_state_dict(position, loops.load_extra(tmp_path / "checkpoint")["data"])
     *_, end = loops.fit(step, state, data, epochs=2, start=position, donate=False)
-    assert torch.equal(end.state.params["w"], whole.state.params["w"])
-    assert end.counters == whole.counters
+    assert torch.equal(end.state.params["w"], full.state.params["w"])
+    assert end.counters == full.counters

@@ -16,7 +16,7 @@ X = torch.randn(101, 5, generator=GENERATOR, dtype=torch.float64)
 Y = torch.randint(0, 2, (101,), generator=GENERATOR)
 
 
-def figures(batch_size, step):
+def metrics_of(batch_size, step):
     *_, last = evaluate(step, None, source(TensorDataset(X, Y), batch_size=batch_size))
     return last.metrics
 
@@ -30,9 +30,9 @@ def test_the_metrics_do_not_depend_on_the_batch_size(as_tensor):
         of_positive = x[y == 1].mean()  # NaN in a batch without any
         return {"mean": (x.mean(), rows), "mean of positive": (of_positive, positive), "one": (1.0, rows)}
 
-    whole = {"mean": X.mean().item(), "mean of positive": X[Y == 1].mean().item(), "one": 1.0}
+    full = {"mean": X.mean().item(), "mean of positive": X[Y == 1].mean().item(), "one": 1.0}
     for batch_size in (1, 7, 64, 101):
-        assert figures(batch_size, step) == pytest.approx(whole, rel=1e-12)
+        assert metrics_of(batch_size, step) == pytest.approx(full, rel=1e-12)
 
 
 def test_sums_are_kept_in_float64():
@@ -77,10 +77,10 @@ def test_wrong_results_and_empty_data_are_errors():
 def test_with_an_eval_step():
     state = fts.TrainState.create({"w": torch.ones(5, dtype=torch.float64)}, tx.identity())
     step = steps.eval_step(lambda params, batch: (batch[0] @ params["w"]).square().mean())
-    whole = (X.sum(1)).square().mean().item()
+    full = (X.sum(1)).square().mean().item()
     for batch_size in (1, 7, 64):
         *_, last = evaluate(step, state, source(TensorDataset(X, Y), batch_size=batch_size))
-        assert last.metrics == {"loss": pytest.approx(whole, rel=1e-12)}
+        assert last.metrics == {"loss": pytest.approx(full, rel=1e-12)}
         assert last.counters == Counters(0)
 
 
@@ -90,7 +90,7 @@ def test_processes_without_a_sharded_source_are_an_error():
 
 
 def test_what_only_keeps_processes_in_step_is_not_counted():
-    whole = source([torch.tensor(1.0), torch.tensor(3.0), torch.tensor(8.0)])
-    events = [list(evaluate(lambda state, batch: {"x": (batch, 1)}, None, shard_source(whole, rank, 2))) for rank in (0, 1)]
+    full = source([torch.tensor(1.0), torch.tensor(3.0), torch.tensor(8.0)])
+    events = [list(evaluate(lambda state, batch: {"x": (batch, 1)}, None, shard_source(full, rank, 2))) for rank in (0, 1)]
     assert [[type(event) for event in found] for found in events] == [[EvalBatch, EvalBatch, Evaluated], [EvalBatch, Evaluated]]
     assert [found[-1].metrics for found in events] == [{"x": 4.5}, {"x": 3.0}]

@@ -23,7 +23,7 @@ from fts.loops import (
     cadence,
     fit,
 )
-from tests.loops.datasets import (Count, RecordingDataset, NumberStream, add)
+from tests.loops.datasets import Count, NumberStream, RecordingDataset, add
 
 
 def names(events):
@@ -134,7 +134,7 @@ def test_due_is_called_after_the_event_was_handled():
 
 
 def test_after_a_stop_at_the_last_batch_the_resumed_run_ends_the_epoch():
-    options = {"epochs": 2, "evaluate": lambda state: {"x": 1.0}, "save": lambda state, position: Path("here")}
+    options = {"epochs": 2, "evaluate": lambda state: {"x": 1.0}, "save": lambda state, position: Path("checkpoint")}
     due = cadence(evaluate="epoch", save="epoch", stop=lambda counters: counters.step == 3)
     first = list(fit(add, Count(), [1.0, 2.0, 3.0], due=due, **options))
     assert names(first[-3:]) == ["EpochEnd", "Saved", "Stopped"]
@@ -217,10 +217,10 @@ def test_data_that_runs_dry_after_an_epoch_is_an_error():
     assert last.reason == "total_steps"
 
     class Once(torch.utils.data.IterableDataset):
-        items = iter([1.0, 2.0])
+        numbers = iter([1.0, 2.0])
 
         def __iter__(self):
-            return self.items
+            return self.numbers
 
     with pytest.raises(DataError, match="Epoch 1 of the data has no batch"):
         list(fit(add, Count(), Once(), total_steps=5))

@@ -192,7 +192,7 @@ def test_all_processes_stop_where_one_was_signalled():
     assert not request.poll()
     request.ask()
     assert request.poll() and request.poll()
-    assert calls == [0, 2]  # an agreement is final: nobody is asked again
+    assert calls == [0, 2]  # an agreement is final: there is no further all-reduce
 
 
 def test_due_and_a_request():

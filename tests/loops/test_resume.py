@@ -7,7 +7,7 @@ from torch import nn
 import fts
 from fts import loops, steps, transforms as tx
 from fts.loops import Position, StepEnd, Stopped, cadence
-from tests.loops.datasets import (AugmentedDataset, NumberStream)
+from tests.loops.datasets import AugmentedDataset, NumberStream
 
 EPOCHS, ITEMS, BATCH = 3, 11, 3
 BEGIN = Position()
@@ -24,8 +24,8 @@ def training(seed=3):
 
 def kept(state):
     return {
-        **{f"p.{k}": v.clone() for k, v in state.params.items()},
-        **{f"b.{k}": v.clone() for k, v in state.buffers.items()},
+        **{f"p.{k}": v.clone() for k, v in state.params.examples()},
+        **{f"b.{k}": v.clone() for k, v in state.buffers.examples()},
         "step": state.step.clone(),
     }
 
@@ -59,13 +59,13 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(tmp_path, kind, worke
                 def __iter__(self):
                     return (torch.stack([x, x.sin(), x.cos(), x / 7]) for x in super().__iter__())
 
-            return loops.source(Rows(ITEMS, random_items=True), batch_size=BATCH, workers=workers, drop_last=False)
+            return loops.source(Rows(ITEMS, random_examples=True), batch_size=BATCH, workers=workers, drop_last=False)
         micro = 2 if kind == "grouped" else 1
-        items = AugmentedDataset(21 if kind == "grouped" else ITEMS)  # 4 steps an epoch, the last one shorter
-        return loops.source(items, batch_size=BATCH, shuffle=True, seed=3, workers=workers, micro_batches=micro)
+        examples = AugmentedDataset(21 if kind == "grouped" else ITEMS)  # 4 steps an epoch, the last one shorter
+        return loops.source(examples, batch_size=BATCH, shuffle=True, seed=3, workers=workers, micro_batches=micro)
 
-    whole, end = run(data())
-    last = max(whole)
+    full, end = run(data())
+    last = max(full)
     assert last >= STEPS
     directory = tmp_path / "checkpoint"
     step, state = training()
@@ -78,20 +78,22 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(tmp_path, kind, worke
     for number in every:
         resumed, resumed_end = run(data(), directory=tmp_path / f"checkpoint-{number}")
         assert list(resumed) == list(range(number + 1, last + 1))
-        assert all(same(resumed[k], whole[k]) for k in resumed)
+        assert all(same(resumed[k], full[k]) for k in resumed)
         assert resumed_end == end
     assert not directory.exists()
 
 
 def test_workers_do_not_change_a_run():
-    runs = [run(loops.source(AugmentedDataset(ITEMS), batch_size=BATCH, shuffle=True, workers=workers))[0] for workers in (0, 1, 2)]
+    runs = [
+        run(loops.source(AugmentedDataset(ITEMS), batch_size=BATCH, shuffle=True, workers=workers))[0] for workers in (0, 1, 2)
+    ]
     for other in runs[1:]:
         assert all(same(other[k], runs[0][k]) for k in runs[0])
 
 
 def test_a_stopped_run_resumes_at_the_position_of_its_last_event():
     data = loops.source(AugmentedDataset(ITEMS), batch_size=BATCH, shuffle=True)
-    whole, _ = run(data)
+    full, _ = run(data)
     for stop in range(1, STEPS):
         step, state = training()
         *_, last = loops.fit(
@@ -99,7 +101,7 @@ def test_a_stopped_run_resumes_at_the_position_of_its_last_event():
         )
         assert (last.reason, last.counters.step) == ("due", stop)
         *_, last = loops.fit(step, last.state, data, epochs=EPOCHS, start=last.counters.position)
-        assert same(kept(last.state), whole[STEPS])
+        assert same(kept(last.state), full[STEPS])
 
 
 def test_resume_reads_none_of_the_skipped_examples():

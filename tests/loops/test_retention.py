@@ -17,7 +17,7 @@ from fts.errors import ArgumentError
 from fts.loops import atomic_directory, newest_checkpoint, rotate_checkpoints
 from fts.loops.retention import CheckpointScore, select_to_keep
 from fts.storage.atomic import delete_atomically
-from tests.loops.checkpoint_files import (names_in, save, save_model, truncate)
+from tests.loops.checkpoint_files import names_in, save, save_model, truncate
 
 LIMITS = st.none() | st.integers(1, 8)
 CHECKPOINTS = st.lists(
@@ -79,7 +79,7 @@ def test_the_order_of_the_list_does_not_matter(checkpoints, limit):
 
 
 def test_the_meaning_of_save_total_limit():
-    """As the documentation of transformers has it: with 5, the four last beside the best; with 1, the last and the best."""
+    """As in the documentation of transformers: with 5, the four last and the best; with 1, the last and the best."""
     steps = [CheckpointScore(step) for step in range(100, 1100, 100)]
     assert select_to_keep(steps, 5, best=200) == {200, 700, 800, 900, 1000}
     assert select_to_keep(steps, 5, best=900) == {600, 700, 800, 900, 1000}

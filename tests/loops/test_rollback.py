@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 import fts
 from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
-from fts.loops import (Position, RolledBack, StepEnd, RollbackPolicy, cadence, fit, with_rollback, source, with_error_context)
+from fts.loops import Position, RollbackPolicy, RolledBack, StepEnd, cadence, fit, source, with_error_context, with_rollback
 
 NAN = float("nan")
 BAD = 5
@@ -78,7 +78,9 @@ def test_what_was_trained_since_the_copy_is_lost_and_its_batches_are_passed():
 def test_a_total_is_reached_over_epochs_and_two_faults_in_a_row():
     step, state = parts()
     data = batches(bad=[0, 8, 9])
-    run = with_rollback(lambda state, start: fit(step, state, data, start=start, total_steps=12), state, RollbackPolicy(every=1, limit=6))
+    run = with_rollback(
+        lambda state, start: fit(step, state, data, start=start, total_steps=12), state, RollbackPolicy(every=1, limit=6)
+    )
     events = list(run)
     backs = [event.counters.position for event in events if isinstance(event, RolledBack)]
     assert backs == [Position(0, 1), Position(0, 9), Position(0, 10), Position(1, 1)]
@@ -92,7 +94,9 @@ def test_beyond_the_limit_the_error_has_the_position_and_the_count():
         TensorDataset(torch.cat(batches(bad=[2, 4, 6]))), batch_size=4, collate=lambda rows: torch.stack([r for (r,) in rows])
     )
     run = with_rollback(
-        lambda state, start: with_error_context(fit(step, state, data, start=start), data), state, RollbackPolicy(every=1, limit=2)
+        lambda state, start: with_error_context(fit(step, state, data, start=start), data),
+        state,
+        RollbackPolicy(every=1, limit=2),
     )
     with pytest.raises(NonFiniteError, match=r"In step 5 .*: 0\.weight \(") as caught:
         list(run)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from fts.loops import sampling
-from fts.loops.sampling import (length_grouped_indices, sampled_order)
-from fts.randomness import (get_rng_states, rng_states_equal, seed_generators)
+from fts.loops.sampling import length_grouped_indices, sampled_order
+from fts.randomness import get_rng_states, rng_states_equal, seed_generators
 
 
 @given(

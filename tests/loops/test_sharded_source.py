@@ -1,4 +1,4 @@
-"""What several processes take of a source; each is simulated here, one after the other."""
+"""The shards of a source of several processes; each is simulated, one after the other."""
 
 import threading
 from itertools import zip_longest
@@ -52,7 +52,7 @@ def micro(batch):
     return batch if isinstance(batch, MicroBatches) else [batch]
 
 
-def together(sources, epoch, start=0):
+def collect(sources, epoch, start=0):
     """The steps of all processes, each as one process would have it; and how many copies without weight each had."""
     epochs = [list(source.epoch(epoch, start)) for source in sources]
     steps, copies = [], 0
@@ -75,7 +75,7 @@ def same(left, right):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    items=st.integers(1, 23),
+    count=st.integers(1, 23),
     batch=SIZES,
     accumulate=SIZES,
     size=SIZES,
@@ -85,19 +85,19 @@ def same(left, right):
     start=st.integers(0, 3),
     epoch=st.integers(0, 2),
 )
-def test_processes_do_what_one_does(items, batch, accumulate, size, shuffle, drop_last, kind, start, epoch):
+def test_processes_do_what_one_does(count, batch, accumulate, size, shuffle, drop_last, kind, start, epoch):
     how = {"batch_size": batch, "drop_last": drop_last, "seed": 3}
-    data = kind(items)
+    data = kind(count)
     if isinstance(data, AugmentedDataset):
         how["shuffle"] = shuffle
     one = loops.source(data, micro_batches=accumulate * size, **how)
-    whole = loops.source(data, micro_batches=accumulate, **how)
-    parts = [loops.shard_source(whole, rank, size) for rank in range(size)]
+    full = loops.source(data, micro_batches=accumulate, **how)
+    parts = [loops.shard_source(full, rank, size) for rank in range(size)]
     assert {part.steps_per_epoch for part in parts} == {one.steps_per_epoch}
     assert {part.num_examples for part in parts} == {one.num_examples}
     start = min(start, one.steps_per_epoch or 0)
     expected = list(one.epoch(epoch, start))
-    steps, copies = together(parts, epoch, start)
+    steps, copies = collect(parts, epoch, start)
     same(steps, expected)
     assert copies < size
     if one.order is not None:
@@ -128,29 +128,29 @@ def test_a_process_without_a_batch_copies_its_own_last_one_or_the_first_of_the_e
 
 
 def test_tensor_datasets_are_split_without_fetching_examples():
-    whole = loops.source(TensorDataset(torch.arange(10)), batch_size=4)
-    first, copy = loops.shard_source(whole, 1, 2).epoch(0)
+    full = loops.source(TensorDataset(torch.arange(10)), batch_size=4)
+    first, copy = loops.shard_source(full, 1, 2).epoch(0)
     assert first[0].tolist() == [4, 5, 6, 7] and copy.batch[0].tolist() == [4, 5, 6, 7]
 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    items=st.integers(1, 30), rows=st.integers(1, 3), size=st.integers(2, 4), stream=st.booleans(), accumulate=st.integers(1, 2)
+    count=st.integers(1, 30), rows=st.integers(1, 3), size=st.integers(2, 4), stream=st.booleans(), accumulate=st.integers(1, 2)
 )
-def test_batches_that_are_split(items, rows, size, stream, accumulate):
-    data = Streamed(items) if stream else AugmentedDataset(items)
-    whole = loops.source(data, batch_size=rows * size, micro_batches=accumulate)
-    parts = [loops.shard_source(whole, rank, size, split_batches=True) for rank in range(size)]
-    assert {(part.batch_size, part.steps_per_epoch) for part in parts} == {(rows, whole.steps_per_epoch)}
+def test_batches_that_are_split(count, rows, size, stream, accumulate):
+    data = Streamed(count) if stream else AugmentedDataset(count)
+    full = loops.source(data, batch_size=rows * size, micro_batches=accumulate)
+    parts = [loops.shard_source(full, rank, size, split_batches=True) for rank in range(size)]
+    assert {(part.batch_size, part.steps_per_epoch) for part in parts} == {(rows, full.steps_per_epoch)}
     found = [[micro(batch) for batch in part.epoch(0)] for part in parts]
-    for number, expected in enumerate(whole.epoch(0)):
+    for number, expected in enumerate(full.epoch(0)):
         for place, batch in enumerate(micro(expected)):
             shares = [part[number][place] for part in found]
             counted = [share for share in shares if not isinstance(share, PaddingBatch)]
             assert torch.cat(counted)[:, 0].tolist() == batch[:, 0].tolist()
         if not stream:
             indices = [index for part in parts for index in part.example_indices(0, number)]
-            assert sorted(indices) == sorted(whole.example_indices(0, number))
+            assert sorted(indices) == sorted(full.example_indices(0, number))
 
 
 def test_ready_batches_are_split_by_examples():
@@ -162,7 +162,7 @@ def test_ready_batches_are_split_by_examples():
 
 def test_batch_samplers_are_sharded():
     loader = DataLoader(AugmentedDataset(9), batch_sampler=[[0, 1, 2], [3], [4, 5], [6, 7, 8]])
-    steps, _ = together([loops.shard_source(loops.source(loader), rank, 3) for rank in range(3)], 0)
+    steps, _ = collect([loops.shard_source(loops.source(loader), rank, 3) for rank in range(3)], 0)
     assert [[batch[:, 0].tolist() for batch in step] for step in steps] == [[[0, 1, 2], [3], [4, 5]], [[6, 7, 8]]]
 
 
@@ -188,20 +188,22 @@ class Remembering(IterableDataset):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_sharded_stream_resumes_at_its_state(rank):
-    whole = loops.shard_source(loops.source(Remembering(23), batch_size=2, micro_batches=2), rank, 2)
-    expected = [list(micro(step)) for step in whole.epoch(0)]
-    running = whole.epoch(0)
+    full = loops.shard_source(loops.source(Remembering(23), batch_size=2, micro_batches=2), rank, 2)
+    expected = [list(micro(step)) for step in full.epoch(0)]
+    running = full.epoch(0)
     next(running)
-    state_dict = whole.state_dict(Position(0, 1))
+    state_dict = full.state_dict(Position(0, 1))
     assert state_dict is not None
     data = Remembering(23)
-    resumed = loops.shard_source(loops.source(data, batch_size=2, micro_batches=2), rank, 2).with_state_dict(Position(0, 1), state_dict)
+    resumed = loops.shard_source(loops.source(data, batch_size=2, micro_batches=2), rank, 2).with_state_dict(
+        Position(0, 1), state_dict
+    )
     rest = list(resumed.epoch(0, start=1))
     assert repr(rest) == repr([MicroBatches(step) for step in expected[1:]])
     assert data.reads == 23 - 8
 
 
-class Passing:
+class SimulatedGroup:
     """A group of threads that scatter by hand."""
 
     def __init__(self, size):
@@ -227,7 +229,7 @@ class Passing:
 
 def run(size, work):
     """Each process's result, or its error, of processes that are threads."""
-    group, found = Passing(size), [None] * size
+    group, found = SimulatedGroup(size), [None] * size
 
     def begin(rank):
         try:
@@ -243,14 +245,14 @@ def run(size, work):
     return found
 
 
-@pytest.mark.parametrize("items", [1, 12, 13, 23])
+@pytest.mark.parametrize("count", [1, 12, 13, 23])
 @pytest.mark.parametrize("split_batches", [False, True])
-def test_the_first_process_reads_for_all(items, split_batches):
-    data = [Streamed(items, known=False) for _ in range(3)]
+def test_the_first_process_reads_for_all(count, split_batches):
+    data = [Streamed(count, known=False) for _ in range(3)]
 
     def work(rank, group, dispatch=True):
-        whole = loops.source(data[rank if dispatch else 0], batch_size=6, micro_batches=2)
-        part = loops.shard_source(whole, rank, 3, dispatch=dispatch, group=group, split_batches=split_batches)
+        full = loops.source(data[rank if dispatch else 0], batch_size=6, micro_batches=2)
+        part = loops.shard_source(full, rank, 3, dispatch=dispatch, group=group, split_batches=split_batches)
         return list(part.epoch(0)), list(part.epoch(1))
 
     expected = [work(rank, None, dispatch=False) for rank in range(3)]
@@ -272,19 +274,19 @@ def test_all_processes_hear_of_an_error_of_the_one_that_reads():
 
 
 def test_what_cannot_be_sharded():
-    whole = loops.source([1, 2, 3])
+    full = loops.source([1, 2, 3])
     with pytest.raises(ArgumentError, match="ranks go from 0"):
-        loops.shard_source(whole, 2, 2)
+        loops.shard_source(full, 2, 2)
     with pytest.raises(ArgumentError, match="is sharded over 2 processes already"):
-        loops.shard_source(loops.shard_source(whole, 0, 2), 0, 2)
+        loops.shard_source(loops.shard_source(full, 0, 2), 0, 2)
     with pytest.raises(ArgumentError, match="must be a multiple"):
         loops.shard_source(loops.source(range(9), batch_size=3), 0, 2, split_batches=True)
     with pytest.raises(ArgumentError, match="there are 1"):
-        list(loops.shard_source(whole, 0, 2, dispatch=True).epoch(0))
-    assert loops.shard_source(whole, 0, 1) is whole
+        list(loops.shard_source(full, 0, 2, dispatch=True).epoch(0))
+    assert loops.shard_source(full, 0, 1) is full
 
 
-@pytest.mark.parametrize("sampled", ["items", "batches", "in its own way"])
+@pytest.mark.parametrize("sampled", ["examples", "batches", "in its own way"])
 def test_data_that_a_sampler_has_sharded_is_an_error(sampled):
     class Own(DataLoader):
         def __iter__(self):
@@ -296,7 +298,7 @@ def test_data_that_a_sampler_has_sharded_is_an_error(sampled):
     data = list(range(8))
     sampler = DistributedSampler(data, num_replicas=2, rank=1)
     divided = {
-        "items": lambda: DataLoader(data, batch_size=2, sampler=sampler),
+        "examples": lambda: DataLoader(data, batch_size=2, sampler=sampler),
         "batches": lambda: DataLoader(data, batch_sampler=OwnBatches(sampler, 2, False)),
         "in its own way": lambda: Own(data, batch_size=2, sampler=sampler),
     }[sampled]()
@@ -311,8 +313,8 @@ def test_a_loader_of_accelerate_is_an_error_where_it_has_sharded_the_data():
     batches = BatchSampler(range(8), 2, False)
     with pytest.raises(DataError, match="accelerate's BatchSamplerShard"):
         loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=shards.BatchSamplerShard(batches, 2, 1))), 1, 2)
-    whole = shards.BatchSamplerShard(batches, 1, 0)
-    assert loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=whole)), 1, 2).shard.world_size == 2
+    full = shards.BatchSamplerShard(batches, 1, 0)
+    assert loops.shard_source(loops.source(DataLoader(range(8), batch_sampler=full)), 1, 2).shard.world_size == 2
 
 
 def test_data_that_is_split_by_node_is_an_error():

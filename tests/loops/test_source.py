@@ -26,9 +26,9 @@ from fts.errors import ArgumentError, DataError
 from fts.loops import source
 from fts.loops.loader_options import dataloader_kwargs
 from fts.loops.sampling import EpochSampler, permutation
-from fts.randomness import (DATA, fold_in, seed_generators)
+from fts.randomness import DATA, fold_in, seed_generators
 from fts.steps import MicroBatches
-from tests.loops.datasets import (AugmentedDataset, RecordingDataset, NumberStream, GetItemsDataset, to_lists)
+from tests.loops.datasets import AugmentedDataset, GetItemsDataset, NumberStream, RecordingDataset, to_lists
 
 
 def randperm(count, seed):
@@ -69,7 +69,7 @@ def test_long_epochs_are_split_into_the_same_batches(count):
 def test_examples_of_a_tensor_dataset_equal_the_default_collate(size, shuffle, drop_last, start):
     data = TensorDataset(torch.randn(11, 3), torch.arange(11), torch.rand(11) > 0.5, torch.randn(2, 11, 2).transpose(0, 1))
 
-    class Plain(Dataset):  # the same items by the general way
+    class Plain(Dataset):  # the same examples, fetched one by one
         def __len__(self):
             return len(data)
 
@@ -103,7 +103,7 @@ def test_an_iterator_has_its_own_order(options):
 
 
 def test_a_sampler_needs_examples_with_indices():
-    with pytest.raises(DataError, match=r"sampler.*Numbers.*__getitem__"):
+    with pytest.raises(DataError, match=r"sampler.*NumberStream.*__getitem__"):
         source(NumberStream(5), batch_size=2, sampler=[1, 0])
     with pytest.raises(DataError, match=r"sampler.*set.*__getitem__"):
         source({1, 2}, batch_size=2, sampler=[1, 0])
@@ -151,7 +151,7 @@ def test_each_fetch_is_seeded_by_seed_epoch_and_batch(workers):
 
 
 def test_collate_is_seeded_too():
-    found = source(RecordingDataset(4), batch_size=2, collate=lambda items: torch.rand(()).item())
+    found = source(RecordingDataset(4), batch_size=2, collate=lambda examples: torch.rand(()).item())
     values = list(found.epoch(0))
     assert len(set(values)) == 2
     assert list(found.epoch(0)) == values
@@ -229,7 +229,7 @@ def test_an_iterator_serves_one_epoch():
 
 
 def test_a_map_style_dataset_needs_a_batch_size_and_a_length():
-    with pytest.raises(DataError, match=r"Items with 3 items.*batch_size=32"):
+    with pytest.raises(DataError, match=r"RecordingDataset with 3 examples.*batch_size=32"):
         source(RecordingDataset(3))
 
     class Endless(Dataset):
@@ -298,7 +298,7 @@ def test_a_source_without_references_has_no_workers(data):
 def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persistent):
     before = multiprocessing.active_children()
     found = source(data, batch_size=2, workers=2, persistent_workers=persistent)
-    whole = [batch.tolist() for batch in found.epoch(0)]
+    full = [batch.tolist() for batch in found.epoch(0)]
     batches = found.epoch(1)
     next(batches)
     workers = two_workers_since(before)
@@ -306,7 +306,7 @@ def test_a_source_that_is_closed_has_no_workers_and_starts_others(data, persiste
     assert not any(worker.is_alive() for worker in workers)
     with pytest.raises(DataError, match="closed while this epoch was read"):
         list(batches)
-    assert [batch.tolist() for batch in found.epoch(0)] == whole
+    assert [batch.tolist() for batch in found.epoch(0)] == full
     found.close()
     found.close()
 
@@ -359,11 +359,11 @@ def test_an_iterable_dataset_is_divided_over_workers(persistent):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_iterable_dataset_that_draws_is_replayed(workers):
-    found = source(NumberStream(9, random_items=True), batch_size=2, workers=workers)
-    whole = to_lists(found.epoch(1))
-    for start in range(len(whole) + 1):
-        assert to_lists(found.epoch(1, start)) == whole[start:]
-    assert to_lists(found.epoch(0)) != whole
+    found = source(NumberStream(9, random_examples=True), batch_size=2, workers=workers)
+    full = to_lists(found.epoch(1))
+    for start in range(len(full) + 1):
+        assert to_lists(found.epoch(1, start)) == full[start:]
+    assert to_lists(found.epoch(0)) != full
 
 
 def test_workers_do_not_repeat_an_iterable_that_is_not_divided():
@@ -425,7 +425,7 @@ def test_a_loader_with_workers_gives_the_same_batches():
 def mark(worker):
     import tests.loops.datasets
 
-    tests.loops.datasets.Items.__getitem__ = lambda self, index: 100 * (worker + 1) + index
+    tests.loops.datasets.RecordingDataset.__getitem__ = lambda self, index: 100 * (worker + 1) + index
 
 
 def test_worker_init_fn_and_multiprocessing_context_are_used():
@@ -478,13 +478,13 @@ def test_a_custom_sampler_is_kept_and_its_indices_skipped_without_reading(worker
     data = AugmentedDataset(10)
     found = source(DataLoader(data, batch_size=3, sampler=Alternating(10), num_workers=workers), seed=6)
     assert found.steps_per_epoch == 4
-    whole = {epoch: to_lists(found.epoch(epoch)) for epoch in (0, 1)}
-    assert whole[0] != whole[1]
+    full = {epoch: to_lists(found.epoch(epoch)) for epoch in (0, 1)}
+    assert full[0] != full[1]
     for epoch in (0, 1):
         for start in range(5):
             data.reads.clear()
             torch.rand(start)  # what others draw must not matter
-            assert to_lists(found.epoch(epoch, start)) == whole[epoch][start:]
+            assert to_lists(found.epoch(epoch, start)) == full[epoch][start:]
             assert workers or len(data.reads) == 10 - min(10, 3 * start)
 
 
@@ -511,10 +511,10 @@ def test_any_sampler_replays(sampler):
     data = RecordingDataset(5)
     found = source(DataLoader(data, batch_size=2, sampler=sampler(data)), seed=2)
     count = len(sampler(data))
-    whole = to_lists(found.epoch(1))
-    assert (found.num_examples, found.steps_per_epoch, len(whole)) == (count, -(-count // 2), -(-count // 2))
-    for start in range(len(whole) + 1):
-        assert to_lists(found.epoch(1, start)) == whole[start:]
+    full = to_lists(found.epoch(1))
+    assert (found.num_examples, found.steps_per_epoch, len(full)) == (count, -(-count // 2), -(-count // 2))
+    for start in range(len(full) + 1):
+        assert to_lists(found.epoch(1, start)) == full[start:]
 
 
 def test_a_custom_batch_sampler_is_kept():
@@ -561,10 +561,10 @@ def test_a_loader_that_iterates_in_its_own_way_is_iterated():
             return (2 * batch for batch in super().__iter__())
 
     found = source(Doubling(RecordingDataset(5), batch_size=2, shuffle=True), seed=1)
-    whole = to_lists(found.epoch(1))
-    assert sorted(x for batch in whole for x in batch) == [0, 2, 4, 6, 8]
-    assert to_lists(found.epoch(1, start=1)) == whole[1:]
-    assert to_lists(found.epoch(2)) != whole
+    full = to_lists(found.epoch(1))
+    assert sorted(x for batch in full for x in batch) == [0, 2, 4, 6, 8]
+    assert to_lists(found.epoch(1, start=1)) == full[1:]
+    assert to_lists(found.epoch(2)) != full
 
 
 def test_arguments_of_the_loader_are_errors():
@@ -575,7 +575,9 @@ def test_arguments_of_the_loader_are_errors():
 # -- micro-batches ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RecordingDataset, NumberStream, lambda n: DataLoader(RecordingDataset(n)), lambda n: [float(i) for i in range(n)]])
+@pytest.mark.parametrize(
+    "kind", [RecordingDataset, NumberStream, lambda n: DataLoader(RecordingDataset(n)), lambda n: [float(i) for i in range(n)]]
+)
 def test_consecutive_batches_are_grouped(kind):
     data = kind(7)
     options = {} if isinstance(data, (DataLoader, list)) else {"batch_size": 1}
@@ -644,11 +646,11 @@ def test_loaders_that_accelerate_prepared_are_unwrapped(seedable):
     data = RecordingDataset(6)
     loader = accelerator.prepare(DataLoader(data, batch_size=2, shuffle=True))
     found = source(loader, seed=1)
-    whole = [to_lists(found.epoch(epoch)) for epoch in (0, 1)]
-    assert sorted(item for batch in whole[1] for item in batch) == list(range(6))
-    assert whole == [chunks([float(i) for i in randperm(6, 1 + epoch)], 2) for epoch in (0, 1)]
+    full = [to_lists(found.epoch(epoch)) for epoch in (0, 1)]
+    assert sorted(item for batch in full[1] for item in batch) == list(range(6))
+    assert full == [chunks([float(i) for i in randperm(6, 1 + epoch)], 2) for epoch in (0, 1)]
     data.reads.clear()
-    assert to_lists(found.epoch(1, start=2)) == whole[1][2:]
+    assert to_lists(found.epoch(1, start=2)) == full[1][2:]
     assert len(data.reads) == 2
     skipping = accelerate.skip_first_batches(loader, 1)
     assert len(to_lists(source(skipping, seed=1).epoch(0))) == 2
@@ -656,7 +658,11 @@ def test_loaders_that_accelerate_prepared_are_unwrapped(seedable):
 
 def test_a_stream_has_its_number_of_workers():
     assert source(NumberStream(6), batch_size=2, workers=2).stream_workers == 2
-    assert source(NumberStream(6), batch_size=2).stream_workers == source(RecordingDataset(6), batch_size=2, workers=2).stream_workers == 1
+    assert (
+        source(NumberStream(6), batch_size=2).stream_workers
+        == source(RecordingDataset(6), batch_size=2, workers=2).stream_workers
+        == 1
+    )
 
 
 class Slow(RecordingDataset):

@@ -30,7 +30,7 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_after_its_step_with_a_checkp
     assert f"stopped by {name}" in out and "Traceback" not in err
     state, position = loops.load_checkpoint(loops.newest_checkpoint(tmp_path), like=run_preemption.first_state())
     assert 3 <= int(state.step) <= 4 and position.batch == int(state.step)
-    with pytest.raises(ProcessLookupError):  # nobody is left of the group
+    with pytest.raises(ProcessLookupError):  # no process of the group is left
         os.killpg(process.pid, 0)
 
 
@@ -84,19 +84,19 @@ def test_a_worker_that_does_not_end_by_itself_is_ended(deaf, code):
     assert worker.exitcode == code
 
 
-LASTING = """
+PERSISTENT = """
 from torch.utils.data import DataLoader
 from fts import loops
-from fts.loops.worker_signals import sheltered
+from fts.loops.worker_signals import iterate_ignoring_signals
 
 loader = DataLoader(range(4), num_workers=2, persistent_workers=True)
 with loops.handle_preemption():
-    print(len(list(sheltered(loader))))
+    print(len(list(iterate_ignoring_signals(loader))))
 """
 
 
 def test_a_program_ends_quietly_with_persistent_workers():
-    run = subprocess.run([sys.executable, "-c", LASTING], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    run = subprocess.run([sys.executable, "-c", PERSISTENT], capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert (run.returncode, run.stdout, run.stderr) == (0, "4\n", "")
 
 

@@ -1,7 +1,7 @@
-"""A run of two processes, one of which is killed, for test_process_failures: `torchrun --max-restarts 3 run_two_processes.py RESULTS OUT`.
+"""A run of two processes, one of which is killed: `torchrun --max-restarts 3 run_two_processes.py RESULTS OUT`.
 
-The first life ends in a step, the second while parts of a checkpoint are written, the third while it is sealed, and the fourth
-as the run is planned.
+The first attempt ends in a step, the second while shards of a checkpoint are written, the third while its manifest is
+written, and the fourth runs to the end.
 """
 
 import json
@@ -15,9 +15,9 @@ from torch.distributed.checkpoint import hf_storage
 
 from fts.storage import atomic
 from fts.trainer import TrainerCallback
-from tests.distributed.run_resume import (figures_of, trainer_of)
+from tests.distributed.run_resume import figures_of, trainer_of
 
-LIFE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -34,43 +34,43 @@ class InStep(TrainerCallback):
 
 
 def in_save():
-    """End the second process while it writes its parts of the second checkpoint."""
+    """End the second process while it writes its shards of the second checkpoint."""
     write = hf_storage.HuggingFaceStorageWriter.write_data
 
-    def cut_off(self, plan, planner):
+    def killed_before(self, plan, planner):
         if "checkpoint-8" in str(self.path) and RANK == 1:
             die()
         return write(self, plan, planner)
 
-    hf_storage.HuggingFaceStorageWriter.write_data = cut_off
+    hf_storage.HuggingFaceStorageWriter.write_data = killed_before
 
 
-def in_sealing():
-    """End the first process when the parts of the second checkpoint are there, and it is not in its place."""
+def in_manifest():
+    """End the first process when the shards of the second checkpoint are written, before it is renamed."""
 
-    def cut_off(directory, written=None):
+    def killed_before(directory, written=None):
         if "checkpoint-8" in directory.name:
             die()
-        return seal(directory, written)
+        return write_manifest(directory, written)
 
-    seal, atomic.write_manifest = atomic.write_manifest, cut_off
+    write_manifest, atomic.write_manifest = atomic.write_manifest, killed_before
 
 
 def main():
     results, out, dies = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "dies"
     trainer = trainer_of(out, "fsdp-sharded")
-    if dies and LIFE == 0:
+    if dies and ATTEMPT == 0:
         trainer.add_callback(InStep())
-    if dies and LIFE == 1:
+    if dies and ATTEMPT == 1:
         in_save()
-    if dies and LIFE == 2:
-        in_sealing()
+    if dies and ATTEMPT == 2:
+        in_manifest()
     start = time.time()
     try:
         trainer.train()
     except BaseException as error:
-        told = {"type": type(error).__name__, "text": str(error), "notes": getattr(error, "__notes__", [])}
-        (results / f"life-{LIFE}-{RANK}").write_text(json.dumps(told | {"seconds": time.time() - start}))
+        reported = {"type": type(error).__name__, "text": str(error), "notes": getattr(error, "__notes__", [])}
+        (results / f"attempt-{ATTEMPT}-{RANK}").write_text(json.dumps(reported | {"seconds": time.time() - start}))
         raise
     (results / f"{RANK}.json").write_text(json.dumps(figures_of(trainer)))
 

@@ -1,7 +1,7 @@
-"""Two ways to train the same small thing, for tests that break something meanwhile: the Trainer, and the loop with a Writer.
+"""Two loops that train the same small model, for tests with faults: the Trainer, and `fit` with an AsyncCheckpointer.
 
-Both have dropout and shuffled data, save every third of 12 updates, go on from the newest whole checkpoint if there is one, and
-call `act(step)` after each update, when the saves before are complete.
+Both have dropout and shuffled data, save every third of 12 updates, resume from the newest complete checkpoint if there is
+one, and call `act(step)` after each update, when the saves before are complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 import fts
 from fts import loops, steps, transforms as tx
 from fts.trainer import TrainerCallback
-from tests.trainer.helpers import Regression, make_trainer, rows
+from tests.trainer.helpers import Regression, make_examples, make_trainer
 
 LAST_STEP = 12
 SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
@@ -24,23 +24,23 @@ Act = Callable[[int], object]
 
 
 class Examples(Dataset[Any]):
-    """22 rows; to read the eighth calls `fault`."""
+    """22 examples; reading the eighth calls `fault`."""
 
     def __init__(self, fault: Callable[[], object] | None = None) -> None:
-        self.rows = rows(22)
+        self.examples = make_examples(22)
         self.fault = fault
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Any:
         if index == 7 and self.fault is not None:
             self.fault()
-        return self.rows[index]
+        return self.examples[index]
 
 
 class ActCallback(TrainerCallback):
-    """Calls a function after each update; saves before are complete, because it listens to them."""
+    """Calls a function after each update; saves before are complete, because it handles `on_save`."""
 
     def __init__(self, act: Act) -> None:
         self.act = act
@@ -70,15 +70,15 @@ def run_fit(root: Path, act: Act | None = None, data: Any = None, workers: int =
     data = Examples() if data is None else data
     source = loops.source(data, batch_size=4, shuffle=True, seed=1, workers=workers)
     step = steps.train_step(steps.module_loss(net), optimizer)
-    with loops.AsyncCheckpointer() as writer:
+    with loops.AsyncCheckpointer() as checkpointer:
 
         def save(state: fts.TrainState, position: loops.Position) -> Path:
-            return writer.save(root / f"checkpoint-{int(state.step)}", state, position)
+            return checkpointer.save(root / f"checkpoint-{int(state.step)}", state, position)
 
         events = loops.fit(step, state, source, epochs=2, start=start, due=loops.cadence(save=3), save=save)
-        for event in writer.watch(loops.with_error_context(events, source)):
+        for event in checkpointer.watch(loops.with_error_context(events, source)):
             if act is not None and isinstance(event, loops.StepEnd):
-                writer.wait()
+                checkpointer.wait()
                 act(event.counters.step)
 
 
@@ -86,6 +86,6 @@ LOOPS = {"Trainer": run_trainer, "fit": run_fit}
 
 
 def result_of(root: Path) -> dict[str, bytes]:
-    """What a run led to: weights, optimizer and step, byte for byte."""
+    """The result of a run: weights, optimizer and step, byte for byte."""
     names = ("model.safetensors", "optimizer.safetensors", "state.json")
     return {name: (root / f"checkpoint-{LAST_STEP}" / name).read_bytes() for name in names}

@@ -1,19 +1,19 @@
-"""What goes wrong in the world, for real, and what the user then sees.
+"""Real external faults, and what the user then sees.
 
-After each, the last checkpoint is whole; once the fault is removed, the run goes on and ends bit for bit as one without a fault.
+After each, the last checkpoint is complete; without the fault, the run then resumes and ends bit for bit as one that had none.
 
     fault                                what the user sees
     a full disk                          CheckpointError: "checkpoint-6 could not be written: ... No space left on device"
     a limit on the size of files         the same, with "File too large"
     a disk that turns read-only          the same, with "Read-only file system"
     a directory that may not be written  the same, with "Permission denied"
-    output_dir is a file                 ArgumentError before the first update that says so
-    output_dir is deleted                nothing: the next save makes it again
+    output_dir is a file                 ArgumentError before the first update
+    output_dir is deleted                nothing: the next save creates it again
     a file of a checkpoint is missing,   CheckpointError that names the file; with resume_from_checkpoint=True a warning, and the
-    truncated, or has a flipped bit      checkpoint before is taken
-    a data set, collator, model or       the error itself, with notes: in or before which step, which batch and items, and which
-    loss raises                          checkpoint was written
-    a worker is killed, or exits         WorkerError (or torch's RuntimeError, at the signal) that tells how, with these notes
+    truncated, or has a flipped bit      checkpoint before is used
+    a data set, collator, model or       the error itself, with notes: in or before which step, which batch and examples, and
+    loss raises                          which checkpoint was written
+    a worker is killed, or exits         WorkerError (or torch's RuntimeError, at the signal) that says how, with these notes
     a callback raises                    CallbackError, of the error's class too, that names callback, event and step; a note
     compute_metrics raises               the error itself, with notes: after which step, and which checkpoint was written
     memory is exhausted                  the error itself with notes, or with auto_find_batch_size=True a smaller batch
@@ -39,19 +39,19 @@ from fts import loops
 from fts.errors import ArgumentError, CallbackError, CheckpointError, FtsError
 from fts.trainer import Trainer
 from fts.trainer.data.collator import get_data_collator
-from tests.reliability.small_runs import (LAST_STEP, SETTINGS, LOOPS, Examples, run_trainer, result_of)
-from tests.trainer.helpers import Regression, arguments, make_trainer, rows
+from tests.reliability.small_runs import LAST_STEP, LOOPS, SETTINGS, Examples, result_of, run_trainer
+from tests.trainer.helpers import Regression, arguments, make_examples, make_trainer
 
-EACH_WAY = pytest.mark.parametrize("way", LOOPS)
+EACH_LOOP = pytest.mark.parametrize("loop", LOOPS)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """What runs without a fault lead to, by way."""
+    """What runs without a fault lead to, by loop."""
     found = {}
-    for name, way in LOOPS.items():
+    for name, loop in LOOPS.items():
         root = tmp_path_factory.mktemp("straight")
-        way(root)
+        loop(root)
         found[name] = result_of(root)
     return found
 
@@ -62,7 +62,7 @@ def newest_step(root):
 
 
 def is_clean(root):
-    """Nothing but whole checkpoints is there."""
+    """Only complete checkpoints exist."""
     for path in root.iterdir():
         loops.verify_checkpoint(path)
     return all(re.fullmatch(r"checkpoint-\d+", path.name) for path in root.iterdir())
@@ -89,8 +89,8 @@ def mount(*words):
         pytest.skip(f"this user may not mount: {done.stderr.strip()}")
 
 
-@EACH_WAY
-def test_a_full_disk(way, disk, straight):
+@EACH_LOOP
+def test_a_full_disk(loop, disk, straight):
     root = disk / "run"
 
     def fill(step):
@@ -99,16 +99,16 @@ def test_a_full_disk(way, disk, straight):
                 while True:
                     file.write(bytes(4096))
 
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left on device.*Make room"):
-        LOOPS[way](root, fill)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left on device.*Free disk space"):
+        LOOPS[loop](root, fill)
     assert newest_step(root) == 3 and is_clean(root)
     (disk / "other").unlink()
-    LOOPS[way](root)
-    assert result_of(root) == straight[way]
+    LOOPS[loop](root)
+    assert result_of(root) == straight[loop]
 
 
-@EACH_WAY
-def test_a_limit_on_the_size_of_files(way, tmp_path, straight):
+@EACH_LOOP
+def test_a_limit_on_the_size_of_files(loop, tmp_path, straight):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(step):
@@ -117,27 +117,27 @@ def test_a_limit_on_the_size_of_files(way, tmp_path, straight):
 
     try:
         with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*File too large"):
-            LOOPS[way](tmp_path, limit)
+            LOOPS[loop](tmp_path, limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert newest_step(tmp_path) == 3 and is_clean(tmp_path)
-    LOOPS[way](tmp_path)
-    assert result_of(tmp_path) == straight[way]
+    LOOPS[loop](tmp_path)
+    assert result_of(tmp_path) == straight[loop]
 
 
-@EACH_WAY
-def test_a_disk_that_turns_read_only(way, disk, straight):
+@EACH_LOOP
+def test_a_disk_that_turns_read_only(loop, disk, straight):
     root = disk / "run"
     with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*Read-only file system"):
-        LOOPS[way](root, lambda step: step == 4 and mount("-o", "remount,ro", str(disk)))
+        LOOPS[loop](root, lambda step: step == 4 and mount("-o", "remount,ro", str(disk)))
     assert newest_step(root) == 3
     mount("-o", "remount,rw", str(disk))
-    LOOPS[way](root)
-    assert result_of(root) == straight[way] and is_clean(root)
+    LOOPS[loop](root)
+    assert result_of(root) == straight[loop] and is_clean(root)
 
 
-@EACH_WAY
-def test_a_directory_that_may_not_be_written(way, tmp_path, straight):
+@EACH_LOOP
+def test_a_directory_that_may_not_be_written(loop, tmp_path, straight):
     user, root = os.geteuid(), tmp_path / "run"
 
     def forbid(step):
@@ -148,38 +148,38 @@ def test_a_directory_that_may_not_be_written(way, tmp_path, straight):
 
     try:
         with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*Permission denied"):
-            LOOPS[way](root, forbid)
+            LOOPS[loop](root, forbid)
     finally:
         os.seteuid(user)
         root.chmod(0o755)
     assert newest_step(root) == 3 and is_clean(root)
-    LOOPS[way](root)
-    assert result_of(root) == straight[way]
+    LOOPS[loop](root)
+    assert result_of(root) == straight[loop]
 
 
-@EACH_WAY
-def test_the_directory_of_the_run_is_a_file(way, tmp_path):
+@EACH_LOOP
+def test_the_directory_of_the_run_is_a_file(loop, tmp_path):
     root, reached = tmp_path / "run", []
     root.write_text("mine")
     with pytest.raises(FtsError, match=f"{root}.*(is a file|File exists|Not a directory)"):
-        LOOPS[way](root, reached.append)
-    assert way == "fit" or not reached
+        LOOPS[loop](root, reached.append)
+    assert loop == "fit" or not reached
     assert root.read_text() == "mine"
 
 
-@EACH_WAY
-def test_the_directory_of_the_run_is_deleted(way, tmp_path, straight):
+@EACH_LOOP
+def test_the_directory_of_the_run_is_deleted(loop, tmp_path, straight):
     root = tmp_path / "run"
-    LOOPS[way](root, lambda step: step == 4 and shutil.rmtree(root))
-    assert result_of(root) == straight[way] and is_clean(root)
+    LOOPS[loop](root, lambda step: step == 4 and shutil.rmtree(root))
+    assert result_of(root) == straight[loop] and is_clean(root)
 
 
-# Checkpoints that are damaged afterwards
+# Checkpoints that are corrupted afterwards
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    root = tmp_path_factory.mktemp("finished") / "run"
+def completed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("completed") / "run"
     run_trainer(root)
     return root
 
@@ -195,30 +195,30 @@ FILES = [
 ]
 
 
-def test_these_are_the_files_of_a_checkpoint(finished):
-    assert sorted(path.name for path in (finished / f"checkpoint-{LAST_STEP}").iterdir()) == FILES
+def test_these_are_the_files_of_a_checkpoint(completed):
+    assert sorted(path.name for path in (completed / f"checkpoint-{LAST_STEP}").iterdir()) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_a_corrupt_file_is_named_and_the_previous_checkpoint_used(name, data, finished):
-    last = finished / f"checkpoint-{LAST_STEP}"
+def test_a_corrupt_file_is_named_and_the_previous_checkpoint_used(name, data, completed):
+    last = completed / f"checkpoint-{LAST_STEP}"
     content = (last / name).read_bytes()
     offset = data.draw(st.integers(0, len(content) - 1), label="offset")
-    damaged = {
+    corrupted = {
         "missing": None,
         "truncated": content[:offset],
         "flipped": content[:offset] + bytes([content[offset] ^ 1 << data.draw(st.integers(0, 7))]) + content[offset + 1 :],
         "longer": content + b"\0",
-    }[data.draw(st.sampled_from(["missing", "truncated", "flipped", "longer"]), label="damage")]
-    harmless = name == "manifest.json" and damaged is not None and _same_json(content, damaged)
+    }[data.draw(st.sampled_from(["missing", "truncated", "flipped", "longer"]), label="corruption")]
+    harmless = name == "manifest.json" and corrupted is not None and _same_json(content, corrupted)
     try:
-        (last / name).unlink() if damaged is None else (last / name).write_bytes(damaged)
+        (last / name).unlink() if corrupted is None else (last / name).write_bytes(corrupted)
         if not harmless:
             with pytest.raises(CheckpointError, match=re.escape(name) if name != "manifest.json" else str(last)):
                 loops.verify_checkpoint(last)
-            assert loops.newest_checkpoint(finished) == finished / "checkpoint-9"
+            assert loops.newest_checkpoint(completed) == completed / "checkpoint-9"
     finally:
         (last / name).write_bytes(content)
 
@@ -233,18 +233,18 @@ def _same_json(one, other):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
-def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(name, damage, finished, straight, tmp_path, caplog):
+@pytest.mark.parametrize("corruption", ["missing", "truncated", "flipped"])
+def test_a_run_resumes_from_the_checkpoint_before_a_corrupt_one(name, corruption, completed, straight, tmp_path, caplog):
     root = tmp_path / "run"
-    shutil.copytree(finished, root)
+    shutil.copytree(completed, root)
     path = root / f"checkpoint-{LAST_STEP}" / name
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
-    if damage == "missing":
+    if corruption == "missing":
         path.unlink()
     else:
         content[middle] ^= 1
-        path.write_bytes(content if damage == "flipped" else content[:middle])
+        path.write_bytes(content if corruption == "flipped" else content[:middle])
     with pytest.raises(FtsError, match=re.escape(str(root))):
         make_trainer(root, train_dataset=Examples(), **SETTINGS).train(resume_from_checkpoint=path.parent)
     seen = []
@@ -266,17 +266,17 @@ def notes(error):
     return "\n".join(getattr(error, "__notes__", []))
 
 
-@EACH_WAY
+@EACH_LOOP
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_set_that_raises(way, workers, tmp_path, straight):
+def test_a_data_set_that_raises(loop, workers, tmp_path, straight):
     with pytest.raises(KeyError, match="the text is missing") as caught:
-        LOOPS[way](tmp_path, data=Examples(raises), workers=workers)
+        LOOPS[loop](tmp_path, data=Examples(raises), workers=workers)
     assert re.search(
-        r"(After step \d+, before|In step \d+:) epoch 0, batch \d .*items .*\b7\b.* of the data", notes(caught.value)
+        r"(After step \d+, before|In step \d+:) epoch 0, batch \d .*examples .*\b7\b.* of the data", notes(caught.value)
     )
     assert is_clean(tmp_path)
-    LOOPS[way](tmp_path)
-    assert result_of(tmp_path) == straight[way]
+    LOOPS[loop](tmp_path)
+    assert result_of(tmp_path) == straight[loop]
 
 
 def killed():
@@ -287,30 +287,30 @@ def exits():
     os._exit(3)
 
 
-@EACH_WAY
+@EACH_LOOP
 @pytest.mark.parametrize(("fault", "how"), [(killed, "killed by (signal: Killed|SIGKILL)"), (exits, "exit code 3")])
-def test_a_worker_that_ends(way, fault, how, tmp_path, straight):
+def test_a_worker_that_ends(loop, fault, how, tmp_path, straight):
     with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
-        LOOPS[way](tmp_path, data=Examples(fault), workers=2)
+        LOOPS[loop](tmp_path, data=Examples(fault), workers=2)
     assert re.search(how, f"{caught.value} {caught.value.__cause__}")
-    # torch tells of the end of a child as a signal, wherever the program is then
+    # torch reports the end of a child by a signal, at any point of the program
     assert re.search(r"(After step \d+, before|In step \d+:) epoch 0, batch \d", notes(caught.value))
     assert is_clean(tmp_path)
-    LOOPS[way](tmp_path, workers=2)
-    assert result_of(tmp_path) == straight[way]
+    LOOPS[loop](tmp_path, workers=2)
+    assert result_of(tmp_path) == straight[loop]
 
 
 def test_a_collator_that_raises(tmp_path, straight):
-    bad = rows(22)[7]["labels"]
+    bad = make_examples(22)[7]["labels"]
 
-    def collate(items):
-        if any(item["labels"] == bad for item in items):
+    def collate(examples):
+        if any(one["labels"] == bad for one in examples):
             raise ValueError("cannot stack")
-        return get_data_collator(None)(items)
+        return get_data_collator(None)(examples)
 
     with pytest.raises(ValueError, match="cannot stack") as caught:
         run_trainer(tmp_path, data_collator=collate)
-    assert re.search(r"before epoch 0, batch \d .*items .*\b7\b", notes(caught.value))
+    assert re.search(r"before epoch 0, batch \d .*examples .*\b7\b", notes(caught.value))
     run_trainer(tmp_path)
     assert result_of(tmp_path) == straight["Trainer"]
 
@@ -323,7 +323,7 @@ class Failing(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.state.global_step == 4:
-            raise ZeroDivisionError("no rows count")
+            raise ZeroDivisionError("no examples")
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -335,7 +335,7 @@ class FailingModel(Regression):
     def forward(self, x, labels=None):
         self.calls += 1
         if self.calls == 5:
-            raise ZeroDivisionError("no rows count")
+            raise ZeroDivisionError("no examples")
         return super().forward(x, labels)
 
 
@@ -351,11 +351,11 @@ def failing_model(root):
 
 @pytest.mark.parametrize("fail", [failing_loss, failing_model])
 def test_a_loss_or_model_that_raises(fail, tmp_path, straight):
-    with pytest.raises(ZeroDivisionError, match="no rows count") as caught:
+    with pytest.raises(ZeroDivisionError, match="no examples") as caught:
         fail(tmp_path)
-    told = notes(caught.value)
-    assert re.search(r"In step 5: epoch 0, batch 4 .*items \d+, \d+, \d+, \d+ of the data", told)
-    assert "A checkpoint of step 4 was written" in told and newest_step(tmp_path) == 4
+    reported = notes(caught.value)
+    assert re.search(r"In step 5: epoch 0, batch 4 .*examples \d+, \d+, \d+, \d+ of the data", reported)
+    assert "A checkpoint of step 4 was written" in reported and newest_step(tmp_path) == 4
     run_trainer(tmp_path)
     assert result_of(tmp_path) == straight["Trainer"]
 
@@ -409,7 +409,7 @@ print(trainer.state.global_step, trainer.state.train_batch_size)
 
 def hungry(root, how):
     if not Path("/proc/self/statm").is_file():
-        pytest.skip("the size of a process is not known here")
+        pytest.skip("the size of a process is not known on this system")
     command = [sys.executable, "-c", HUNGRY, str(root), how]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -419,7 +419,7 @@ def test_out_of_memory(tmp_path, straight):
     done = hungry(tmp_path, "fail")
     assert done.returncode == 1
     assert re.search(r"(MemoryError|can't allocate memory|not enough memory)", done.stderr)
-    assert re.search(r"In step 5: epoch 0, batch 4 .*items", done.stderr)
+    assert re.search(r"In step 5: epoch 0, batch 4 .*examples", done.stderr)
     assert "A checkpoint of step 4 was written" in done.stderr
     run_trainer(tmp_path)
     assert result_of(tmp_path) == straight["Trainer"]
@@ -428,7 +428,7 @@ def test_out_of_memory(tmp_path, straight):
 def test_out_of_memory_with_a_smaller_batch_that_fits(tmp_path):
     done = hungry(tmp_path, "find")
     assert done.returncode == 0, done.stderr
-    assert "Memory does not suffice for a batch of 4 rows: trying again from the start with 2" in done.stderr
+    assert "A batch of 4 examples does not fit into memory: trying again from the start with 2" in done.stderr
     assert done.stdout.split()[-2:] == ["22", "2"]
     assert newest_step(tmp_path) == 22
 

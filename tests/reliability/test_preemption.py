@@ -37,9 +37,9 @@ def test_two_processes_stop_at_the_same_step(name, tmp_path):
     one, other = (started(script, tmp_path / "meeting", rank) for rank in (0, 1))
     wait_for(one, "running"), wait_for(other, "running")
     one.send_signal(getattr(signal, name))
-    told = [process.communicate(timeout=60) for process in (one, other)]
-    stops = [re.search(r"stopped (\d+) saved \[(\d+)\] because (\w+)", out) for out, _ in told]
-    assert all(stops), told
+    reported = [process.communicate(timeout=60) for process in (one, other)]
+    stops = [re.search(r"stopped (\d+) saved \[(\d+)\] because (\w+)", out) for out, _ in reported]
+    assert all(stops), reported
     assert stops[0].groups() == stops[1].groups()
     step, saved, reason = stops[0].groups()
     assert step == saved and 5 <= int(step) < 100_000 and reason == name
@@ -92,7 +92,7 @@ print("never")
 
 @pytest.mark.parametrize(("moment", "steps"), [("first", [1]), ("evaluation", [3, 4]), ("save", [3, 4]), ("twice", [3])])
 def test_a_signal_at_a_critical_moment(moment, steps, tmp_path):
-    """An update is finished, an evaluation left and made up for when the run goes on; one update at most follows, and a save."""
+    """An update is completed, an evaluation ended and repeated when the run resumes; at most one update follows, and a save."""
     root = tmp_path / "run"
     process = started("-c", PROGRAM, moment, root)
     out, err = process.communicate(timeout=120)
@@ -105,12 +105,12 @@ def test_a_signal_at_a_critical_moment(moment, steps, tmp_path):
     options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 4}
     options["per_device_eval_batch_size"] = 2
     torch.manual_seed(0)
-    whole = make_trainer(tmp_path / "whole", Regression(), **options)
-    whole.train()
+    full = make_trainer(tmp_path / "whole", Regression(), **options)
+    full.train()
     torch.manual_seed(0)
     resumed = make_trainer(root, Regression(), **options)
     resumed.train(resume_from_checkpoint=True)
-    for name, tensor in whole.model.state_dict().items():
+    for name, tensor in full.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
-    evaluated = [[entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry] for run in (whole, resumed)]
+    evaluated = [[entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry] for run in (full, resumed)]
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 3

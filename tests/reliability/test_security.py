@@ -27,11 +27,11 @@ from fts.loops.checkpoint_list import list_checkpoints
 from fts.storage.manifest import write_manifest
 from fts.trainer import EarlyStoppingCallback, TrainerState, TrainingArguments
 from fts.trainer.callbacks import restore_callbacks
+from fts.trainer.checkpoints.argument_changes import load_arguments
+from fts.trainer.checkpoints.epoch_layout import load_epoch_layout
 from fts.trainer.checkpoints.from_transformers import read_torch_file
-from fts.trainer.checkpoints.epoch_layout import (load_epoch_layout)
-from fts.trainer.checkpoints.argument_changes import (load_arguments)
 from fts.trainer.model.weights import load_weights
-from tests.reliability.small_runs import (SETTINGS, Examples)
+from tests.reliability.small_runs import SETTINGS, Examples
 from tests.trainer.helpers import Regression, make_trainer
 
 JSON_FILES = ["manifest.json", "progress.json", "state.json", "trainer_state.json", "training_args.json"]
@@ -55,24 +55,24 @@ OPTIONS = SETTINGS | EVALUATED
 
 @pytest.fixture(scope="module", autouse=True)
 def hasty():
-    """Nothing here has to survive a loss of power, and there are many examples."""
+    """No file has to survive a loss of power, and there are many examples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def completed(tmp_path_factory):
     """A run with checkpoints of steps 3 and 6."""
-    root = tmp_path_factory.mktemp("finished") / "run"
+    root = tmp_path_factory.mktemp("completed") / "run"
     trainer(root, max_steps=6).train()
     return root
 
 
 @pytest.fixture
-def root(finished, tmp_path):
+def root(completed, tmp_path):
     """A copy of it."""
-    return shutil.copytree(finished, tmp_path / "run")
+    return shutil.copytree(completed, tmp_path / "run")
 
 
 def trainer(root, max_steps=8):
@@ -194,27 +194,27 @@ def changed(draw, document):
 
 @contextlib.contextmanager
 def unchanged_outside(root):
-    """What lies beside the run's directory stays as it was."""
+    """Files next to the run's directory stay unchanged."""
     before = sorted(path for path in root.parent.rglob("*") if root not in path.parents)
     yield
     assert sorted(path for path in root.parent.rglob("*") if root not in path.parents) == before
 
 
 @pytest.fixture(scope="module")
-def played(finished, tmp_path_factory):
+def played(completed, tmp_path_factory):
     """A copy that examples change, each a bit more."""
-    return shutil.copytree(finished, tmp_path_factory.mktemp("played") / "run")
+    return shutil.copytree(completed, tmp_path_factory.mktemp("played") / "run")
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, *TENSOR_FILES])
-@given(content=st.binary(max_size=200), whole=st.booleans(), data=st.data())
-def test_any_bytes_in_a_file(name, content, whole, data, finished, played):
+@given(content=st.binary(max_size=200), full=st.booleans(), data=st.data())
+def test_any_bytes_in_a_file(name, content, full, data, completed, played):
     checkpoint = played / "checkpoint-6"
-    before = (finished / "checkpoint-6" / name).read_bytes()
+    before = (completed / "checkpoint-6" / name).read_bytes()
     start = data.draw(st.integers(0, len(before)))
     with unchanged_outside(played):
-        _restore(finished, played)
-        (checkpoint / name).write_bytes(content if whole else before[:start] + content + before[start + len(content) :])
+        _restore(completed, played)
+        (checkpoint / name).write_bytes(content if full else before[:start] + content + before[start + len(content) :])
         read_everything(played, checkpoint, resume=False)
         if name != "manifest.json":
             write_manifest(checkpoint)
@@ -224,10 +224,10 @@ def test_any_bytes_in_a_file(name, content, whole, data, finished, played):
 @pytest.mark.parametrize("name", JSON_FILES)
 @settings(max_examples=2 * settings.default.max_examples)
 @given(data=st.data())
-def test_any_json_in_a_file_with_the_right_checksum(name, data, finished, played):
+def test_any_json_in_a_file_with_the_right_checksum(name, data, completed, played):
     checkpoint = played / "checkpoint-6"
     with unchanged_outside(played):
-        _restore(finished, played)
+        _restore(completed, played)
         document = json.loads((checkpoint / name).read_text())
         (checkpoint / name).write_text(json.dumps(data.draw(changed(document), label="document")))
         if name != "manifest.json":
@@ -235,11 +235,11 @@ def test_any_json_in_a_file_with_the_right_checksum(name, data, finished, played
         read_everything(played, checkpoint)
 
 
-def _restore(finished, played):
+def _restore(completed, played):
     for path in played.iterdir():
         if path.name != "checkpoint-3":
             shutil.rmtree(path)
-    shutil.copytree(finished / "checkpoint-6", played / "checkpoint-6")
+    shutil.copytree(completed / "checkpoint-6", played / "checkpoint-6")
 
 
 @given(states=st.dictionaries(st.sampled_from(["EarlyStoppingCallback", "TrainerControl", "Other"]), VALUES, max_size=2) | VALUES)

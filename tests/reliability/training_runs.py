@@ -1,7 +1,7 @@
 """The runs that `kills` kills: a small BERT with dropout, shuffled data, accumulation, clipping, AdamW and a schedule.
 
-Each way of running is a function `(directory, tell) -> (module, figures)` that goes on from what it finds in the directory. It
-tells "began STEP" where it goes on and "saved STEP" when a checkpoint is complete.
+Each is a function `(directory, report) -> (module, metrics)` that resumes from the directory. It reports "began STEP" where it
+resumes and "saved STEP" when a checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers import BertConfig
-from transformers.models.bert.modeling_bert import BertForSequenceClassification  # at once: a life is too short for it
+from transformers.models.bert.modeling_bert import BertForSequenceClassification  # at once, since an attempt is short
 
 import fts
 from fts import loops, steps, transforms as tx
@@ -25,7 +25,7 @@ TOTAL = EPOCHS * NUM_EXAMPLES // (BATCH * ACCUMULATE)
 
 
 def model() -> Any:
-    """A BERT classifier with dropout; every call gives the same one."""
+    """A BERT classifier with dropout; every call returns the same one."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=600,
@@ -46,19 +46,19 @@ def sentences(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 class ReportCallback(TrainerCallback):
-    """Tells where a run begins and what it has saved."""
+    """Reports where a run begins and what it has saved."""
 
-    def __init__(self, tell: Report) -> None:
-        self.tell = tell
+    def __init__(self, report: Report) -> None:
+        self.report = report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tell(f"began {state.global_step}")
+        self.report(f"began {state.global_step}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tell(f"saved {state.global_step}")
+        self.report(f"saved {state.global_step}")
 
 
-def with_trainer(root: Path, tell: Report, **changes: Any) -> tuple[Any, Any]:
+def with_trainer(root: Path, report: Report, **changes: Any) -> tuple[Any, Any]:
     """`fts.Trainer`, which evaluates, keeps the best checkpoint and rotates the others."""
     settings: dict[str, Any] = {
         "num_train_epochs": EPOCHS,
@@ -80,13 +80,15 @@ def with_trainer(root: Path, tell: Report, **changes: Any) -> tuple[Any, Any]:
         "log_level": "error",
     }
     args = TrainingArguments(str(root), **(settings | changes))
-    trainer = Trainer(model(), args, train_dataset=sentences(NUM_EXAMPLES), eval_dataset=sentences(8, 1), callbacks=[ReportCallback(tell)])
+    trainer = Trainer(
+        model(), args, train_dataset=sentences(NUM_EXAMPLES), eval_dataset=sentences(8, 1), callbacks=[ReportCallback(report)]
+    )
     trainer.train(resume_from_checkpoint=loops.newest_checkpoint(root) is not None)
-    figures = [
+    metrics = [
         {name: value for name, value in entry.items() if "runtime" not in name and "per_second" not in name}
         for entry in trainer.state.log_history
     ]
-    return trainer.model, figures
+    return trainer.model, metrics
 
 
 def _core() -> tuple[Any, Any, Any, Any]:
@@ -100,20 +102,20 @@ def _core() -> tuple[Any, Any, Any, Any]:
 
 
 def _fit(
-    net: Any, step: Any, state: Any, data: Any, position: loops.Position, save: Any, tell: Report, watch: Any = iter
+    net: Any, step: Any, state: Any, data: Any, position: loops.Position, save: Any, report: Report, watch: Any = iter
 ) -> tuple[Any, Any]:
-    tell(f"began {int(state.step)}")
+    report(f"began {int(state.step)}")
     *_, last = watch(loops.fit(step, state, data, epochs=EPOCHS, start=position, due=loops.cadence(save=2), save=save))
     return last.state.apply_to(net), None
 
 
-def on_the_thread(root: Path, tell: Report) -> tuple[Any, Any]:
+def on_the_thread(root: Path, report: Report) -> tuple[Any, Any]:
     """`fts.Trainer` that saves on the training thread."""
-    return with_trainer(root, tell, async_save=False)
+    return with_trainer(root, report, async_save=False)
 
 
-def with_rotation(root: Path, tell: Report) -> tuple[Any, Any]:
-    """`loops.fit` with a `AsyncCheckpointer` and a checkpoint of each second step, of which two stay."""
+def with_rotation(root: Path, report: Report) -> tuple[Any, Any]:
+    """`loops.fit` with an `AsyncCheckpointer` and a checkpoint of each second step, of which two are kept."""
     net, step, state, data = _core()
     newest, position = loops.newest_checkpoint(root), loops.Position()
     if newest is not None:
@@ -122,17 +124,17 @@ def with_rotation(root: Path, tell: Report) -> tuple[Any, Any]:
     def save(state: Any, position: loops.Position) -> Path:
         path = root / f"checkpoint-{int(state.step)}"
 
-        def then() -> None:
-            tell(f"saved {path.name.removeprefix('checkpoint-')}")
+        def on_complete() -> None:
+            report(f"saved {path.name.removeprefix('checkpoint-')}")
             loops.rotate_checkpoints(root, 2)
 
-        return writer.save(path, state, position, on_complete=then)
+        return checkpointer.save(path, state, position, on_complete=on_complete)
 
-    with loops.AsyncCheckpointer() as writer:
-        return _fit(net, step, state, data, position, save, tell, writer.watch)
+    with loops.AsyncCheckpointer() as checkpointer:
+        return _fit(net, step, state, data, position, save, report, checkpointer.watch)
 
 
-def with_replacement(root: Path, tell: Report) -> tuple[Any, Any]:
+def with_replacement(root: Path, report: Report) -> tuple[Any, Any]:
     """`loops.fit` with one checkpoint that is replaced again and again."""
     net, step, state, data = _core()
     position = loops.Position()
@@ -141,15 +143,15 @@ def with_replacement(root: Path, tell: Report) -> tuple[Any, Any]:
 
     def save(state: Any, position: loops.Position) -> Path:
         path = loops.save_checkpoint(root / "last", state, position)
-        tell(f"saved {int(state.step)}")
+        report(f"saved {int(state.step)}")
         return path
 
-    return _fit(net, step, state, data, position, save, tell)
+    return _fit(net, step, state, data, position, save, report)
 
 
 LOOPS: dict[str, Callable[[Path, Report], tuple[Any, Any]]] = {
     "Trainer": with_trainer,
     "Trainer, async_save=False": on_the_thread,
-    "fit, Writer": with_rotation,
+    "fit, AsyncCheckpointer": with_rotation,
     "fit, one replaced": with_replacement,
 }

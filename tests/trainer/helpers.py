@@ -34,7 +34,7 @@ class Linear(nn.Module):
         return {"loss": None if labels is None else (logits - labels).square().mean(), "logits": logits}
 
 
-def rows(count: int, features: int = 4, seed: int = 0) -> list[dict]:
+def make_examples(count: int, features: int = 4, seed: int = 0) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, features, generator=generator)
     return [{"x": row, "labels": row.sum().item()} for row in x]
@@ -50,8 +50,8 @@ def make_trainer(tmp_path, model=None, count: int = 22, **changes) -> Trainer:
     if model is None and "model_init" not in own:
         torch.manual_seed(0)
         model = Regression()
-    own.setdefault("train_dataset", rows(count))
-    own.setdefault("eval_dataset", rows(10, seed=1))
+    own.setdefault("train_dataset", make_examples(count))
+    own.setdefault("eval_dataset", make_examples(10, seed=1))
     return Trainer(model, arguments(tmp_path, **changes), **own)
 
 

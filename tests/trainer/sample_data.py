@@ -1,4 +1,4 @@
-"""What the tests of the facade's data side share: arguments, a tokenizer with real weights' vocabulary, sentences."""
+"""Sample data for tests: training arguments, a tokenizer with a real vocabulary, sentences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SENTENCES = [f"{'very ' * (i % 7)}good number {i}" for i in range(30)]
 def settings(**changes: Any) -> TrainingArguments:
     """Training arguments with small batches."""
     for kind in ("train", "eval"):
-        changes[f"per_device_{kind}_batch_size_search"] = changes.pop(f"{kind}_batch_size_search", 4)
+        changes[f"per_device_{kind}_batch_size"] = changes.pop(f"{kind}_batch_size", 4)
     return TrainingArguments(**({"use_cpu": True, "disable_tqdm": True, "report_to": "none"} | changes))
 
 
@@ -30,4 +30,4 @@ def tokenized(tokenizer: Any) -> Any:
     """Sentences of several lengths as a `datasets.Dataset`, with their text, length and number."""
     datasets = pytest.importorskip("datasets")
     texts = datasets.Dataset.from_dict({"text": SENTENCES, "labels": [i % 3 for i in range(30)], "number": list(range(30))})
-    return texts.map(lambda rows: tokenizer(rows["text"]), batched=True)
+    return texts.map(lambda examples: tokenizer(examples["text"]), batched=True)

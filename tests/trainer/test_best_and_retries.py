@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from fts import transforms as tx
 from fts.state import TrainState
 from fts.trainer import TrainerCallback, TrainerState
-from fts.trainer.evaluation.best_model import update_best_metric
 from fts.trainer.checkpoints.train_state import load_best_model
+from fts.trainer.evaluation.best_model import update_best_metric
 from fts.trainer.optimization.transform import make_transform
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
@@ -49,9 +49,11 @@ def test_an_evaluation_that_is_nan_is_never_the_best(tmp_path, first, greater):
 
 
 def test_a_resumed_run_forgets_a_best_that_is_nan():
-    told = TrainerState(best_metric=math.nan, best_global_step=3, global_step=6)  # as transformers' Trainer writes it
-    assert update_best_metric(arguments("unused", metric_for_best_model="loss", save_strategy="steps"), told, {"eval_loss": 2.0})
-    assert (told.best_metric, told.best_global_step) == (2.0, 6)
+    trainer_state = TrainerState(best_metric=math.nan, best_global_step=3, global_step=6)  # as transformers' Trainer writes it
+    assert update_best_metric(
+        arguments("unused", metric_for_best_model="loss", save_strategy="steps"), trainer_state, {"eval_loss": 2.0}
+    )
+    assert (trainer_state.best_metric, trainer_state.best_global_step) == (2.0, 6)
 
 
 def best_first(tmp_path, **changes):
@@ -85,7 +87,7 @@ def test_another_runs_checkpoint_of_the_same_name_is_not_the_best(tmp_path):
     assert resumed.state.best_model_checkpoint == str(tmp_path / "one" / "checkpoint-6")
 
 
-def test_a_best_checkpoint_that_is_gone_is_told(tmp_path, caplog):
+def test_a_best_checkpoint_that_is_gone_is_reported(tmp_path, caplog):
     best_first(tmp_path, num_train_epochs=2).train()
     shutil.rmtree(tmp_path / "checkpoint-6")
     resumed = best_first(tmp_path, num_train_epochs=3, compute_metrics=lambda _: {"score": 0.5})
@@ -103,7 +105,7 @@ def test_a_best_checkpoint_that_is_gone_is_told(tmp_path, caplog):
         ([0.5, 0.1, 0.2, 0.3], 4, None),
     ],
 )
-def test_a_best_evaluation_without_a_checkpoint_is_told(scores, loaded, text, tmp_path, caplog):
+def test_a_best_evaluation_without_a_checkpoint_is_reported(scores, loaded, text, tmp_path, caplog):
     values = iter(scores)
     options = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
     options |= {
@@ -133,12 +135,12 @@ def test_the_best_checkpoint_may_have_more_or_less_than_this_run_saves(alone, tm
     begun.args.save_only_model = alone
     begun.train()
     best = {name: tensor.clone() for name, tensor in begun.model.state_dict().items()}
-    told = begun.state
+    trainer_state = begun.state
     resumed = make_trainer(tmp_path, Regression(dropout=0.0), **(BEST | options | {"save_only_model": not alone}))
     state = TrainState.create(
         resumed.model, (transform := make_transform(resumed.args, tx.constant_schedule(0.1), resumed.model, total_steps=9))
     )
-    load_best_model(resumed.model, told.best_model_checkpoint, state, transform)
+    load_best_model(resumed.model, trainer_state.best_model_checkpoint, state, transform)
     assert all(torch.equal(tensor, best[name]) for name, tensor in resumed.model.state_dict().items())
 
 
@@ -152,9 +154,9 @@ def test_the_best_adapters_are_loaded_from_checkpoints_of_the_model_alone(kind, 
         "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]),
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
     }
-    rows = [dict(row, labels=row["input_ids"]) for row in texts()]
+    examples = [dict(row, labels=row["input_ids"]) for row in texts()]
     model = peft.get_peft_model(llama(), configs[kind]())
-    options = {"learning_rate": 0.3, "save_only_model": True, "train_dataset": rows, "eval_dataset": rows[:6]}
+    options = {"learning_rate": 0.3, "save_only_model": True, "train_dataset": examples, "eval_dataset": examples[:6]}
     trainer = make_trainer(tmp_path, model, **(BEST | options))
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)

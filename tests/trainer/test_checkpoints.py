@@ -42,9 +42,9 @@ class Interrupt(TrainerCallback):
 @pytest.mark.parametrize(
     "changes", [{}, {"gradient_accumulation_steps": 2}, {"logging_strategy": "epoch", "save_steps": 6, "eval_steps": 6}]
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, changes):
-    whole = make_trainer(tmp_path / "whole", callbacks=[EarlyStoppingCallback(9)], **(SETTINGS | changes))
-    expected = whole.train()
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, changes):
+    full = make_trainer(tmp_path / "full", callbacks=[EarlyStoppingCallback(9)], **(SETTINGS | changes))
+    expected = full.train()
     broken = make_trainer(tmp_path / "broken", callbacks=[EarlyStoppingCallback(9), Interrupt(8)], **(SETTINGS | changes))
     with pytest.raises(KeyboardInterrupt):
         broken.train()
@@ -52,10 +52,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, changes):
     output = resumed.train(resume_from_checkpoint=True)
     assert output.global_step == expected.global_step
     assert output.training_loss == expected.training_loss
-    assert history(resumed) == history(whole)
-    for name, tensor in whole.model.state_dict().items():
+    assert history(resumed) == history(full)
+    for name, tensor in full.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
-    stopper = [trainer.callback_handler.callbacks[1] for trainer in (whole, resumed)]
+    stopper = [trainer.callback_handler.callbacks[1] for trainer in (full, resumed)]
     assert stopper[0].state() == stopper[1].state()
 
 
@@ -112,7 +112,7 @@ def test_a_deeply_nested_state_file_is_a_checkpoint_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
 def test_damaged_weights_are_a_checkpoint_error(tmp_path, name):
-    (tmp_path / name).write_bytes(b"damaged")
+    (tmp_path / name).write_bytes(b"corrupt")
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         load_weights(torch.nn.Linear(1, 1), tmp_path)
 
@@ -172,14 +172,14 @@ def test_lora_checkpoints_resume(tmp_path):
         args = TrainingArguments(tmp_path, max_steps=4, save_steps=2, use_cpu=True, disable_tqdm=True, learning_rate=0.01)
         return Trainer(adapted(), args, train_dataset=sentences(), callbacks=[Interrupt(steps)])
 
-    whole = trainer(-1)
-    base = whole.model.base_model.model.bert.encoder.layer[0].attention.self.key.weight.detach().clone()
-    whole.train()
-    assert torch.equal(base, whole.model.base_model.model.bert.encoder.layer[0].attention.self.key.weight)
+    full = trainer(-1)
+    base = full.model.base_model.model.bert.encoder.layer[0].attention.self.key.weight.detach().clone()
+    full.train()
+    assert torch.equal(base, full.model.base_model.model.bert.encoder.layer[0].attention.self.key.weight)
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
     again = trainer(-1)
     again.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
-    for name, tensor in whole.model.state_dict().items():
+    for name, tensor in full.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
 
 

@@ -1,4 +1,4 @@
-"""Several processes give the figures and predictions of one, bit for bit."""
+"""Several processes give the metrics and predictions of one, bit for bit."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests import torchrun
 
-SCRIPT = Path(__file__).parent / "evaluating.py"
+SCRIPT = Path(__file__).parent / "run_evaluation_processes.py"
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from fts import transforms as tx
 from fts.errors import Interrupted
 from fts.trainer import EarlyStoppingCallback, TrainerCallback
 from fts.trainer.callbacks.state import ExportableState
-from tests.trainer.helpers import Linear, Regression, make_trainer, rows
+from tests.trainer.helpers import Linear, Regression, make_examples, make_trainer
 
-ROWS = 22
+NUM_EXAMPLES = 22
 SETTINGS = {
     "num_train_epochs": 2,  # of 6 updates
     "logging_steps": 4,
@@ -64,10 +64,10 @@ class Noisy(Dataset):
     """Augments with the three generators."""
 
     def __len__(self):
-        return ROWS
+        return NUM_EXAMPLES
 
     def __getitem__(self, index):
-        row = rows(ROWS)[index]
+        row = make_examples(NUM_EXAMPLES)[index]
         return {**row, "x": row["x"] * random.random() + torch.rand(4) * np.random.rand()}
 
 
@@ -89,8 +89,8 @@ class Stream(IterableDataset):
         self.at = state["at"]
 
     def __iter__(self):
-        data = rows(ROWS)
-        while self.at < ROWS:
+        data = make_examples(NUM_EXAMPLES)
+        while self.at < NUM_EXAMPLES:
             self.at, self.reads = self.at + 1, self.reads + 1
             yield {**data[self.at - 1], "x": data[self.at - 1]["x"] + random.random()}
         self.at = 0
@@ -99,12 +99,12 @@ class Stream(IterableDataset):
 def hugging_face():
     datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_list(
-        [{"x": row["x"].tolist(), "labels": row["labels"]} for row in rows(ROWS)]
+        [{"x": row["x"].tolist(), "labels": row["labels"]} for row in make_examples(NUM_EXAMPLES)]
     ).to_iterable_dataset(num_shards=3)
 
 
 def lengths():
-    return [{**row, "length": i * 7 % 5} for i, row in enumerate(rows(ROWS))]
+    return [{**row, "length": i * 7 % 5} for i, row in enumerate(make_examples(NUM_EXAMPLES))]
 
 
 def own_optimizer(model):
@@ -149,7 +149,7 @@ CASES = {
     "in sequence": ({"train_sampling_strategy": "sequential"}, None, Regression),
     "by length": ({"train_sampling_strategy": "group_by_length"}, lambda model: {"train_dataset": lengths()}, Regression),
     "augmented": ({}, lambda model: {"train_dataset": Noisy(), "data_collator": noisy_collator}, Regression),
-    "augmented items": ({}, lambda model: {"train_dataset": Noisy()}, Regression),
+    "augmented examples": ({}, lambda model: {"train_dataset": Noisy()}, Regression),
     "average": ({}, averaging, Regression),
     "schedule-free": ({"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "warmup_steps": 2}, None, Regression),
     "adafactor": ({"optim": "adafactor"}, None, Regression),
@@ -183,20 +183,20 @@ def made(folder, case, *callbacks, **changes):
     own = {} if parts is None else parts(model)
     torch.manual_seed(99), np.random.seed(98), random.seed(97)  # a new process has other generators
     own["callbacks"] = [*own.get("callbacks", []), *callbacks]
-    return make_trainer(folder, model, count=ROWS, **(SETTINGS | settings | changes), **own)
+    return make_trainer(folder, model, count=NUM_EXAMPLES, **(SETTINGS | settings | changes), **own)
 
 
 def history(trainer):
     return [{name: value for name, value in entry.items() if not name.endswith(TIMES)} for entry in trainer.state.log_history]
 
 
-def assert_same_run(whole, resumed):
-    assert history(resumed) == history(whole)
-    assert whole.state.global_step == resumed.state.global_step
-    for name, tensor in whole.model.state_dict().items():
+def assert_same_run(full, resumed):
+    assert history(resumed) == history(full)
+    assert full.state.global_step == resumed.state.global_step
+    for name, tensor in full.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
     last = [
-        sorted(trainer.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1] for trainer in (whole, resumed)
+        sorted(trainer.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1] for trainer in (full, resumed)
     ]
     assert last[0].name == last[1].name
     files = sorted(path.name for path in last[0].glob("*.safetensors"))
@@ -205,24 +205,24 @@ def assert_same_run(whole, resumed):
         one, other = load_file(last[0] / file), load_file(last[1] / file)
         assert one.keys() == other.keys()
         assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
-    states = [trainer.state.stateful_callbacks | {"TrainerControl": None} for trainer in (whole, resumed)]
+    states = [trainer.state.stateful_callbacks | {"TrainerControl": None} for trainer in (full, resumed)]
     assert states[0] == states[1]
 
 
 def compare(tmp_path, case, stop, *, before=None, after=None):
-    whole = made(tmp_path / "whole", case)
-    whole.train()
+    full = made(tmp_path / "full", case)
+    full.train()
     with pytest.raises(Interrupted):
         made(tmp_path / "parts", case, StopAt(stop), **(before or {})).train()
     resumed = made(tmp_path / "parts", case, **(after or {}))
     resumed.train(resume_from_checkpoint=tmp_path / "parts" / f"checkpoint-{stop}")
-    whole.output_dir, resumed.output_dir = tmp_path / "whole", tmp_path / "parts"
-    assert_same_run(whole, resumed)
-    return whole, resumed
+    full.output_dir, resumed.output_dir = tmp_path / "full", tmp_path / "parts"
+    assert_same_run(full, resumed)
+    return full, resumed
 
 
 @pytest.mark.parametrize("stop", [4, 6])  # in the middle of an epoch; at its end, where an evaluation is due
-@pytest.mark.parametrize("case", sorted(CASES.keys() - {"augmented items"}))
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"augmented examples"}))
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case, stop):
     compare(tmp_path, case, stop)
 
@@ -235,25 +235,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, case, stop):
     ],
 )
 def test_the_number_of_workers_may_change(tmp_path, before, after):
-    compare(tmp_path, "augmented items", 7, before=before, after=after)
+    compare(tmp_path, "augmented examples", 7, before=before, after=after)
 
 
 @pytest.mark.parametrize("stop", [None, 5])
 def test_a_run_that_is_over_has_no_workers_also_where_an_error_is_kept(tmp_path, stop):
     before = set(multiprocessing.active_children())
-    trainer = made(tmp_path, "augmented items", *[StopAt(stop)] if stop else [], eval_strategy="no", **WORKERS)
+    trainer = made(tmp_path, "augmented examples", *[StopAt(stop)] if stop else [], eval_strategy="no", **WORKERS)
     with pytest.raises(Interrupted) if stop else nullcontext() as _kept:
         trainer.train()
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_a_stream_that_a_worker_reads_ahead_goes_on(tmp_path, monkeypatch):
+def test_a_stream_that_a_worker_reads_ahead_resumes(tmp_path, monkeypatch):
     settings, *rest = CASES["stream, accumulated"]
     monkeypatch.setitem(CASES, "one", ({**settings, "dataloader_num_workers": 1}, *rest))
     compare(tmp_path, "one", 8)
 
 
-def test_a_run_in_two_workers_of_datasets_goes_on(tmp_path, monkeypatch):
+def test_a_run_in_two_workers_of_datasets_resumes(tmp_path, monkeypatch):
     settings, *rest = CASES["datasets"]
     monkeypatch.setitem(CASES, "two", ({**settings, **WORKERS}, *rest))
     compare(tmp_path, "two", 5)
@@ -264,27 +264,27 @@ def test_a_resumed_stream_reads_nothing_again(tmp_path):
         made(tmp_path, "stream", StopAt(5), eval_strategy="no").train()
     resumed = made(tmp_path, "stream", max_steps=6, eval_strategy="no")
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.train_dataset.reads == ROWS - 5 * 4
+    assert resumed.train_dataset.reads == NUM_EXAMPLES - 5 * 4
     again = made(tmp_path, "stream", max_steps=6, eval_strategy="no", ignore_data_skip=True)
     again.train(resume_from_checkpoint=tmp_path / "checkpoint-5")
     assert again.train_dataset.reads == 4
 
 
-def test_a_compiled_step_goes_on(tmp_path, monkeypatch):
+def test_a_compiled_step_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(CASES, "compiled", ({"torch_compile": True, "torch_compile_backend": "eager"}, None, Linear))
     compare(tmp_path, "compiled", 5)
 
 
 def test_several_interruptions_at_any_step(tmp_path):
-    whole = made(tmp_path / "whole", "callbacks")
-    whole.train()
+    full = made(tmp_path / "full", "callbacks")
+    full.train()
     for stop in range(1, 12):
         with pytest.raises(Interrupted):
             made(tmp_path / "parts", "callbacks", StopAt(stop)).train(resume_from_checkpoint=stop > 1)
     resumed = made(tmp_path / "parts", "callbacks")
     resumed.train(resume_from_checkpoint=True)
-    whole.output_dir, resumed.output_dir = tmp_path / "whole", tmp_path / "parts"
-    assert_same_run(whole, resumed)
+    full.output_dir, resumed.output_dir = tmp_path / "full", tmp_path / "parts"
+    assert_same_run(full, resumed)
 
 
 def test_a_run_that_was_stopped_early_stays_so_unless_it_gets_more_patience(tmp_path):

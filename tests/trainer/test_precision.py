@@ -11,11 +11,11 @@ from fts import TrainState, steps, transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
 from fts.trainer import Trainer, TrainerCallback, TrainingArguments
 from fts.trainer.model.float8 import check_float8, convert_to_float8
-from tests.trainer.helpers import Regression, arguments, losses, make_trainer, rows
+from tests.trainer.helpers import Regression, arguments, losses, make_examples, make_trainer
 
 
 class Large(nn.Module):
-    """Its gradients overflow float16 by the first scales, and by no smaller one; its first rows say by how much."""
+    """Its gradients overflow float16 by the first scales, and by no smaller one; its first examples say by how much."""
 
     def __init__(self):
         super().__init__()
@@ -70,11 +70,9 @@ def test_skipped_updates_do_not_count_for_the_schedule_and_norms_are_unscaled(tm
     small = make_trainer(
         tmp_path, Large(), step=tx.dynamic_loss_scale(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.0)), 16.0), **FP16
     )
-    whole = make_trainer(
-        tmp_path, Large(), step=tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.0)), max_steps=12, logging_steps=1
-    )
+    full = make_trainer(tmp_path, Large(), step=tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.0)), max_steps=12, logging_steps=1)
     found, expected = [], []
-    for each, norms in ((small, found), (whole, expected)):
+    for each, norms in ((small, found), (full, expected)):
         each.train()
         norms += [entry["grad_norm"] for entry in each.state.log_history if "grad_norm" in entry]
     assert found == pytest.approx(expected, rel=1e-2)
@@ -112,14 +110,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, compiled):
     options = {**FP16, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
     if compiled:
         options |= {"torch_compile": True, "torch_compile_backend": "eager"}
-    whole = make_trainer(tmp_path / "whole", Large(), **options)
-    whole.train()
+    full = make_trainer(tmp_path / "full", Large(), **options)
+    full.train()
     for step in (3, 9):  # while the scale falls, and after
         again = make_trainer(tmp_path / f"again-{step}", Large(), **options)
-        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert scales(again) == scales(whole)
-        assert losses(again) == losses(whole)
-        for one, two in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        again.train(resume_from_checkpoint=str(tmp_path / "full" / f"checkpoint-{step}"))
+        assert scales(again) == scales(full)
+        assert losses(again) == losses(full)
+        for one, two in zip(again.model.parameters(), full.model.parameters(), strict=True):
             assert torch.equal(one, two)
 
 
@@ -132,7 +130,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, compiled):
         ({"fp16": False, "nonfinite": "skip"}, {"fp16": True}),
     ],
 )
-def test_a_run_goes_on_in_another_precision(tmp_path, caplog, before, after):
+def test_a_run_resumes_in_another_precision(tmp_path, caplog, before, after):
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "logging_steps": 1}
     make_trainer(tmp_path, **options, **before).train()
     again = make_trainer(tmp_path / "again", **options, **after)
@@ -144,7 +142,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path, caplog, before, after):
 
 
 def test_a_loss_that_is_not_finite_raises_as_ever(tmp_path):
-    bad = rows(22)
+    bad = make_examples(22)
     bad[17]["labels"] = math.nan
     trainer = make_trainer(tmp_path, Regression(dropout=0.0), train_dataset=bad, **FP16)
     with pytest.raises(NonFiniteError, match="the loss is nan"):
@@ -174,7 +172,7 @@ def own_step(call):
 
 
 def trained(kind, tmp_path, **changes):
-    trainer = kind(Large(), arguments(tmp_path, **{**FP16, **changes}), train_dataset=rows(22))
+    trainer = kind(Large(), arguments(tmp_path, **{**FP16, **changes}), train_dataset=make_examples(22))
     trainer.train()
     return trainer
 
@@ -215,7 +213,7 @@ def test_an_own_loss_and_an_own_context(tmp_path):
 
 def test_transforms_and_steps_of_ones_own(tmp_path):
     def run(step, model):
-        trainer = Trainer(model, arguments(tmp_path, **FP16), train_dataset=rows(22), step=step)
+        trainer = Trainer(model, arguments(tmp_path, **FP16), train_dataset=make_examples(22), step=step)
         trainer.train()
         return scales(trainer)
 
@@ -223,9 +221,9 @@ def test_transforms_and_steps_of_ones_own(tmp_path):
     assert run(tx.dynamic_loss_scale(tx.sgd(1e-4), 8.0), Large())[0] == 8.0  # the user's own
     assert run(tx.master_weights(tx.dynamic_loss_scale(tx.sgd(1e-4), 4.0)), Large())[0] == 4.0
     model = Large()
-    whole = steps.train_step(steps.module_loss(model), tx.dynamic_loss_scale(tx.sgd(1e-4), 16.0), precision="fp16")
-    assert run(whole, model)[0] == 16.0
-    with pytest.raises(ArgumentError, match=r"fp16=True cannot get into a whole step.*tx.dynamic_loss_scale"):
+    full = steps.train_step(steps.module_loss(model), tx.dynamic_loss_scale(tx.sgd(1e-4), 16.0), precision="fp16")
+    assert run(full, model)[0] == 16.0
+    with pytest.raises(ArgumentError, match=r"fp16=True cannot be added to a complete step.*tx.dynamic_loss_scale"):
         run(steps.train_step(steps.module_loss(model), tx.sgd(1e-4)), model)
 
 
@@ -249,8 +247,8 @@ def test_evaluation_computes_in_float16(tmp_path):
     assert set(seen) == {(torch.float16, torch.float32)}
     seen.clear()
     trainer = make_trainer(tmp_path, Looking(), fp16=True, bf16_full_eval=True)
-    figures = trainer.evaluate()
-    assert {weight for _, weight in seen} == {torch.bfloat16} and math.isfinite(figures["eval_loss"])
+    metrics = trainer.evaluate()
+    assert {weight for _, weight in seen} == {torch.bfloat16} and math.isfinite(metrics["eval_loss"])
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 

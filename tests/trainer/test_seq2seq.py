@@ -49,7 +49,7 @@ def learnt() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = t5()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    batch = transformers.DataCollatorForSeq2Seq(tokenizer(), model=model)(rows(64, seed=3))
+    batch = transformers.DataCollatorForSeq2Seq(tokenizer(), model=model)(make_examples(64, seed=3))
     for _ in range(100):
         optimizer.zero_grad()
         model(**batch).loss.backward()
@@ -69,7 +69,7 @@ def model_of(learnt):
     return make
 
 
-def rows(count: int = 10, *, labelled: bool = True, seed: int = 0) -> list[dict]:
+def make_examples(count: int = 10, *, labelled: bool = True, seed: int = 0) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index in range(count):
@@ -110,8 +110,8 @@ def trainers(tmp_path, model_of, *, own=None, **settings):
         named = {
             "data_collator": transformers.DataCollatorForSeq2Seq(given, model=made),
             "processing_class": given,
-            "train_dataset": rows(16, seed=2),
-            "eval_dataset": rows(4, seed=1),
+            "train_dataset": make_examples(16, seed=2),
+            "eval_dataset": make_examples(4, seed=1),
             "compute_metrics": lambda prediction: {"tokens": float(np.not_equal(prediction.predictions, PAD).sum())},
         } | (own or {})
         yield trainer(model=made, args=arguments(**settings), **named)
@@ -140,7 +140,7 @@ def test_predictions_are_those_of_transformers(tmp_path, settings, gen_kwargs, c
     for trainer in trainers(tmp_path, model_of, **settings):
         for name, value in (config or {}).items():
             setattr(trainer.model.generation_config, name, value)
-        outputs.append(trainer.predict(rows(10), **gen_kwargs))
+        outputs.append(trainer.predict(make_examples(10), **gen_kwargs))
     theirs, ours = outputs
     assert ours.predictions.tolist() == theirs.predictions.tolist()
     assert ours.label_ids.tolist() == theirs.label_ids.tolist()
@@ -149,7 +149,7 @@ def test_predictions_are_those_of_transformers(tmp_path, settings, gen_kwargs, c
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_evaluation_gives_the_figures_of_transformers(tmp_path, smoothing, model_of):
+def test_evaluation_gives_the_metrics_of_transformers(tmp_path, smoothing, model_of):
     """One batch, so that a mean over tokens (fts) is the mean over batches (transformers)."""
     theirs, ours = (trainer.evaluate(num_beams=2) for trainer in trainers(tmp_path, model_of, label_smoothing_factor=smoothing))
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
@@ -179,7 +179,7 @@ def test_training_with_evaluations_gives_the_curve_of_transformers(tmp_path, mod
 
 def test_without_generation_predictions_are_logits(tmp_path, model_of):
     theirs, ours = (
-        trainer.predict(rows(4))
+        trainer.predict(make_examples(4))
         for trainer in trainers(tmp_path, model_of, predict_with_generate=False, own={"compute_metrics": None})
     )
     left, right = (side.predictions[0] if isinstance(side.predictions, tuple) else side.predictions for side in (theirs, ours))
@@ -191,7 +191,7 @@ def test_without_generation_predictions_are_logits(tmp_path, model_of):
 def test_every_returned_sequence_is_a_row(tmp_path, model_of):
     own = {"compute_metrics": lambda prediction: {"rows": len(prediction.predictions)}}
     theirs, ours = (
-        trainer.predict(rows(10), max_length=8, num_beams=3, num_return_sequences=3)
+        trainer.predict(make_examples(10), max_length=8, num_beams=3, num_return_sequences=3)
         for trainer in trainers(tmp_path, model_of, own=own)
     )
     assert ours.metrics["test_rows"] == theirs.metrics["test_rows"] == 30
@@ -211,19 +211,19 @@ def test_without_any_length_every_batch_is_generated_alike(tmp_path, model_of):
     """transformers writes its default into the model's config after the first batch, which shortens the others by one token."""
     trainer = own_trainer(tmp_path, model_of)
     collator = transformers.DataCollatorForSeq2Seq(tokenizer(), model=trainer.model)
-    found = trainer.predict(rows(8)).predictions
+    found = trainer.predict(make_examples(8)).predictions
     for first in (0, 4):
-        batch = generation_inputs(collator(rows(8)[first : first + 4]))
+        batch = generation_inputs(collator(make_examples(8)[first : first + 4]))
         expected = model_of().eval().generate(**batch)
         width = expected.shape[1]
         assert found[first : first + 4, :width].tolist() == expected.tolist()
         assert np.isin(found[first : first + 4, width:], (PAD, -100)).all()
 
 
-def test_rows_without_labels_are_predicted(tmp_path, model_of):
+def test_examples_without_labels_are_predicted(tmp_path, model_of):
     """transformers' collator then gives `labels=None`, on which its trainer fails."""
-    output = own_trainer(tmp_path, model_of).predict(rows(6, labelled=False))
-    labelled = own_trainer(tmp_path, model_of).predict(rows(6))
+    output = own_trainer(tmp_path, model_of).predict(make_examples(6, labelled=False))
+    labelled = own_trainer(tmp_path, model_of).predict(make_examples(6))
     assert output.label_ids is None
     assert "test_loss" not in output.metrics
     assert output.predictions.tolist() == labelled.predictions.tolist()
@@ -234,7 +234,7 @@ def test_settings_of_a_call_hold_for_each_of_several_sets_and_end_with_it(tmp_pa
     seen = []
     generate = trainer.model.generate
     trainer.model.generate = lambda *args, **kwargs: seen.append(kwargs["max_length"]) or generate(*args, **kwargs)
-    trainer.evaluate({"one": rows(3), "two": rows(3)}, max_length=5)
+    trainer.evaluate({"one": make_examples(3), "two": make_examples(3)}, max_length=5)
     trainer.evaluate()
     assert seen == [5, 5, 9]
     assert trainer._gen_kwargs == {}
@@ -266,7 +266,7 @@ def test_a_step_may_be_given_settings_of_its_own(tmp_path, model_of):
     model.generation_config.max_length = 3
     args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True, disable_tqdm=True)
     trainer = Short(model, args, transformers.DataCollatorForSeq2Seq(tokenizer(), model=model), processing_class=tokenizer())
-    assert trainer.predict(rows(4, labelled=False), max_length=12).predictions.shape == (4, 3)
+    assert trainer.predict(make_examples(4, labelled=False), max_length=12).predictions.shape == (4, 3)
 
 
 def test_losses_alone_are_computed_without_generating(tmp_path, model_of):
@@ -286,7 +286,7 @@ def test_the_generation_config_of_the_arguments_replaces_the_models(tmp_path, fo
     theirs, ours = trainers(tmp_path / "out", model_of, generation_config=source)
     assert ours.model.generation_config is not given
     assert ours.model.generation_config.max_length == 7
-    assert ours.predict(rows(5)).predictions.tolist() == theirs.predict(rows(5)).predictions.tolist()
+    assert ours.predict(make_examples(5)).predictions.tolist() == theirs.predict(make_examples(5)).predictions.tolist()
 
 
 def test_a_generation_config_that_contradicts_itself_is_refused_early(tmp_path, model_of):

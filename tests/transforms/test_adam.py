@@ -54,7 +54,7 @@ def test_only_weight_decay_needs_the_parameters():
     for transform in (tx.adam(0.1), tx.adamw(0.1, weight_decay=0.0)):
         transform.update(grads, transform.init(grads), None)
     for transform in (tx.adam(0.1, weight_decay=0.1), tx.adamw(0.1)):
-        with pytest.raises(ArgumentError, match="add_decayed_weights needs the parameters"):
+        with pytest.raises(ArgumentError, match="with weight_decay needs the parameters"):
             transform.update(grads, transform.init(grads), None)
 
 

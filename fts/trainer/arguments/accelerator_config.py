@@ -32,7 +32,7 @@ class AcceleratorConfig:
     True
     """
 
-    split_batches: bool = arg(False, "Whether the batch size is that of all processes together, so that each gets a part.")
+    split_batches: bool = arg(False, "Whether the batch size is the global one, so that each process gets a part.")
     dispatch_batches: bool | None = arg(None, "Whether one process reads the data for all; None: if the data is iterable only.")
     even_batches: bool = arg(
         True, "Whether to repeat examples so that all processes get equally many; in fts they have no weight."

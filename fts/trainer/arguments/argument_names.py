@@ -41,7 +41,7 @@ SYNONYMS = {
     "warmup_ratio": "warmup_steps",
     "wd": "weight_decay",
 }
-"""Names in older scripts or other libraries -> names here."""
+"""Names in older scripts or other libraries -> names of TrainingArguments."""
 
 REMEDIES = {
     "batch_size": "For evaluation it is 'per_device_eval_batch_size'.",

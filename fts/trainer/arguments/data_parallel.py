@@ -20,7 +20,7 @@ class DataParallelArguments(StrategyArguments, Protocol):
 
 
 def data_parallel_rank(args: DataParallelArguments) -> tuple[int, int]:
-    """The rank of this process among those that have data of their own, and how many these are.
+    """The data-parallel rank of this process, and the data-parallel size.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> data_parallel_rank(TrainingArguments(use_cpu=True))

@@ -230,8 +230,8 @@ def _parse_request(options: Any, settings: Mapping[str, Any]) -> FSDPRequest:
         "cpu_offload": _single_value("cpu_offload", offload),
         "activation_checkpointing": given.get("activation_checkpointing"),
         "activation_checkpointing_offload": given.get("activation_checkpointing_offload"),
-        "state_dict": given.get("state_dict_type"),
-        "ignored": given.get("ignored_modules"),
+        "state_dict_type": given.get("state_dict_type"),
+        "ignored_modules": given.get("ignored_modules"),
         **(_single_value("mixed_precision_policy", [given.get("mixed_precision_policy"), given.get("mixed_precision")]) or {}),
     }
     classes = [given.get("transformer_layer_cls_to_wrap"), given.get("transformer_cls_names_to_wrap")]

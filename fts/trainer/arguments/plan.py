@@ -29,7 +29,7 @@ class Plan:
         save_steps: updates between checkpoints, if they come by steps.
         train_batch_size: examples in a micro-batch of one process.
         accumulate: micro-batches in an update.
-        samples: examples that the whole run visits.
+        samples: examples that the run visits.
         precision: None, "bf16" or "fp16".
         compiled: whether the step runs as one graph.
         compile_backend: what compiles it; None for the default.

@@ -90,7 +90,7 @@ def num_devices(device_type: str) -> int:
 
 
 def default_group(args: ProcessGroupArguments) -> Group:
-    """The group of all ranks; initialized here if it was not yet.
+    """The group of all ranks; initialized if it was not yet.
 
     >>> from fts.trainer.arguments import TrainingArguments
     >>> default_group(TrainingArguments(use_cpu=True)).size

@@ -85,7 +85,7 @@ def resolve_strategy(
 
 
 def requested_fsdp(args: StrategyArguments, environ: Mapping[str, str]) -> FSDP | None:
-    """The FSDP that the arguments or the launcher ask for, whatever the processes are; None for none.
+    """The FSDP that the arguments or the launcher ask for, independent of the world size; None for none.
 
     Raises:
         ArgumentError: settings contradict each other, or ask for what fts does not have.

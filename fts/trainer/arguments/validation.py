@@ -18,7 +18,7 @@ from fts.trainer.arguments.validators import VALIDATORS, parse_dict
 
 
 class ValidatedArguments(ConflictArguments, DefaultArguments, RequirementArguments, StrategyArguments, Protocol):
-    """A dataclass of arguments that is checked as a whole."""
+    """The members of TrainingArguments that its checks use."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     _VALID_DICT_FIELDS: ClassVar[list[str]]

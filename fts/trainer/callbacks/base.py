@@ -42,11 +42,11 @@ class TrainerCallback:
 
     To request an action, set a flag of `control`; an event may also return another control object, which then replaces it.
     In one update, forward, backward and the optimizer are a single step. `on_pre_optimizer_step` is called inside it, where it
-    is not compiled: each Parameter's `.grad` then has the gradient of the whole update, before clipping, and in-place changes to
-    it are used. `on_optimizer_step` is called right after the update; `on_substep_end`, for all micro-batches but the
+    is not compiled: each Parameter's `.grad` then has the gradient of the update, before clipping, and in-place changes to it
+    are used. `on_optimizer_step` is called right after the update; `on_substep_end`, for all micro-batches but the
     last, before both. An event that is not overridden costs nothing.
     An exception in an event ends the run as a `CallbackError` that names the callback, the event and the step. The state of a
-    callback that also derives from `ExportableState` is saved in checkpoints. Callbacks written for transformers work as they are.
+    callback that also derives from `ExportableState` is saved in checkpoints. Callbacks written for transformers work unchanged.
     Checkpoints are written asynchronously; `on_save` waits until the new one is complete, unless the callback declares with
     `reads_checkpoints = False` that it does not read it.
 

@@ -3,7 +3,7 @@
 - `update(count)`: so many more steps are done. It is called at each step and draws only now and then.
 - `show()`: draw now; the metrics have changed.
 - `log(logs)`: add logs.
-- `close()`: the last picture stays, unless the display is nested in another one.
+- `close()`: the last state stays visible, unless the display is nested in another one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fts.messages import install_hint
 from fts.trainer.callbacks.progress_state import ProgressState, format_metrics, format_speed
 
 REFRESH_SECONDS = 0.25
-"""Seconds between two pictures of a terminal or a notebook."""
+"""Seconds between two refreshes of a terminal or a notebook."""
 
 LINE_SECONDS = 60.0
 """Seconds without a line after which a line with the progress is printed."""
@@ -99,7 +99,7 @@ class LineDisplay:
         """Do nothing."""
 
 
-def terminal_bar(progress: ProgressState, inner: bool = False) -> Any:
+def terminal_bar(progress: ProgressState, nested: bool = False) -> Any:
     """A bar of tqdm, followed by the metrics."""
     try:
         from tqdm import tqdm
@@ -128,7 +128,7 @@ def terminal_bar(progress: ProgressState, inner: bool = False) -> Any:
             """Write logs above the bar, to the standard output."""
             self.write(str(logs))
 
-    style: dict[str, Any] = {"mininterval": REFRESH_SECONDS, "dynamic_ncols": True, "leave": not inner, "desc": progress.stage}
+    style: dict[str, Any] = {"mininterval": REFRESH_SECONDS, "dynamic_ncols": True, "leave": not nested, "desc": progress.stage}
     style["bar_format"] = UNSIZED_BAR_FORMAT if progress.total is None else BAR_FORMAT
     bar = Bar(total=progress.total, initial=progress.initial, **style)
     bar.progress = progress
@@ -170,7 +170,7 @@ class NotebookDisplay:
             self.handle.update(self.html(self.text()))
 
     def log(self, logs: Mapping[str, Any]) -> None:
-        """Add logs to the row of their step; those of the whole run are progress below the table."""
+        """Add logs to the row of their step; those of the run are shown below the table."""
         if "train_runtime" in logs:
             self.summary = dict(logs)
             return
@@ -186,8 +186,8 @@ class NotebookDisplay:
     def text(self) -> str:
         """The HTML."""
         summary = f"<div>{escape(format_metrics(self.summary))}</div>" if self.summary else ""
-        below = "" if self.nested is None else _bar(self.nested)
-        return _bar(self.progress) + below + html_table(list(self.rows.values())) + summary
+        nested = "" if self.nested is None else _bar(self.nested)
+        return _bar(self.progress) + nested + html_table(list(self.rows.values())) + summary
 
 
 class NestedDisplay:

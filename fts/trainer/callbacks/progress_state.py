@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 BAR_METRICS = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
-"""Logs that are shown beside the bar -> their names there."""
+"""Logs that are shown next to the bar -> their names there."""
 
 
 @attrs.define

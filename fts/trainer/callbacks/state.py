@@ -53,12 +53,12 @@ class TrainerState:
     Attributes:
         epoch: passes over the data, with the fraction of the current one.
         global_step: updates.
-        max_steps: updates of the whole run.
+        max_steps: updates of the run.
         logging_steps: updates between two logs.
         eval_steps: updates between two evaluations.
         save_steps: updates between two checkpoints.
         train_batch_size: examples in a micro-batch of one process.
-        num_train_epochs: passes over the data of the whole run, rounded up.
+        num_train_epochs: passes over the data, rounded up.
         num_input_tokens_seen: tokens that the model was trained on, if `include_num_input_tokens_seen` counts them.
         total_flos: floating point operations of the model.
         log_history: all logs, each with its `step` and `epoch`.
@@ -140,11 +140,11 @@ class TrainerState:
         return cls(**{name: value for name, value in document.items() if name in known})
 
     def compute_steps(self, args: Any, max_steps: int) -> None:
-        """Set `logging_steps`, `eval_steps` and `save_steps` from the arguments, where a value below 1 is a fraction of all steps.
+        """Set `logging_steps`, `eval_steps` and `save_steps` from the arguments, where a value below 1 is a share of all steps.
 
         Args:
             args: have the three attributes.
-            max_steps: updates of the whole run.
+            max_steps: updates of the run.
         """
         for name in ("logging_steps", "eval_steps", "save_steps"):
             steps = getattr(args, name)

@@ -7,7 +7,7 @@ from fts.trainer.data.batch_samples import SampledBatches, with_batch_samples
 from fts.trainer.data.collator import default_data_collator, get_data_collator
 from fts.trainer.data.columns import can_return_loss, find_labels, forward_arguments, signature_columns
 from fts.trainer.data.dataloader import eval_dataloader, num_examples, num_tokens, select_eval_dataset, train_dataloader
-from fts.trainer.data.mixin import DataLoaderMixin
+from fts.trainer.data.dataloader_mixin import DataLoaderMixin
 from fts.trainer.data.sampler import data_seed, eval_sampler, train_sampler
 from fts.trainer.data.shards import data_parallel_group, device_ids, local_shard
 from fts.trainer.data.source import eval_batches, make_source, unshard_dataloader

@@ -10,7 +10,7 @@ from fts.trainer.distributed.deepspeed import (
     check_deepspeed_resume,
     check_unpartitioned,
     fill_config,
-    inert_optimizer,
+    placeholder_optimizer,
     start_engine,
 )
 from fts.trainer.distributed.strategy import (
@@ -28,10 +28,10 @@ __all__ = [
     "check_unpartitioned",
     "distribute_step",
     "fill_config",
-    "inert_optimizer",
     "make_accelerator",
     "make_checkpointer",
     "parallelize_model",
+    "placeholder_optimizer",
     "reading_group",
     "scaler_of",
     "setup_parallelism",

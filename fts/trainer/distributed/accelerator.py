@@ -1,4 +1,4 @@
-"""The accelerate Accelerator that a Trainer shows as `trainer.accelerator`."""
+"""The accelerate Accelerator of `trainer.accelerator`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fts.trainer.arguments import check_num_steps
 
 logger = logging.getLogger(__name__)
 
-DATA = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
+DATALOADER_FIELDS = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 """Fields of an `AcceleratorConfig` that are about data, with the same names in accelerate."""
 
 
 def make_accelerator(args: Any) -> Any:
     """An `accelerate.Accelerator` whose settings are those of the arguments.
 
-    Several may live in one process, each with its own device and precision: accelerate keeps one state for all, so this one gets
-    a new one, and older accelerators keep theirs. With `use_configured_state` in the `AcceleratorConfig` the state that is there
+    Several may exist in one process, each with its own device and precision: accelerate keeps one state for all, so this one gets
+    a new one, and older accelerators keep theirs. With `use_configured_state` in the `AcceleratorConfig` the existing state
     is used instead.
 
     Args:
@@ -40,7 +40,7 @@ def make_accelerator(args: Any) -> Any:
     from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
     config = _fields(getattr(args, "accelerator_config", None))
-    loading = {name: config[name] for name in DATA if name in config}
+    loading = {name: config[name] for name in DATALOADER_FIELDS if name in config}
     if loading.get("non_blocking") and not getattr(args, "dataloader_pin_memory", True):
         logger.warning("non_blocking=True without dataloader_pin_memory=True copies no faster: set both.")
     data = DataLoaderConfiguration(**loading, data_seed=getattr(args, "data_seed", None))
@@ -56,9 +56,9 @@ def make_accelerator(args: Any) -> Any:
 
 
 def scaler_of(accelerator: Any) -> LossScaler:
-    """What `accelerator.backward(loss)` multiplies losses by: the loss scale of the state that a step is at.
+    """The scaler by which `accelerator.backward(loss)` multiplies losses: the loss scale of the training state.
 
-    accelerate's own scaler, which nothing would update, gives way to it.
+    It replaces accelerate's own scaler, which nothing would update.
     """
     if not isinstance(accelerator.scaler, LossScaler):
         accelerator.scaler = LossScaler()
@@ -72,9 +72,9 @@ def mixed_precision(args: Any) -> str:
     >>> mixed_precision(SimpleNamespace(fp16=True))
     'fp16'
     """
-    said = getattr(args, "mixed_precision", None)  # also of accelerate's environment
-    if said is not None:
-        return str(said)
+    given = getattr(args, "mixed_precision", None)  # also of accelerate's environment
+    if given is not None:
+        return str(given)
     if getattr(args, "bf16", False):
         return "bf16"
     return "fp16" if getattr(args, "fp16", False) else "no"
@@ -110,11 +110,11 @@ def _check_state(precision: str) -> None:
 
     if PartialState._shared_state == {}:
         raise ArgumentError(
-            "AcceleratorConfig(use_configured_state=True) needs a state that is there before: make an accelerate.Accelerator or "
+            "AcceleratorConfig(use_configured_state=True) needs an existing state: make an accelerate.Accelerator or "
             "PartialState first, or leave it out."
         )
     if AcceleratorState._shared_state != {} and AcceleratorState().mixed_precision != precision:
         raise ArgumentError(
-            f"AcceleratorConfig(use_configured_state=True) uses the state that is there, whose precision is "
+            f"AcceleratorConfig(use_configured_state=True) uses the existing state, whose precision is "
             f"{AcceleratorState().mixed_precision!r}, but the arguments ask for {precision!r}. Make them equal."
         )

@@ -80,7 +80,7 @@ def check_deepspeed_resume(args: TrainingArguments, *, resumes: bool) -> None:
         )
 
 
-def inert_optimizer(strategy: DeepSpeed, args: TrainingArguments) -> RunOptimizer:
+def placeholder_optimizer(strategy: DeepSpeed, args: TrainingArguments) -> RunOptimizer:
     """What stands for the optimizer until the engine has started."""
     named = strategy.config.get("optimizer")
     own = f"{named.get('type')} of its configuration" if isinstance(named, dict) else f"torch optimizer of optim='{args.optim}'"
@@ -107,7 +107,7 @@ def start_engine(
         model: becomes the engine's.
         args: the arguments.
         plan: how long the run is.
-        chosen: what `inert_optimizer` made.
+        chosen: what `placeholder_optimizer` made.
         config: DeepSpeed's configuration, of `fill_config`.
         methods: make the optimizer and schedule that the configuration does not name.
         own_optimizer: whether the user gave an optimizer.

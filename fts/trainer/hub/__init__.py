@@ -3,7 +3,7 @@
 Uses `arguments` and `callbacks` of the trainer, and `fts.loops`.
 """
 
-from fts.trainer.hub.mixin import HubMixin
+from fts.trainer.hub.hub_mixin import HubMixin
 from fts.trainer.hub.push import (
     init_hf_repo,
     prepare_push,

@@ -4,9 +4,9 @@ It may use `fts.trainer.arguments`, and `fts.trainer.model`.
 """
 
 from fts.trainer.optimization.group_changes import parse_group_changes
-from fts.trainer.optimization.mixin import OptimizerMixin
 from fts.trainer.optimization.optimizer import OPTIMIZER_METHODS, RunOptimizer, make_optimizer
 from fts.trainer.optimization.optimizer_classes import optimizer_cls_and_kwargs
+from fts.trainer.optimization.optimizer_mixin import OptimizerMixin
 from fts.trainer.optimization.optimizer_proxy import OptimizerProxy
 from fts.trainer.optimization.parameter_groups import decay_parameter_names, make_parameter_groups, with_parameters
 from fts.trainer.optimization.schedules import make_schedule

@@ -79,7 +79,7 @@ def count_input_tokens(
     if pad_token_id is not None:
         return (main != pad_token_id).sum()
     _warn_once(
-        "All tokens are counted as seen: there is neither an attention_mask nor a pad token of the processing class to find padding."
+        "All tokens are counted as seen: there is no attention_mask and no pad token of the processing class to find padding."
     )
     return main.numel()
 

@@ -1,4 +1,4 @@
-"""The metrics of training between two logs, and over the whole run."""
+"""The metrics of training between two logs, and over the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import attrs
 from fts.loops import Logged
 
 COUNTED = {"skipped_total": ("skipped", "skipped_in_a_row"), "spikes_total": ("spike", "spikes_in_a_row")}
-"""Counters of updates that transforms skip -> metrics that a log leaves out beside the total."""
+"""Counters of updates that transforms skip -> metrics that a log leaves out in favour of the total."""
 
 
 @attrs.define
@@ -55,7 +55,7 @@ class RunningMetrics:
         self.read_at = event.counters.step
 
     def pop_logs(self) -> dict[str, float]:
-        """The metrics to log: means over the steps since the last log; learning rate, gradient norm and loss scale of the last step."""
+        """The metrics to log: means since the last log; learning rate, gradient norm and loss scale of the last step."""
         counts = {name: self.steps - self.left_out.get(name, 0) for name in self.sums}
         means = {name: total / counts[name] if counts[name] else math.nan for name, total in self.sums.items()}
         logs = {"loss": means.pop("loss")} if "loss" in means else {}

@@ -1,4 +1,4 @@
-"""Whether a Trainer can be made of the parts that it is given."""
+"""Checks of the parts that a Trainer is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run in words, before it begins."""
+"""The description of a run as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One update, one evaluated batch and one checkpoint, tried before long work."""
+"""A dry run: one update, one evaluated batch and one checkpoint."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 from fts.errors import ArgumentError
 from fts.trainer.arguments import HPSearchBackend
 from fts.trainer.evaluation import BestRun
-from fts.trainer.run.overrides import overridden
+from fts.trainer.run import overridden
 from fts.trainer.search.backends import resolve_backend
 from fts.trainer.search.config import SearchConfig
 from fts.trainer.search.searchable_trainer import SearchableTrainer

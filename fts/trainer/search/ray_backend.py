@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 from ray import cloudpickle, tune
 
 from fts.errors import ArgumentError, NonFiniteError
-from fts.trainer.arguments import enable_full_determinism, with_settings
-from fts.trainer.arguments import apply_tf32
+from fts.trainer.arguments import apply_tf32, enable_full_determinism, with_settings
 from fts.trainer.evaluation import BestRun
 from fts.trainer.model import prepare_model
 from fts.trainer.reporting import TrainerMemoryTracker, apply_log_level

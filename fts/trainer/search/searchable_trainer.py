@@ -9,8 +9,7 @@ from torch import nn
 
 from fts.distributed.process_group import Group
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.callbacks import CallbackHandler
-from fts.trainer.callbacks import TrainerControl, TrainerState
+from fts.trainer.callbacks import CallbackHandler, TrainerControl, TrainerState
 from fts.trainer.hub import HubSession
 from fts.trainer.reporting import TrainerMemoryTracker
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fts.errors import ArgumentError
-from fts.trainer.arguments import TrainingArguments, check_conflicts
-from fts.trainer.arguments import unknown_name_error
+from fts.trainer.arguments import TrainingArguments, check_conflicts, unknown_name_error
 
 _SIMILARITY = 0.8  # above it a name is a typo of an argument's; below it model_init may read the value
 

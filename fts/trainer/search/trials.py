@@ -18,7 +18,7 @@ from fts.trainer.callbacks import TrainerControl, TrainerState
 from fts.trainer.hub import UploadQueue
 from fts.trainer.model import accepts_trial, resolve_label_smoothing
 from fts.trainer.reporting import TrainerMemoryTracker
-from fts.trainer.run.batch_size import empty_cache
+from fts.trainer.run import empty_cache
 from fts.trainer.search.objective import Objective, TrialReporter
 from fts.trainer.search.searchable_trainer import SearchableTrainer
 from fts.trainer.search.trial_arguments import with_trial_values

@@ -8,9 +8,7 @@ from typing import Any
 
 from fts.distributed.process_group import is_initialized
 from fts.errors import ArgumentError, FtsError
-from fts.trainer.arguments import processes
-from fts.trainer.callbacks import TrainerCallback
-from fts.trainer.callbacks import ExportableState
+from fts.trainer.callbacks import ExportableState, TrainerCallback
 from fts.trainer.trackers import accelerate_trackers
 from fts.trainer.trackers.azure_ml import azure_ml
 from fts.trainer.trackers.codecarbon import codecarbon
@@ -206,5 +204,5 @@ def _provide_state(args: Any) -> None:
     """Create the state from which accelerate's trackers read the rank, unless it exists."""
     from accelerate.state import PartialState
 
-    if PartialState._shared_state == {} and (is_initialized() or processes.world_size() == 1):
+    if PartialState._shared_state == {} and (is_initialized() or args.world_size == 1):
         PartialState(cpu=args.device.type == "cpu")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fts.trainer.callbacks import TrainerCallback
-from fts.trainer.callbacks import html_table
+from fts.trainer.callbacks import TrainerCallback, html_table
 
 
 class FlyteCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Arguments that cannot be asked for together are errors when they are made, and can be looked for again."""
+"""Arguments that contradict each other are errors at construction, and can be checked again."""
 
 import copy
 
@@ -36,7 +36,7 @@ ASKED = [
 
 
 @pytest.mark.parametrize(("settings", "message"), ASKED, ids=str)
-def test_a_contradiction_is_found_when_made_and_when_looked_for(settings, message):
+def test_a_conflict_is_found_at_construction_and_on_request(settings, message):
     with pytest.raises(ArgumentError, match=message):
         TrainingArguments(**settings)
     args = TrainingArguments()
@@ -62,11 +62,11 @@ def test_a_contradiction_is_found_when_made_and_when_looked_for(settings, messag
     ],
     ids=str,
 )
-def test_what_fits_together_is_taken(settings):
+def test_compatible_arguments_are_accepted(settings):
     check_conflicts(TrainingArguments(**settings))
 
 
-def test_the_order_of_the_rows():
+def test_the_order_of_the_examples():
     assert sampling_strategy(TrainingArguments()) == "random"
     assert sampling_strategy(TrainingArguments(train_sampling_strategy="sequential")) == "sequential"
     assert sampling_strategy(TrainingArguments(group_by_length=True)) == "group_by_length"

@@ -40,7 +40,7 @@ def arguments(**values):
     )
 
 
-def test_what_is_left_out_or_auto_comes_from_the_arguments():
+def test_absent_and_auto_values_come_from_the_arguments():
     given = json.loads(json.dumps(AUTO))
     found = finalize_deepspeed_config(
         fill_deepspeed_config(given, arguments(), world_size=2), arguments(), total_steps=50, hidden_size=16
@@ -87,12 +87,12 @@ def test_what_is_left_out_or_auto_comes_from_the_arguments():
     ],
     ids=str,
 )
-def test_a_contradiction_says_both_sides(config, message):
+def test_the_error_of_a_conflict_has_both_values(config, message):
     with pytest.raises(ArgumentError, match=f"contradicts the arguments: {message}.*'auto'"):
         fill_deepspeed_config(config, arguments(), world_size=2)
 
 
-def test_what_depends_on_the_run_may_contradict_it_too():
+def test_values_that_depend_on_the_run_may_conflict_too():
     config = {"scheduler": {"params": {"total_num_steps": 9, "warmup_num_steps": 2}}}
     with pytest.raises(ArgumentError, match=r"total_num_steps=9, but the updates of the run=50; .*warmup_num_steps=2, but warm"):
         finalize_deepspeed_config(config, arguments(), total_steps=50, hidden_size=None)
@@ -102,18 +102,18 @@ def test_what_depends_on_the_run_may_contradict_it_too():
     ] == {"warmup_num_steps": 1}
 
 
-def test_what_nobody_can_tell_is_an_error():
+def test_an_unknown_auto_value_is_an_error():
     with pytest.raises(ArgumentError, match=r"zero_optimization.reduce_bucket_size, .* = 'auto', .* hidden_size"):
         finalize_deepspeed_config({"zero_optimization": AUTO["zero_optimization"]}, arguments(), total_steps=5, hidden_size=None)
 
 
-def test_a_batch_size_that_is_looked_for_wins():
+def test_the_batch_size_of_the_search_takes_precedence():
     config = {"train_batch_size": 100, "train_micro_batch_size_per_gpu": 50}
     found = fill_deepspeed_config(config, arguments(), world_size=2, batch_size=2, auto_find_batch_size=True)
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (12, 2)
 
 
-def test_nodes_with_disks_of_their_own():
+def test_nodes_with_local_disks():
     assert fill_deepspeed_config(STAGE_2, arguments(save_on_each_node=True), world_size=2)["checkpoint"] == {
         "use_node_local_storage": True
     }
@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_used(tmp_path, text, message):
         TrainingArguments(deepspeed=str(path))
 
 
-def test_the_launcher_describes_it_by_variables():
+def test_the_launcher_sets_it_by_environment_variables():
     said = {
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",

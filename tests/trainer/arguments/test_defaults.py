@@ -1,4 +1,4 @@
-"""The names and defaults are those of the documentation and of transformers; every difference is listed here."""
+"""The names and defaults are those of the documentation and of transformers; every difference is listed below."""
 
 import ast
 import csv
@@ -66,7 +66,7 @@ def test_names_and_defaults_are_those_of_transformers(name):
     assert {key: (ours[key], theirs[key]) for key in theirs if ours[key] != theirs[key]} == DIFFERENT_FROM_TRANSFORMERS
 
 
-def test_the_fields_stand_in_the_order_of_transformers_so_that_positions_mean_the_same():
+def test_the_fields_have_the_order_of_transformers_so_that_positions_mean_the_same():
     transformers = pytest.importorskip("transformers")
     ours = [field.name for field in dataclasses.fields(TrainingArguments) if field.name not in NOT_IN_TRANSFORMERS]
     theirs = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]

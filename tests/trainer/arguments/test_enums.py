@@ -1,4 +1,4 @@
-"""The choices have transformers' names and values."""
+"""The enums have transformers' names and values."""
 
 import pickle
 
@@ -35,6 +35,6 @@ def test_members_of_transformers_are_taken(name):
     assert [getattr(enums, name)(member).value for member in theirs(name)] == [member.value for member in theirs(name)]
 
 
-def test_an_unknown_value_is_told_the_known_ones():
+def test_the_error_of_an_unknown_value_lists_the_known_ones():
     with pytest.raises(ArgumentError, match=r"'weekly' is no SaveStrategy\. Use one of 'no', 'steps', 'epoch', 'best'"):
         enums.SaveStrategy("weekly")

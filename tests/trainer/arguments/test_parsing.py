@@ -89,7 +89,7 @@ def test_tokens_to_count(line, value):
 
 
 @pytest.mark.parametrize("cls", [TrainingArguments, Seq2SeqTrainingArguments, Mine])
-def test_json_there_and_back(cls, tmp_path):
+def test_json_round_trip(cls, tmp_path):
     args = cls(
         "here", eval_strategy="steps", logging_steps=0.1, lr_scheduler_kwargs={"num_cycles": 2}, debug="underflow_overflow"
     )

@@ -1,4 +1,4 @@
-"""Which process and device this is, and who goes first."""
+"""The rank and the device of this process, and the main process first."""
 
 import logging
 from datetime import timedelta
@@ -27,7 +27,7 @@ def test_one_process():
     ("settings", "log", "save"),
     [({}, True, False), ({"log_on_each_node": False}, False, False), ({"save_on_each_node": True}, True, True)],
 )
-def test_the_first_process_of_the_second_machine(settings, log, save, monkeypatch):
+def test_the_main_process_of_the_second_machine(settings, log, save, monkeypatch):
     args = TrainingArguments(**settings)
     for name, value in (("LOCAL_RANK", "0"), ("RANK", "2"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)

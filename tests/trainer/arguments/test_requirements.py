@@ -1,4 +1,4 @@
-"""What needs hardware or a package that is missing, or what fts does not have yet, is an error at once."""
+"""An argument that needs missing hardware, a missing package or a missing feature is an error at once."""
 
 import json
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError, FtsError, MissingDependencyError
-from fts.trainer.arguments import TrainingArguments, tracker_packages, unsupported
+from fts.trainer.arguments import TrainingArguments, processes, requirements, tf32, tracker_packages, unsupported
 from fts.trainer.arguments.requirements import REQUIREMENTS
 from fts.trainer.arguments.unsupported import UNSUPPORTED
 
-without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def refuses(name, value, message, error=ArgumentError):
@@ -34,13 +34,13 @@ def _named(value):
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ASKED.items() for value in values], ids=_named)
-def test_what_is_not_there_yet_says_so(name, value):
+def test_unsupported_features_are_errors(name, value):
     refuses(name, value, f"^{name}=.* is not yet in this version of fts. [A-Z].*")
 
 
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("azure_ml", "azureml-core"), ("flyte", "flytekit")])
 def test_trackers_need_their_packages(name, package, monkeypatch):
-    monkeypatch.setattr(tracker_packages, "_found", lambda module: False)
+    monkeypatch.setattr(tracker_packages, "_is_found", lambda module: False)
     message = rf"report_to=\[.*'{name}'\] needs the package \w+, which is not there. pip install {package}, or leave '{name}' out"
     refuses("report_to", name, message, MissingDependencyError)
     refuses("report_to", ["none", name], message, MissingDependencyError)
@@ -56,11 +56,11 @@ def test_trackers_need_their_packages(name, package, monkeypatch):
     ],
     ids=str,
 )
-def test_what_is_off_is_taken(name, value):
+def test_requirements_are_checked_only_of_arguments_that_are_on(name, value):
     assert not getattr(TrainingArguments(**{name: value}), name)
 
 
-def test_every_row_of_the_table_is_an_argument_with_a_remedy():
+def test_every_entry_of_the_table_is_an_argument_with_a_remedy():
     from dataclasses import fields
 
     from fts.trainer.arguments import Seq2SeqTrainingArguments
@@ -68,10 +68,10 @@ def test_every_row_of_the_table_is_an_argument_with_a_remedy():
     names = {field.name for field in fields(Seq2SeqTrainingArguments)}
     assert set(UNSUPPORTED) <= names
     assert set(REQUIREMENTS) <= names
-    assert all(row.remedy.endswith(".") for row in UNSUPPORTED.values())
-    for row in unsupported.UNSUPPORTED:
-        default = getattr(Seq2SeqTrainingArguments(), row)
-        unsupported.check_supported(row, default)
+    assert all(entry.remedy.endswith(".") for entry in UNSUPPORTED.values())
+    for name in unsupported.UNSUPPORTED:
+        default = getattr(Seq2SeqTrainingArguments(), name)
+        unsupported.check_supported(name, default)
 
 
 @without_cuda
@@ -81,8 +81,8 @@ def test_tf32_needs_a_gpu():
 
 
 def test_tf32_is_applied(monkeypatch):
-    monkeypatch.setattr("fts.trainer.arguments.tf32.has_tf32", lambda: True)
-    monkeypatch.setattr("fts.trainer.arguments.requirements.has_tf32", lambda: True)
+    monkeypatch.setattr(tf32, "has_tf32", lambda: True)
+    monkeypatch.setattr(requirements, "has_tf32", lambda: True)
     monkeypatch.setattr(torch.backends, "fp32_precision", "none")
     TrainingArguments()
     assert torch.backends.fp32_precision == "none"
@@ -110,9 +110,7 @@ def test_lower_precision_works_on_the_cpu():
 
 
 def test_a_gpu_without_bf16(monkeypatch):
-    monkeypatch.setattr(
-        "fts.trainer.arguments.processes.resolve_device", lambda use_cpu: torch.device("cpu" if use_cpu else "cuda:0")
-    )
+    monkeypatch.setattr(processes, "resolve_device", lambda use_cpu: torch.device("cpu" if use_cpu else "cuda:0"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     with pytest.raises(ArgumentError, match=r"bf16=True needs a GPU that computes in bfloat16 .* Use fp16=True, or use_cpu=True"):
         TrainingArguments(bf16=True)
@@ -149,7 +147,7 @@ def test_debugging_needs_transformers(monkeypatch):
     refuses("debug", "underflow_overflow", "the package transformers", MissingDependencyError)
 
 
-def test_a_configured_state_has_to_be_there(monkeypatch):
+def test_a_configured_state_must_exist(monkeypatch):
     from accelerate.state import PartialState
 
     monkeypatch.setattr(PartialState, "_shared_state", {})
@@ -159,7 +157,7 @@ def test_a_configured_state_has_to_be_there(monkeypatch):
     assert TrainingArguments(accelerator_config={"use_configured_state": True}).accelerator_config.use_configured_state
 
 
-def test_settings_without_their_switch_are_kept():
+def test_settings_without_their_feature_are_kept():
     kept = {
         "run_name": "one",
         "ddp_find_unused_parameters": False,

@@ -1,4 +1,4 @@
-"""Arguments as plain values and as text."""
+"""Arguments as plain values and as a string."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_what_a_tracker_can_hold():
     assert all(type(value) in (bool, int, float, str) for value in values.values())
 
 
-def test_the_text_is_like_that_of_transformers():
+def test_the_string_is_like_that_of_transformers():
     theirs = pytest.importorskip("transformers").TrainingArguments
     ours, others = str(TrainingArguments("x")).splitlines(), str(theirs("x")).splitlines()
     names = [line.split("=")[0] for line in others]

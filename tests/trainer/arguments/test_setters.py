@@ -72,7 +72,7 @@ def test_steps_need_a_number(name):
 
 
 def test_set_logging_checks_trackers(monkeypatch):
-    monkeypatch.setattr(tracker_packages, "_found", lambda module: module == "mlflow")
+    monkeypatch.setattr(tracker_packages, "_is_found", lambda module: module == "mlflow")
     assert TrainingArguments().set_logging(report_to=["mlflow"]).report_to == ["mlflow"]
     with pytest.raises(MissingDependencyError, match="needs the package wandb"):
         TrainingArguments().set_logging(report_to="wandb")

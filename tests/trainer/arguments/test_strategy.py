@@ -1,4 +1,4 @@
-"""Which strategy arguments and the launcher's environment ask for, and what they must not ask for together."""
+"""Which strategy arguments and the launcher's environment ask for, and which contradictions are errors."""
 
 import json
 import logging
@@ -69,7 +69,7 @@ def test_what_is_sharded():
         ({"sharding_strategy": "FULL_SHARD"}, {}),
         ({"cpu_offload": True}, {"cpu_offload": True}),
         ({"offload_params": "true"}, {"cpu_offload": True}),
-        ({"state_dict_type": "SHARDED_STATE_DICT"}, {"state_dict": "sharded"}),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, {"state_dict_type": "sharded"}),
         ({"state_dict_type": "full_state_dict"}, {}),
         ({"activation_checkpointing": True}, {"activation_checkpointing": True}),
         (
@@ -77,7 +77,7 @@ def test_what_is_sharded():
             {"activation_checkpointing": True, "activation_checkpointing_offload": True},
         ),
         ({"cpu_ram_efficient_loading": True}, {}),
-        ({"ignored_modules": r"head\..*"}, {"ignored": (r"head\..*",)}),
+        ({"ignored_modules": r"head\..*"}, {"ignored_modules": (r"head\..*",)}),
         (
             {"mixed_precision_policy": {"param_dtype": "bfloat16", "reduce_dtype": "fp32", "cast_forward_inputs": False}},
             {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False},
@@ -103,7 +103,7 @@ def test_each_setting_does_what_it_says(settings, attributes, tmp_path):
     [
         ({"min_num_parms": 1}, "Did you mean 'min_num_params'"),
         ({"min_num_params": -1}, "min_num_params=-1 must be a whole number of at least 0"),
-        ({"min_num_params": 5, "transformer_layer_cls_to_wrap": "A"}, "both say what is gathered as one"),
+        ({"min_num_params": 5, "transformer_layer_cls_to_wrap": "A"}, "both define the units"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, "needs min_num_params"),
         ({"auto_wrap_policy": "NO_WRAP", "min_num_params": 5}, "'NO_WRAP' does not go with 5"),
         ({"auto_wrap_policy": "ALL"}, "auto_wrap_policy='ALL' is unknown"),
@@ -126,30 +126,30 @@ def test_each_setting_does_what_it_says(settings, attributes, tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_an_error(settings, message):
+def test_invalid_settings_are_errors(settings, message):
     refuses(message, fsdp="full_shard", fsdp_config=settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"version": 1}, "takes the place of version 1"),
+        ({"version": 1}, "replaces version 1"),
         ({"use_orig_params": False}, "always keeps the original parameters"),
-        ({"forward_prefetch": True}, "always asks for the next unit's parameters"),
+        ({"forward_prefetch": True}, "always prefetches the next unit's parameters"),
         ({"backward_prefetch": "backward_post"}, "which is 'backward_pre'"),
-        ({"limit_all_gathers": "false"}, "always limits how much is gathered"),
-        ({"sync_module_states": False}, "always begins with the weights of the first process"),
+        ({"limit_all_gathers": "false"}, "always limits how much is all-gathered"),
+        ({"sync_module_states": False}, "always starts with the weights of rank 0"),
     ],
     ids=str,
 )
-def test_what_fsdp2_does_otherwise_is_said_once(settings, words, caplog):
+def test_differences_of_fsdp2_are_warned_of_once(settings, words, caplog):
     with caplog.at_level(logging.WARNING):
         args = TrainingArguments(fsdp=True, fsdp_config=settings)
         assert resolve_strategy(args, LAUNCHED, world_size=2) == FSDP()
     assert [words in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_settings_without_their_switch_are_said_to_have_no_effect(caplog):
+def test_settings_without_fsdp_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         TrainingArguments(fsdp_config={"min_num_params": 0, "xla": False})  # what transformers writes by itself
         assert not caplog.records
@@ -173,7 +173,7 @@ def test_arguments_contradict_each_other():
         fsdp_config={"activation_checkpointing": True},
         gradient_checkpointing=True,
     )
-    refuses("'no_shard' keeps parameters whole", fsdp="no_shard offload")
+    refuses("'no_shard' does not shard parameters", fsdp="no_shard offload")
     refuses("'full_shard' and 'shard_grad_op'", fsdp="full_shard shard_grad_op")
     refuses("'fast' is unknown", fsdp="fast")
     with pytest.raises(ArgumentError, match="fsdp=True shards a model over processes, but the script was not started by"):
@@ -212,19 +212,19 @@ OF_LAUNCHER = {  # what `accelerate launch --use_fsdp` always sets
         ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {"units": None}),
         (
             {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
-            {"cpu_offload": True, "state_dict": "sharded"},
+            {"cpu_offload": True, "state_dict_type": "sharded"},
         ),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"activation_checkpointing": True}),
-        ({"FSDP_IGNORED_MODULES": "head"}, {"ignored": ("head",)}),
+        ({"FSDP_IGNORED_MODULES": "head"}, {"ignored_modules": ("head",)}),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}, {}),
     ],
     ids=str,
 )
-def test_the_launcher_says_what_arguments_leave_open(said, attributes):
+def test_the_launcher_sets_what_the_arguments_do_not(said, attributes):
     assert asked(OF_LAUNCHER | said) == FSDP(**attributes)
 
 
-def test_arguments_win_over_the_launcher():
+def test_arguments_take_precedence_over_the_launcher():
     settings = {"transformer_layer_cls_to_wrap": "A", "cpu_ram_efficient_loading": False, "reshard_after_forward": False}
     launcher = OF_LAUNCHER | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "true"}
     expected = FSDP(units=("A",), reshard_after_forward=False, cpu_offload=True)
@@ -258,21 +258,21 @@ def test_one_process():
 # The mesh
 
 
-def laid_out(world, environ=(), tensor=1, **arguments):
+def mesh(world, environ=(), tensor=1, **arguments):
     return resolve_mesh(TrainingArguments(**arguments), LAUNCHED | dict(environ), world_size=world, tp_size=tensor)
 
 
-def test_processes_are_laid_out():
-    assert laid_out(4) == Mesh(replicate=4)
-    assert laid_out(4, fsdp=True) == Mesh(shard=4)
-    assert laid_out(4, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, fsdp="hybrid_shard") == Mesh(replicate=2, shard=2)
+def test_the_device_mesh():
+    assert mesh(4) == Mesh(replicate=4)
+    assert mesh(4, fsdp=True) == Mesh(shard=4)
+    assert mesh(4, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, fsdp="hybrid_shard") == Mesh(replicate=2, shard=2)
     sizes = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2, tp_size=2)
-    assert laid_out(8, fsdp=True, parallelism_config=sizes) == Mesh(replicate=2, shard=2, tensor=2)
-    assert laid_out(8, fsdp=True, parallelism_config={"tp_size": 2}) == Mesh(shard=4, tensor=2)
-    assert laid_out(8, fsdp=True, parallelism_config={"dp_shard_size": 4}) == Mesh(replicate=2, shard=4)
-    assert laid_out(2, tensor=2) == Mesh(tensor=2)
+    assert mesh(8, fsdp=True, parallelism_config=sizes) == Mesh(replicate=2, shard=2, tensor=2)
+    assert mesh(8, fsdp=True, parallelism_config={"tp_size": 2}) == Mesh(shard=4, tensor=2)
+    assert mesh(8, fsdp=True, parallelism_config={"dp_shard_size": 4}) == Mesh(replicate=2, shard=4)
+    assert mesh(2, tensor=2) == Mesh(tensor=2)
     environ = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
-    assert laid_out(4, environ, fsdp=True) == Mesh(shard=2, context=2)
+    assert mesh(4, environ, fsdp=True) == Mesh(shard=2, context=2)
     assert resolve_strategy(TrainingArguments(fsdp=True, parallelism_config=sizes), LAUNCHED, world_size=8) == FSDP(replicate=2)
     assert (
         resolve_strategy(TrainingArguments(), LAUNCHED, world_size=2, tp_size=2) == SingleProcess()
@@ -289,9 +289,9 @@ def test_sizes_that_do_not_fit():
         (2, "lays out 3 processes .* but 2 were started", {"parallelism_config": {"dp_replicate_size": 3}}),
     ):
         with pytest.raises(ArgumentError, match=message):
-            laid_out(world, **arguments)
+            mesh(world, **arguments)
     with pytest.raises(ArgumentError, match="loaded with tp_size=2, but the parallelism config says 4"):
-        laid_out(8, tensor=2, fsdp=True, parallelism_config={"tp_size": 4})
+        mesh(8, tensor=2, fsdp=True, parallelism_config={"tp_size": 4})
     with pytest.raises(ArgumentError, match="mutually exclusive"):
         TrainingArguments(parallelism_config={"cp_size": 2, "sp_size": 2})
     with pytest.raises(ArgumentError, match="must be accelerate's ParallelismConfig"):

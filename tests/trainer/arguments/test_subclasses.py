@@ -72,7 +72,7 @@ def test_names_are_checked():
 
 
 @pytest.mark.parametrize("cls", [Forgets, Remembers])
-def test_checks_hold_also_without_the_super_call(cls):
+def test_values_are_checked_also_without_the_super_call(cls):
     args = cls(eval_strategy="steps", logging_steps=7)
     assert (args.extra, args.eval_steps, args.do_eval, args.output_dir, args.report_to) == (4, 7, True, "trainer_output", [])
     with pytest.raises(ArgumentError, match="eval_strategy='epoch' and save_strategy='steps'"):
@@ -85,7 +85,7 @@ def test_checks_hold_also_without_the_super_call(cls):
         cls().seed = -1
 
 
-def test_a_contradiction_that_the_subclass_makes_is_found():
+def test_a_conflict_from_the_subclass_is_found():
     with pytest.raises(ArgumentError, match="fp16=True and bf16=True"):
         Clashes()
 

@@ -1,4 +1,4 @@
-"""A value is checked in the constructor and at each assignment; what follows from others follows again."""
+"""A value is checked in the constructor and at each assignment; derived values are updated."""
 
 import copy
 import dataclasses
@@ -45,7 +45,7 @@ BAD = [
     ("include_for_metrics", "inputs", "include_for_metrics='inputs' must be a list"),
     ("label_smoothing_factor", 1.0, "label_smoothing_factor=1.0 must be a number of at least 0 and below 1"),
     ("neftune_noise_alpha", -1, "neftune_noise_alpha=-1 must be a number"),
-    ("metric_for_best_model", "", "metric_for_best_model='' must be the name of a figure"),
+    ("metric_for_best_model", "", "metric_for_best_model='' must be the name of an evaluation metric"),
     ("disable_tqdm", "no", "disable_tqdm='no' must be True, False or None"),
     ("tf32", 1, "tf32=1 must be True, False or None"),
     ("seed", -1, "seed=-1 must be a whole number of at least 0"),
@@ -57,7 +57,7 @@ BAD = [
     ("lr_scheduler_kwargs", "{num_cycles: 2}", "is not JSON"),
     ("gradient_checkpointing_kwargs", 3, "gradient_checkpointing_kwargs=3 must be a dict"),
     ("optim_args", "rank", "optim_args='rank' must be pairs like"),
-    ("optim_args", {"betas": [1, 2]}, "optim_args=.* must hold numbers, booleans and words"),
+    ("optim_args", {"betas": [1, 2]}, "optim_args=.* must contain only numbers, booleans and words"),
     ("optim_args", 3, "optim_args=3 must be a string"),
     ("report_to", "tensorbord", "report_to='tensorbord' is unknown. .* Did you mean 'tensorboard'"),
     ("report_to", 3, "report_to=3 must be a name or a list"),
@@ -83,7 +83,7 @@ FLAGS = [field.name for field in dataclasses.fields(Seq2SeqTrainingArguments) if
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
-def test_a_bad_value_is_refused_by_the_constructor_and_by_an_assignment(name, value, message):
+def test_an_invalid_value_is_rejected_by_the_constructor_and_by_an_assignment(name, value, message):
     with pytest.raises(ArgumentError, match=message):
         Seq2SeqTrainingArguments(**{name: value})
     args = Seq2SeqTrainingArguments()
@@ -116,7 +116,7 @@ def test_every_flag_is_checked(name):
         ("no_cuda", "Did you mean 'use_cpu'"),
     ],
 )
-def test_a_wrong_name_gets_the_right_one(name, message):
+def test_a_wrong_name_gets_a_suggestion(name, message):
     with pytest.raises(ArgumentError, match=message):
         TrainingArguments(**{name: 1})
     args = TrainingArguments()
@@ -125,12 +125,12 @@ def test_a_wrong_name_gets_the_right_one(name, message):
     assert not hasattr(args, name)
 
 
-def test_a_name_like_no_other_is_refused_by_the_constructor():
-    with pytest.raises(ArgumentError, match="no argument 'xyzzy', and none with a name like it"):
+def test_a_name_without_a_similar_one_is_rejected_by_the_constructor():
+    with pytest.raises(ArgumentError, match="no argument 'xyzzy', nor one with a similar name"):
         TrainingArguments(xyzzy=1)
 
 
-def test_scripts_may_hang_their_own_values_on_the_arguments():
+def test_scripts_may_attach_values_to_the_arguments():
     args = TrainingArguments()
     args.use_im_start_end = True  # as some training scripts do
     args._n_gpu = 2
@@ -147,12 +147,12 @@ def test_scripts_may_hang_their_own_values_on_the_arguments():
         ("world_size", "Override the property"),
     ],
 )
-def test_what_follows_from_others_cannot_be_set(name, message):
+def test_derived_properties_cannot_be_set(name, message):
     with pytest.raises(ArgumentError, match=message):
         setattr(TrainingArguments(), name, 1)
 
 
-def test_numbers_of_other_libraries_become_plain_ones():
+def test_numbers_of_other_libraries_become_python_numbers():
     args = TrainingArguments(seed=np.int64(3), per_device_train_batch_size=np.int32(4), learning_rate=np.float32(0.5))
     assert type(args.seed) is type(args.per_device_train_batch_size) is int
     assert args.learning_rate == 0.5
@@ -167,7 +167,7 @@ def test_members_of_transformers_enums_are_taken():
     assert args.save_strategy == "no"
 
 
-def test_what_was_derived_follows_again():
+def test_derived_values_are_updated():
     args = TrainingArguments()
     args.eval_strategy = "steps"
     assert (args.do_eval, args.eval_steps) == (True, 500)
@@ -237,7 +237,7 @@ def test_arguments_can_be_copied_pickled_and_replaced():
     assert TrainingArguments(**args.to_dict()) == dataclasses.replace(args, hub_token=None)
 
 
-def test_a_copy_goes_its_own_way():
+def test_a_copy_is_independent():
     args = TrainingArguments()
     other = copy.copy(args)
     other.eval_strategy = "steps"

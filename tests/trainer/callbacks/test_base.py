@@ -5,7 +5,7 @@ import pytest
 
 from fts.trainer import TrainerCallback
 from fts.trainer.callbacks import EVENTS, overrides
-from tests.trainer.helpers import Linear, make_trainer, rows
+from tests.trainer.helpers import Linear, make_examples, make_trainer
 
 CONTEXT = {"model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader"}
 
@@ -56,7 +56,7 @@ def test_events_come_in_the_documented_order(tmp_path):
         *("log:end", "train_end"),
     ]
     seen.events.clear()
-    trainer.predict(rows(5))
+    trainer.predict(make_examples(5))
     assert seen.events == ["prediction_step", "predict:end"]
 
 
@@ -94,6 +94,6 @@ def test_a_base_class_of_the_same_name_is_no_empty_one():
     assert not overrides(TrainerCallback(), "on_log")
 
 
-def test_the_documentation_tells_of_every_keyword():
-    told = set(re.findall(r"`(\w+)`", inspect.getdoc(TrainerCallback)))
-    assert told >= CONTEXT | {"logs", "metrics", "control"}
+def test_the_documentation_lists_every_keyword():
+    documented = set(re.findall(r"`(\w+)`", inspect.getdoc(TrainerCallback)))
+    assert documented >= CONTEXT | {"logs", "metrics", "control"}

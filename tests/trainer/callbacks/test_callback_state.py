@@ -82,7 +82,7 @@ def test_states_are_copies_of_plain_values():
     assert type(states["Kept"]["attributes"]["seen"]) is int
 
 
-def test_states_that_cannot_be_kept():
+def test_states_that_cannot_be_saved():
     with pytest.raises(ArgumentError, match=r"Kept\.state\(\) returned what JSON cannot hold \(.*PosixPath"):
         export_callbacks([Kept(Path("here"))])
 
@@ -107,7 +107,7 @@ class Sees(TrainerCallback, ExportableState):
         return {"args": {"at": self.at}, "attributes": {"seen": self.seen}}
 
 
-def test_a_state_that_cannot_be_kept_ends_a_run_before_it_begins(tmp_path):
+def test_a_state_that_cannot_be_saved_ends_a_run_before_it_begins(tmp_path):
     callback = Sees()
     callback.seen = {1}
     options = {"callbacks": [callback], "max_steps": 3}
@@ -119,11 +119,11 @@ def test_a_state_that_cannot_be_kept_ends_a_run_before_it_begins(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [False, True])
-def test_a_state_that_becomes_one_that_cannot_be_kept_costs_no_checkpoint(arguments, tmp_path, caplog):
+def test_a_state_that_can_no_longer_be_saved_costs_no_checkpoint(arguments, tmp_path, caplog):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": arguments}
     callbacks = [Sees(), Sees(3), Sees()]
     make_trainer(tmp_path, callbacks=callbacks, **options).train()
-    assert "without the state of a callback, which begins anew on resume. Sees.state() returned what" in caplog.text
+    assert "without the state of a callback, which starts anew on resume. Sees.state() returned what" in caplog.text
     callbacks = [Sees(), Sees(), Sees()]
     trainer = make_trainer(tmp_path, callbacks=callbacks, **options)
     trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
@@ -147,4 +147,4 @@ def test_states_that_cannot_be_restored():
         restore_callbacks([Kept()], states, arguments=True)
     restore_callbacks([Kept()], states)
     with pytest.raises(CheckpointError, match="Kept cannot be restored"):
-        restore_callbacks([Kept()], {"Kept": "damaged"})
+        restore_callbacks([Kept()], {"Kept": "corrupt"})

@@ -16,7 +16,7 @@ from fts.trainer.callbacks.displays import MAX_TABLE_ROWS, html_table
 from tests.trainer.helpers import arguments
 
 ROOT = Path(__file__).parents[3]
-PROGRAM = Path(__file__).with_name("shown_run.py")
+PROGRAM = Path(__file__).with_name("run_with_progress.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -33,7 +33,7 @@ def in_a_terminal(columns: int, *arguments: str) -> str:
         try:
             while part := os.read(master, 65536):
                 written += part
-        except OSError:  # how Linux tells that nobody holds the terminal any more
+        except OSError:  # how Linux reports that no process has the terminal open
             pass
         os.close(master)
     assert program.returncode == 0, written.decode()
@@ -61,7 +61,7 @@ def test_a_terminal_has_one_live_line(tmp_path, columns):
 def test_a_notebook_has_a_table(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    code = f"from tests.trainer.callbacks.shown_run import main\nmain({str(tmp_path)!r})"
+    code = f"from tests.trainer.callbacks.run_with_progress import main\nmain({str(tmp_path)!r})"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     nbclient.NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute(env=ENVIRONMENT)
     outputs = notebook.cells[0].outputs
@@ -98,7 +98,7 @@ def notebook(monkeypatch):
     return handle
 
 
-def test_an_evaluation_stands_below_while_it_runs(notebook, monkeypatch):
+def test_an_evaluation_is_shown_below_while_it_runs(notebook, monkeypatch):
     now = time.monotonic()
     state = TrainerState(max_steps=10)
     shown = ProgressCallback()

@@ -15,7 +15,7 @@ def asked(flow, event, args, **progress):
 
 
 @pytest.mark.parametrize("delay", [0, 3, 1.5])
-def test_both_flows_ask_for_the_same(delay):
+def test_both_flows_request_the_same(delay):
     theirs = pytest.importorskip("transformers").trainer_callback.DefaultFlowCallback()
     ours = DefaultFlowCallback()
     kinds = itertools.product(IntervalStrategy, IntervalStrategy, SaveStrategy, (False, True))

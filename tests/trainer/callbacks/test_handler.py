@@ -83,13 +83,13 @@ def test_the_handler_has_transformers_surface():
     assert theirs <= set(dir(CallbackHandler([DefaultFlowCallback])))
 
 
-def test_an_event_that_nobody_listens_to_calls_nothing():
+def test_an_event_that_no_callback_overrides_calls_nothing():
     handler = CallbackHandler([DefaultFlowCallback(), transformers.trainer_callback.PrinterCallback(), Record()])
     assert handler.listeners["on_substep_end"] == handler.listeners["on_prediction_step"] == ()
     assert [type(listener).__name__ for listener in handler.listeners["on_log"]] == ["PrinterCallback", "Record"]
 
 
-def test_a_callback_can_ask_for_everything(tmp_path):
+def test_a_callback_can_request_every_action(tmp_path):
     class Ask(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_log = state.global_step == 1
@@ -200,7 +200,7 @@ def test_a_class_that_needs_arguments():
         def __init__(self, path):
             self.path = path
 
-    with pytest.raises(ArgumentError, match=r"Needs cannot be made without arguments .*path.*: give an instance"):
+    with pytest.raises(ArgumentError, match=r"Needs cannot be created without arguments .*path.*: give an instance"):
         CallbackHandler([Needs])
     assert len(CallbackHandler([Needs("here")]).callbacks) == 1
 
@@ -231,7 +231,7 @@ def test_no_default_flow_is_warned_of(caplog):
     assert "No callback is a DefaultFlowCallback" in caplog.text
 
 
-def test_a_callback_that_is_added_while_training_is_told(tmp_path):
+def test_a_callback_that_is_added_during_training_is_called(tmp_path):
     late = Record()
 
     class Add(TrainerCallback):
@@ -308,7 +308,7 @@ def test_interrupts_stay_what_they_are(kind):
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
-def test_a_rate_written_before_the_update_is_that_of_the_update(event, tmp_path):
+def test_a_learning_rate_set_before_the_update_is_that_of_the_update(event, tmp_path):
     class Write(TrainerCallback):
         pass
 
@@ -336,7 +336,7 @@ def written(name, value):
     return type("Write", (TrainerCallback,), {"on_step_end": write})()
 
 
-def test_weights_that_a_callback_exchanges_are_trained_on(tmp_path):
+def test_weights_that_a_callback_replaces_are_trained_on(tmp_path):
     def exchange(model):
         model.w.data = torch.full((4,), 7.0)
 
@@ -352,12 +352,12 @@ def test_weights_that_a_callback_exchanges_are_trained_on(tmp_path):
         ("frozen", lambda model: model.w.requires_grad_(False), "requires_grad of 'w' was set to False"),
     ],
 )
-def test_what_a_running_step_cannot_follow_is_refused(name, value, message, tmp_path):
+def test_changes_that_a_running_step_cannot_follow_are_errors(name, value, message, tmp_path):
     with pytest.raises(ArgumentError, match=message):
         make_trainer(tmp_path, Linear(), max_steps=4, callbacks=[written(name, value)]).train()
 
 
-def test_a_rate_of_one_group_alone_is_refused(tmp_path):
+def test_a_learning_rate_of_one_group_alone_is_an_error(tmp_path):
     class Write(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             optimizer.param_groups[1]["lr"] = 0.5

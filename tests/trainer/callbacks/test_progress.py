@@ -51,15 +51,15 @@ def test_lines_appear_where_there_is_no_terminal(tmp_path, capsys):
     assert sum(line.startswith("{'") for line in shown.out.splitlines()) == 6
 
 
-def test_the_speed_counts_the_rows_of_those_with_rows_of_their_own(monkeypatch, terminal):
+def test_the_speed_counts_the_examples_of_all_data_parallel_ranks(monkeypatch, terminal):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     state = TrainerState(max_steps=3, train_batch_size=8)
-    matrices, cut = {"parallelism_config": {"tp_size": 4}}, {"accelerator_config": {"split_batches": True}}
-    for more, rows in (({}, 64), (matrices, 16), (cut, 16)):
+    tensor_parallel, split = {"parallelism_config": {"tp_size": 4}}, {"accelerator_config": {"split_batches": True}}
+    for more, examples in (({}, 64), (tensor_parallel, 16), (split, 16)):
         args = TrainingArguments(use_cpu=True, gradient_accumulation_steps=2, **more)
         shown = begun(state, args)
-        assert shown.training_bar.progress.examples_per_step == rows
+        assert shown.training_bar.progress.examples_per_step == examples
         close_bars([shown])
 
 
@@ -79,7 +79,7 @@ def test_transformers_own_callback_shows_bars(tmp_path, capsys):
     assert "'learning_rate'" in shown.out + shown.err
 
 
-def test_a_resumed_bar_goes_on_where_it_was(terminal):
+def test_the_bar_of_a_resumed_run_continues_at_its_step(terminal):
     state = TrainerState(global_step=40, max_steps=100)
     shown = begun(state)
     assert (shown.training_bar.n, shown.training_bar.total, shown.training_bar.initial) == (40, 100, 40)
@@ -87,8 +87,8 @@ def test_a_resumed_bar_goes_on_where_it_was(terminal):
     shown.on_step_end(None, state, None)
     assert shown.training_bar.n == 45
     # the time left counts the 5 updates of this run, not all 45
-    figures = shown.training_bar.format_dict
-    line = shown.training_bar.format_meter(**(figures | {"elapsed": 10.0, "rate": None, "ncols": 80}))
+    fields = shown.training_bar.format_dict
+    line = shown.training_bar.format_meter(**(fields | {"elapsed": 10.0, "rate": None, "ncols": 80}))
     assert "45/100 [00:10<01:50" in line
     shown.on_train_end(None, state, None)
     assert shown.training_bar is None
@@ -102,7 +102,7 @@ def test_the_speed_is_that_of_this_run(monkeypatch):
     shown.on_step_end(None, state, None)
     now = shown.training_bar.progress.start
     monkeypatch.setattr("fts.trainer.callbacks.progress_state.time.monotonic", lambda: now + 10.0)
-    # 5 updates of 8 rows in 10 seconds, and 55 are left
+    # 5 updates of 8 examples in 10 seconds, and 55 are left
     assert shown.training_bar.progress.line() == "train 45/100 (45%), 4 examples/s, 0:00:10 so far, 0:01:50 left"
 
 
@@ -135,7 +135,7 @@ def test_evaluations_have_a_bar_inside(terminal):
     assert shown.prediction_bar is None
 
 
-def test_logs_stand_above_the_bars(capsys, terminal):
+def test_logs_are_printed_above_the_bars(capsys, terminal):
     state = TrainerState(max_steps=10)
     shown = begun(state, max_str_len=4)
     shown.on_prediction_step(None, state, None, eval_dataloader=[1])
@@ -171,9 +171,9 @@ def test_a_display_does_not_make_the_run_wait_for_its_checkpoints(tmp_path, monk
 
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": False}
     make_trainer(tmp_path / "a", **settings).train()
-    alone = waits.count("_tell_other")
+    alone = waits.count("_dispatch_other")
     make_trainer(tmp_path / "b", **settings, callbacks=[Reads]).train()
-    assert (alone, waits.count("_tell_other")) == (0, 2)
+    assert (alone, waits.count("_dispatch_other")) == (0, 2)
 
 
 def test_short_texts_and_numbers_are_shown_as_transformers_does(capsys):
@@ -225,7 +225,7 @@ def test_a_run_that_fails_closes_its_bars(tmp_path):
     assert shown.training_bar is shown.prediction_bar is None
 
 
-def test_a_new_run_closes_what_an_old_one_left(terminal):
+def test_a_new_run_closes_the_bars_of_an_old_one(terminal):
     state = TrainerState(max_steps=3)
     shown = begun(state)
     old = shown.training_bar

@@ -51,7 +51,7 @@ def test_unknown_keys_are_left_out(tmp_path):
         ({"stateful_callbacks": []}, "stateful_callbacks is"),
     ],
 )
-def test_damaged_files_are_found(change, text, tmp_path):
+def test_corrupt_files_are_errors(change, text, tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(asdict(TrainerState()) | change))
     with pytest.raises(CheckpointError, match=f"is corrupt: {text}"):
         TrainerState.load_from_json(tmp_path / "state.json")
@@ -66,13 +66,13 @@ def test_files_that_are_no_state(text, tmp_path):
         TrainerState.load_from_json(tmp_path / "state.json")
 
 
-def test_figures_of_other_libraries_are_written_as_numbers(tmp_path):
+def test_metrics_of_other_libraries_are_written_as_numbers(tmp_path):
     history = [{"a": np.float32(0.5), "b": torch.tensor(2), "c": np.arange(2)}]
     TrainerState(log_history=history).save_to_json(tmp_path / "state.json")
     assert TrainerState.load_from_json(tmp_path / "state.json").log_history == [{"a": 0.5, "b": 2, "c": [0, 1]}]
 
 
-def test_logs_that_json_cannot_hold_are_kept_as_texts_and_told_once(tmp_path, caplog):
+def test_logs_that_json_cannot_hold_are_saved_as_strings_and_warned_of_once(tmp_path, caplog):
     when, circle = datetime.datetime(2026, 11, 26), []
     circle.append(circle)
     entries = [{"when": when, "step": 7}, {("a", 1): 2, "b": {("c",): 1}}, "x", {3, 4}, {"loss": 0.5, "me": circle}]
@@ -99,7 +99,7 @@ def test_shares_become_steps(steps, most):
     assert asdict(ours) == asdict(theirs)
 
 
-def test_what_stays_for_the_whole_run():
+def test_what_is_constant_during_the_run():
     trial = SimpleNamespace(number=4, params={"learning_rate": 0.1})
     trainer = SimpleNamespace(
         hp_name=lambda trial: f"run-{trial.number}",
@@ -129,7 +129,7 @@ def test_callbacks_may_be_given_instead_of_their_states():
         TrainerState(stateful_callbacks=[PrinterCallback()])
 
 
-def test_flags_are_cleared_one_moment_at_a_time():
+def test_each_event_clears_its_flags():
     names = [item.name for item in fields(TrainerControl)]
     for method in ("_new_training", "_new_epoch", "_new_step"):
         ours, theirs = TrainerControl(*[True] * 5), transformers.TrainerControl(*[True] * 5)

@@ -10,7 +10,7 @@ import transformers
 
 from fts.errors import ArgumentError, CheckpointError
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainingArguments
-from tests.trainer.helpers import make_trainer, rows
+from tests.trainer.helpers import make_examples, make_trainer
 from tests.trainer.parity.compare import BASE, assert_same_training
 from tests.trainer.parity.models import Plain, bert, masked_bert, sentences, texts
 
@@ -308,4 +308,4 @@ def test_another_model_is_refused_by_the_name_of_a_weight(tmp_path):
     with pytest.raises(CheckpointError, match=r"classifier\.weight has the shape \[3, 16\]; it must be \[5, 16\]"):
         goes_on(tmp_path, bert(labels=5))
     with pytest.raises(CheckpointError, match=r"hidden\.weight is missing"):
-        make_trainer(tmp_path, train_dataset=rows(30)).train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+        make_trainer(tmp_path, train_dataset=make_examples(30)).train(resume_from_checkpoint=tmp_path / "checkpoint-6")

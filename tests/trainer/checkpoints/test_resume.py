@@ -11,8 +11,8 @@ from fts.errors import ArgumentError, CheckpointError
 from fts.loops import Position, load_extra
 from fts.storage.manifest import write_manifest
 from fts.trainer import TrainerCallback
-from fts.trainer.checkpoints.argument_changes import (IGNORED_ARGUMENTS, changed_arguments, seed_changes)
-from fts.trainer.checkpoints.epoch_layout import (EpochLayout, convert_position)
+from fts.trainer.checkpoints.argument_changes import IGNORED_ARGUMENTS, changed_arguments, seed_changes
+from fts.trainer.checkpoints.epoch_layout import EpochLayout, convert_position
 from tests.trainer.helpers import Linear, Regression, arguments, losses, make_trainer
 
 ROWS = 24

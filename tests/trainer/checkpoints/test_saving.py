@@ -17,7 +17,7 @@ from fts import loops
 from fts.errors import ArgumentError, CallbackError, CheckpointError, Interrupted
 from fts.trainer import TrainerCallback, TrainingArguments
 from fts.trainer.arguments import training_arguments
-from tests.trainer.helpers import Regression, make_trainer, rows
+from tests.trainer.helpers import Regression, make_examples, make_trainer
 
 
 def names(root):
@@ -167,7 +167,7 @@ def test_times_of_a_command_line():
 
 class Failing(torch.utils.data.Dataset):
     def __init__(self, bad):
-        self.rows, self.bad = rows(22), bad
+        self.rows, self.bad = make_examples(22), bad
 
     def __len__(self):
         return len(self.rows)

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from fts.trainer.data.collator import (get_data_collator, default_data_collator)
-from tests.trainer.sample_data import (minilm, tokenized)
+from fts.trainer.data.collator import default_data_collator, get_data_collator
+from tests.trainer.sample_data import minilm, tokenized
 
 
 def test_tokenizers_pad_as_in_transformers():

@@ -6,7 +6,14 @@ from torch import nn
 
 from fts.errors import DataError
 from fts.trainer.data.collator import default_data_collator
-from fts.trainer.data.columns import (signature_columns, unwrap_model, find_labels, forward_arguments, unexpected_keys, remove_unused_columns)
+from fts.trainer.data.columns import (
+    find_labels,
+    forward_arguments,
+    remove_unused_columns,
+    signature_columns,
+    unexpected_keys,
+    unwrap_model,
+)
 from fts.trainer.data.dataloader import eval_dataloader
 from tests.trainer.sample_data import settings
 

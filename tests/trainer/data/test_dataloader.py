@@ -6,11 +6,19 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Wei
 from fts.errors import ArgumentError, DataError
 from fts.loops.sampling import permutation
 from fts.trainer.arguments import TrainingArguments
-from fts.trainer.data.collator import (get_data_collator, default_data_collator)
-from fts.trainer.data.dataloader import (DeviceDataLoader, check_dataset, select_eval_dataset, eval_dataloader, num_examples, num_tokens, train_dataloader)
-from fts.trainer.data.source import (make_source)
+from fts.trainer.data.collator import default_data_collator, get_data_collator
+from fts.trainer.data.dataloader import (
+    DeviceDataLoader,
+    check_dataset,
+    eval_dataloader,
+    num_examples,
+    num_tokens,
+    select_eval_dataset,
+    train_dataloader,
+)
 from fts.trainer.data.sampler import train_sampler
-from tests.trainer.sample_data import (minilm, settings, tokenized)
+from fts.trainer.data.source import make_source
+from tests.trainer.sample_data import minilm, settings, tokenized
 
 CPU = torch.device("cpu")
 
@@ -129,7 +137,7 @@ def test_any_iterable_is_wrapped_and_told_the_epoch():
     assert visited(run.epoch(3)) == [[0, 1, 2, 3], [4]]
     assert data.epochs == [3]
     assert run.batches_per_epoch is None
-    with pytest.raises(ArgumentError, match="2 workers would each iterate the whole of a Plain"):
+    with pytest.raises(ArgumentError, match="2 workers would each iterate all of a Plain"):
         train_loader(data, dataloader_num_workers=2)
     assert visited(source(train_loader(iter(rows(5)))).epoch(0, start=1)) == [[4]]
 
@@ -185,7 +193,7 @@ def test_an_overridden_sampler_decides_the_order():
         (None, ArgumentError, "needs a training set"),
         ([], DataError, r"The training set \(list\) is empty"),
         ({"x": [1]}, DataError, "Give one of the dictionary's values"),
-        ("rows", DataError, "is a str; it must be a list of rows"),
+        ("rows", DataError, "is a str; it must be a list of examples"),
         (nn.Module(), DataError, "is a Module"),
         (type("Endless", (), {"__getitem__": lambda self, index: {}})(), DataError, "needs __len__, too"),
     ],
@@ -196,7 +204,7 @@ def test_what_is_no_data_is_refused(data, error, message):
 
 
 def test_sources_without_a_batch_are_refused():
-    with pytest.raises(DataError, match="has 3 rows, fewer than a batch of 4, and dataloader_drop_last=True"):
+    with pytest.raises(DataError, match="has 3 examples, fewer than a batch of 4, and dataloader_drop_last=True"):
         source(train_loader(rows(3), dataloader_drop_last=True))
     with pytest.raises(DataError, match=r"The training set \(list\) is empty"):
         source(DataLoader([]))

@@ -3,13 +3,13 @@ import torch
 from torch.utils.data import IterableDataset, SequentialSampler
 
 from fts.errors import DataError
-from fts.loops.sampling import (length_grouped_indices, permutation)
-from fts.randomness import (get_rng_states, rng_states_equal)
+from fts.loops.sampling import length_grouped_indices, permutation
+from fts.randomness import get_rng_states, rng_states_equal
 from fts.trainer.data import sampler
-from fts.trainer.data.source import (make_source)
-from fts.trainer.data.dataloader import (train_dataloader)
-from fts.trainer.data.sampler import (data_seed, eval_sampler, example_lengths, train_sampler)
-from tests.trainer.sample_data import (minilm, settings, tokenized)
+from fts.trainer.data.dataloader import train_dataloader
+from fts.trainer.data.sampler import data_seed, eval_sampler, example_lengths, train_sampler
+from fts.trainer.data.source import make_source
+from tests.trainer.sample_data import minilm, settings, tokenized
 
 
 def rows(lengths):

@@ -11,13 +11,13 @@ from fts.loops import Position
 from fts.steps import MicroBatches, PaddingBatch
 from fts.trainer import Trainer
 from fts.trainer.arguments import data_parallel
-from fts.trainer.checkpoints.epoch_layout import (EpochLayout, convert_position)
-from fts.trainer.data import (dataloader, shards)
-from fts.trainer.data.batch_samples import (SampledBatches, with_batch_samples)
+from fts.trainer.checkpoints.epoch_layout import EpochLayout, convert_position
+from fts.trainer.data import shards, source
+from fts.trainer.data.batch_samples import SampledBatches, with_batch_samples
 from fts.trainer.data.sampler import data_seed
 from fts.trainer.run.plan import make_plan
-from tests.trainer.sample_data import settings
 from tests.trainer.helpers import Linear, make_trainer
+from tests.trainer.sample_data import settings
 
 ROWS = 23
 
@@ -40,7 +40,7 @@ def as_process(monkeypatch):
     """Let this process be one of several."""
 
     def become(rank, size):
-        for module in (data_parallel, shards, dataloader):
+        for module in (data_parallel, shards, source):
             monkeypatch.setattr(module, "data_parallel_rank", lambda args: (rank, size))
 
     return become
@@ -106,7 +106,7 @@ def test_an_update_has_the_rows_that_one_process_gives_it(changes, size, tmp_pat
 
 def test_data_that_can_only_be_iterated_are_dispatched_unless_that_is_refused(tmp_path, as_process, monkeypatch):
     given = []
-    monkeypatch.setattr(shards.loops, "share", lambda source, *place, **how: given.append(how) or source)
+    monkeypatch.setattr(shards.loops, "shard_source", lambda source, *place, **how: given.append(how) or source)
     as_process(0, 2)
     for data, said in ((None, None), (Stream(), None), (None, True), (Stream(), False)):
         trainer_of(tmp_path, data=data, max_steps=1, accelerator_config={"dispatch_batches": said}).train_source(0)
@@ -116,7 +116,7 @@ def test_data_that_can_only_be_iterated_are_dispatched_unless_that_is_refused(tm
 
 def test_a_batch_that_cannot_be_split_is_an_error(tmp_path, as_process):
     as_process(0, 2)
-    with pytest.raises(ArgumentError, match="batches of 3 rows for 2 processes"):
+    with pytest.raises(ArgumentError, match="batches of 3 examples over 2 processes"):
         trainer_of(tmp_path, per_device_train_batch_size=3, accelerator_config={"split_batches": True}).train_source(0)
 
 

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fts.errors import BatchError, DataError
 from fts.loops import source
-from fts.randomness import (get_rng_states, rng_states_equal)
+from fts.randomness import get_rng_states, rng_states_equal
 from fts.trainer.data.collator import default_data_collator
-from fts.trainer.data.validation import (MAX_EXAMPLES, check_batch, check_examples, check_dataloader, check_first_batch)
+from fts.trainer.data.validation import MAX_EXAMPLES, check_batch, check_dataloader, check_examples, check_first_batch
 
-OWN = SimpleNamespace(label_names=("labels",), fn=None)
+OWN = SimpleNamespace(label_names=("labels",), compute_loss_func=None)
 
 
 class Net(nn.Module):
@@ -21,7 +21,7 @@ class Net(nn.Module):
 
 
 def check(data, model=None, loss=OWN, collator=default_data_collator, **changes):
-    check_examples(data, collator, Net() if model is None else model, loss, "training", rows=4, **changes)
+    check_examples(data, collator, Net() if model is None else model, loss, "training", batch_size=4, **changes)
 
 
 def rows(**changes):
@@ -32,8 +32,8 @@ def test_good_data_passes():
     check(rows())
     check(rows(mask=1))
     check([{"x": 1.0}], labelled=False)
-    check([{"x": 1.0}], loss=SimpleNamespace(label_names=("labels",), fn=len))
-    check([{"x": 1.0}], loss=SimpleNamespace(label_names=(), fn=None))
+    check([{"x": 1.0}], loss=SimpleNamespace(label_names=("labels",), compute_loss_func=len))
+    check([{"x": 1.0}], loss=SimpleNamespace(label_names=(), compute_loss_func=None))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ class Noisy:
 def test_looking_changes_no_random_state_and_reads_few_rows():
     data, before = Noisy(), get_rng_states(torch.device("cpu"))
     check(data)
-    check_examples(data, default_data_collator, Net(), OWN, "training", rows=64)
+    check_examples(data, default_data_collator, Net(), OWN, "training", batch_size=64)
     assert rng_states_equal(before, get_rng_states(torch.device("cpu")))
     assert data.read == [*range(4), *range(MAX_EXAMPLES)]
 
@@ -177,22 +177,22 @@ GOOD = {
 BAD = {
     "class too high": (GOOD["classes"][0], torch.tensor([0, 3]), r"has the label 3, .*has 3 classes, 0 to 2. Set num_labels"),
     "class too low": (GOOD["classes"][0], torch.tensor([-1, 2]), r"has the label -1"),
-    "floats as classes": (GOOD["classes"][0], torch.tensor([0.0, 2.0]), r"float32 with one number a row, and Bert.* 3 classes"),
-    "int32 classes": (GOOD["classes"][0], ONE.int(), r"torch.int32; .* chooses among 3, so they must be .*int64"),
+    "floats as classes": (GOOD["classes"][0], torch.tensor([0.0, 2.0]), r"float32 with one number per example, and Bert.* 3 classes"),
+    "int32 classes": (GOOD["classes"][0], ONE.int(), r"torch.int32; .* predicts one of 3, so they must be .*int64"),
     "whole numbers for several": (
         lambda: bert("SequenceClassification", num_labels=3, problem_type="multi_label_classification"),
         torch.ones(2, 3, dtype=torch.int64),
-        r"Give a row of 0.0 and 1.0 for each example, as floats",
+        r"Give a vector of 0.0 and 1.0 for each example, as floats",
     ),
     "floats as one class": (
         lambda: bert("SequenceClassification", num_labels=3, problem_type="single_label_classification"),
         torch.tensor([0.0, 2.0]),
-        r"must be whole numbers of type int64",
+        r"must be integers \(int64\)",
     ),
     "tag too high": (GOOD["tags"][0], TAGS + 1, r"has the label -99|has the label 3"),
     "masked token": (GOOD["masked"][0], torch.tensor([[50, -100], [0, 1]]), r"label 50, .*vocabulary has 50 tokens"),
     "causal token": (gpt2, torch.tensor([[0, 50], [0, 1]]), r"label 50, which GPT2LMHeadModel cannot have"),
-    "padding of -1": (gpt2, torch.tensor([[4, -1], [0, 1]]), r"label -1, .*-100 marks what does not count"),
+    "padding of -1": (gpt2, torch.tensor([[4, -1], [0, 1]]), r"label -1, .*-100 marks a label that is ignored"),
 }
 
 
@@ -217,7 +217,7 @@ def test_labels_that_a_model_cannot_take_are_refused_as_it_would_itself(case):
 def test_labels_are_free_where_a_function_computes_the_loss():
     make, labels, _ = BAD["class too high"]
     batch = {"input_ids": IDS, "labels": labels}
-    check_batch(batch, make(), SimpleNamespace(label_names=("labels",), fn=len), "training")
+    check_batch(batch, make(), SimpleNamespace(label_names=("labels",), compute_loss_func=len), "training")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_class_that_a_late_row_has_is_found(kind):
     check(data(2), model)
     with pytest.raises(DataError, match="training set has the label 3, which BertForSequenceClassification cannot have"):
         check(data(3), model)
-    check(data(3), model, loss=SimpleNamespace(label_names=("labels",), fn=len))
+    check(data(3), model, loss=SimpleNamespace(label_names=("labels",), compute_loss_func=len))
     check(data(3), model, labelled=False)
     check(data(3), model, collator=lambda rows: default_data_collator([row | {"label": int(row["label"]) % 3} for row in rows]))
 

@@ -73,7 +73,7 @@ def test_the_device_may_change_within_a_process():
 
 
 def test_a_state_that_is_there_is_used_if_asked():
-    with pytest.raises(ArgumentError, match="needs a state that is there before"):
+    with pytest.raises(ArgumentError, match="needs an existing state"):
         make(accelerator_config={"use_configured_state": True})
     own = Accelerator(cpu=True, mixed_precision="bf16")
     assert make(accelerator_config={"use_configured_state": True}, bf16=True).state._shared_state is own.state._shared_state

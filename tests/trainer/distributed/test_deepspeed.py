@@ -17,7 +17,7 @@ from fts.trainer.distributed.deepspeed import hidden_size
 from tests import torchrun
 from tests.trainer.helpers import make_trainer
 
-SCRIPT = Path(__file__).with_name("under_deepspeed.py")
+SCRIPT = Path(__file__).with_name("run_deepspeed.py")
 INSTALLED = importlib.util.find_spec("deepspeed")
 STAGE_2 = {"zero_optimization": {"stage": 2}}
 REAL = ["stage 0", "stage 1", "stage 2", "stage 3", "own optimizer"]
@@ -35,8 +35,8 @@ def found(tmp_path_factory):
 def test_a_run_equals_that_of_ddp(found, name):
     case, expected = found[name], found["ddp"]
     assert len(case["seen"]) == len(expected["seen"]) == 13
-    for figures, wanted in zip(case["seen"], expected["seen"], strict=True):
-        assert figures == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    for metrics, wanted in zip(case["seen"], expected["seen"], strict=True):
+        assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     for tensors in ("weights", "best"):
         for key, values in expected[tensors].items():
             torch.testing.assert_close(torch.tensor(case[tensors][key]), torch.tensor(values), rtol=1e-5, atol=1e-5)
@@ -44,8 +44,8 @@ def test_a_run_equals_that_of_ddp(found, name):
 
 @real
 def test_half_precision_stays_near(found):
-    for figures, wanted in zip(found["bf16"]["seen"], found["ddp"]["seen"], strict=True):
-        assert figures.get("loss", 0) == pytest.approx(wanted.get("loss", 0), abs=0.05)
+    for metrics, wanted in zip(found["bf16"]["seen"], found["ddp"]["seen"], strict=True):
+        assert metrics.get("loss", 0) == pytest.approx(wanted.get("loss", 0), abs=0.05)
     assert found["bf16"]["seen"] != found["ddp"]["seen"]
 
 

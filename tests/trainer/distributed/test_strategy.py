@@ -6,17 +6,17 @@ import pytest
 
 from tests import torchrun
 
-SCRIPT = Path(__file__).with_name("spreading.py")
+SCRIPT = Path(__file__).with_name("run_strategies.py")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return torchrun.result(SCRIPT, tmp_path_factory.mktemp("spreading") / "alone.json", processes=1)
+    return torchrun.result(SCRIPT, tmp_path_factory.mktemp("strategies") / "alone.json", processes=1)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return torchrun.result(SCRIPT, tmp_path_factory.mktemp("spreading") / "found.json")
+    return torchrun.result(SCRIPT, tmp_path_factory.mktemp("strategies") / "found.json")
 
 
 # name -> units of FSDP, and which share of the parameters each process has
@@ -34,11 +34,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_of_two_processes_equals_that_of_one(found, alone, name):
     case, expected = found[name], alone[name]
-    for figures in ("losses", "norms"):
-        assert len(case[figures]) == 5
-        assert case[figures] == pytest.approx(expected[figures], rel=1e-5)
+    for name in ("losses", "norms"):
+        assert len(case[name]) == 5
+        assert case[name] == pytest.approx(expected[name], rel=1e-5)
     assert case["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-5)
-    assert case["rows"] == expected["rows"] == 8
+    assert case["examples"] == expected["examples"] == 8
     units, share = CASES[name]
     assert case["units"] == units
     assert case["share"] == pytest.approx(share, abs=0.01)
@@ -48,9 +48,9 @@ def test_a_run_of_two_processes_equals_that_of_one(found, alone, name):
 @pytest.mark.parametrize("name", ["evaluated", "evaluated in matrices"])
 def test_a_model_that_was_not_trained_is_cut_before_it_is_evaluated(found, alone, name):
     *losses, share = found[name]
-    *expected, whole = alone[name]
+    *expected, full = alone[name]
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert (share, whole) == pytest.approx((0.5, 1), abs=0.01)
+    assert (share, full) == pytest.approx((0.5, 1), abs=0.01)
 
 
 def test_ddp_is_given_its_arguments(found):

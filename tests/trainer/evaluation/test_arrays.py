@@ -6,7 +6,7 @@ import pytest
 
 from fts.errors import DataError
 from fts.trainer.evaluation import arrays
-from fts.trainer.evaluation.arrays import (ArrayAllocator, available_memory)
+from fts.trainer.evaluation.arrays import ArrayAllocator, available_memory
 
 
 def test_arrays_beyond_the_limit_lie_in_files(tmp_path):

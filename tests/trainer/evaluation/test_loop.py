@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 
 from fts.errors import ArgumentError, BatchError, DataError, LossError
 from fts.trainer import Trainer, TrainingArguments, default_data_collator
-from fts.trainer.evaluation.config import (EvaluationConfig, evaluation_config, dataset_length)
-from fts.trainer.model.modes import (evaluation_mode)
-from fts.trainer.evaluation.loop import (run_evaluation)
+from fts.trainer.evaluation.config import EvaluationConfig, dataset_length, evaluation_config
+from fts.trainer.evaluation.loop import run_evaluation
 from fts.trainer.evaluation.prediction import PredictionConfig, predict_batch
-from fts.trainer.evaluation.pytree import (tree_leaves_with_path, tree_map)
-from fts.trainer.model.label_counts import (loss_denominator)
-from tests.trainer.helpers import Linear, arguments, make_trainer, rows
+from fts.trainer.evaluation.pytree import tree_leaves_with_path, tree_map
+from fts.trainer.model.label_counts import loss_denominator
+from fts.trainer.model.modes import evaluation_mode
+from tests.trainer.helpers import Linear, arguments, make_examples, make_trainer
 
 
 class Tagger(nn.Module):
@@ -110,17 +110,17 @@ def test_ignored_keys_and_preprocessed_logits():
 
 
 def test_without_labels_there_are_predictions_only(tmp_path):
-    output = make_trainer(tmp_path, Linear()).predict([{"x": row["x"]} for row in rows(5)])
+    output = make_trainer(tmp_path, Linear()).predict([{"x": row["x"]} for row in make_examples(5)])
     assert output.label_ids is None
     assert output.predictions.shape == (5,)
     assert output.metrics.keys() == {"test_runtime", "test_samples_per_second", "test_steps_per_second"}
 
 
 def test_several_evaluation_sets_and_prefixes(tmp_path):
-    trainer = make_trainer(tmp_path, Linear(), eval_dataset={"easy": rows(3), "hard": rows(5)})
+    trainer = make_trainer(tmp_path, Linear(), eval_dataset={"easy": make_examples(3), "hard": make_examples(5)})
     metrics = trainer.evaluate()
     assert {"eval_easy_loss", "eval_hard_loss"} <= metrics.keys()
-    assert "final_loss" in trainer.evaluate(rows(3), metric_key_prefix="final")
+    assert "final_loss" in trainer.evaluate(make_examples(3), metric_key_prefix="final")
 
 
 def test_evaluation_leaves_the_model_as_it_was(tmp_path):
@@ -139,25 +139,25 @@ def test_errors_of_evaluation(tmp_path):
         make_trainer(tmp_path, eval_dataset=None).evaluate()
     with pytest.raises(ArgumentError, match="compute_metrics returned float"):
         make_trainer(tmp_path, compute_metrics=lambda prediction: 0.5).evaluate()
-    with pytest.raises(ArgumentError, match="metric_for_best_model='f1' is not among the figures of the evaluation: eval_loss"):
+    with pytest.raises(ArgumentError, match="metric_for_best_model='f1' is not one of the metrics of the evaluation: eval_loss"):
         make_trainer(tmp_path, eval_strategy="epoch", metric_for_best_model="f1").train()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric_for_best_model": "f1"}, "'f1' is not among .*: eval_loss, eval_runtime,"),
+        ({"metric_for_best_model": "f1"}, "'f1' is not one of .*: eval_loss, eval_runtime,"),
         (
-            {"metric_for_best_model": "loss", "eval_dataset": {"easy": rows(3), "hard": rows(3)}},
-            "'loss' is not among .*: eval_easy_loss, .*eval_hard_loss",
+            {"metric_for_best_model": "loss", "eval_dataset": {"easy": make_examples(3), "hard": make_examples(3)}},
+            "'loss' is not one of .*: eval_easy_loss, .*eval_hard_loss",
         ),
         (
             {
                 "metric_for_best_model": "f1",
-                "eval_dataset": {"easy": rows(3)},
+                "eval_dataset": {"easy": make_examples(3)},
                 "compute_metrics": lambda prediction: {"f1": 1.0},
             },
-            "'f1' is not among .*: eval_easy_loss",
+            "'f1' is not one of .*: eval_easy_loss",
         ),
     ],
 )
@@ -174,10 +174,10 @@ def test_the_metric_of_the_best_is_checked_before_training(tmp_path, options, me
         {"metric_for_best_model": "eval_runtime"},
         {
             "metric_for_best_model": "easy_f1",
-            "eval_dataset": {"easy": rows(3)},
+            "eval_dataset": {"easy": make_examples(3)},
             "compute_metrics": lambda prediction: {"f1": 1.0},
         },
-        {"metric_for_best_model": "eval_easy_loss", "eval_dataset": {"easy": rows(3), "hard": rows(3)}},
+        {"metric_for_best_model": "eval_easy_loss", "eval_dataset": {"easy": make_examples(3), "hard": make_examples(3)}},
         {"metric_for_best_model": "f1", "eval_strategy": "no"},
     ],
 )
@@ -191,7 +191,7 @@ def test_an_overridden_evaluation_may_give_any_metric(tmp_path):
             return super().evaluate(*args, **kwargs) | {"eval_bleu": 1.0}
 
     args = arguments(tmp_path, max_steps=1, eval_strategy="steps", metric_for_best_model="bleu")
-    assert Own(Linear(), args, train_dataset=rows(8), eval_dataset=rows(4)).train().global_step == 1
+    assert Own(Linear(), args, train_dataset=make_examples(8), eval_dataset=make_examples(4)).train().global_step == 1
 
 
 def test_names_of_metrics_are_checked(tmp_path):
@@ -206,7 +206,7 @@ def test_names_of_metrics_are_checked(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"compute_metrics": lambda prediction: {"f1": 1.0}}])
 def test_an_evaluation_without_labels_warns(tmp_path, caplog, options):
-    trainer = make_trainer(tmp_path, Linear(), eval_dataset=[{"x": row["x"]} for row in rows(5)], **options)
+    trainer = make_trainer(tmp_path, Linear(), eval_dataset=[{"x": row["x"]} for row in make_examples(5)], **options)
     with caplog.at_level(logging.WARNING):
         metrics = trainer.evaluate()
         assert "eval_loss" not in metrics
@@ -214,7 +214,7 @@ def test_an_evaluation_without_labels_warns(tmp_path, caplog, options):
     assert "label_names" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        trainer.predict([{"x": row["x"]} for row in rows(5)])
+        trainer.predict([{"x": row["x"]} for row in make_examples(5)])
     assert caplog.text == ""
 
 
@@ -222,7 +222,7 @@ def test_evaluation_and_prediction_keep_every_row(tmp_path):
     whole = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4)
     cut = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4, dataloader_drop_last=True)
     assert cut.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
-    assert cut.predict(rows(3)).predictions.shape == (3,)
+    assert cut.predict(make_examples(3)).predictions.shape == (3,)
     assert len(cut.get_eval_dataloader()) == 3
     assert len(cut.get_train_dataloader()) == 5
 
@@ -278,7 +278,7 @@ def predicting(model, label_names=("labels",), **options):
     return lambda inputs: predict_batch(model, inputs, PredictionConfig(own_loss, label_names), **options)
 
 
-def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **settings):
+def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **config):
     config = EvaluationConfig(**({"loss_weight": lambda batch: loss_denominator(model, batch, label_names)} | settings))
     with evaluation_mode(model):
         return run_evaluation(predicting(model, label_names, prediction_loss_only=only_loss), batches, config=config)
@@ -409,7 +409,7 @@ def test_metrics_batch_by_batch_get_inputs_and_losses():
         return {}
 
     config = {"batch_eval_metrics": True, "keep": False, "main_input_name": "input_ids", "include_losses": True}
-    evaluated(Tagger(), cut(sentences(5), 3), compute_metrics=compute_metrics, **settings)
+    evaluated(Tagger(), cut(sentences(5), 3), compute_metrics=compute_metrics, **config)
     assert [(rows, len(losses), len(set(losses))) for rows, losses in seen] == [(3, 3, 1), (2, 2, 1)]
 
 
@@ -432,7 +432,7 @@ def test_batches_can_be_kept_apart():
     model, data = Tagger(), sentences(5)
     found = []
     config = {"concat_batches": False, "compute_metrics": lambda p: found.append(p) or {}, "include_losses": True}
-    output = evaluated(model, cut(data, 2), **settings)
+    output = evaluated(model, cut(data, 2), **config)
     assert [part[0].shape[0] for part in output.predictions] == [2, 2, 1]
     assert [part.shape[0] for part in output.label_ids] == [2, 2, 1]
     assert [part.shape for part in found[0].losses] == [(2,), (2,), (1,)]
@@ -446,7 +446,7 @@ def test_detections_of_any_number_can_be_kept_apart():
         boxes = [{"boxes": torch.ones(index + 1, 4)} for index in range(len(inputs["x"]))]
         return torch.tensor(1.0), (inputs["x"],), boxes
 
-    output = run_evaluation(predict, batches, how=EvaluationConfig(concat_batches=False))
+    output = run_evaluation(predict, batches, config=EvaluationConfig(concat_batches=False))
     assert [[part["boxes"].shape[0] for part in batch] for batch in output.label_ids] == [[1, 2, 3], [1, 2]]
     with pytest.raises(BatchError, match="eval_do_concat_batches=False"):
         run_evaluation(predict, batches, config=EvaluationConfig())

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fts.errors import ArgumentError
-from fts.trainer.evaluation.metrics import (check_batch_metrics, parse_metrics)
+from fts.trainer.evaluation.metrics import check_batch_metrics, parse_metrics
 
 
 def test_numbers_become_pythons():
@@ -24,7 +24,7 @@ def test_a_figure_must_be_a_number(value):
     [
         (0.5, "compute_metrics returned float"),
         (None, "compute_metrics returned NoneType"),
-        ({3: 1.0}, "a figure named 3"),
+        ({3: 1.0}, "a metric named 3"),
         ({"loss": 1.0}, r"returned 'loss'.*Rename"),
         ({"eval_runtime": 1.0}, r"returned 'eval_runtime'.*Rename"),
         ({"f1": 1.0, "eval_f1": 2.0}, r"returned 'eval_f1'.*Rename"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from fts.errors import BatchError
 from fts.trainer.evaluation.arrays import ArrayAllocator
-from fts.trainer.evaluation.output_containers import (ConcatenatedOutputs, DeviceBuffer, BatchedOutputs, PaddedRows)
+from fts.trainer.evaluation.output_containers import BatchedOutputs, ConcatenatedOutputs, DeviceBuffer, PaddedRows
 
 Pair = namedtuple("Pair", "first second")
 
@@ -43,17 +43,17 @@ def test_all_dimensions_are_padded():
 
 def counting(monkeypatch):
     made = []
-    whole = ArrayAllocator.array
+    whole = ArrayAllocator.allocate
 
-    def array(self, shape, dtype, instead_of=None):
+    def array(self, shape, dtype, replaces=None):
         made.append(shape)
-        return whole(self, shape, dtype, instead_of)
+        return whole(self, shape, dtype, replaces)
 
-    monkeypatch.setattr(ArrayAllocator, "array", array)
+    monkeypatch.setattr(ArrayAllocator, "allocate", array)
     return made
 
 
-def test_known_rows_are_allocated_once(monkeypatch):
+def test_known_sizes_are_allocated_once(monkeypatch):
     made = counting(monkeypatch)
     rows = PaddedRows(6)
     for size in (2, 3, 1):
@@ -78,7 +78,7 @@ def test_growing_copies_little(monkeypatch):
     assert len(made) == 11
 
 
-def test_several_answers_to_each_row_have_room_at_once(monkeypatch):
+def test_several_outputs_for_each_example_are_allocated_at_once(monkeypatch):
     made = counting(monkeypatch)
     gathered = ConcatenatedOutputs(4)
     gathered.add({"answers": torch.ones(6, 2), "loss": torch.tensor(1.0)}, 2)
@@ -144,7 +144,7 @@ def test_nested_outputs_of_transformers_are_no_leaves():
 def test_errors():
     rows = PaddedRows(6)
     rows.add(torch.ones(2, 3))
-    with pytest.raises(BatchError, match=r"shape \[2\] in one batch and \['rows', 3\] in others: axes differ"):
+    with pytest.raises(BatchError, match=r"shape \[2\] in one batch and \['examples', 3\] in others: axes differ"):
         rows.add(torch.ones(2))
     with pytest.raises(BatchError, match="no row"):
         PaddedRows(1).array()
@@ -184,15 +184,15 @@ def held_sizes(**options):
 
 def test_batches_stay_on_a_device_for_a_while(monkeypatch):
     assert held_sizes() == [1, 2, 3, 4, 5]  # the CPU's at once
-    assert held_sizes(batches=2, anywhere=True) == [0, 2, 2, 4, 4]
-    assert held_sizes(anywhere=True) == [0, 0, 0, 0, 0]
+    assert held_sizes(batches=2, on_cpu=True) == [0, 2, 2, 4, 4]
+    assert held_sizes(on_cpu=True) == [0, 0, 0, 0, 0]
     monkeypatch.setattr("fts.trainer.evaluation.output_containers.BUFFER_BYTES", 128)
-    assert held_sizes(anywhere=True) == [0, 0, 3, 3, 3]
+    assert held_sizes(on_cpu=True) == [0, 0, 3, 3, 3]
 
 
-def test_held_batches_are_copies():
+def test_buffered_batches_are_copies():
     buffer, written = torch.ones(2), []
-    held = DeviceBuffer(lambda tree, rows: written.append(tree), anywhere=True)
+    held = DeviceBuffer(lambda tree, rows: written.append(tree), on_cpu=True)
     held.add(buffer)
     buffer.zero_()
     held.flush()

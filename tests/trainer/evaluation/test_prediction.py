@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fts.errors import BatchError, LossError
-from fts.trainer.evaluation.prediction import (PredictionConfig, has_loss, keys_to_ignore, select_logits, predict_batch)
+from fts.trainer.evaluation.prediction import PredictionConfig, has_loss, keys_to_ignore, predict_batch, select_logits
 from fts.trainer.evaluation.pytree import tree_leaves_with_path
 
 transformers = pytest.importorskip("transformers")
@@ -171,7 +171,7 @@ def test_errors():
         predict(Named, [1])
     with pytest.raises(LossError, match=r"must return \(loss, outputs\)"):
         predict(Named, compute_loss=lambda model, inputs: torch.tensor(1.0))
-    with pytest.raises(LossError, match="gave NoneType as the loss"):
+    with pytest.raises(LossError, match="returned NoneType as the loss"):
         predict(Named, compute_loss=lambda model, inputs: (None, model(**inputs)))
 
 

@@ -7,10 +7,10 @@ from torch import nn
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.trainer import TrainingArguments
-from fts.trainer.optimization.transform import (make_transform)
+from fts.trainer.optimization.optimizer_proxy import OptimizerProxy, SchedulerProxy, make_optimizer_proxy
 from fts.trainer.optimization.parameter_groups import make_parameter_groups
-from fts.trainer.optimization.optimizer_proxy import (OptimizerProxy, SchedulerProxy, make_optimizer_proxy)
 from fts.trainer.optimization.schedules import make_schedule
+from fts.trainer.optimization.transform import make_transform
 
 
 def network():
@@ -34,7 +34,7 @@ def arguments(name, **changes):
 
 
 def run(args, model, steps=3):
-    """The functional run, and the same one by torch: what the view reads, and what it should show."""
+    """The functional run, and the same one by torch: what the proxy reads, and what it should show."""
     cls, options, _ = CASES[args.optim]
     transform = make_transform(args, make_schedule(args, 10, 2), model, total_steps=10)
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -61,20 +61,20 @@ def run(args, model, steps=3):
 def test_the_view_shows_what_torch_has(name):
     args, model = arguments(name), network()
     state, schedule, optimizer, scheduler = run(args, model)
-    view = make_optimizer_proxy(args, model, lambda: state)
-    view.set_lr(schedule(3))
-    assert isinstance(view, torch.optim.Optimizer)
-    assert [id(p) for group in view.param_groups for p in group["params"]] == [
+    proxy = make_optimizer_proxy(args, model, lambda: state)
+    proxy.set_lr(schedule(3))
+    assert isinstance(proxy, torch.optim.Optimizer)
+    assert [id(p) for group in proxy.param_groups for p in group["params"]] == [
         id(dict(model.named_parameters())[name]) for group in make_parameter_groups(args, model) for name in group["params"]
     ]
-    theirs, ours = optimizer.state_dict(), view.state_dict()
+    theirs, ours = optimizer.state_dict(), proxy.state_dict()
     _assert_alike(ours["param_groups"], theirs["param_groups"])
     assert ours["state"].keys() == theirs["state"].keys()
     for key, entry in theirs["state"].items():
         assert ours["state"][key].keys() == entry.keys()
         for part, value in entry.items():
             torch.testing.assert_close(torch.as_tensor(ours["state"][key][part]), torch.as_tensor(value))
-    lr = SchedulerProxy(view, schedule, lambda: 3)
+    lr = SchedulerProxy(proxy, schedule, lambda: 3)
     assert isinstance(lr, torch.optim.lr_scheduler.LRScheduler)
     assert lr.get_last_lr() == pytest.approx(scheduler.get_last_lr())
     assert lr.last_epoch == scheduler.last_epoch == 3
@@ -93,63 +93,63 @@ def _assert_alike(ours, theirs):
 
 
 def test_without_a_state_there_are_no_moments():
-    view = make_optimizer_proxy(arguments("adamw_torch"), network(), nothing)
-    assert dict(view.state) == {} and view.state_dict()["state"] == {}
+    proxy = make_optimizer_proxy(arguments("adamw_torch"), network(), nothing)
+    assert dict(proxy.state) == {} and proxy.state_dict()["state"] == {}
 
 
 def test_gradients_are_cleared():
     model = network()
-    view = make_optimizer_proxy(arguments("sgd"), model, nothing)
+    proxy = make_optimizer_proxy(arguments("sgd"), model, nothing)
     model(torch.ones(1, 3)).sum().backward()
-    view.zero_grad()
+    proxy.zero_grad()
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_rates_keep_the_relation_of_the_groups():
     model = network()
     names = [name for name, _ in model.named_parameters()]
-    view = OptimizerProxy(model, [{"params": names[:2], "lr": 0.1}, {"params": names[2:], "lr": 0.02}], nothing)
-    view.set_lr(0.05)
-    assert [group["lr"] for group in view.param_groups] == pytest.approx([0.05, 0.01])
-    assert [group["initial_lr"] for group in view.param_groups] == [0.1, 0.02]
-    assert SchedulerProxy(view, lambda step: 0.1 - 0.01 * step, lambda: 4).get_last_lr() == pytest.approx([0.06, 0.012])
+    proxy = OptimizerProxy(model, [{"params": names[:2], "lr": 0.1}, {"params": names[2:], "lr": 0.02}], nothing)
+    proxy.set_lr(0.05)
+    assert [group["lr"] for group in proxy.param_groups] == pytest.approx([0.05, 0.01])
+    assert [group["initial_lr"] for group in proxy.param_groups] == [0.1, 0.02]
+    assert SchedulerProxy(proxy, lambda step: 0.1 - 0.01 * step, lambda: 4).get_last_lr() == pytest.approx([0.06, 0.012])
 
 
 def test_what_is_written_is_noticed():
-    view = make_optimizer_proxy(arguments("adamw_torch"), network(), nothing)
-    assert view.changes() is None
-    view.set_lr(0.07)
-    assert view.changes() is None
-    view.param_groups[0]["weight_decay"] = 0.5
-    for group in view.param_groups:
+    proxy = make_optimizer_proxy(arguments("adamw_torch"), network(), nothing)
+    assert proxy.changes() is None
+    proxy.set_lr(0.07)
+    assert proxy.changes() is None
+    proxy.param_groups[0]["weight_decay"] = 0.5
+    for group in proxy.param_groups:
         group["lr"] = 0.01
-    view.param_groups[1]["note"] = "new"
-    assert view.changes() == {0: {"weight_decay": 0.5, "lr": 0.01}, 1: {"lr": 0.01, "note": "new"}}
-    assert view.changes() is not None  # until it is dealt with
-    view.accept_changes()
-    assert view.changes() is None
-    view.param_groups[0]["betas"] = (0.9, 0.999)
-    assert view.changes() == {0: {"betas": (0.9, 0.999)}}
-    view.param_groups[0]["betas"] = (0.9, 0.98)
-    assert view.changes() is None
+    proxy.param_groups[1]["note"] = "new"
+    assert proxy.changes() == {0: {"weight_decay": 0.5, "lr": 0.01}, 1: {"lr": 0.01, "note": "new"}}
+    assert proxy.changes() is not None  # until it is dealt with
+    proxy.accept_changes()
+    assert proxy.changes() is None
+    proxy.param_groups[0]["betas"] = (0.9, 0.999)
+    assert proxy.changes() == {0: {"betas": (0.9, 0.999)}}
+    proxy.param_groups[0]["betas"] = (0.9, 0.98)
+    assert proxy.changes() is None
 
 
 def test_what_would_do_nothing_raises():
     model = network()
-    view = make_optimizer_proxy(arguments("adamw_torch"), model, nothing)
-    scheduler = SchedulerProxy(view, tx.constant_schedule(0.1), lambda: 0)
-    with pytest.raises(ArgumentError, match=r"optimizer.step\(\) of this view would do nothing.*optimizers=\(optimizer, None\)"):
-        view.step()
-    with pytest.raises(ArgumentError, match=r"lr_scheduler.step\(\) of this view would do nothing"):
+    proxy = make_optimizer_proxy(arguments("adamw_torch"), model, nothing)
+    scheduler = SchedulerProxy(proxy, tx.constant_schedule(0.1), lambda: 0)
+    with pytest.raises(ArgumentError, match=r"optimizer.step\(\) of this proxy would do nothing.*optimizers=\(optimizer, None\)"):
+        proxy.step()
+    with pytest.raises(ArgumentError, match=r"lr_scheduler.step\(\) of this proxy would do nothing"):
         scheduler.step()
     with pytest.raises(ArgumentError, match="resume_from_checkpoint"):
-        view.load_state_dict(view.state_dict())
+        proxy.load_state_dict(proxy.state_dict())
     with pytest.raises(ArgumentError, match="resume_from_checkpoint"):
         scheduler.load_state_dict(scheduler.state_dict())
     with pytest.raises(ArgumentError, match="fixed when it begins"):
-        view.add_param_group({"params": list(model.parameters())})
-    with pytest.raises(ArgumentError, match="cannot be set here"):
-        view.state = {"a": 1}
+        proxy.add_param_group({"params": list(model.parameters())})
+    with pytest.raises(ArgumentError, match="cannot be set"):
+        proxy.state = {"a": 1}
 
 
 def test_where_a_metric_decides_the_state_has_the_rate():
@@ -159,5 +159,5 @@ def test_where_a_metric_decides_the_state_has_the_rate():
     for _ in range(2):
         state = tx.update_on_metric(state, 1.0, rule)
     for current, rate in ((state, 0.05), (None, 0.1)):
-        view = make_optimizer_proxy(args, network(), lambda current=current: current)
-        assert SchedulerProxy(view, make_schedule(args, 10, 2), lambda: 5).get_last_lr() == [rate, rate]
+        proxy = make_optimizer_proxy(args, network(), lambda current=current: current)
+        assert SchedulerProxy(proxy, make_schedule(args, 10, 2), lambda: 5).get_last_lr() == [rate, rate]

@@ -11,10 +11,10 @@ from fts import transforms as tx
 from fts.errors import ArgumentError, MissingDependencyError
 from fts.trainer import TrainingArguments
 from fts.trainer.arguments.enums import OptimizerNames
-from fts.trainer.optimization.parameter_groups import (decay_parameter_names, make_parameter_groups)
-from fts.trainer.optimization.transform import (make_transform)
-from fts.trainer.optimization.optimizer_classes import (optimizer_cls_and_kwargs)
-from fts.trainer.optimization.schedules import (make_metric_rule, make_schedule)
+from fts.trainer.optimization.optimizer_classes import optimizer_cls_and_kwargs
+from fts.trainer.optimization.parameter_groups import decay_parameter_names, make_parameter_groups
+from fts.trainer.optimization.schedules import make_metric_rule, make_schedule
+from fts.trainer.optimization.transform import make_transform
 
 STEPS, RATE = 10, 0.01
 BITSANDBYTES = [

@@ -1,6 +1,6 @@
 """Runs the same training under transformers' Trainer and under fts', and compares what can be observed.
 
-Both sides start from copies of one model without dropout and get the same arguments, so they visit the same rows in the same
+Both sides start from copies of one model without dropout and get the same arguments, so they visit the same examples in the same
 order and compute the same sums. What differs is rounding: fts may use another kernel for an optimizer (fused for foreach) and
 may add in another order. A float32 sum is right to about 1e-7 of its size; Adam divides by the size of a gradient, which
 makes such an error grow to about 1e-5 in a dozen steps. So losses must agree to 2e-5 of their size, gradient norms to 2e-4 (a
@@ -102,18 +102,18 @@ def both(folder: Any, model: nn.Module | None, parts: Callable[[nn.Module], dict
 
 
 def entries(trainer: Any, name: str = "loss") -> list[dict[str, Any]]:
-    """The entries of the log that have a figure."""
+    """The entries of the log that have a metric."""
     return [entry for entry in trainer.state.log_history if name in entry]
 
 
-def assert_same_training(theirs: Any, ours: Any, *, scale: float = 1.0, whole: bool = True) -> None:
+def assert_same_training(theirs: Any, ours: Any, *, scale: float = 1.0, full: bool = True) -> None:
     """Every step's loss, gradient norm and learning rate, and the final weights, agree.
 
     Args:
         theirs: the Trainer of transformers.
         ours: that of fts.
         scale: widens the tolerances.
-        whole: whether the mean loss of the run agrees, too.
+        full: whether the mean loss of the run agrees, too.
     """
     expected, found = entries(theirs), entries(ours)
     assert expected, "nothing was logged"
@@ -124,7 +124,7 @@ def assert_same_training(theirs: Any, ours: Any, *, scale: float = 1.0, whole: b
             if name in one:
                 wanted = pytest.approx(one[name], rel=tolerance * scale, abs=1e-7, nan_ok=True)
                 assert other[name] == wanted, f"{name} at step {one['step']}"
-    if whole:
+    if full:
         one, other = (trainer.state.log_history[-1]["train_loss"] for trainer in (theirs, ours))
         assert other == pytest.approx(one, rel=TOLERANCES["loss"] * scale)
     assert_same_weights(theirs, ours, scale=scale)
@@ -140,8 +140,8 @@ def assert_same_weights(theirs: Any, ours: Any, *, scale: float = 1.0) -> None:
         )
 
 
-def assert_same_figures(expected: dict[str, Any], found: dict[str, Any], *, rel: float = 2e-5) -> None:
-    """Two dictionaries of figures have the same names and, but for times, the same values.
+def assert_same_metrics(expected: dict[str, Any], found: dict[str, Any], *, rel: float = 2e-5) -> None:
+    """Two dictionaries of metrics have the same names and, but for times, the same values.
 
     Args:
         expected: those of transformers.

@@ -1,4 +1,4 @@
-"""Tiny models without dropout, and rows for them; every call gives the same ones."""
+"""Tiny models without dropout, and examples for them; every call gives the same ones."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def sentences(count: int = 30, seed: int = 0, kind: str = "class") -> list[dict[
 def texts(count: int = 30, seed: int = 0, length: int = 8) -> list[dict[str, Any]]:
     """Rows for a language model, in which between none and most of the tokens do not count (-100)."""
     generator = torch.Generator().manual_seed(seed)
-    rows = []
+    examples = []
     for _ in range(count):
         ids = torch.randint(1, 50, (length,), generator=generator)
         ignored = int(torch.randint(0, length - 2, (), generator=generator))
         labels = ids.clone()
         labels[:ignored] = -100
-        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return rows
+        examples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return examples
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""Evaluation and prediction: the same figures and arrays, and where they differ, by how much and why."""
+"""Evaluation and prediction: the same metrics and arrays, and where they differ, by how much and why."""
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from tests.trainer.parity.compare import OURS, SIDES, THEIRS, assert_same_figures, assert_same_training, both, entries, made, make
+from tests.trainer.parity.compare import OURS, SIDES, THEIRS, assert_same_metrics, assert_same_training, both, entries, made, make
 from tests.trainer.parity.models import Plain, accuracy, bert, llama, sentences, t5, texts
 
 
@@ -33,18 +33,18 @@ def test_evaluation_in_training(name, tmp_path, capsys):
     expected, found = entries(theirs, "eval_loss"), entries(ours, "eval_loss")
     assert len(found) == len(expected) > 0
     for one, other in zip(expected, found, strict=True):
-        assert_same_figures(one, other)
+        assert_same_metrics(one, other)
 
 
 def test_evaluate_and_predict(tmp_path, capsys):
     theirs, ours = made(tmp_path, bert(), classes)
-    assert_same_figures(theirs.evaluate(), ours.evaluate())
-    assert_same_figures(theirs.evaluate(sentences(7)), ours.evaluate(sentences(7)))
-    assert_same_figures(theirs.evaluate(metric_key_prefix="dev"), ours.evaluate(metric_key_prefix="dev"))
+    assert_same_metrics(theirs.evaluate(), ours.evaluate())
+    assert_same_metrics(theirs.evaluate(sentences(7)), ours.evaluate(sentences(7)))
+    assert_same_metrics(theirs.evaluate(metric_key_prefix="dev"), ours.evaluate(metric_key_prefix="dev"))
     one, other = (trainer.predict(sentences(13)) for trainer in (theirs, ours))
     np.testing.assert_allclose(other.predictions, one.predictions, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(other.label_ids, one.label_ids)
-    assert_same_figures(one.metrics, other.metrics)
+    assert_same_metrics(one.metrics, other.metrics)
     assert other._fields == one._fields
 
 
@@ -56,17 +56,17 @@ def test_several_sets(tmp_path, capsys):
     theirs, ours = both(tmp_path, Plain(), parts, eval_strategy="steps", eval_steps=4)
     expected, found = ([e for e in t.state.log_history if any(k.startswith("eval_") for k in e)] for t in (theirs, ours))
     for one, other in zip(expected, found, strict=True):
-        assert_same_figures(one, other)
-    assert_same_figures(theirs.evaluate(), ours.evaluate())
-    assert_same_figures(theirs.evaluate("hard"), ours.evaluate("hard"))
+        assert_same_metrics(one, other)
+    assert_same_metrics(theirs.evaluate(), ours.evaluate())
+    assert_same_metrics(theirs.evaluate("hard"), ours.evaluate("hard"))
 
 
-def token_losses(folder, rows):
+def token_losses(folder, examples):
     """The loss of each batch of 5, and how many tokens it has."""
     model = make(OURS, folder, llama(), lambda model: {}).model.eval()
     means, counts = [], []
-    for start in range(0, len(rows), 5):
-        batch = {name: torch.stack([row[name] for row in rows[start : start + 5]]) for name in rows[0]}
+    for start in range(0, len(examples), 5):
+        batch = {name: torch.stack([row[name] for row in examples[start : start + 5]]) for name in examples[0]}
         with torch.no_grad():
             means.append(model(**batch).loss.item())
         counts.append(int((batch["labels"][:, 1:] != -100).sum()))
@@ -74,15 +74,15 @@ def token_losses(folder, rows):
 
 
 def test_the_loss_of_tokens_is_their_mean_and_not_that_of_batches(tmp_path, capsys):
-    """Deliberate: transformers averages the batches' means by rows, fts all tokens, so that the batch size does not matter."""
-    rows = texts(10, seed=1)
-    means, counts = token_losses(tmp_path, rows)
-    theirs, ours = made(tmp_path, llama(), lambda model: {"eval_dataset": rows})
+    """Deliberate: transformers averages batches' means by examples, fts all tokens, so that the batch size does not matter."""
+    examples = texts(10, seed=1)
+    means, counts = token_losses(tmp_path, examples)
+    theirs, ours = made(tmp_path, llama(), lambda model: {"eval_dataset": examples})
     assert theirs.evaluate()["eval_loss"] == pytest.approx(means.mean(), rel=1e-5)
     by_tokens = (means * counts).sum() / counts.sum()
     assert ours.evaluate()["eval_loss"] == pytest.approx(by_tokens, rel=1e-5)
     assert abs(by_tokens - means.mean()) > 1e-4
-    larger = make(OURS, tmp_path, llama(), lambda model: {"eval_dataset": rows}, per_device_eval_batch_size=10)
+    larger = make(OURS, tmp_path, llama(), lambda model: {"eval_dataset": examples}, per_device_eval_batch_size=10)
     assert larger.evaluate()["eval_loss"] == pytest.approx(by_tokens, rel=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_the_loss_of_tokens_is_their_mean_and_not_that_of_batches(tmp_path, caps
 def test_one_batch_of_tokens_has_the_same_loss(smoothing, tmp_path, capsys):
     options = {"per_device_eval_batch_size": 10, "label_smoothing_factor": smoothing}
     theirs, ours = made(tmp_path, llama(), lambda model: {"eval_dataset": texts(10)}, **options)
-    assert_same_figures(theirs.evaluate(), ours.evaluate())
+    assert_same_metrics(theirs.evaluate(), ours.evaluate())
 
 
 def test_batches_kept_apart(tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_metrics_by_batches(tmp_path, capsys):
 
     theirs, ours = made(tmp_path, bert(), parts, batch_eval_metrics=True)
     one, other = theirs.evaluate(), ours.evaluate()
-    assert_same_figures(one, other)
+    assert_same_metrics(one, other)
     assert other["eval_count"] == 12
 
 
@@ -156,22 +156,22 @@ def test_logits_are_processed_before_they_are_kept(tmp_path, capsys):
 
 
 def test_ragged_predictions_are_padded_with_minus_100(tmp_path, capsys):
-    rows = texts(5, length=6) + texts(5, length=8)
+    examples = texts(5, length=6) + texts(5, length=8)
     theirs, ours = made(tmp_path, llama(), lambda model: {})
-    one, other = theirs.predict(rows), ours.predict(rows)
+    one, other = theirs.predict(examples), ours.predict(examples)
     assert other.predictions.shape == one.predictions.shape == (10, 8, 50)
     np.testing.assert_allclose(other.predictions, one.predictions, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(other.label_ids, one.label_ids)
     assert (other.predictions[:5, 6:] == -100).all()
 
 
-def test_rows_without_labels(tmp_path, capsys):
-    rows = [{name: value for name, value in row.items() if name != "labels"} for row in sentences(7)]
-    one, other = (trainer.predict(rows) for trainer in made(tmp_path, bert(), lambda model: {}))
+def test_examples_without_labels(tmp_path, capsys):
+    examples = [{name: value for name, value in row.items() if name != "labels"} for row in sentences(7)]
+    one, other = (trainer.predict(examples) for trainer in made(tmp_path, bert(), lambda model: {}))
     np.testing.assert_allclose(other.predictions, one.predictions, rtol=1e-5, atol=1e-6)
     assert other.label_ids is one.label_ids is None
     assert "test_loss" not in other.metrics
-    assert_same_figures(one.metrics, other.metrics)
+    assert_same_metrics(one.metrics, other.metrics)
 
 
 def test_ignored_outputs(tmp_path, capsys):
@@ -209,7 +209,7 @@ def test_generation(name, tmp_path, capsys):
     np.testing.assert_array_equal(other.predictions, one.predictions)
     np.testing.assert_array_equal(other.label_ids, one.label_ids)
     if "generation_max_length" in options:  # else transformers' first call leaves a length behind in the model's configuration
-        assert_same_figures(theirs.evaluate(), ours.evaluate())
+        assert_same_metrics(theirs.evaluate(), ours.evaluate())
     one, other = theirs.predict(texts(10), max_length=5, num_beams=2), ours.predict(texts(10), max_length=5, num_beams=2)
     np.testing.assert_array_equal(other.predictions, one.predictions)
 
@@ -228,7 +228,7 @@ def test_seq2seq_training(tmp_path, capsys):
     theirs, ours = both(tmp_path, t5(), tokens(), family="Seq2Seq", per_device_eval_batch_size=10, **options)
     assert_same_training(theirs, ours)
     for one, other in zip(entries(theirs, "eval_loss"), entries(ours, "eval_loss"), strict=True):
-        assert_same_figures(one, other)
+        assert_same_metrics(one, other)
 
 
 def test_the_sides_are_two():

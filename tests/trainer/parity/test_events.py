@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.parity.compare import SIDES, SPEEDS, assert_same_figures, assert_same_training, both, entries, made, make
+from tests.trainer.parity.compare import SIDES, SPEEDS, assert_same_metrics, assert_same_training, both, entries, made, make
 from tests.trainer.parity.models import Plain, accuracy, bert, sentences
 
 EVENTS = (
@@ -89,7 +89,7 @@ def test_flags_at_each_event(name, tmp_path, capsys):
 def test_keyword_arguments_of_events(tmp_path, capsys):
     theirs, ours = recorded(tmp_path, **RUNS["steps"])
     for one, other in zip(theirs, ours, strict=True):
-        more = {"metrics"} if other[0] == "on_step_end" else set()  # the step's own figures, as tensors
+        more = {"metrics"} if other[0] == "on_step_end" else set()  # the step's own metrics, as tensors
         assert set(other[4]) == set(one[4]) | more, other[0]
 
 
@@ -121,7 +121,7 @@ def test_log_history(name, tmp_path, capsys):
     expected, found = theirs.state.log_history, ours.state.log_history
     assert [list(entry) for entry in found] == [list(entry) for entry in expected]
     for one, other in zip(expected, found, strict=True):
-        assert_same_figures(one, other, rel=2e-4)
+        assert_same_metrics(one, other, rel=2e-4)
 
 
 def test_output_of_train(tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_output_of_train(tmp_path, capsys):
     assert (other.global_step, other.training_loss) == (one.global_step, pytest.approx(one.training_loss, rel=2e-5))
     # transformers' PrinterCallback takes total_flos out of the dictionary that train returns; ours leaves it
     assert other.metrics["total_flos"] == ours.state.total_flos == theirs.state.total_flos > 0
-    assert_same_figures(one.metrics, {name: value for name, value in other.metrics.items() if name != "total_flos"})
+    assert_same_metrics(one.metrics, {name: value for name, value in other.metrics.items() if name != "total_flos"})
 
 
 CHECKPOINTED = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "max_steps": 7}
@@ -148,7 +148,7 @@ def test_state_in_a_checkpoint(tmp_path, capsys):
     best = [Path(str(state["best_model_checkpoint"])).name for state in (one, other)]
     assert best[0] == best[1]
     for entry, twin in zip(one["log_history"], other["log_history"], strict=True):
-        assert_same_figures(entry, twin, rel=2e-4)
+        assert_same_metrics(entry, twin, rel=2e-4)
     assert other["stateful_callbacks"].keys() == one["stateful_callbacks"].keys() == {"TrainerControl"}
     assert other["stateful_callbacks"]["TrainerControl"].keys() == one["stateful_callbacks"]["TrainerControl"].keys()
 
@@ -201,11 +201,11 @@ def test_early_stopping(patience, tmp_path, capsys):
 
 @pytest.mark.parametrize("how", ["all", "non_padding", True])
 def test_tokens_are_counted(how, tmp_path, capsys):
-    rows = sentences()
-    for index, row in enumerate(rows):
+    examples = sentences()
+    for index, row in enumerate(examples):
         row["attention_mask"] = (row["input_ids"] > index).long()
     options = {"include_num_input_tokens_seen": how, "gradient_accumulation_steps": 2}
-    theirs, ours = both(tmp_path, bert(), lambda model: {"train_dataset": rows}, **options)
+    theirs, ours = both(tmp_path, bert(), lambda model: {"train_dataset": examples}, **options)
     assert ours.state.num_input_tokens_seen == theirs.state.num_input_tokens_seen > 0
     assert_same_training(theirs, ours)
     assert [e["num_input_tokens_seen"] for e in entries(ours)] == [e["num_input_tokens_seen"] for e in entries(theirs)]

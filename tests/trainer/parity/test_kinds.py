@@ -80,7 +80,7 @@ def test_optimizers_exclude_other_ways(tmp_path, capsys):
 # Models
 
 
-class Drawn(torch.nn.Module):
+class SampledModel(torch.nn.Module):
     """A module whose weights are drawn from torch's generator as it stands."""
 
     def __init__(self):
@@ -94,7 +94,7 @@ class Drawn(torch.nn.Module):
 
 def test_model_init(tmp_path, capsys):
     def parts(model):
-        return classes(model) | {"model_init": Drawn}
+        return classes(model) | {"model_init": SampledModel}
 
     theirs, ours = both(tmp_path, None, parts)
     assert_same_training(theirs, ours)
@@ -107,7 +107,7 @@ def test_model_init(tmp_path, capsys):
 
 
 def test_model_init_is_seeded(tmp_path, capsys):
-    assert_same_training(*both(tmp_path, None, lambda model: classes(model) | {"model_init": Drawn}, seed=11))
+    assert_same_training(*both(tmp_path, None, lambda model: classes(model) | {"model_init": SampledModel}, seed=11))
 
 
 def lora(model):
@@ -199,11 +199,11 @@ def test_neftune_adds_noise_in_training_alone(tmp_path, capsys):
 class Stream(torch.utils.data.IterableDataset):
     """Rows in their own order, without a length."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, examples):
+        self.examples = examples
 
     def __iter__(self):
-        yield from self.rows
+        yield from self.examples
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -219,16 +219,16 @@ def test_stream(steps, accumulate, tmp_path, capsys):
 
 
 def test_what_is_left_of_a_stream_is_an_update(tmp_path, capsys):
-    """Deliberate: 7 batches are updates of 3, 3 and 1 also where the data does not tell its length."""
+    """Deliberate: 7 batches are updates of 3, 3 and 1 also where the data has no length."""
 
     def train(data):
         trainer = make(OURS, tmp_path, bert(), lambda m: {"train_dataset": data}, max_steps=3, **options)
         trainer.train()
         return [(entry["loss"], entry["grad_norm"]) for entry in entries(trainer)]
 
-    rows = sentences(26)
+    examples = sentences(26)
     options = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
-    assert train(Stream(rows)) == train(rows)
+    assert train(Stream(examples)) == train(examples)
 
 
 def test_stream_without_max_steps_is_refused(tmp_path, capsys):
@@ -237,10 +237,10 @@ def test_stream_without_max_steps_is_refused(tmp_path, capsys):
             make(side, tmp_path, bert(), lambda model: {"train_dataset": Stream(sentences())}, max_steps=-1).train()
 
 
-def table(rows):
+def table(examples):
     datasets = pytest.importorskip("datasets")
-    columns = {name: [np.asarray(row[name]).tolist() for row in rows] for name in rows[0]}
-    return datasets.Dataset.from_dict(columns | {"unused": [f"row {i}" for i in range(len(rows))]})
+    columns = {name: [np.asarray(row[name]).tolist() for row in examples] for name in examples[0]}
+    return datasets.Dataset.from_dict(columns | {"unused": [f"row {i}" for i in range(len(examples))]})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -263,16 +263,18 @@ def test_label_names(tmp_path, capsys):
         def forward(self, input_ids, target=None):
             return super().forward(input_ids, target)
 
-    rows = [{"input_ids": row["input_ids"], "target": row["labels"]} for row in sentences()]
-    theirs, ours = both(tmp_path, Renamed(), lambda m: {"train_dataset": rows, "eval_dataset": rows[:10]}, label_names=["target"])
+    examples = [{"input_ids": row["input_ids"], "target": row["labels"]} for row in sentences()]
+    theirs, ours = both(
+        tmp_path, Renamed(), lambda m: {"train_dataset": examples, "eval_dataset": examples[:10]}, label_names=["target"]
+    )
     assert_same_training(theirs, ours)
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("key", ["label", "label_ids"])
 def test_labels_by_other_names(key, tmp_path, capsys):
-    rows = [{"input_ids": row["input_ids"], key: torch.tensor(row["labels"])} for row in sentences()]
-    assert_same_training(*both(tmp_path, bert(), lambda model: {"train_dataset": rows}, max_steps=4))
+    examples = [{"input_ids": row["input_ids"], key: torch.tensor(row["labels"])} for row in sentences()]
+    assert_same_training(*both(tmp_path, bert(), lambda model: {"train_dataset": examples}, max_steps=4))
 
 
 def test_padding_collator(tmp_path, capsys):
@@ -281,10 +283,12 @@ def test_padding_collator(tmp_path, capsys):
     words = {"[PAD]": 0, "[UNK]": 49} | {f"w{i}": i for i in range(1, 49)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-    rows = [{"input_ids": row["input_ids"][: 3 + i % 5].tolist(), "label": row["labels"]} for i, row in enumerate(sentences())]
+    examples = [
+        {"input_ids": row["input_ids"][: 3 + i % 5].tolist(), "label": row["labels"]} for i, row in enumerate(sentences())
+    ]
 
     def parts(model):
-        return {"train_dataset": rows, "processing_class": tokenizer}
+        return {"train_dataset": examples, "processing_class": tokenizer}
 
     theirs, ours = both(tmp_path, bert(), parts, max_steps=4, save_strategy="steps", save_steps=4)
     assert_same_training(theirs, ours)
@@ -293,11 +297,11 @@ def test_padding_collator(tmp_path, capsys):
         assert (tmp_path / side.name / "checkpoint-4" / "tokenizer.json").is_file()
 
 
-def test_rows_of_like_length_come_together(tmp_path, capsys):
-    """group_by_length: which rows come together is drawn, so the lengths are compared and not the batches."""
+def test_examples_of_like_length_share_batches(tmp_path, capsys):
+    """group_by_length: which examples share a batch is random, so the lengths are compared and not the batches."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 15, (96,), generator=generator).tolist()
-    rows = [{"input_ids": torch.ones(length, dtype=torch.long), "labels": 1} for length in lengths]
+    examples = [{"input_ids": torch.ones(length, dtype=torch.long), "labels": 1} for length in lengths]
     seen = []
 
     def collate(part):
@@ -307,13 +311,13 @@ def test_rows_of_like_length_come_together(tmp_path, capsys):
         return {"input_ids": ids, "labels": torch.tensor([row["labels"] for row in part])}
 
     options = {"group_by_length": True, "max_steps": -1, "num_train_epochs": 1}
-    trainer = make(OURS, tmp_path, bert(), lambda m: {"train_dataset": rows, "data_collator": collate}, **options)
+    trainer = make(OURS, tmp_path, bert(), lambda m: {"train_dataset": examples, "data_collator": collate}, **options)
     loader = trainer.get_train_dataloader()
     seen.clear()
     list(loader)
     assert sorted(length for part in seen for length in part) == sorted(lengths)
-    spread = np.mean([max(part) - min(part) for part in seen])
-    assert spread < 2.5  # 4 of 13 lengths at random spread over 8
+    width = np.mean([max(part) - min(part) for part in seen])
+    assert width < 2.5  # 4 of 13 lengths at random range over 8
     assert max(seen[0]) == max(lengths)  # the widest batch first, so that memory runs out at once or never
     trainer.train()
     assert trainer.state.global_step == 24
@@ -349,7 +353,7 @@ def test_resumed(at, tmp_path, capsys):
     for side, trainer in zip(SIDES, (theirs, ours), strict=True):
         trainer.train(resume_from_checkpoint=str(tmp_path / side.name / f"checkpoint-{at}"))
     losses = [entry["loss"] for entry in entries(ours)]
-    assert_same_training(theirs, ours, whole=False)
-    # the mean over the whole run, as if it had not been interrupted; transformers has that of the part after it
+    assert_same_training(theirs, ours, full=False)
+    # the mean over the full run, as if it had not been interrupted; transformers has that of the part after it
     assert ours.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
     assert theirs.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses[at:]) / (10 - at), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The scale of the loss: over which items its mean runs when an update has several micro-batches, and what is logged."""
+"""The scale of the loss: over which labels its mean is taken when an update has several micro-batches, and what is logged."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def bert_without_loss_kwargs():
     return model
 
 
-def rows(kind="class"):
+def examples(kind="class"):
     return lambda model: {"train_dataset": sentences(kind=kind)}
 
 
@@ -37,17 +37,17 @@ def shifted_tokens(model):
     return {"train_dataset": [row | more for row, more in zip(texts(), start, strict=True)]}
 
 
-# 30 rows in micro-batches of 4, 3 to an update: also a short micro-batch, and an update of fewer
+# 30 examples in micro-batches of 4, 3 to an update: also a short micro-batch, and an update of fewer
 CASES = {
     "causal, unequal token counts": (llama, tokens),
     "causal without a loss_type": (gpt2, tokens),
     "masked, unequal token counts": (masked_bert, tokens),
     "encoder-decoder": (t5, shifted_tokens),
-    "classifier": (bert, rows()),
-    "classifier without loss kwargs": (bert_without_loss_kwargs, rows()),
-    "several classes": (lambda: bert(problem_type="multi_label_classification"), rows("several")),
-    "regression": (lambda: bert(1), rows("number")),
-    "plain module": (Plain, rows()),
+    "classifier": (bert, examples()),
+    "classifier without loss kwargs": (bert_without_loss_kwargs, examples()),
+    "several classes": (lambda: bert(problem_type="multi_label_classification"), examples("several")),
+    "regression": (lambda: bert(1), examples("number")),
+    "plain module": (Plain, examples()),
 }
 
 
@@ -57,13 +57,13 @@ def test_accumulation(name, tmp_path, capsys):
     assert_same_training(*both(tmp_path, model(), parts, gradient_accumulation_steps=3, max_steps=6))
 
 
-def test_token_count_is_that_of_the_whole_update(tmp_path, capsys):
-    """Three micro-batches are one batch of three times the size, whatever their token counts."""
-    whole = make(OURS, tmp_path, llama(), tokens, per_device_train_batch_size=6, max_steps=5)
-    cut = make(OURS, tmp_path, llama(), tokens, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=5)
-    whole.train()
-    cut.train()
-    assert_same_training(whole, cut)
+def test_token_count_is_that_of_the_update(tmp_path, capsys):
+    """Three micro-batches are one batch of three times the size, for any token counts."""
+    full = make(OURS, tmp_path, llama(), tokens, per_device_train_batch_size=6, max_steps=5)
+    accumulated = make(OURS, tmp_path, llama(), tokens, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=5)
+    full.train()
+    accumulated.train()
+    assert_same_training(full, accumulated)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -116,10 +116,10 @@ def test_label_smoothing_of_several_classes_is_switched_off(tmp_path, capsys):
     model = bert(problem_type="multi_label_classification")
     for side in SIDES:
         with pytest.warns(UserWarning, match="Label smoothing is not compatible with multi-label classification"):
-            trainer = make(side, tmp_path, model, rows("several"), label_smoothing_factor=0.2, max_steps=3)
+            trainer = make(side, tmp_path, model, examples("several"), label_smoothing_factor=0.2, max_steps=3)
         trainer.train()
         if side is OURS:
-            without = make(side, tmp_path, model, rows("several"), max_steps=3)
+            without = make(side, tmp_path, model, examples("several"), max_steps=3)
             without.train()
             assert_same_training(without, trainer)
 
@@ -153,17 +153,17 @@ def test_losses_that_are_not_finite(bad, filtered, every, tmp_path, capsys):
     """The weights are those of transformers; logged is the mean of the finite losses, or of all, of each window by itself.
 
     That is what the argument is documented to do. In transformers 5.24 a bad loss of a window counts as part of a mean, so that a
-    window of bad losses alone has loss 0.0; and unfiltered, every figure after the first NaN is NaN.
+    window of bad losses alone has loss 0.0; and unfiltered, every metric after the first NaN is NaN.
     """
     model = SometimesNan()
     model.bad = bad
     options = {"logging_nan_inf_filter": filtered, "max_steps": 6}
-    theirs, ours = made(tmp_path, model, rows(), logging_steps=every, **options)
+    theirs, ours = made(tmp_path, model, examples(), logging_steps=every, **options)
     ours.args.nonfinite = "ignore"  # the default is to raise
     for trainer in (theirs, ours):
         trainer.train()
     assert_same_weights(theirs, ours)
-    good = make(OURS, tmp_path, SometimesNan(), rows(), logging_steps=1, **options)
+    good = make(OURS, tmp_path, SometimesNan(), examples(), logging_steps=1, **options)
     good.model.bad = 0.0
     good.train()
     losses = [bad if step in (2, 3) else entry["loss"] for step, entry in enumerate(entries(good))]
@@ -178,19 +178,19 @@ def test_losses_that_are_not_finite(bad, filtered, every, tmp_path, capsys):
 
 def test_a_bad_loss_is_filtered_also_where_a_checkpoint_cuts_the_window(tmp_path, capsys):
     options = {"max_steps": 6, "logging_steps": 6, "nonfinite": "ignore"}
-    whole = make(OURS, tmp_path, SometimesNan(), rows(), **options)
-    cut = make(OURS, tmp_path, SometimesNan(), rows(), **options, save_strategy="steps", save_steps=1)
-    whole.train()
-    cut.train()
-    assert entries(cut)[0]["loss"] == pytest.approx(entries(whole)[0]["loss"], rel=1e-6)
+    full = make(OURS, tmp_path, SometimesNan(), examples(), **options)
+    accumulated = make(OURS, tmp_path, SometimesNan(), examples(), **options, save_strategy="steps", save_steps=1)
+    full.train()
+    accumulated.train()
+    assert entries(accumulated)[0]["loss"] == pytest.approx(entries(full)[0]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_losses_of_gpt2_are_divided_by_all_labels(accumulate, tmp_path, capsys):
     """Its class has no `loss_type` in transformers 5.24, which therefore counts also the first label of a row."""
-    rows = [row | {"labels": row["input_ids"]} for row in texts()]
+    examples = [row | {"labels": row["input_ids"]} for row in texts()]
     options = {"gradient_accumulation_steps": accumulate, "max_steps": 3}
-    theirs, ours = both(tmp_path, gpt2(), lambda model: {"train_dataset": rows}, **options)
+    theirs, ours = both(tmp_path, gpt2(), lambda model: {"train_dataset": examples}, **options)
     assert_same_training(theirs, ours)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.trainer.parity.compare import OURS, THEIRS, assert_same_figures, assert_same_training, both, entries, made
+from tests.trainer.parity.compare import OURS, THEIRS, assert_same_metrics, assert_same_training, both, entries, made
 from tests.trainer.parity.models import Plain, accuracy, bert, llama, sentences, texts
 
 
@@ -203,8 +203,8 @@ def own_loaders(base, side):
             return torch.utils.data.DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
 
         def get_eval_dataloader(self, eval_dataset=None):
-            rows = self.eval_dataset if eval_dataset is None else eval_dataset
-            return torch.utils.data.DataLoader(rows[:6], batch_size=2, collate_fn=self.data_collator)
+            examples = self.eval_dataset if eval_dataset is None else eval_dataset
+            return torch.utils.data.DataLoader(examples[:6], batch_size=2, collate_fn=self.data_collator)
 
         def get_test_dataloader(self, test_dataset):
             return torch.utils.data.DataLoader(test_dataset[:4], batch_size=2, collate_fn=self.data_collator)
@@ -215,15 +215,15 @@ def own_loaders(base, side):
 class Batches:
     """A loader without a `.dataset`, and no torch one."""
 
-    def __init__(self, rows, size):
-        self.rows, self.size = rows, size
+    def __init__(self, examples, size):
+        self.examples, self.size = examples, size
 
     def __len__(self):
-        return len(self.rows) // self.size
+        return len(self.examples) // self.size
 
     def __iter__(self):
         for start in range(0, len(self) * self.size, self.size):
-            part = self.rows[start : start + self.size]
+            part = self.examples[start : start + self.size]
             batch = {name: torch.stack([torch.as_tensor(row[name]) for row in part]) for name in part[0]}
             yield {name: value for name, value in batch.items() if name != "attention_mask"}
 
@@ -238,19 +238,21 @@ def foreign_loader(base, side):
 
 @pytest.mark.parametrize("change", [own_loaders, foreign_loader])
 def test_data_loaders(change, tmp_path, capsys):
-    # rows as the model takes them, since a loader of one's own keeps all columns
+    # examples as the model takes them, since a loader of one's own keeps all columns
     def parts(model):
-        rows = {name: [{k: v for k, v in row.items() if k != "attention_mask"} for row in value] for name, value in data.items()}
-        return rows | {"compute_metrics": accuracy}
+        examples = {
+            name: [{k: v for k, v in row.items() if k != "attention_mask"} for row in value] for name, value in data.items()
+        }
+        return examples | {"compute_metrics": accuracy}
 
     data = {"train_dataset": sentences(), "eval_dataset": sentences(10, seed=1)}
     theirs, ours = both(tmp_path, Plain(), parts, change=change, max_steps=-1, num_train_epochs=1.5)
     assert_same_training(theirs, ours)
     assert ours.state.global_step == theirs.state.global_step == 15
     if change is own_loaders:
-        assert_same_figures(theirs.evaluate(), ours.evaluate())
-        rows = parts(None)["eval_dataset"]
-        one, other = theirs.predict(rows), ours.predict(rows)
+        assert_same_metrics(theirs.evaluate(), ours.evaluate())
+        examples = parts(None)["eval_dataset"]
+        one, other = theirs.predict(examples), ours.predict(examples)
         np.testing.assert_allclose(other.predictions, one.predictions, rtol=1e-4, atol=1e-5)
         assert len(other.predictions) == 4
 
@@ -285,7 +287,7 @@ def own_prediction_step(base, side):
     return Own
 
 
-def whole_prediction_step(base, side):
+def complete_prediction_step(base, side):
     class Own(base):
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             inputs = self._prepare_inputs(inputs)
@@ -316,14 +318,14 @@ def own_evaluate(base, side):
     return Own
 
 
-@pytest.mark.parametrize("change", [own_prediction_step, whole_prediction_step, own_evaluation_loop, own_evaluate])
+@pytest.mark.parametrize("change", [own_prediction_step, complete_prediction_step, own_evaluation_loop, own_evaluate])
 def test_evaluation(change, tmp_path, capsys):
     options = {"eval_strategy": "steps", "eval_steps": 4}
     theirs, ours = both(tmp_path, Plain(), classes, change=change, **options)
     assert_same_training(theirs, ours)
     for one, other in zip(entries(theirs, "eval_loss"), entries(ours, "eval_loss"), strict=True):
-        assert_same_figures(one, other)
-    assert_same_figures(theirs.evaluate(), ours.evaluate())
+        assert_same_metrics(one, other)
+    assert_same_metrics(theirs.evaluate(), ours.evaluate())
     assert [len(e) for e in entries(ours, "eval_twice")] == [len(e) for e in entries(theirs, "eval_twice")]
 
 
@@ -369,7 +371,7 @@ def test_log_with_one_argument(tmp_path, capsys):
 def own_saving(base, side):
     class Own(base):
         def save_model(self, output_dir=None, _internal_call=False):
-            # fts writes into a directory beside it, which it renames when all is there
+            # fts writes into a temporary directory, which it renames when it is complete
             self.saved = [*getattr(self, "saved", ()), re.search(r"checkpoint-\d+", str(output_dir))[0]]
             super().save_model(output_dir, _internal_call)
 

@@ -63,7 +63,7 @@ def test_only_the_model_is_saved(tmp_path, capsys):
     assert files[0] - {"training_args.bin"} <= files[1]
     assert not any("opt" in name for name in files[1])
     again = make(OURS, tmp_path, bert(), classes, **options)
-    with pytest.raises(ValueError, match="save_only_model=True"):  # transformers would go on with a new optimizer
+    with pytest.raises(ValueError, match="save_only_model=True"):  # transformers would continue with a new optimizer
         again.train(resume_from_checkpoint=str(tmp_path / "fts" / "checkpoint-2"))
 
 
@@ -74,10 +74,10 @@ def test_fp16(tmp_path, capsys):
     assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=2e-3)
     assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=2e-2)
     assert [e["learning_rate"] for e in found] == pytest.approx([e["learning_rate"] for e in expected])
-    whole = make(OURS, tmp_path, llama(), tokens, max_steps=4)
-    whole.train()
-    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in entries(whole)], rel=2e-3)
-    assert [e["loss"] for e in found] != [e["loss"] for e in entries(whole)]
+    full = make(OURS, tmp_path, llama(), tokens, max_steps=4)
+    full.train()
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in entries(full)], rel=2e-3)
+    assert [e["loss"] for e in found] != [e["loss"] for e in entries(full)]
     assert all(parameter.dtype is torch.float32 for parameter in ours.model.parameters())
     assert [e["loss_scale"] for e in found] == [2.0**16] * 4
 

@@ -113,7 +113,7 @@ def test_schedules(name, tmp_path, capsys):
 
 def test_every_schedule_has_a_case():
     types = {case.get("lr_scheduler_type", "linear") for case in SCHEDULES.values()}
-    # greedy is not among the documented names of the reference; its rate depends on a metric that differs by rounding
+    # greedy is not one of the documented names of the reference; its rate depends on a metric that differs by rounding
     assert types >= {member.value for member in transformers.SchedulerType} - {"greedy"}
 
 

@@ -32,7 +32,7 @@ def arguments(level, replica="warning", main=True):
     return SimpleNamespace(log_level=level, log_level_replica=replica, should_log=main)
 
 
-def tell():
+def log_all():
     logger = logging.getLogger("fts.trainer.run.preparation")
     logger.debug("quiet words")
     logger.info("plain words")
@@ -44,17 +44,17 @@ def test_a_level_is_set_and_seen(capsys):
         level = root.level
         apply_log_level(arguments("info"))
         apply_log_level(arguments("info"))
-        tell()
+        log_all()
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(" >> ")[1] for line in lines] == ["plain words", "loud words"]
         assert lines[0].startswith("[INFO|fts.trainer.run.preparation:")
         assert root.level == level and not root.handlers
         apply_log_level(arguments("error"))
-        tell()
+        log_all()
         assert not capsys.readouterr().err
 
 
-def test_passive_leaves_everything():
+def test_passive_changes_nothing():
     with bare_root():
         logging.getLogger("fts").setLevel(logging.CRITICAL)
         apply_log_level(arguments("passive"))
@@ -75,7 +75,7 @@ def test_records_are_not_shown_twice(capsys):
     with bare_root() as root:
         apply_log_level(arguments("info"))
         root.addHandler(own)  # set up after ours
-        tell()
+        log_all()
         assert [record.getMessage() for record in seen] == ["plain words", "loud words"]
         assert not capsys.readouterr().err
         logging.getLogger("fts").handlers.clear()

@@ -38,7 +38,7 @@ class Device:
 
 @pytest.fixture
 def no_device(monkeypatch):
-    monkeypatch.setattr(memory, "_device", lambda: None)
+    monkeypatch.setattr(memory, "_device_module", lambda: None)
 
 
 def watchers():
@@ -49,13 +49,13 @@ MEASURED = """
 import json, time, torch
 from fts.trainer.reporting.memory import TrainerMemoryTracker
 meter, MIB = TrainerMemoryTracker(True), 1 << 20
-with meter.measuring("init") as figures:
+with meter.measuring("init") as memory_metrics:
     held = torch.ones(64 * MIB, dtype=torch.uint8)
-with meter.measuring("train") as figures:
+with meter.measuring("train") as memory_metrics:
     passing = torch.ones(96 * MIB, dtype=torch.uint8)
     time.sleep(0.05)
     del passing
-    found = figures()
+    found = memory_metrics()
 print(json.dumps(found))
 """
 
@@ -73,7 +73,7 @@ def test_the_memory_of_the_process_is_measured():
 def test_names_and_their_order_are_those_of_transformers(monkeypatch):
     tracker = pytest.importorskip("transformers").trainer_utils.TrainerMemoryTracker()
     device, meter = Device(), TrainerMemoryTracker(True)
-    monkeypatch.setattr(memory, "_device", lambda: device)
+    monkeypatch.setattr(memory, "_device_module", lambda: device)
     tracker.torch = torch  # as where there is a GPU
     tracker.cpu = {stage: {"begin": 1, "alloc": 2, "peaked": 3} for stage in ("init", "train", "test")}
     tracker.gpu = dict(tracker.cpu)
@@ -82,23 +82,23 @@ def test_names_and_their_order_are_those_of_transformers(monkeypatch):
     for stage in ("train", "test"):
         wanted = {}
         tracker.update_metrics(stage, wanted)
-        with meter.measuring(stage) as figures:
-            found = figures()
+        with meter.measuring(stage) as memory_metrics:
+            found = memory_metrics()
         assert set(found) == set(wanted)
         assert [name for name in found if "gpu" not in name] == [name for name in wanted if "gpu" not in name]
 
 
 def test_the_memory_of_a_device_is_measured(monkeypatch):
     device, meter = Device(), TrainerMemoryTracker(True)
-    monkeypatch.setattr(memory, "_device", lambda: device)
+    monkeypatch.setattr(memory, "_device_module", lambda: device)
     device.take(1000)
     device.take(-1000)  # a peak before all stages
     with meter.measuring("init"):
         device.take(7)
-    with meter.measuring("train") as figures:
+    with meter.measuring("train") as memory_metrics:
         device.take(50)
         device.take(-30)
-        found = figures()
+        found = memory_metrics()
     gpu = {name: value for name, value in found.items() if "gpu" in name}
     assert gpu == {
         "init_mem_gpu_alloc_delta": 7,
@@ -110,7 +110,7 @@ def test_the_memory_of_a_device_is_measured(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_device")
-def test_an_inner_stage_counts_to_the_outer_one():
+def test_an_inner_stage_belongs_to_the_outer_one():
     meter = TrainerMemoryTracker(True)
     with meter.measuring("train") as outer:
         with meter.measuring("eval") as inner:
@@ -130,14 +130,14 @@ def test_a_failure_ends_the_measurement(stage):
         assert len(watchers()) == 1
         raise KeyError
     assert not watchers() and meter.stage is None
-    with meter.measuring("eval") as figures:
-        assert set(figures()) == {"eval_mem_cpu_alloc_delta", "eval_mem_cpu_peaked_delta"}
+    with meter.measuring("eval") as memory_metrics:
+        assert set(memory_metrics()) == {"eval_mem_cpu_alloc_delta", "eval_mem_cpu_peaked_delta"}
 
 
-def test_nothing_is_measured_if_not_asked(monkeypatch):
+def test_nothing_is_measured_unless_requested(monkeypatch):
     monkeypatch.setitem(sys.modules, "psutil", None)
-    with TrainerMemoryTracker(False).measuring("train") as figures:
+    with TrainerMemoryTracker(False).measuring("train") as memory_metrics:
         assert not watchers()
-        assert figures() == {}
+        assert memory_metrics() == {}
     with pytest.raises(MissingDependencyError, match=r"skip_memory_metrics=False needs psutil .*pip install psutil"):
         TrainerMemoryTracker(True)

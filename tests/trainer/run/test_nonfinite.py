@@ -8,15 +8,15 @@ import torch
 from fts import TrainState, loops, steps, transforms as tx
 from fts.errors import ArgumentError, CheckpointError, NonFiniteError
 from fts.trainer import TrainerCallback
-from fts.trainer.model.label_counts import (all_labels_ignored)
-from tests.trainer.helpers import Linear, Regression, losses, make_trainer, rows
+from fts.trainer.model.label_counts import all_labels_ignored
+from tests.trainer.helpers import Linear, Regression, losses, make_examples, make_trainer
 
 BAD = 13
-"""The row that is bad; rows are in order, four in a batch, so it is in the fourth of six batches."""
+"""The example that is bad; examples are in order, four in a batch, so it is in the fourth of six batches."""
 
 
 def with_bad(count=22, value=math.nan, *bad):
-    data = rows(count)
+    data = make_examples(count)
     for row in bad or (BAD,):
         data[row] = {"x": torch.full((4,), value), "labels": 0.0}
     return data
@@ -47,7 +47,8 @@ def test_the_default_raises_and_says_where(tmp_path):
     assert "In step 4: epoch 0, batch 3 (from 0), examples 12, 13, 14, 15 of the data." in text
     assert "nonfinite='skip'" in text
     assert (
-        f"A checkpoint of step 3 was written: train(resume_from_checkpoint={str(tmp_path / 'checkpoint-3')!r}) goes on." in text
+        f"A checkpoint of step 3 was written: train(resume_from_checkpoint={str(tmp_path / 'checkpoint-3')!r}) resumes it."
+        in text
     )
     good = trainer_on(with_bad(), tmp_path / "good", max_steps=3, **options)
     good.train()
@@ -78,7 +79,7 @@ def test_skipping_leaves_the_update_out_and_counts(tmp_path):
             batch = data[4 * step : 4 * step + 4]
             if step == 3:
                 continue
-            for group in optimizer.param_groups:  # the schedule goes on by applied updates
+            for group in optimizer.param_groups:  # the schedule advances by applied updates
                 group["lr"] = 0.01 * (1 - sum(1 for done in range(step) if done != 3) / 5)
             x, labels = torch.stack([row["x"] for row in batch]), torch.tensor([row["labels"] for row in batch])
             optimizer.zero_grad()
@@ -98,12 +99,12 @@ def test_the_limit_of_skipped_updates_raises(tmp_path):
 
 
 def test_a_skipping_run_resumes_bit_for_bit(tmp_path):
-    whole = trainer_on(with_bad(), tmp_path / "whole", nonfinite="skip", save_strategy="steps", save_steps=4)
-    whole.train()
-    resumed = trainer_on(with_bad(), tmp_path / "whole", nonfinite="skip")
-    resumed.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
-    assert_same(whole, resumed)
-    assert losses(whole)[4:] == losses(resumed)[4:]
+    full = trainer_on(with_bad(), tmp_path / "full", nonfinite="skip", save_strategy="steps", save_steps=4)
+    full.train()
+    resumed = trainer_on(with_bad(), tmp_path / "full", nonfinite="skip")
+    resumed.train(resume_from_checkpoint=tmp_path / "full" / "checkpoint-4")
+    assert_same(full, resumed)
+    assert losses(full)[4:] == losses(resumed)[4:]
 
 
 class Counts(TrainerCallback):
@@ -117,7 +118,7 @@ class Counts(TrainerCallback):
 
 
 def test_rolling_back_is_the_run_without_the_bad_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr("fts.trainer.run.nonfinite.EVERY", 2)
+    monkeypatch.setattr("fts.trainer.run.nonfinite.COPY_INTERVAL", 2)
     data = with_bad(42, math.nan, 13, 14)  # both in one batch
     counts = Counts()
     trainer = trainer_on(data, tmp_path, Linear(), nonfinite="rollback", max_steps=8, callbacks=[counts])
@@ -133,15 +134,15 @@ def test_rolling_back_is_the_run_without_the_bad_batch(tmp_path, monkeypatch):
 
 
 def test_a_run_that_rolled_back_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("fts.trainer.run.nonfinite.EVERY", 2)
+    monkeypatch.setattr("fts.trainer.run.nonfinite.COPY_INTERVAL", 2)
     data = with_bad(42, math.nan, 13)
     options = {"nonfinite": "rollback", "max_steps": 8, "save_strategy": "steps", "save_steps": 1}
-    whole = trainer_on(data, tmp_path, **options)
-    whole.train()
+    full = trainer_on(data, tmp_path, **options)
+    full.train()
     for step in (3, 5):
         resumed = trainer_on(data, tmp_path / f"from-{step}", **options)
         resumed.train(resume_from_checkpoint=tmp_path / f"checkpoint-{step}")
-        assert_same(whole, resumed)
+        assert_same(full, resumed)
 
 
 def test_rolling_back_too_often_raises(tmp_path):
@@ -151,7 +152,7 @@ def test_rolling_back_too_often_raises(tmp_path):
     assert any("had rolled back 2 times before" in note for note in caught.value.__notes__)
 
 
-def test_ignoring_goes_on_with_what_comes(tmp_path):
+def test_ignoring_continues_with_nonfinite_values(tmp_path):
     trainer = trainer_on(with_bad(), tmp_path, nonfinite="ignore")
     trainer.train()
     assert trainer.state.global_step == 5
@@ -172,7 +173,9 @@ def test_a_step_of_ones_own(tmp_path):
     model = Linear()
     with pytest.raises(NonFiniteError, match="In step 4 the loss is nan; the gradients of 1 of 1 parameters"):
         trainer_on(with_bad(), tmp_path, model, step=mine(model)).train()
-    with pytest.raises(ArgumentError, match=r"nonfinite='skip' cannot get into a whole step of your own.*tx.skip_nonfinite"):
+    with pytest.raises(
+        ArgumentError, match=r"nonfinite='skip' cannot be added to a complete step of your own.*tx.skip_nonfinite"
+    ):
         trainer_on(with_bad(), tmp_path, model, step=mine(model), nonfinite="skip").train()
     trainer = trainer_on(with_bad(), tmp_path, Linear(), step=tx.sgd(0.1), nonfinite="skip")
     trainer.train()
@@ -183,7 +186,7 @@ def test_a_torch_schedule_cannot_roll_back(tmp_path):
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    with pytest.raises(ArgumentError, match="cannot take back the steps of a torch schedule"):
+    with pytest.raises(ArgumentError, match="cannot undo the steps of a torch scheduler"):
         trainer_on(with_bad(), tmp_path, model, optimizers=(optimizer, schedule), nonfinite="rollback").train()
 
 
@@ -192,16 +195,16 @@ def test_a_torch_schedule_cannot_roll_back(tmp_path):
 def test_a_run_resumes_with_another_policy_bit_for_bit(tmp_path, caplog, before, after, optim):
     caplog.set_level("INFO", "fts.trainer.checkpoints.train_state")
     options = {"optim": optim, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    whole = trainer_on(rows(22), tmp_path, nonfinite=before, **options)
-    whole.train()
-    resumed = trainer_on(rows(22), tmp_path, nonfinite=after, **options)
+    full = trainer_on(make_examples(22), tmp_path, nonfinite=before, **options)
+    full.train()
+    resumed = trainer_on(make_examples(22), tmp_path, nonfinite=after, **options)
     resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
-    assert_same(whole, resumed)
+    assert_same(full, resumed)
     (record,) = [record for record in caplog.records if record.name == "fts.trainer.checkpoints.train_state"]
     assert ("their count begins at 0" if after == "skip" else "counts 0 skipped updates: this run skips none") in record.message
 
 
-def test_a_run_that_a_nan_ended_goes_on_as_its_error_advises(tmp_path):
+def test_a_run_that_a_nan_ended_resumes_as_its_error_advises(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 100}
     with pytest.raises(NonFiniteError):
         trainer_on(with_bad(), tmp_path, **options).train()
@@ -218,10 +221,10 @@ def test_the_best_checkpoint_is_loaded_that_was_written_under_another_policy(tmp
     options = own | {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
     options |= {"compute_metrics": lambda found: {"score": next(scores)}}
-    trainer_on(rows(22), tmp_path, **options, max_steps=4).train()
-    best = trainer_on(rows(22), tmp_path / "best", max_steps=2, **own)
+    trainer_on(make_examples(22), tmp_path, **options, max_steps=4).train()
+    best = trainer_on(make_examples(22), tmp_path / "best", max_steps=2, **own)
     best.train()
-    resumed = trainer_on(rows(22), tmp_path, **options, nonfinite="skip", max_steps=6)
+    resumed = trainer_on(make_examples(22), tmp_path, **options, nonfinite="skip", max_steps=6)
     resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
     assert resumed.state.best_global_step == 2
     for name, tensor in resumed.model.named_parameters():
@@ -229,8 +232,8 @@ def test_the_best_checkpoint_is_loaded_that_was_written_under_another_policy(tmp
 
 
 def test_another_optimizer_is_no_other_policy(tmp_path):
-    trainer_on(rows(22), tmp_path, save_strategy="steps", save_steps=2).train()
-    resumed = trainer_on(rows(22), tmp_path, optim="sgd", nonfinite="skip")
+    trainer_on(make_examples(22), tmp_path, save_strategy="steps", save_steps=2).train()
+    resumed = trainer_on(make_examples(22), tmp_path, optim="sgd", nonfinite="skip")
     with pytest.raises(CheckpointError, match=r"These arguments decide.*optim: sgd \(from args\) != adamw_torch"):
         resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
 
@@ -275,7 +278,7 @@ def state_of(trainer):
 
 def test_an_evaluation_before_the_copy_stays(tmp_path, monkeypatch):
     """The copy is of the state after all that was due at its step, so that a rate which an evaluation moved stays moved."""
-    monkeypatch.setattr("fts.trainer.run.nonfinite.EVERY", 3)
+    monkeypatch.setattr("fts.trainer.run.nonfinite.COPY_INTERVAL", 3)
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}}
     options |= {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss", "logging_steps": 1}
     trainer = trainer_on(with_bad(42, math.nan, 33), tmp_path, nonfinite="rollback", max_steps=9, **options)

@@ -4,11 +4,11 @@ import logging
 
 from fts.trainer import Trainer
 from fts.trainer.run.overrides import overridden
-from tests.trainer.helpers import Linear, arguments, rows
+from tests.trainer.helpers import Linear, arguments, make_examples
 
 
 def made(kind, tmp_path, **changes):
-    return kind(Linear(), arguments(tmp_path, **changes), train_dataset=rows(22))
+    return kind(Linear(), arguments(tmp_path, **changes), train_dataset=make_examples(22))
 
 
 def test_what_is_set_on_an_instance_is_overridden(tmp_path):

@@ -9,9 +9,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fts.errors import ArgumentError, BatchError, DataError, LossError
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from tests.trainer.helpers import Linear, Regression, losses, make_trainer, rows
+from tests.trainer.helpers import Linear, Regression, losses, make_examples, make_trainer
 
-EPOCH = 6  # steps: 22 rows in batches of 4
+EPOCH = 6  # steps: 22 examples in batches of 4
 
 
 def test_training_learns_and_logs(tmp_path):
@@ -70,7 +70,7 @@ def test_a_user_rides_along_with_tuples_objects_and_loss_functions(tmp_path):
         torch.manual_seed(0)
         trainer = make_trainer(tmp_path, kind(), max_steps=8, logging_steps=1, **options)
         trainer.train()
-        prediction = trainer.predict(rows(10, seed=1))
+        prediction = trainer.predict(make_examples(10, seed=1))
         found.append((losses(trainer), prediction.predictions.tolist(), prediction.metrics["test_loss"]))
     for other in found[1:]:
         assert other[0] == pytest.approx(found[0][0], rel=1e-5)
@@ -107,7 +107,7 @@ def test_the_order_of_the_data_is_that_of_the_seed(tmp_path):
 def test_iterable_data_trains_for_max_steps(tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):
-            return iter(rows(10))
+            return iter(make_examples(10))
 
     trainer = make_trainer(tmp_path, train_dataset=Stream(), max_steps=7)
     assert trainer.train().global_step == 7
@@ -212,13 +212,16 @@ def test_workers_fetch_the_same_batches(tmp_path):
     for workers in (0, 2):
         trainer = make_trainer(tmp_path, Linear(), max_steps=8, logging_steps=1, dataloader_num_workers=workers)
         trainer.train()
-        found.append((losses(trainer), trainer.predict(rows(6)).predictions.tolist()))
+        found.append((losses(trainer), trainer.predict(make_examples(6)).predictions.tolist()))
     assert found[0] == found[1]
 
 
-def test_a_dataset_may_give_whole_batches(tmp_path):
+def test_a_dataset_may_give_batches(tmp_path):
     class Columns(Dataset):
-        x, labels = torch.stack([row["x"] for row in rows(22)]), torch.tensor([row["labels"] for row in rows(22)])
+        x, labels = (
+            torch.stack([row["x"] for row in make_examples(22)]),
+            torch.tensor([row["labels"] for row in make_examples(22)]),
+        )
 
         def __len__(self):
             return 22
@@ -274,7 +277,7 @@ class Unmatched(Dataset):
     [
         ({"train_dataset": None}, ArgumentError, "needs a training set"),
         ({"train_dataset": []}, DataError, "The training set .* is empty"),
-        ({"train_dataset": rows(3), "dataloader_drop_last": True}, DataError, "has 3 rows, fewer than a batch of 4"),
+        ({"train_dataset": make_examples(3), "dataloader_drop_last": True}, DataError, "has 3 examples, fewer than a batch of 4"),
         ({"train_dataset": [{"x": torch.zeros(4)}]}, DataError, "no labels: a batch has x, the model's labels are called labels"),
         (
             {"train_dataset": Unmatched()},
@@ -345,5 +348,5 @@ def test_bf16_computes_in_bfloat16(tmp_path):
     trainer.train()
     assert seen == [torch.bfloat16]
     assert trainer.model.hidden.weight.dtype == torch.float32
-    assert trainer.predict(rows(3)).predictions.dtype == "float32"
+    assert trainer.predict(make_examples(3)).predictions.dtype == "float32"
     assert math.isfinite(trainer.evaluate()["eval_loss"])

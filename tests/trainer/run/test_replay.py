@@ -7,7 +7,7 @@ from torch import nn
 from fts.errors import ArgumentError, NonFiniteError
 from fts.loops import Position
 from fts.trainer import Trainer, TrainerCallback
-from tests.trainer.helpers import Regression, arguments, make_trainer, rows
+from tests.trainer.helpers import Regression, arguments, make_examples, make_trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 5, "max_steps": 20, "logging_steps": 1}
 
@@ -44,7 +44,7 @@ def test_an_update_is_replayed_bit_for_bit(tmp_path, changes):
     assert logged["grad_norm"] == pytest.approx(float(found.metrics["grad_norm"]), rel=1e-6)
     assert len(found.examples) == len(set(found.examples)) > 1
     x = torch.cat([part["x"] for part in found.batch]) if isinstance(found.batch, tuple) else found.batch["x"]
-    data = rows(changes.get("count", 22))
+    data = make_examples(changes.get("count", 22))
     assert torch.equal(x, torch.stack([data[index]["x"] for index in found.examples]))
 
 
@@ -71,14 +71,14 @@ def test_an_overridden_training_step(tmp_path):
 
     def make(tmp_path, **changes):
         torch.manual_seed(0)
-        return Own(Regression(), arguments(tmp_path, **changes), train_dataset=rows(22))
+        return Own(Regression(), arguments(tmp_path, **changes), train_dataset=make_examples(22))
 
     trained(tmp_path, make)
     found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True and found.gradients
 
 
-def test_batches_that_a_trainer_draws_have_their_items(tmp_path):
+def test_batches_that_a_trainer_draws_have_their_example_indices(tmp_path):
     class Drawing(Trainer):
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -86,12 +86,14 @@ def test_batches_that_a_trainer_draws_have_their_items(tmp_path):
 
     def make(tmp_path, **changes):
         torch.manual_seed(0)
-        return Drawing(Regression(), arguments(tmp_path, gradient_accumulation_steps=2, **changes), train_dataset=rows(24))
+        return Drawing(
+            Regression(), arguments(tmp_path, gradient_accumulation_steps=2, **changes), train_dataset=make_examples(24)
+        )
 
     trained(tmp_path, make)
     found = make(tmp_path, **SAVING).replay(tmp_path / "checkpoint-5", 10)
     assert found.equal is True
-    x, data = torch.cat([part["x"] for part in found.batch]), rows(24)
+    x, data = torch.cat([part["x"] for part in found.batch]), make_examples(24)
     assert torch.equal(x, torch.stack([data[index]["x"] for index in found.examples]))
 
 
@@ -112,7 +114,7 @@ def test_the_item_that_is_poisoned(tmp_path, nonfinite):
 
     def make(poisoned=None):
         torch.manual_seed(0)
-        data = rows(22)
+        data = make_examples(22)
         if poisoned is not None:
             data[poisoned] = {**data[poisoned], "x": torch.tensor([1.0, float("nan"), 0.0, 0.0])}
         return Trainer(Regression(), arguments(tmp_path, **settings), train_dataset=data)
@@ -202,7 +204,7 @@ def test_a_stream(tmp_path, stateful):
         begin = 0
 
         def __iter__(self):
-            for number, row in enumerate(rows(22)):
+            for number, row in enumerate(make_examples(22)):
                 if number >= self.begin:
                     self.given = number + 1
                     yield row

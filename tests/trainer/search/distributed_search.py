@@ -10,7 +10,7 @@ from fts import Trainer, TrainingArguments
 from fts.distributed import destroy_process_group
 from fts.errors import FtsError
 from fts.trainer import TrainerCallback
-from tests.trainer.helpers import Linear, rows
+from tests.trainer.helpers import Linear, make_examples
 
 TOO_HIGH = 1e38
 ROWS = 8
@@ -58,7 +58,7 @@ def make(folder, *callbacks, world):
         use_cpu=True,
         ddp_timeout=60,
     )
-    return Trainer(model_init=Linear, args=args, train_dataset=rows(24), eval_dataset=rows(10, seed=1), callbacks=list(callbacks))
+    return Trainer(model_init=Linear, args=args, train_dataset=make_examples(24), eval_dataset=make_examples(10, seed=1), callbacks=list(callbacks))
 
 
 def space(trial):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fts.trainer import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from tests.trainer.helpers import Regression, rows
+from tests.trainer.helpers import Regression, make_examples
 
 torch.set_num_threads(1)
 
@@ -53,8 +53,8 @@ def make(folder: Any, *callbacks: Any, **settings: Any) -> Trainer:
     return Trainer(
         model_init=Regression,
         args=args,
-        train_dataset=rows(22),
-        eval_dataset=rows(10, seed=1),
+        train_dataset=make_examples(22),
+        eval_dataset=make_examples(10, seed=1),
         callbacks=[CountsSteps(), *stop, *callbacks],
     )
 
@@ -129,7 +129,7 @@ def memory(folder: str, values: dict[str, Any]) -> Any:
     args = TrainingArguments(
         folder, max_steps=2, save_strategy="steps", save_steps=2, save_total_limit=1, disable_tqdm=True, use_cpu=True
     )
-    trainer = Trainer(model_init=Large, args=args, train_dataset=rows(8), eval_dataset=rows(4))
+    trainer = Trainer(model_init=Large, args=args, train_dataset=make_examples(8), eval_dataset=make_examples(4))
 
     def record(study: Any, trial: Any) -> None:
         alive = [sum(isinstance(thing, kind) for thing in gc.get_objects()) for kind in (Trainer, Large)]

@@ -246,7 +246,7 @@ def test_a_killed_search_resumes_from_its_storage(tmp_path, storage):
 
 
 def test_several_processes_share_a_study(tmp_path):
-    with ThreadPoolExecutor() as pool:  # each thread waits for a process of its own
+    with ThreadPoolExecutor() as pool:  # each thread waits for its own process
         runs = [pool.submit(start, "killed", tmp_path, storage="journal", n_trials=3) for _ in range(2)]
     for run in runs:
         assert result(run.result())["objective"] > 0
@@ -282,7 +282,7 @@ def test_a_trial_of_a_running_process_is_not_touched(tmp_path, study_options):
 
 def test_the_same_trials_as_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from tests.trainer.helpers import Linear, rows
+    from tests.trainer.helpers import Linear, make_examples
 
     options = {"learning_rate": 1e-4, "num_train_epochs": 2, "per_device_train_batch_size": 4, "eval_strategy": "epoch"}
     options |= {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
@@ -295,7 +295,7 @@ def test_the_same_trials_as_transformers(tmp_path):
             return Linear()
 
         args = arguments(str(tmp_path / kind.__module__), **options)
-        trainer = kind(model_init=model_init, args=args, train_dataset=rows(22), eval_dataset=rows(10, seed=1))
+        trainer = kind(model_init=model_init, args=args, train_dataset=make_examples(22), eval_dataset=make_examples(10, seed=1))
         study_options = {"study_name": "it", "storage": optuna.storages.InMemoryStorage()}
         sampler = optuna.samplers.RandomSampler(seed=1)
         best = trainer.hyperparameter_search(rates, n_trials=3, backend="optuna", sampler=sampler, **study_options)

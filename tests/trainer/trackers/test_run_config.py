@@ -83,14 +83,14 @@ def test_names_are_those_that_transformers_writes(tmp_path):
     transformers = pytest.importorskip("transformers")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from tests.trainer.helpers import make_trainer, rows
+    from tests.trainer.helpers import make_examples, make_trainer
 
     settings = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "report_to": "tensorboard"}
     make_trainer(tmp_path / "ours", **settings).train()
     theirs = transformers.TrainingArguments(
         str(tmp_path / "theirs"), use_cpu=True, save_strategy="no", disable_tqdm=True, **settings
     )
-    transformers.Trainer(Linear(), theirs, train_dataset=rows(22), eval_dataset=rows(10, seed=1)).train()
+    transformers.Trainer(Linear(), theirs, train_dataset=make_examples(22), eval_dataset=make_examples(10, seed=1)).train()
 
     def tags(side):
         (folder,) = (tmp_path / side / "runs").iterdir()

@@ -8,9 +8,9 @@ import torch
 from fts.trainer import TrainingArguments
 from fts.trainer.arguments.processes import default_group
 from tests import torchrun
-from tests.trainer.several import LENGTHS, Tokens, losses, rows, trained
+from tests.trainer.run_two_processes import LENGTHS, Tokens, losses, make_examples, trained
 
-SCRIPT = torchrun.ROOT / "tests" / "trainer" / "several.py"
+SCRIPT = torchrun.ROOT / "tests" / "trainer" / "run_two_processes.py"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("averages", [True, False])
 def test_losses_are_divided_by_the_labels_of_all_or_of_each(found, averages):
     model = Tokens()
-    data = rows(2)
+    data = make_examples(2)
     sums = [model.words(row["labels"][:count]).square().sum() for row, count in zip(data, LENGTHS, strict=True)]
     each = sum(part / count for part, count in zip(sums, LENGTHS, strict=True)) / 2
     expected = sum(sums) / sum(LENGTHS) if averages else each
@@ -37,12 +37,12 @@ def test_a_loss_that_is_nan_in_one_process_is_left_out_in_all(found, tmp_path):
     for process in found:
         assert all(map(math.isnan, process["filter False"])) and len(process["filter False"]) == 1
     assert found[0]["filter True"] == found[1]["filter True"]
-    kept = losses(trained(tmp_path, rows(8), max_steps=4, per_device_train_batch_size=2))
+    kept = losses(trained(tmp_path, make_examples(8), max_steps=4, per_device_train_batch_size=2))
     assert found[0]["filter True"] == [pytest.approx((sum(kept) - kept[2]) / 3, rel=1e-5)]
 
 
 def test_tokens_of_all_processes_are_counted(found, tmp_path):
-    alone = trained(tmp_path, rows(4), max_steps=2, per_device_train_batch_size=2, include_num_input_tokens_seen="all")
+    alone = trained(tmp_path, make_examples(4), max_steps=2, per_device_train_batch_size=2, include_num_input_tokens_seen="all")
     assert [process["tokens"] for process in found] == [alone.state.num_input_tokens_seen] * 2 == [24, 24]
 
 
@@ -56,7 +56,7 @@ def test_tokens_of_all_processes_are_counted(found, tmp_path):
         ("save False", [True, False]),
     ],
 )
-def test_who_tells_and_who_saves(found, case, expected):
+def test_which_process_logs_and_which_saves(found, case, expected):
     assert [process[case] for process in found] == expected
 
 

@@ -1,6 +1,6 @@
 """Evaluations and predictions of one or several processes: writes what came out of each to a file of JSON.
 
-torchrun --nproc-per-node 2 evaluating.py found.json
+torchrun --nproc-per-node 2 run_evaluation_processes.py found.json
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from fts.distributed.object_collectives import AllGatherObject
 from fts.state import TrainState
 from fts.trainer import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-ROWS = 23  # with batches of 4: 6 of them, the last with 3 rows
+NUM_EXAMPLES = 23  # with batches of 4: 6 of them, the last with 3 examples
 
 
 class Tagger(nn.Module):
@@ -38,7 +38,7 @@ class Tagger(nn.Module):
         return (input_ids[:, : min(max_length, 3)] * 7) % 20
 
 
-def sentences(count=ROWS):
+def sentences(count=NUM_EXAMPLES):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
     ids = [torch.randint(1, 20, (length,), generator=generator) for length in lengths]
@@ -65,12 +65,12 @@ def accuracy(prediction):
 
 
 def numbers(text):
-    """A text as a number, since a figure must be one."""
+    """A text as a number, since a metric must be one."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
 def digest(tree):
-    """A number that tells apart any two trees of arrays, bit for bit."""
+    """A number that differs for any two trees of arrays, bit for bit."""
 
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -103,31 +103,31 @@ def trainer_of(kind=Trainer, arguments=TrainingArguments, compute_metrics=accura
     return kind(Tagger(), args, compute_metrics=compute_metrics, **({"data_collator": pad} | own))
 
 
-def figures(metrics):
+def without_speed(metrics):
     return {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_per_second"))}
 
 
 def evaluations():
     data = sentences()
-    yield "plain", figures(trainer_of().evaluate(data))
-    yield "small", figures(trainer_of().evaluate(data[:3]))
-    yield "inputs and losses", figures(trainer_of(include_for_metrics=["inputs", "loss"]).evaluate(data))
-    yield "by objects", figures(trainer_of(eval_use_gather_object=True, eval_accumulation_steps=2).evaluate(data))
+    yield "plain", without_speed(trainer_of().evaluate(data))
+    yield "small", without_speed(trainer_of().evaluate(data[:3]))
+    yield "inputs and losses", without_speed(trainer_of(include_for_metrics=["inputs", "loss"]).evaluate(data))
+    yield "by objects", without_speed(trainer_of(eval_use_gather_object=True, eval_accumulation_steps=2).evaluate(data))
     by_batch = trainer_of(batch_eval_metrics=True, compute_metrics=Streaming())
-    yield "by batch", figures(by_batch.evaluate(data))
+    yield "by batch", without_speed(by_batch.evaluate(data))
     by_batch = trainer_of(batch_eval_metrics=True, include_for_metrics=["inputs"], compute_metrics=Streaming())
-    yield "by batch with inputs", figures(by_batch.evaluate(data))
-    yield "loss alone", figures(trainer_of(compute_metrics=None).evaluate(data))
+    yield "by batch with inputs", without_speed(by_batch.evaluate(data))
+    yield "loss alone", without_speed(trainer_of(compute_metrics=None).evaluate(data))
     for dispatch in (None, False):
         streamed = trainer_of(accelerator_config={"dispatch_batches": dispatch})
-        yield f"stream, dispatch_batches={dispatch}", figures(streamed.evaluate(Stream()))
+        yield f"stream, dispatch_batches={dispatch}", without_speed(streamed.evaluate(Stream()))
     workers = trainer_of(dataloader_num_workers=2, accelerator_config={"even_batches": False})
-    yield "workers", figures(workers.evaluate(data))
-    yield "several sets", figures(trainer_of().evaluate({"a": data[:9], "b": data[9:]}))
+    yield "workers", without_speed(workers.evaluate(data))
+    yield "several sets", without_speed(trainer_of().evaluate({"a": data[:9], "b": data[9:]}))
     output = trainer_of().predict(data)
-    yield "prediction", [digest(output.predictions), digest(output.label_ids), figures(output.metrics)]
-    unlabelled = trainer_of(data_collator=lambda rows: {"input_ids": pad(rows)["input_ids"]}).predict(data[:13])
-    yield "unlabelled", [digest(unlabelled.predictions), unlabelled.label_ids, figures(unlabelled.metrics)]
+    yield "prediction", [digest(output.predictions), digest(output.label_ids), without_speed(output.metrics)]
+    unlabelled = trainer_of(data_collator=lambda examples: {"input_ids": pad(examples)["input_ids"]}).predict(data[:13])
+    yield "unlabelled", [digest(unlabelled.predictions), unlabelled.label_ids, without_speed(unlabelled.metrics)]
     output = trainer_of(eval_do_concat_batches=False, compute_metrics=None).predict(data)
     yield "kept apart", [digest(output.predictions), digest(output.label_ids)]
     shrunk = trainer_of(preprocess_logits_for_metrics=lambda logits, labels: (logits[0].argmax(-1),), compute_metrics=None)
@@ -136,9 +136,9 @@ def evaluations():
     writer = trainer_of(Seq2SeqTrainer, Seq2SeqTrainingArguments, compute_metrics=None, **generating)
     writer.processing_class = Padding()
     output = writer.predict(data)
-    yield "generated", [digest(output.predictions), digest(output.label_ids), figures(output.metrics)]
-    for name, rows in (("list", data), ("stream", Stream())):
-        yield f"prepared {name}", figures(trainer_of(Preparing).evaluate(rows))
+    yield "generated", [digest(output.predictions), digest(output.label_ids), without_speed(output.metrics)]
+    for name, examples in (("list", data), ("stream", Stream())):
+        yield f"prepared {name}", without_speed(trainer_of(Preparing).evaluate(examples))
     yield "core", core(data)
 
 
@@ -159,14 +159,14 @@ def core(data):
     step = steps.eval_step(steps.module_loss(net))
     state = TrainState.create(net, tx.identity())
     group = init_process_group(device="cpu")
-    whole = loops.source(data, batch_size=4, collate=pad)
-    shared = loops.shard_source(whole, group.rank, group.size)
+    full = loops.source(data, batch_size=4, collate=pad)
+    shared = loops.shard_source(full, group.rank, group.size)
     *_, last = loops.evaluate(step, state, shared, group=group if group.size > 1 else None)
     return {name: value.hex() for name, value in last.metrics.items()}
 
 
 def check_exchange(group):
-    """What each process has arrives as it is, whatever it is."""
+    """What each process has arrives unchanged."""
     kinds = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint8, torch.complex64]
     for use_gather_object in (False, True):
         exchange = AllGatherObject(group, use_gather_object)

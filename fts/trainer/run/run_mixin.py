@@ -31,9 +31,9 @@ from fts.trainer.distributed import (
     check_unpartitioned,
     distribute_step,
     fill_config,
-    inert_optimizer,
     make_accelerator,
     parallelize_model,
+    placeholder_optimizer,
     scaler_of,
     start_engine,
 )
@@ -101,7 +101,7 @@ class RunMixin(DataLoaderMixin, OptimizerMixin, HubMixin):
         Args:
             total_steps: of the run, for the schedule; by default as the arguments and the training set say.
 
-        >>> from fts import TrainState
+        >>> from fts import Trainer, TrainingArguments, TrainState
         >>> trainer = Trainer(nn.Linear(1, 1), TrainingArguments(disable_tqdm=True, use_cpu=True))
         >>> step = trainer.build_step(total_steps=10)
         >>> state = TrainState.create(trainer.model, step.transform)
@@ -170,7 +170,7 @@ class RunMixin(DataLoaderMixin, OptimizerMixin, HubMixin):
         self.optimizer, self.lr_scheduler = self._given_optimizers
         strategy = resolve_strategy(self.args)
         if isinstance(strategy, DeepSpeed):
-            made = inert_optimizer(strategy, self.args)
+            made = placeholder_optimizer(strategy, self.args)
         else:
             create = self._create_torch_optimizer if self._has_torch_optimizer() else None
             made = make_optimizer(self.args, self.model, plan, step=self.step, create=create)

@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed and under DDP, in each of several processes: `python under_deepspeed.py folder place-of-the-package`."""
+"""Runs under DeepSpeed and under DDP, in each of several processes: `python run_deepspeed.py folder place-of-the-package`."""
 
 import json
 import sys

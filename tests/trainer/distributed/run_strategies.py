@@ -1,4 +1,4 @@
-"""The Trainer under each strategy, for test_spreading: `torchrun spreading.py FILE`, or python for one process."""
+"""The Trainer under each strategy, for test_strategy: `torchrun run_strategies.py FILE`, or python for one process."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fts import Trainer, TrainingArguments
-from fts.distributed import (destroy_process_group, distributed_step)
+from fts.distributed import destroy_process_group, distributed_step
 from fts.dtensors import to_local
 from fts.errors import ArgumentError
 
@@ -40,13 +40,13 @@ def model():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=4, use_cache=False))
 
 
-def rows():
+def make_examples():
     tokens = torch.randint(0, 101, (40, 9), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 def trained(world, folder, name):
-    """The losses, and what became of the model, of 8 rows in each update."""
+    """The losses, and what became of the model, of 8 examples in each update."""
     options = {"per_device_train_batch_size": 8, **CASES[name]}
     options["per_device_train_batch_size"] //= world // TOGETHER.get(name, 1) if world > 1 else 1
     if world == 1:
@@ -54,7 +54,7 @@ def trained(world, folder, name):
     args = TrainingArguments(
         folder, max_steps=5, logging_steps=1, learning_rate=1e-2, use_cpu=True, save_strategy="no", disable_tqdm=True, **options
     )
-    trainer = Trainer(model(), args, train_dataset=rows(), eval_dataset=rows()[:11])
+    trainer = Trainer(model(), args, train_dataset=make_examples(), eval_dataset=make_examples()[:11])
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     parts = [to_local(parameter).numel() for parameter in trainer.model.parameters()]
@@ -63,7 +63,7 @@ def trained(world, folder, name):
         "norms": [entry["grad_norm"] for entry in logged],
         "evaluated": trainer.evaluate()["eval_loss"],
         "sizes": [trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()],
-        "rows": trainer.get_total_train_batch_size(args),
+        "examples": trainer.get_total_train_batch_size(args),
         "units": sum(hasattr(part, "set_requires_gradient_sync") for part in trainer.model.modules()),
         "share": sum(parts) / sum(parameter.numel() for parameter in trainer.model.parameters()),
     }
@@ -72,16 +72,16 @@ def trained(world, folder, name):
 def evaluated(folder, **options):
     """The loss of a model that was not trained, and which part of it this process has then."""
     args = TrainingArguments(folder, use_cpu=True, disable_tqdm=True, **options)
-    trainer = Trainer(model(), args, eval_dataset=rows()[:11])
+    trainer = Trainer(model(), args, eval_dataset=make_examples()[:11])
     loss = trainer.evaluate()["eval_loss"]
-    predicted = trainer.predict(rows()[:11]).metrics["test_loss"]
+    predicted = trainer.predict(make_examples()[:11]).metrics["test_loss"]
     parts = [to_local(parameter).numel() for parameter in trainer.model.parameters()]
     return [loss, predicted, sum(parts) / sum(parameter.numel() for parameter in trainer.model.parameters())]
 
 
 def refused(folder, **options):
     try:
-        Trainer(model(), TrainingArguments(folder, use_cpu=True, **options), train_dataset=rows())
+        Trainer(model(), TrainingArguments(folder, use_cpu=True, **options), train_dataset=make_examples())
     except ArgumentError as error:
         return str(error)
     return ""

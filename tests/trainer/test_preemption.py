@@ -34,11 +34,11 @@ def test_a_signal_ends_a_run_with_a_checkpoint(name, tmp_path):
     assert "never" not in done.stdout
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
     torch.manual_seed(0)
-    whole = make_trainer(tmp_path / "whole", Regression(), num_train_epochs=2, logging_steps=1)
-    whole.train()
+    full = make_trainer(tmp_path / "full", Regression(), num_train_epochs=2, logging_steps=1)
+    full.train()
     torch.manual_seed(0)
     resumed = make_trainer(tmp_path / "run", Regression(), num_train_epochs=2, logging_steps=1)
     resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed) == losses(whole)
-    for one, two in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+    assert losses(resumed) == losses(full)
+    for one, two in zip(resumed.model.parameters(), full.model.parameters(), strict=True):
         assert torch.equal(one, two)

@@ -1,4 +1,4 @@
-"""What arguments do in two processes, for test_several: `torchrun several.py FOLDER`."""
+"""What arguments do in two processes, for test_two_processes: `torchrun run_two_processes.py FOLDER`."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ LENGTHS = (6, 2)
 
 
 class Tokens(nn.Module):
-    """A sum over labels that count, divided by the number that it is told; what it is told to add is in no gradient."""
+    """A sum over labels that count, divided by `num_items_in_batch`; `plus` is in no gradient."""
 
     main_input_name = "input_ids"
     accepts_loss_kwargs = True
@@ -33,7 +33,7 @@ class Tokens(nn.Module):
         return {"loss": loss if plus is None else loss + plus.sum()}
 
 
-def rows(count, bad=()):
+def make_examples(count, bad=()):
     ids = torch.arange(count * 6).reshape(count, 6) % 11
     labels = ids.clone()
     for number, row in enumerate(labels):
@@ -64,10 +64,10 @@ class Heard(logging.Handler):
 
 
 def heard(folder, **options):
-    """Whether this process told what is of interest while it trained."""
+    """Whether this process logged such a message while it trained."""
     handler = Heard()
     logging.getLogger("fts").addHandler(handler)
-    trained(folder, rows(2), **options)
+    trained(folder, make_examples(2), **options)
     logging.getLogger("fts").removeHandler(handler)
     return "INFO" in handler.levels
 
@@ -85,7 +85,7 @@ def asked_by_one(folder, rank):
     arguments = TrainingArguments(
         str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", per_device_train_batch_size=1, max_steps=20
     )
-    trainer = Trainer(Tokens(), arguments, train_dataset=rows(16), eval_dataset=rows(2))
+    trainer = Trainer(Tokens(), arguments, train_dataset=make_examples(16), eval_dataset=make_examples(2))
     if rank == "1":
         trainer.add_callback(Asks())
     trainer.train()
@@ -98,12 +98,12 @@ def main(folder):
     rank = os.environ["RANK"]
     found = {}
     for averages in (True, False):
-        trainer = trained(folder / "tokens", rows(2), average_tokens_across_devices=averages)
+        trainer = trained(folder / "tokens", make_examples(2), average_tokens_across_devices=averages)
         found[f"average {averages}"] = [losses(trainer), trainer.state.log_history[0]["grad_norm"]]
     for filters in (True, False):
         options = {"nonfinite": "ignore", "max_steps": 4, "logging_steps": 4, "logging_nan_inf_filter": filters}
-        found[f"filter {filters}"] = losses(trained(folder / "nan", rows(8, bad=[NAN_AT]), **options))
-    counted = trained(folder / "counted", rows(4), max_steps=2, include_num_input_tokens_seen="all")
+        found[f"filter {filters}"] = losses(trained(folder / "nan", make_examples(8, bad=[NAN_AT]), **options))
+    counted = trained(folder / "counted", make_examples(4), max_steps=2, include_num_input_tokens_seen="all")
     found["tokens"] = counted.state.num_input_tokens_seen
     found["replica"] = heard(folder / "log", log_level="info", log_level_replica="error")
     os.environ["LOCAL_RANK"] = "0"  # as on two machines
@@ -111,7 +111,7 @@ def main(folder):
     found["one node"] = heard(folder / "log", log_level="info", log_on_each_node=False, log_level_replica="error")
     for each in (True, False):
         own = folder / f"save {each} {rank}"  # a disk of each machine
-        trained(own, rows(2), save_strategy="steps", save_steps=1, save_on_each_node=each)
+        trained(own, make_examples(2), save_strategy="steps", save_steps=1, save_on_each_node=each)
         found[f"save {each}"] = (own / "checkpoint-1" / "model.safetensors").is_file()
     found["asked"] = asked_by_one(folder / "asked", rank)
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")

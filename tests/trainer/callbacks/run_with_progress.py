@@ -1,4 +1,4 @@
-"""A run that shows its progress, and one that goes on from its checkpoint. Called as `shown_run.py DIRECTORY`."""
+"""A run that shows its progress, and one that resumes from its checkpoint. Called as `run_with_progress.py DIRECTORY`."""
 
 import sys
 import time
