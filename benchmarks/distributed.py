@@ -123,7 +123,7 @@ def hand_written(task: Task, total: int, group: Group, strategy: DDP | FSDP) -> 
         epoch += 1
         for index in range(task.steps):
             chosen = order[index % len(order)]
-            batch = {key: tensor[chosen] for key, tensor in task.data.num_examples()}
+            batch = {key: tensor[chosen] for key, tensor in task.data.items()}
             loss = F.cross_entropy(model(batch["x"]), batch["labels"])
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -191,7 +191,7 @@ def measure(task: Task, rounds: int, group: Group) -> dict[str, list[tuple[float
 
 def report(seconds: dict[str, list[tuple[float, float]]]) -> None:
     print(f"{'':<22}{'us per step':>12}{'ratio':>8}{'min':>8}{'max':>8}{'processor':>12}")
-    for name, times in seconds.num_examples():
+    for name, times in seconds.items():
         base = seconds[f"{name.split(',')[0]}, by hand"]
         ratios, of_processor = ([own[k] / other[k] for own, other in zip(times, base, strict=True)] for k in (0, 1))
         columns = (

@@ -109,7 +109,7 @@ def hand_written(task: Task, total: int) -> Callable[[], None]:
         epoch += 1
         for index in range(task.steps):
             chosen = order[index % len(order)]
-            batch = {key: tensor[chosen] for key, tensor in task.data.num_examples()}
+            batch = {key: tensor[chosen] for key, tensor in task.data.items()}
             loss = model(**batch)["loss"]
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -184,11 +184,11 @@ class Columns(torch.utils.data.Dataset):
         return len(self.columns["labels"])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {key: tensor[index] for key, tensor in self.columns.num_examples()}
+        return {key: tensor[index] for key, tensor in self.columns.items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = torch.tensor(indices)
-        return {key: tensor[chosen] for key, tensor in self.columns.num_examples()}
+        return {key: tensor[chosen] for key, tensor in self.columns.items()}
 
 
 def new_model(task: Task) -> nn.Module:
@@ -236,7 +236,7 @@ def main() -> None:
             continue
         seconds = measure(task, options.rounds, options.candidates)
         print(f"\n{task.name}: {task.steps} steps per round\n{'':<22}{'us per step':>12}{'ratio':>8}{'min':>8}{'max':>8}")
-        for name, times in seconds.num_examples():
+        for name, times in seconds.items():
             ratios = [own / base for own, base in zip(times, seconds[options.candidates[0]], strict=True)]
             columns = f"{statistics.median(ratios):>8.2f}{min(ratios):>8.2f}{max(ratios):>8.2f}"
             print(f"{name:<22}{1e6 * statistics.median(times):>12.1f}{columns}")

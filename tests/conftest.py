@@ -1,5 +1,6 @@
 """How much is tested: `make test` takes Hypothesis's profile "tests", `make fuzz` the profile "fuzz" and the tests so marked."""
 
+import gc
 import signal
 
 import pytest
@@ -31,3 +32,13 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in skipped.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_garbage_collection():
+    """Leave what is there before a module's tests (libraries, the collected tests) out of garbage collection.
+
+    Trainers collect garbage at the end of each run; going through those objects each time took a quarter of the tests' processor time.
+    """
+    gc.collect()
+    gc.freeze()

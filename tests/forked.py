@@ -117,7 +117,13 @@ def _free_port() -> int:
 
 def run_ranks(*words: Any, processes: int, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a program in several processes with the variables that torchrun sets. Where one fails, the others are killed."""
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "GROUP_RANK": 0}
+    shared = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _free_port(),
+        "GROUP_RANK": 0,
+    }
     running = [
         Program(words, {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()})
         for rank in range(processes)
@@ -133,4 +139,6 @@ def run_ranks(*words: Any, processes: int, timeout: float = 600) -> subprocess.C
         time.sleep(0.01)
     done = [program.wait() for program in running]
     code = next((one.returncode for one in done if one.returncode), 0)
-    return subprocess.CompletedProcess(list(words), code, "".join(one.stdout for one in done), "".join(one.stderr for one in done))
+    return subprocess.CompletedProcess(
+        list(words), code, "".join(one.stdout for one in done), "".join(one.stderr for one in done)
+    )

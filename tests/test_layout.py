@@ -99,7 +99,9 @@ def test_the_facade_has_only_its_two_classes_at_the_top():
     assert {path.stem for path in (ROOT / "fts/trainer").glob("*.py")} == {"__init__", "trainer", "seq2seq"}
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "fts/trainer").iterdir() if (path / "__init__.py").exists()))
+@pytest.mark.parametrize(
+    "folder", sorted(path.name for path in (ROOT / "fts/trainer").iterdir() if (path / "__init__.py").exists())
+)
 def test_inner_modules_of_a_subpackage_are_imported_by_itself_alone(folder):
     package = f"{FACADE}.{folder}"
     assert ast.get_docstring(TREES[package]), f"{package} does not say what it does"
@@ -176,7 +178,9 @@ def picture_of(container: str) -> list[set[str]]:
     """The layers of a package in the picture of the design page, the highest first."""
     page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
     block = page.split(f"<!-- layers of {container} -->\n", 1)[1].split("<!-- end -->", 1)[0]
-    lines = [line.split("  ", 1)[0] for line in (line.removeprefix("    ") for line in block.splitlines()) if line and line[0] != " "]
+    lines = [
+        line.split("  ", 1)[0] for line in (line.removeprefix("    ") for line in block.splitlines()) if line and line[0] != " "
+    ]
     return [{name.strip().rstrip("/").removesuffix(".py") for name in line.split(",")} for line in lines]
 
 

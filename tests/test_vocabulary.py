@@ -39,7 +39,10 @@ WORDS = [
     Word(r"\b(?:Averaging|Replicating)\b", "AllReduceGradients, DDPGradients"),
     Word(r"\bcarrier\b", "metrics_parameter"),
     Word(r"\b(?:laid_out|laid_out_like|part_of)\b", "redistribute_like, shard_like"),
-    Word(r"\b(?:shelter\w*|judging|judge|locating|heeding|Heeding|rehears\w*|Teller|Drawn|Replaced|replaced_by)\b", "a name of the field"),
+    Word(
+        r"\b(?:shelter\w*|judging|judge|locating|heeding|Heeding|rehears\w*|Teller|Drawn|Replaced|replaced_by)\b",
+        "a name of the field",
+    ),
     Word(r"\b(?:survey|Found|Rated|Apart|cut_order|Bookmark|Unit|Single)\b", "list_checkpoints, CheckpointInfo, ..."),
     Word(r"\binterruptible\b", "handle_preemption"),
     Word(r"\b(?:write_whole|save_parts|seal|sealed|seals)\b", "atomic_directory, save_sharded, write_manifest"),

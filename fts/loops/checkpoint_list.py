@@ -108,12 +108,12 @@ def _examine(path: Path, step: int) -> CheckpointInfo:
     )
 
 
-def newest_checkpoint(root: str | Path, *, also: Callable[[Path], bool] | None = None) -> Path | None:
+def newest_checkpoint(root: str | Path, *, accept: Callable[[Path], bool] | None = None) -> Path | None:
     """The complete checkpoint of the highest step; for each newer one, a warning says why it is skipped.
 
     Args:
         root: a directory with `checkpoint-<step>` directories; it need not exist.
-        also: whether to accept one of unknown status, such as that of another program.
+        accept: whether to use one of unknown status, such as that of another program.
 
     Returns:
         Its path; None if there is none. Corrupt and incomplete ones are skipped.
@@ -123,7 +123,7 @@ def newest_checkpoint(root: str | Path, *, also: Callable[[Path], bool] | None =
         logger.warning("%s was left by a save that was interrupted; `fts checkpoints prune` deletes it.", path)
     for path in reversed(checkpoints_in(root).values()):
         status, problem = checkpoint_status(path)
-        if status == "complete" or (status == "unknown" and also is not None and also(path)):
+        if status == "complete" or (status == "unknown" and accept is not None and accept(path)):
             return path
         logger.warning("%s is skipped (%s): %s", path, status, problem)
     return None

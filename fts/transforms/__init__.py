@@ -22,7 +22,7 @@ from fts.transforms.loss_scaling import LossScaleState, dynamic_loss_scale, loss
 from fts.transforms.low_precision import MasterState, RoundingState, master_weights, stochastic_rounding
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
-from fts.transforms.optimizers import FusedKernel, optimizer
+from fts.transforms.optimizers import FusedKernel, OptimizerState, optimizer
 from fts.transforms.plateau import (
     FollowState,
     Greedy,
@@ -66,6 +66,7 @@ __all__ = [
     "LossScaleState",
     "MasterState",
     "MultiStepsState",
+    "OptimizerState",
     "Plateau",
     "RateRule",
     "RoundingState",

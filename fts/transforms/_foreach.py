@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from itertools import count
+from typing import Any, NamedTuple, TypeAlias
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -20,8 +20,7 @@ from fts.transforms._tracing import Graph, Scalars, Value, trace
 Tensors: TypeAlias = list[Tensor]
 
 
-@attrs.frozen
-class Call:
+class Call(NamedTuple):
     """A kernel call, `function(*lists, *numbers)`: it writes the first list or, with `new`, returns one as `target`."""
 
     function: Callable[..., Any]
@@ -31,29 +30,33 @@ class Call:
     new: bool = False
 
 
-@attrs.frozen
 class Plan:
     """A rule as kernel calls on named lists.
 
     Attributes:
-        calls: in order.
-        scalars: the numbers that they take.
-        update: the list that has the updates in the end.
+        source: the calls in Python, one a line.
+        scalars: the numbers that they take, `s[0]` and on.
+        cost: kernels, and lists that they allocate.
     """
 
-    calls: tuple[Call, ...]
-    scalars: Scalars
-    update: str
+    def __init__(self, calls: Sequence[Call], scalars: Scalars, inputs: Sequence[str], update: str) -> None:
+        lines = [f"def run(s, {', '.join(inputs)}):"]
+        kernels: dict[str, Any] = {}
+        for call in calls:
+            name = getattr(call.function, "__name__", "call").strip("_")
+            name = next(key for key in (name, *(f"{name}_{i}" for i in count(2))) if kernels.get(key) in (None, call.function))
+            kernels[name] = call.function
+            line = f"{name}({', '.join((*call.lists, *(f's[{index}]' for index in call.scalars)))})"
+            lines.append(f"    {call.target} = list({line})" if call.new else f"    {line}")
+        lines.append(f"    return {update}")
+        self.source, self.scalars = "\n".join(lines), scalars
+        self.cost = sum(1 + call.new for call in calls)
+        exec(compile(self.source, "<rule on lists>", "exec"), kernels)
+        self._run = kernels["run"]
 
     def run(self, lists: Mapping[str, Tensors], numbers: Mapping[str, Any]) -> Tensors:
         """The updates. The lists of state fields get their new values, and the gradients are overwritten."""
-        found: dict[str, Any] = dict(lists)
-        values = self.scalars.values(numbers)
-        for call in self.calls:
-            result = call.function(*[found[name] for name in call.lists], *[values[index] for index in call.scalars])
-            if call.new:
-                found[call.target] = list(result)
-        return found[self.update]  # type: ignore[no-any-return]
+        return self._run(self.scalars.values(numbers), **lists)  # type: ignore[no-any-return]
 
 
 def make_plan(rule: Callable[..., Any], fields: Sequence[str], label: str) -> Plan:
@@ -72,7 +75,7 @@ def make_plan(rule: Callable[..., Any], fields: Sequence[str], label: str) -> Pl
     needed = _needed(graph.outputs)
     as_written = sorted(needed, key=lambda value: value.order)
     plans = [_Writer(graph, fields, homes).write(order) for order in (as_written, needed)]
-    return min(plans, key=lambda plan: sum(1 + call.new for call in plan.calls))
+    return min(plans, key=lambda plan: plan.cost)
 
 
 def _needed(outputs: Iterable[Value]) -> list[Value]:
@@ -176,6 +179,8 @@ class _Writer:
         self.left: Counter[Value] = Counter(graph.outputs)  # uses to come; outputs are needed in the end
         self.free: list[str] = []
         self.made = 0
+        # the gradients are given also to a rule that does not read them: their memory takes the updates
+        self.inputs = tuple(dict.fromkeys(("grad", *fields, *graph.inputs)))
 
     def write(self, order: Sequence[Value]) -> Plan:
         self.left.update(arg for value in order for arg in value.args)
@@ -185,7 +190,7 @@ class _Writer:
             if value.op != "input":
                 self._compute(value)
         update = self._finish()
-        return Plan(tuple(self.calls), self.graph.scalars, update)
+        return Plan(self.calls, self.graph.scalars, self.inputs, update)
 
     def _compute(self, value: Value) -> None:
         self.left.subtract(value.args)
@@ -243,7 +248,7 @@ class _Writer:
 
     def _new(self) -> str:
         self.made += 1
-        return f"new {self.made}"
+        return f"new{self.made}"
 
     def _finish(self) -> str:
         """Move the new values of the fields to their places; the updates get memory of their own."""

@@ -20,8 +20,9 @@ def clone(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _scale_(x: list[Tensor], factor: Any) -> None:
-    # in 16 bits a number rounds otherwise than a tensor
-    scale_(x, factor) if wide_dtype(x) is not None else torch._foreach_mul_(x, factor)
+    own = None if isinstance(factor, Tensor) or not x[0].is_cpu else wide_dtype(x)
+    # a 0-d tensor is faster; but in 16 bits a number rounds otherwise than a tensor
+    torch._foreach_mul_(x, factor if own is None else torch.full((), factor, dtype=own))
 
 
 def _add_scaled(add: Any) -> Callable[..., Any]:

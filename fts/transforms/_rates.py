@@ -11,7 +11,7 @@ from torch import Tensor
 from fts.errors import ScheduleError
 from fts.transforms._arguments import check_number, in_words
 from fts.transforms._infos import values_of
-from fts.transforms._scalars import as_scalar, constant
+from fts.transforms._scalars import as_scalar, constant, readable
 from fts.typing import Info, Number, Schedule
 
 Rate: TypeAlias = float | Tensor | Schedule
@@ -24,22 +24,22 @@ def check_rate(name: str, rate: Rate) -> None:
         check_number(name, rate)
 
 
-def rate_at(rate: Rate, count: Tensor) -> Number:
-    """The rate after `count` updates, for pure updates."""
-    return rate(count) if callable(rate) else rate
+def rate_at(rate: Rate, count: Any) -> Number:
+    """The rate after `count` updates: as it is for a tensor, in pure updates, and checked for a number, in fast paths."""
+    if not callable(rate):
+        return rate
+    value = rate(count)
+    if isinstance(count, Tensor):
+        return value  # type: ignore[no-any-return]
+    value = float(value)
+    if not 0.0 <= value < math.inf:
+        raise ScheduleError(_complaint(f"The schedule {in_words(rate)} returned {value} at step {count}"))
+    return value
 
 
 def rate_now(rate: Rate, count: Tensor) -> Number:
     """The rate after `count` updates, for fast paths: a checked Python number where the counter is on the CPU."""
-    if not callable(rate):
-        return rate
-    if not count.is_cpu:
-        return rate(count)  # type: ignore[no-any-return]
-    step = int(count)
-    value = float(rate(step))
-    if not 0.0 <= value < math.inf:
-        raise ScheduleError(_complaint(f"The schedule {in_words(rate)} returned {value} at step {step}"))
-    return value
+    return rate_at(rate, readable(count)) if callable(rate) else rate
 
 
 def report(rate: Number, device: torch.device) -> Tensor:

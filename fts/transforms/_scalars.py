@@ -65,7 +65,7 @@ def times(tensor: Tensor, factor: Any) -> Tensor:
     if isinstance(tensor, fx.Proxy):
         return _recorded(times, tensor, factor)
     product: Tensor = tensor * factor
-    return product.to(tensor.dtype)
+    return product if product.dtype == tensor.dtype else product.to(tensor.dtype)
 
 
 def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
@@ -86,9 +86,7 @@ def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
     """
     if isinstance(moment, fx.Proxy):
         return _recorded(bias_correction, moment, decay, step)
-    factors = getattr(step, _FACTORS, None)
-    if factors is None:
-        return times(moment, 1 / (1 - decay**step))
+    factors = getattr(step, _FACTORS, {})
     if decay not in factors:
         factors[decay] = 1 / (1 - decay**step)
     return times(moment, factors[decay])

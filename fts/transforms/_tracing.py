@@ -69,6 +69,8 @@ class Scalars:
 
     def values(self, given: Mapping[str, Any]) -> list[Any]:
         """All numbers in one update."""
+        if not self.inputs and not self.computed:
+            return self.constants
         values = self.constants.copy()
         for name, index in self.inputs.items():
             values[index] = given[name]

@@ -14,7 +14,7 @@ from fts.transforms._rates import Rate
 from fts.transforms._scalars import bias_correction
 from fts.transforms.optimizers import FusedKernel, optimizer
 from fts.transforms.rules import elementwise
-from fts.typing import Params, Transform
+from fts.typing import Number, Params, Transform
 
 Tensors: TypeAlias = list[Tensor]
 
@@ -151,8 +151,21 @@ def adamw(
 
 
 def _fused(kernel: Callable[..., None], b1: float, b2: float, eps: float) -> FusedKernel:
-    def run(params: Tensors, grads: Tensors, mu: Tensors, nu: Tensors, *, step: Tensor, **options: Any) -> None:
-        options |= {"beta1": b1, "beta2": b2, "eps": eps}
-        kernel(params, grads, mu, nu, [], [step.float()] * len(params), **options, amsgrad=False, maximize=False)
+    def run(params: Tensors, grads: Tensors, mu: Tensors, nu: Tensors, *, lr: Number, weight_decay: float, step: Tensor) -> None:
+        kernel(
+            params,
+            grads,
+            mu,
+            nu,
+            [],
+            [step.float()] * len(params),
+            lr=lr,
+            beta1=b1,
+            beta2=b2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
     return FusedKernel(run, ("mu", "nu"))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fts.errors import ArgumentError
+from torch import Tensor
+
 from fts.transforms._arguments import check_number, check_transform, format_label
-from fts.transforms._fast_paths import added, fast_update, for_kernel, fused_lists, scale_in_place
+from fts.transforms._fast_paths import Update, added, fast_update, for_kernel, fused_lists, scale_in_place
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
 from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
-from fts.transforms._scalars import device_of, times
+from fts.transforms._scalars import new_count, times
+from fts.transforms.rules import has_step
 from fts.transforms.scaling import decayed_weights
-from fts.typing import Info, OptState, Params, Transform
+from fts.typing import Info, Number, OptState, Params, Transform
 
 
 class FusedKernel(NamedTuple):
@@ -32,6 +34,18 @@ class FusedKernel(NamedTuple):
     reads_step: bool = False
 
 
+class OptimizerState(NamedTuple):
+    """State of an optimizer whose scaling does not count updates.
+
+    Attributes:
+        step: 0-d int64 tensor: the number of updates so far.
+        inner: the state of the scaling.
+    """
+
+    step: Tensor
+    inner: OptState
+
+
 def optimizer(
     name: str,
     scaling: Transform,
@@ -45,12 +59,13 @@ def optimizer(
 ) -> Transform:
     """Make an optimizer from the scaling of gradients that is its own: `-lr * (scaling(grads) + weight_decay * params)`.
 
-    It checks learning rate, weight decay and mask, shares the counter of the scaling's state, and reports `lr`.
+    It checks learning rate, weight decay and mask, counts updates (in the scaling's own `step` where that has one), and reports
+    `lr`.
 
     Args:
         name: of the optimizer, for messages.
         scaling: a transform such as `scale_by_adam()`.
-        lr: learning rate: a number, a schedule, or a 0-d tensor. For a schedule the scaling's state needs a field `step`.
+        lr: learning rate: a number, a schedule, or a 0-d tensor.
         weight_decay: the fraction of a parameter that is taken off in an update, before it is multiplied by `lr`.
         mask: which parameters decay, as in `add_decayed_weights`; None means all.
         decoupled: decay behind the scaling, as in AdamW; False adds the decay to the gradients (L2 regularisation).
@@ -58,10 +73,10 @@ def optimizer(
         label: the transform in words, for `describe`; `name` with learning rate and decay where None.
 
     Returns:
-        A transform with the state of `scaling`.
+        A transform with the state of `scaling` or, where that has no `step` to read, with `OptimizerState`.
 
     Raises:
-        ArgumentError: a number is out of range, the mask is none, or (in `init`) a schedule has no `step` to read.
+        ArgumentError: a number is out of range, or the mask is none.
         UnknownParameterError: (in `init`) the mask names something that is no parameter.
         ScheduleError: (in a step, or from `check`) the schedule returned a negative rate or one that is not finite.
 
@@ -79,45 +94,51 @@ def optimizer(
     decay = decayed_weights(weight_decay, None if mask is None else decays, f"{name} with weight_decay")
     before, after = bool(weight_decay) and not decoupled, bool(weight_decay) and decoupled
 
+    counts = has_step(scaling)
+
     def init(params: Params) -> OptState:
         check_names(params)
-        state = scaling.init(params)
-        if callable(lr) and not hasattr(state, "step"):
-            raise ArgumentError(
-                f"{name}: a schedule needs the number of updates, and the state of {scaling.label} has no field `step`. Add it "
-                "to its class, or use chain with scale_by_learning_rate."
-            )
-        return state
+        inner = scaling.init(params)
+        return inner if counts else OptimizerState(new_count(params), inner)
+
+    def through(scale: Update, decay: Update, rate_of: Callable[[Rate, Tensor], Number]) -> Callable[..., Any]:
+        """Everything but the learning rate's product, and the rate."""
+
+        def scaled(grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info, Number]:
+            rate = rate_of(lr, state.step)
+            if before:
+                grads, _, _ = decay(grads, (), params)
+            updates, inner, info = scale(grads, state if counts else state.inner, params)
+            if after:
+                updates, _, _ = decay(updates, (), params)
+            return updates, inner, info, rate
+
+        return scaled
+
+    pure, fast = through(scaling.update, decay.update, rate_at), through(fast_update(scaling), fast_update(decay), rate_now)
 
     def update(grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
-        rate = rate_at(lr, state.step) if callable(lr) else lr
-        if before:
-            grads, _, _ = decay.update(grads, (), params)
-        updates, next_state, info = scaling.update(grads, state, params)
-        if after:
-            updates, _, _ = decay.update(updates, (), params)
-        return {key: times(u, -rate) for key, u in updates.items()}, next_state, {**info, "lr": report(rate, device_of(grads))}
-
-    scale_, decay_ = fast_update(scaling), fast_update(decay)
+        updates, inner, info, rate = pure(grads, state, params)
+        updates = {key: times(u, -rate) for key, u in updates.items()}
+        after = inner if counts else OptimizerState(state.step + 1, inner)
+        return updates, after, {**info, "lr": report(rate, state.step.device)}
 
     def update_(grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
-        rate = rate_now(lr, state.step) if callable(lr) else lr
-        if before:
-            grads, _, _ = decay_(grads, (), params)
-        updates, state, info = scale_(grads, state, params)
-        if after:
-            updates, _, _ = decay_(updates, (), params)
+        updates, inner, info, rate = fast(grads, state, params)
         scale_in_place(updates.values(), -rate)
-        return updates, state, {**info, "lr": report_now(lr, rate, device_of(grads))}
+        after = inner if counts else OptimizerState(state.step.add_(1), inner)
+        return updates, after, {**info, "lr": report_now(lr, rate, state.step.device)}
 
     slow_apply = added(update_)
 
     def apply(grads: Params, state: Any, params: Params) -> tuple[Params, OptState, Info]:
-        lists = None if fused is None else _kernel_lists(fused, grads, state, params)
-        if fused is None or lists is None:
+        if fused is None or (fused.reads_step and not state.step.is_cpu):
+            return slow_apply(grads, state, params)
+        moments = [getattr(state, field) for field in fused.moments]
+        lists = fused_lists(params, grads, *moments, half_on_cpu=fused.half_on_cpu)
+        if lists is None:
             return slow_apply(grads, state, params)
         rate = rate_now(lr, state.step)
-        weights, slopes, *moments = lists
         fraction = weight_decay
         if mask is not None and weight_decay:
             # decayed beforehand, one call of the kernel serves all; a second one would cost more than this product
@@ -125,16 +146,10 @@ def optimizer(
             if decayed:
                 scale_in_place(decayed, 1 - rate * weight_decay)
             fraction = 0.0
-        fused.run(weights, slopes, *moments, lr=for_kernel(rate), weight_decay=fraction, step=state.step.add_(1))
+        fused.run(*lists, lr=for_kernel(rate), weight_decay=fraction, step=state.step.add_(1))
         return params, state, {"lr": report_now(lr, rate, state.step.device)}
 
     usable = fused is not None and (decoupled or mask is None)
     shown = None if mask is None else mask_in_words(mask)
     words = format_label(name, lr=lr, weight_decay=weight_decay or None, mask=shown) if label is None else label
     return Transform(init, update, apply if usable else None, update_, checking(lr), words)
-
-
-def _kernel_lists(fused: FusedKernel, grads: Params, state: Any, params: Params) -> list[list[Any]] | None:
-    if fused.reads_step and not state.step.is_cpu:
-        return None
-    return fused_lists(params, grads, *[getattr(state, field) for field in fused.moments], half_on_cpu=fused.half_on_cpu)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fts.dtensors import any_dtensor, full_tensor, local_tensors, redistribute
 from fts.errors import ArgumentError
@@ -120,6 +120,12 @@ def per_tensor(
     return Transform(made.init, made.update, check=check, label=label)
 
 
+def has_step(transform: Transform) -> bool:
+    """Whether a transform is made from a rule with `step` in its state."""
+    made = getattr(transform.init, "__self__", None)
+    return isinstance(made, _Rule) and "step" in made.numbers
+
+
 class _Rule:
     """A rule with all that it is given; its methods are the functions of the transform. A plain class, which dynamo can trace."""
 
@@ -150,8 +156,8 @@ class _Rule:
         unknown = [name for name in self.wanted if name not in ("grad", "param", *numbers, *moments)]
         if unknown and shared is None:
             raise ArgumentError(
-                f"{label}: the rule has an argument {unknown[0]!r}. It may have {', '.join(('grad', 'param', *numbers, *moments))}, "
-                "and what shared= returns."
+                f"{label}: the rule has an argument {unknown[0]!r}. It may have "
+                f"{', '.join(('grad', 'param', *numbers, *moments))}, and what shared= returns."
             )
 
     def init(self, params: Params) -> OptState:
@@ -167,17 +173,19 @@ class _Rule:
         values: Params = {}
         if callable(begin):
             for name, param in params.items():
-                param = param.detach()
-                value = begin(param)
-                values[name] = value.clone() if value is param else value
+                start = param.detach() if isinstance(param, nn.Parameter) else param
+                value = begin(start)
+                values[name] = value.clone() if value is start else value
         return values
 
     def update(self, grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
         """The pure update: the rule for each tensor."""
         weights = self._weights(params)
         numbers = {field: getattr(state, field) for field in self.numbers}
+        count = None
         if "step" in numbers:
-            numbers["step"] = shared_step(state.step + 1)
+            count = state.step + 1
+            numbers["step"] = shared_step(count)
         if self.shared is not None:
             numbers = {**numbers, **self.shared(grads, state, params)}
         columns: list[Mapping[str, Any]] = []
@@ -188,24 +196,37 @@ class _Rule:
                 columns.append(weights)
             else:
                 columns.append(getattr(state, key) if key in self.moments else dict.fromkeys(grads, numbers[key]))
-        old: list[Params] = [getattr(state, field) for field in self.moments]
-        updates: Params = {}
-        moments: list[Params] = [{} for _ in old]
-        for name, grad in grads.items():
-            args = [column[name] for column in columns]
-            update, *new = self._results(self.rule(*map(full_tensor, args) if self.whole else args))
-            updates[name] = self._fitted(update, grad)
-            for before, after, tensor in zip(old, moments, new, strict=True):
-                after[name] = self._fitted(tensor, before[name])
-        return updates, self._next(state, numbers, moments), self._info(numbers, grads)
+        results = self._results(grads, columns)
+        for tensors, like in zip(results, (grads, *[getattr(state, field) for field in self.moments]), strict=True):
+            for name, tensor in tensors.items():
+                if self.whole:
+                    tensors[name] = redistribute(tensor.to(like[name].dtype), like[name])
+                elif tensor.ndim == 0:  # a 0-d number widens no tensor but a 0-d one
+                    tensors[name] = tensor.to(like[name].dtype)
+        return results[0], self._next(state, count, numbers, results[1:]), self._info(numbers, grads)
 
-    def _next(self, state: Any, numbers: Mapping[str, Any], moments: Sequence[Params]) -> OptState:
+    def _results(self, grads: Params, columns: Sequence[Mapping[str, Any]]) -> list[Params]:
+        """What the rule returns for each parameter: the updates, then the new values of each field."""
+        if self.whole:
+            found = {name: self.rule(*[full_tensor(column[name]) for column in columns]) for name in grads}
+        else:
+            found = {name: self.rule(*[column[name] for column in columns]) for name in grads}
+        outputs = 1 + len(self.moments)
+        for result in found.values():
+            count = len(result) if isinstance(result, (tuple, list)) else 0
+            if count != outputs and (count or outputs > 1):
+                names = ", ".join(("update", *self.moments))
+                raise ArgumentError(f"{self.label}: the rule must return ({names}), not {result!r:.80}.")
+            if not count:
+                return [found]
+        return [{name: result[i] for name, result in found.items()} for i in range(outputs)]
+
+    def _next(self, state: Any, count: Tensor | None, numbers: Mapping[str, Any], moments: Sequence[Params]) -> OptState:
         if self.state is None:
             return state
         found: dict[str, Any] = dict(zip(self.moments, moments, strict=True))
         for field in self.numbers:
-            old = getattr(state, field)
-            found[field] = old + 1 if field == "step" else as_scalar(numbers[field], old.device)
+            found[field] = count if field == "step" else as_scalar(numbers[field], getattr(state, field).device)
         return self.state(*[found.get(field, {}) for field in self.state._fields])
 
     def update_(self, grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
@@ -244,18 +265,9 @@ class _Rule:
     def _weights(self, params: Params | None) -> Params | None:
         return need_params(params, self.label.split("(")[0]) if "param" in self.wanted else None
 
-    def _results(self, results: Any) -> tuple[Tensor, ...]:
-        found = tuple(results) if isinstance(results, (tuple, list)) else (results,)
-        if len(found) != 1 + len(self.moments):
-            names = ", ".join(("update", *self.moments))
-            raise ArgumentError(f"{self.label}: the rule must return ({names}), not {len(found)} values.")
-        return found
-
-    def _fitted(self, tensor: Tensor, like: Tensor) -> Tensor:
-        tensor = tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
-        return redistribute(tensor, like) if self.whole else tensor
-
     def _info(self, numbers: Mapping[str, Any], grads: Params) -> Info:
+        if not self.report:
+            return {}
         device = device_of(grads)
         return {key: as_scalar(_detached(numbers[key]), device) for key in self.report}
 

@@ -64,7 +64,12 @@ def trainer_of(out, strategy, **more):
         **STRATEGIES[strategy],
     }
     torch.manual_seed(5)
-    return Trainer(model=Net(), args=TrainingArguments(**(options | more)), train_dataset=make_examples(40), eval_dataset=make_examples(12, seed=1))
+    return Trainer(
+        model=Net(),
+        args=TrainingArguments(**(options | more)),
+        train_dataset=make_examples(40),
+        eval_dataset=make_examples(12, seed=1),
+    )
 
 
 def metrics_of(trainer):

@@ -10,7 +10,7 @@ from torch import nn
 
 import fts.testing
 from fts import steps, transforms as tx
-from fts.testing.compiled_step_laws import (available_backend, compiled_equals_eager, compiled_replays)
+from fts.testing.compiled_step_laws import available_backend, compiled_equals_eager, compiled_replays
 
 MIXES_ROWS = ["accumulated_equals_big_batch"]  # BatchNorm: the statistics are those of a micro-batch
 DRAWS = ["accumulated_equals_big_batch", "compiled_equals_eager"]  # dropout: each micro-batch and each graph has masks of its own

@@ -10,8 +10,8 @@ import fts.testing
 from fts import transforms as tx
 from fts.testing.comparison import transform_summary
 from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_update
-from fts.testing.structure import structure_is_stable
 from fts.testing.purity import inputs_unchanged, state_owns_its_memory
+from fts.testing.structure import structure_is_stable
 from fts.testing.transform_checks import run_examples
 
 NAMES = ("w", "b", "layers.10.norm.weight")

@@ -100,7 +100,7 @@ def test_one_of_unknown_status_is_used_where_the_caller_accepts_it(tmp_path, cap
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").write_bytes(b"weights")
     truncate(save(tmp_path, 4))
-    assert newest_checkpoint(tmp_path, also=lambda path: path.name == "checkpoint-2") == tmp_path / "checkpoint-2"
+    assert newest_checkpoint(tmp_path, accept=lambda path: path.name == "checkpoint-2") == tmp_path / "checkpoint-2"
     assert len(caplog.records) == 2  # 4, which is corrupt, and 3
 
 

@@ -24,8 +24,8 @@ def training(seed=3):
 
 def kept(state):
     return {
-        **{f"p.{k}": v.clone() for k, v in state.params.examples()},
-        **{f"b.{k}": v.clone() for k, v in state.buffers.examples()},
+        **{f"p.{k}": v.clone() for k, v in state.params.items()},
+        **{f"b.{k}": v.clone() for k, v in state.buffers.items()},
         "step": state.step.clone(),
     }
 

@@ -137,8 +137,8 @@ def step_of(path: Path) -> int:
     """The step of a checkpoint; 0 if it is not complete."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
-        full = all(xxhash.xxh3_128_hexdigest((path / name).read_bytes()) == files[name]["xxh3_128"] for name in files)
-        return int(json.loads((path / "state.json").read_text())["step"]) if full else 0
+        complete = all(xxhash.xxh3_128_hexdigest((path / name).read_bytes()) == files[name]["xxh3_128"] for name in files)
+        return int(json.loads((path / "state.json").read_text())["step"]) if complete else 0
     except (OSError, ValueError):  # incomplete, or just being deleted
         return 0
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import hf_storage
 
 from fts.storage import atomic
 from fts.trainer import TrainerCallback
-from tests.distributed.run_resume import figures_of, trainer_of
+from tests.distributed.run_resume import metrics_of, trainer_of
 
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -72,7 +72,7 @@ def main():
         reported = {"type": type(error).__name__, "text": str(error), "notes": getattr(error, "__notes__", [])}
         (results / f"attempt-{ATTEMPT}-{RANK}").write_text(json.dumps(reported | {"seconds": time.time() - start}))
         raise
-    (results / f"{RANK}.json").write_text(json.dumps(figures_of(trainer)))
+    (results / f"{RANK}.json").write_text(json.dumps(metrics_of(trainer)))
 
 
 if __name__ == "__main__":

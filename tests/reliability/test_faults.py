@@ -361,7 +361,8 @@ def test_a_loss_or_model_that_raises(fail, tmp_path, straight):
 
 
 def test_a_callback_that_raises(tmp_path, straight):
-    with pytest.raises(CallbackError, match=r"Acting\.on_step_end failed at step 4: KeyError: 'the text is missing'") as caught:
+    text = r"ActCallback\.on_step_end failed at step 4: KeyError: 'the text is missing'"
+    with pytest.raises(CallbackError, match=text) as caught:
         run_trainer(tmp_path, lambda step: step == 4 and raises())
     assert isinstance(caught.value, KeyError) and isinstance(caught.value.__cause__, KeyError)
     assert "A checkpoint of step 4 was written: train(resume_from_checkpoint=" in notes(caught.value)
@@ -386,7 +387,7 @@ def test_metrics_that_raise(tmp_path, straight):
 HUNGRY = """
 import pathlib, resource, sys
 import torch
-from tests.reliability.small_runs import SETTINGS, Rows
+from tests.reliability.small_runs import SETTINGS, Examples
 from tests.trainer.helpers import Regression, make_trainer
 
 class Hungry(Regression):
@@ -399,7 +400,7 @@ class Hungry(Regression):
 
 torch.manual_seed(0)
 settings = SETTINGS | {"auto_find_batch_size": sys.argv[2] == "find"}
-trainer = make_trainer(pathlib.Path(sys.argv[1]), Hungry(), train_dataset=Rows(), **settings)
+trainer = make_trainer(pathlib.Path(sys.argv[1]), Hungry(), train_dataset=Examples(), **settings)
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 800 * 2**20, -1))
 trainer.train()

@@ -24,12 +24,12 @@ from transformers.optimization import Adafactor
 
 import fts
 from fts import steps, transforms as tx
-from fts.dtensors import (full_tensor, is_dtensor)
+from fts.dtensors import full_tensor, is_dtensor
 from fts.errors import ArgumentError
 from fts.randomness import randn_like
-from fts.steps.nonfinite import (NonFiniteCounts, find_nonfinite)
-from fts.testing.comparison import (transform_summary, require_close, require_equal)
-from fts.testing.sharded import (SHARDING_LAYOUTS, full_tensors, sharded_equals_full, shard_tensors)
+from fts.steps.nonfinite import NonFiniteCounts, find_nonfinite
+from fts.testing.comparison import transform_summary, require_close, require_equal
+from fts.testing.sharded import SHARDING_LAYOUTS, full_tensors, sharded_equals_full, shard_tensors
 from fts.typing import Params, Transform
 from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
 from tests.transforms.spread_halves import halves_are_those_of_the_whole, what_overflows_in_one_process_is_skipped_in_all

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from fts import transforms as tx
 from fts.dtensors import full_tensor
 from fts.testing.comparison import require_close, require_equal
-from fts.testing.sharded import (SHARDING_LAYOUTS, full_tensors, shard_tensors)
+from fts.testing.sharded import SHARDING_LAYOUTS, full_tensors, shard_tensors
 
 SHAPES = {"w": (3, 4), "b": (1,), "kernel": (2, 3, 2, 2), "temperature": ()}
 

@@ -95,7 +95,9 @@ def test_a_run_goes_back_behind_a_spike():
         step = steps.train_step(lambda params, batch: (params["w"] * batch).sum(), transform)
         state = fts.TrainState.create({"w": torch.ones(2)}, transform)
         events = list(
-            loops.with_rollback(lambda state, start: loops.fit(step, state, data, start=start, donate=False), state, loops.RollbackPolicy(every=1))
+            loops.with_rollback(
+                lambda state, start: loops.fit(step, state, data, start=start, donate=False), state, loops.RollbackPolicy(every=1)
+            )
         )
         return events[-1].state, [event.step for event in events if isinstance(event, loops.RolledBack)]
 

@@ -8,7 +8,7 @@ from fts.trainer.arguments.argument_names import unknown_name_error
 from fts.trainer.arguments.best_metric import best_metric_name, is_better
 from fts.trainer.arguments.checks import check_float, check_int, closest_name
 from fts.trainer.arguments.conflicts import check_conflicts, sampling_strategy
-from fts.trainer.arguments.data_parallel import data_parallel_rank, num_parallel_batches
+from fts.trainer.arguments.data_parallel import data_parallel_rank_and_size, num_parallel_batches
 from fts.trainer.arguments.deepspeed_config import fill_deepspeed_config, finalize_deepspeed_config, load_deepspeed_config
 from fts.trainer.arguments.enums import (
     HPSearchBackend,
@@ -50,7 +50,7 @@ __all__ = [
     "check_int",
     "check_num_steps",
     "closest_name",
-    "data_parallel_rank",
+    "data_parallel_rank_and_size",
     "default_group",
     "enable_full_determinism",
     "eval_dtype",

@@ -19,11 +19,11 @@ class DataParallelArguments(StrategyArguments, Protocol):
         """The rank among all processes."""
 
 
-def data_parallel_rank(args: DataParallelArguments) -> tuple[int, int]:
+def data_parallel_rank_and_size(args: DataParallelArguments) -> tuple[int, int]:
     """The data-parallel rank of this process, and the data-parallel size.
 
     >>> from fts.trainer.arguments import TrainingArguments
-    >>> data_parallel_rank(TrainingArguments(use_cpu=True))
+    >>> data_parallel_rank_and_size(TrainingArguments(use_cpu=True))
     (0, 1)
     """
     return device_mesh.data_parallel_rank_and_size(args.process_index, resolve_mesh(args))
@@ -39,4 +39,4 @@ def num_parallel_batches(args: DataParallelArguments) -> int:
     1
     """
     config = parse_accelerator_config("accelerator_config", args.accelerator_config)
-    return 1 if config.split_batches else data_parallel_rank(args)[1]
+    return 1 if config.split_batches else data_parallel_rank_and_size(args)[1]

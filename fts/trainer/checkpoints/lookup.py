@@ -45,7 +45,7 @@ def _resolve(resume: bool | str | Path | None, root: str | Path) -> Path | None:
     if resume is None:
         return _newest_after_restart(root) if restart_count() else None
     if resume is True:
-        newest = loops.newest_checkpoint(root, also=is_resumable)
+        newest = loops.newest_checkpoint(root, accept=is_resumable)
         if newest is None:
             raise ArgumentError(
                 f"No valid checkpoint found in output directory ({root}), but resume_from_checkpoint=True. Train without it "
@@ -70,7 +70,7 @@ def _resolve(resume: bool | str | Path | None, root: str | Path) -> Path | None:
 
 
 def _newest_after_restart(root: str | Path) -> Path | None:
-    newest = loops.newest_checkpoint(root, also=is_resumable)
+    newest = loops.newest_checkpoint(root, accept=is_resumable)
     start = f"begins anew: there is no complete checkpoint in {root}" if newest is None else f"resumes from {newest}"
     logger.warning(
         "torchrun has restarted the processes (restart %s), so the run %s. Set resume_from_checkpoint=False to begin anew.",

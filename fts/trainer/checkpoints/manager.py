@@ -192,8 +192,8 @@ class CheckpointManager:
     def save_on_error(self, error: Exception, last: StepEnd | None, *, will_retry: bool = False) -> None:
         """Write a checkpoint of the last update, after a callback failed, the data or a step; the error's note says where.
 
-        There is none where the failing step had begun to write the state. After other errors than a callback's there is none where
-        nothing was to be saved at all, or where the run is tried again with another batch size.
+        There is none where the failing step had begun to write the state. After other errors than a callback's there is none
+        where nothing was to be saved at all, or where the run is tried again with another batch size.
 
         Args:
             error: gets the note.
@@ -207,8 +207,8 @@ class CheckpointManager:
         counters, several = last.counters, self.world.size > 1
         if several and (any_dtensor(last.state.params.values()) or is_partitioned(self.model)):
             error.add_note(
-                f"No checkpoint of step {counters.step} could be written: the other processes, which have the other shards of the "
-                "state, may be elsewhere. train(resume_from_checkpoint=True) resumes from the one before."
+                f"No checkpoint of step {counters.step} could be written: the other processes, which have the other shards of "
+                "the state, may be elsewhere. train(resume_from_checkpoint=True) resumes from the one before."
             )
             return
         if not self.writer.is_writer:

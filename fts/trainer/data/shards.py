@@ -11,7 +11,7 @@ from fts.loops import Source
 from fts.trainer.arguments import (
     AcceleratorConfig,
     TrainingArguments,
-    data_parallel_rank,
+    data_parallel_rank_and_size,
     default_group,
     parse_accelerator_config,
     resolve_mesh,
@@ -53,7 +53,7 @@ def local_shard(source: Source, args: TrainingArguments) -> Source:
         source: all the data, the same on each rank.
         args: the arguments; by default rank 0 reads data that can only be iterated (`dispatch_batches`).
     """
-    rank, size = data_parallel_rank(args)
+    rank, size = data_parallel_rank_and_size(args)
     if size == 1:
         return source
     config = _accelerator_config(args)

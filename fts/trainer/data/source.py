@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from fts import loops
 from fts.errors import DataError
 from fts.loops import Source
-from fts.trainer.arguments import TrainingArguments
-from fts.trainer.arguments.data_parallel import data_parallel_rank
+from fts.trainer.arguments import TrainingArguments, data_parallel_rank_and_size
 from fts.trainer.data.dataloader import check_not_empty
 from fts.trainer.data.shards import local_shard
 
@@ -64,7 +63,7 @@ def eval_batches(loader: Any, args: TrainingArguments, seed: int) -> Any:
         args: the arguments.
         seed: of what is random in the data, where several processes divide it.
     """
-    if data_parallel_rank(args)[1] == 1:
+    if data_parallel_rank_and_size(args)[1] == 1:
         return loader
     return make_source(loader, seed=seed, device=args.device, what="evaluation", shard=partial(local_shard, args=args)).epoch(0)
 

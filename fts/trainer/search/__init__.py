@@ -4,8 +4,8 @@ Uses every other subpackage of the trainer; of a trainer it reads what `Searchab
 """
 
 from fts.trainer.search.config import SearchConfig
-from fts.trainer.search.hyperparameter_search import hyperparameter_search
 from fts.trainer.search.objective import default_compute_objective
+from fts.trainer.search.search import hyperparameter_search
 from fts.trainer.search.searchable_trainer import SearchableTrainer
 from fts.trainer.search.space import default_hp_space_optuna, default_hp_space_ray
 from fts.trainer.search.trials import record_trial

@@ -1,4 +1,4 @@
-"""Runs that transformers' Trainer began and fts goes on with; transformers' own uninterrupted run is the measure."""
+"""Runs that transformers' Trainer began and fts resumes, compared with uninterrupted runs of transformers."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def began(folder, model=None, data=None, *, optimizers=lambda model: (None, None
     return trainer
 
 
-def goes_on(folder, model=None, data=None, *, resume=None, optimizers=lambda model: (None, None), callbacks=(), **changes):
+def resume_run(folder, model=None, data=None, *, resume=None, optimizers=lambda model: (None, None), callbacks=(), **changes):
     """fts, from that checkpoint on; the model's own weights must not matter."""
     model = bert() if model is None else model
     with torch.no_grad():
@@ -41,7 +41,7 @@ def goes_on(folder, model=None, data=None, *, resume=None, optimizers=lambda mod
     return trainer
 
 
-def account(caplog):
+def report_of(caplog):
     return "\n".join(record.getMessage() for record in caplog.records)
 
 
@@ -62,25 +62,25 @@ def account(caplog):
 def test_a_resumed_run_equals_the_one_that_transformers_trained_through(tmp_path, caplog, changes):
     # the gradient of BERT's key biases is 0 but for rounding, which Adafactor divides by its size
     make = Plain if changes.get("optim") == "adafactor" else bert
-    whole = began(tmp_path, make(), **changes)
-    assert whole.state.global_step > SAVED
-    resumed = goes_on(tmp_path, make(), **changes)
-    assert_same_training(whole, resumed)
-    said = account(caplog)
+    full = began(tmp_path, make(), **changes)
+    assert full.state.global_step > SAVED
+    resumed = resume_run(tmp_path, make(), **changes)
+    assert_same_training(full, resumed)
+    said = report_of(caplog)
     assert f"step {SAVED}, {SAVED} entries of the log history" in said
-    assert f"Carried over: weights ({len(list(make().parameters()))} tensors)" in said
-    assert "Carried over: the optimizer's state" in said
-    assert "Carried over: the learning rate schedule" in said
+    assert f"Restored: weights ({len(list(make().parameters()))} tensors)" in said
+    assert "Restored: the optimizer's state" in said
+    assert "Restored: the learning rate schedule" in said
     for lost in ("random generators", "training_args.bin"):
         assert lost in said
 
 
 def test_tied_weights_come_from_their_one_name(tmp_path):
     data = texts()
-    assert_same_training(began(tmp_path, masked_bert(), data), goes_on(tmp_path, masked_bert(), data))
+    assert_same_training(began(tmp_path, masked_bert(), data), resume_run(tmp_path, masked_bert(), data))
 
 
-def test_adapters_come_alone(tmp_path, caplog):
+def test_checkpoints_of_adapters_alone(tmp_path, caplog):
     peft = pytest.importorskip("peft")
 
     def adapted():
@@ -88,13 +88,13 @@ def test_adapters_come_alone(tmp_path, caplog):
         torch.manual_seed(1)
         return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
 
-    whole = began(tmp_path, adapted())
+    full = began(tmp_path, adapted())
     model = adapted()
     args = TrainingArguments(str(tmp_path), **(ARGUMENTS | {"save_strategy": "no"}))
     resumed = Trainer(model, args, train_dataset=sentences())
     resumed.train(resume_from_checkpoint=tmp_path / f"checkpoint-{SAVED}")
-    assert_same_training(whole, resumed)
-    assert "the adapters (adapter_model.safetensors)" in account(caplog)
+    assert_same_training(full, resumed)
+    assert "the adapters (adapter_model.safetensors)" in report_of(caplog)
 
 
 def lambda_rule(model):
@@ -103,19 +103,19 @@ def lambda_rule(model):
 
 
 def test_a_torch_optimizer_and_its_schedule_go_on(tmp_path, caplog):
-    assert_same_training(began(tmp_path, optimizers=lambda_rule), goes_on(tmp_path, optimizers=lambda_rule))
-    assert "max_exp_avg_sq" in account(caplog)
-    assert "the state of LambdaLR" in account(caplog)
+    assert_same_training(began(tmp_path, optimizers=lambda_rule), resume_run(tmp_path, optimizers=lambda_rule))
+    assert "max_exp_avg_sq" in report_of(caplog)
+    assert "the state of LambdaLR" in report_of(caplog)
 
 
 def test_the_newest_checkpoint_may_be_one_of_transformers(tmp_path):
     began(tmp_path)
-    own = goes_on(tmp_path, max_steps=STEPS + 1, save_strategy="steps", save_steps=STEPS + 1)
+    own = resume_run(tmp_path, max_steps=STEPS + 1, save_strategy="steps", save_steps=STEPS + 1)
     assert (tmp_path / f"checkpoint-{STEPS + 1}" / "manifest.json").is_file()
-    again = goes_on(tmp_path, resume=True, max_steps=STEPS + 1)  # from fts's own, which is newer
+    again = resume_run(tmp_path, resume=True, max_steps=STEPS + 1)  # from fts's own, which is newer
     assert all(torch.equal(one, two) for one, two in zip(own.model.parameters(), again.model.parameters(), strict=True))
     shutil.rmtree(tmp_path / f"checkpoint-{STEPS + 1}")
-    theirs = goes_on(tmp_path, resume=True, max_steps=STEPS)
+    theirs = resume_run(tmp_path, resume=True, max_steps=STEPS)
     assert [theirs.state.global_step, theirs.state.log_history[STEPS]["step"]] == [STEPS, STEPS]
 
 
@@ -140,22 +140,22 @@ def test_states_of_callbacks_and_the_best_metric_go_on(tmp_path):
 
 def test_sizes_of_batches_may_change_where_an_update_begins(tmp_path, caplog):
     began(tmp_path, data=sentences(32))
-    resumed = goes_on(tmp_path, data=sentences(32), per_device_train_batch_size=8, max_steps=-1, num_train_epochs=2)
+    resumed = resume_run(tmp_path, data=sentences(32), per_device_train_batch_size=8, max_steps=-1, num_train_epochs=2)
     assert resumed.state.epoch == 2.0
     assert resumed.state.global_step == SAVED + 1 + 4  # one update to the end of the first epoch, and those of the second
-    assert f"{SAVED} of them came to epoch 0.75, where this run would have taken 3" in account(caplog)
-    with pytest.raises(CheckpointError, match=r"epoch 0\.75 after 6 updates.*rows would be trained twice or never"):
-        goes_on(tmp_path, data=sentences(32), per_device_train_batch_size=16)
+    assert f"epoch 0.75 took {SAVED} of them, where this run would have taken 3" in report_of(caplog)
+    with pytest.raises(CheckpointError, match=r"epoch 0\.75 after 6 updates.*examples would be trained on twice or never"):
+        resume_run(tmp_path, data=sentences(32), per_device_train_batch_size=16)
 
 
 def test_another_rate_is_said_and_wins(tmp_path, caplog):
     began(tmp_path)
-    resumed = goes_on(tmp_path, learning_rate=0.5)
-    assert "the learning rate, 0.006 at step 6: by the arguments of this run it is 0.3. args win" in account(caplog)
+    resumed = resume_run(tmp_path, learning_rate=0.5)
+    assert "the learning rate, 0.006 at step 6: by the arguments of this run it is 0.3. args win" in report_of(caplog)
     assert resumed.state.log_history[SAVED]["learning_rate"] == pytest.approx(0.3)
 
 
-def test_a_rate_that_a_metric_moves_goes_on_where_it_was(tmp_path, caplog):
+def test_a_rate_that_a_metric_changes_is_resumed(tmp_path, caplog):
     rule = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 0.05}}
     settings = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "warmup_steps": 0, **rule}
     sides = []
@@ -167,7 +167,7 @@ def test_a_rate_that_a_metric_moves_goes_on_where_it_was(tmp_path, caplog):
     rates = [entry["learning_rate"] for entry in sides[0].state.log_history if "learning_rate" in entry]
     assert rates[0] > rates[SAVED] > rates[-1]
     assert_same_training(*sides)
-    assert "the rule of the learning rate" in account(caplog)
+    assert "the rule of the learning rate" in report_of(caplog)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,10 @@ def test_a_rate_that_a_metric_moves_goes_on_where_it_was(tmp_path, caplog):
 )
 def test_the_state_of_another_optimizer_is_left_and_said(tmp_path, caplog, before, after, reason):
     began(tmp_path, **before)
-    resumed = goes_on(tmp_path, **after)
+    resumed = resume_run(tmp_path, **after)
     assert resumed.state.global_step == STEPS
-    (line,) = [text for text in account(caplog).splitlines() if "the optimizer's state" in text]
-    assert "Not carried over: the optimizer's state, which begins anew" in line
+    (line,) = [text for text in report_of(caplog).splitlines() if "the optimizer's state" in text]
+    assert "Not restored: the optimizer's state, which begins anew" in line
     assert reason in line
 
 
@@ -191,26 +191,26 @@ def test_several_processes_and_a_scale_of_losses_are_said(tmp_path, caplog):
     began(tmp_path)
     for name in ("rng_state_0.pth", "rng_state_1.pth", "scaler.pt"):
         (tmp_path / "checkpoint-6" / name).write_bytes(b"never read")
-    goes_on(tmp_path)
-    assert "the 2 processes that the run had" in account(caplog)
-    assert "scaler.pt" in account(caplog)
+    resume_run(tmp_path)
+    assert "the 2 processes of the run" in report_of(caplog)
+    assert "scaler.pt" in report_of(caplog)
 
 
-def test_the_scale_of_losses_is_carried_over(tmp_path, caplog):
+def test_the_loss_scale_is_restored(tmp_path, caplog):
     began(tmp_path)
     path = tmp_path / "checkpoint-6" / "scaler.pt"
     torch.save(torch.amp.GradScaler("cpu", init_scale=512.0).state_dict() | {"_growth_tracker": 6}, path)
-    resumed = goes_on(tmp_path, fp16=True, logging_steps=1)
-    assert "Carried over: the scale of fp16 losses, which is 512" in account(caplog)
+    resumed = resume_run(tmp_path, fp16=True, logging_steps=1)
+    assert "Restored: the scale of fp16 losses, which is 512" in report_of(caplog)
     scales = [entry["loss_scale"] for entry in resumed.state.log_history if "loss_scale" in entry]
     assert scales == [512.0] * (STEPS - 6)
     caplog.clear()
     torch.save({}, path)  # of a scaler that was off
-    goes_on(tmp_path, fp16=True)
-    assert "which begins anew: scaler.pt has none" in account(caplog)
-    path.write_bytes(b"damaged")
+    resume_run(tmp_path, fp16=True)
+    assert "which begins anew: scaler.pt has none" in report_of(caplog)
+    path.write_bytes(b"corrupt")
     with pytest.raises(CheckpointError, match=r"scaler\.pt cannot be read"):
-        goes_on(tmp_path, fp16=True)
+        resume_run(tmp_path, fp16=True)
 
 
 class Evil:
@@ -234,9 +234,9 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, name, way):
         torch.save({"state": Evil(made), "param_groups": []}, path)
     if name in ("optimizer.pt", "scheduler.pt"):
         with pytest.raises(CheckpointError, match=f"{name} cannot be read as tensors and numbers"):
-            goes_on(tmp_path)
+            resume_run(tmp_path)
     else:
-        goes_on(tmp_path)
+        resume_run(tmp_path)
     assert not made.exists()
     # the file would have done it
     pickle.loads(path.read_bytes()) if way == "pickle" else torch.load(path, weights_only=False)  # noqa: S301
@@ -258,54 +258,54 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, name, way):
 def test_an_optimizer_file_of_another_form_is_an_error(tmp_path, document):
     began(tmp_path)
     torch.save(document, tmp_path / "checkpoint-6" / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt (holds list|is not what a torch optimizer)"):
-        goes_on(tmp_path)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt (has a list|is not the state_dict\(\) of a torch optimizer)"):
+        resume_run(tmp_path)
 
 
 def test_a_truncated_file_is_an_error(tmp_path):
     began(tmp_path)
     for name in ("optimizer.pt", "model.safetensors"):
         path = tmp_path / "checkpoint-6" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
+        full = path.read_bytes()
+        path.write_bytes(full[: len(full) // 2])
         with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
-            goes_on(tmp_path)
-        path.write_bytes(whole)
+            resume_run(tmp_path)
+        path.write_bytes(full)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors", "trainer_state.json"])
-def test_a_newest_checkpoint_that_is_cut_off_is_passed_over(tmp_path, caplog, name):
+def test_the_newest_checkpoint_that_is_truncated_is_skipped(tmp_path, caplog, name):
     began(tmp_path)
     path = tmp_path / f"checkpoint-{STEPS}" / name
     path.write_bytes(path.read_bytes()[:-30])
-    resumed = goes_on(tmp_path, resume=True, max_steps=SAVED + 1)
+    resumed = resume_run(tmp_path, resume=True, max_steps=SAVED + 1)
     assert resumed.state.global_step == SAVED + 1
-    assert f"checkpoint-{STEPS} is passed over" in account(caplog)
-    assert f"A run cannot go on from {path.parent}: {path} " in account(caplog)
+    assert f"checkpoint-{STEPS} is skipped" in report_of(caplog)
+    assert f"A run cannot resume from {path.parent}: {path} " in report_of(caplog)
 
 
-def test_a_newest_checkpoint_without_one_of_its_shards_is_passed_over(tmp_path, caplog):
+def test_the_newest_checkpoint_without_one_of_its_shards_is_skipped(tmp_path, caplog):
     began(tmp_path)
     newest = tmp_path / f"checkpoint-{STEPS}"
     model = bert()
     (newest / "model.safetensors").unlink()
     model.save_pretrained(newest, max_shard_size="5KB")
     min(newest.glob("model-*.safetensors")).unlink()
-    assert goes_on(tmp_path, resume=True, max_steps=SAVED + 1).state.global_step == SAVED + 1
-    assert "is missing" in account(caplog)
+    assert resume_run(tmp_path, resume=True, max_steps=SAVED + 1).state.global_step == SAVED + 1
+    assert "is missing" in report_of(caplog)
 
 
 def test_a_model_alone_cannot_be_resumed(tmp_path):
     began(tmp_path, save_only_model=True)
     with pytest.raises(CheckpointError, match=r"has no optimizer\.pt: .*save_only_model=True.*from_pretrained"):
-        goes_on(tmp_path)
+        resume_run(tmp_path)
     with pytest.raises(ArgumentError, match="No valid checkpoint found"):
-        goes_on(tmp_path, resume=True)
+        resume_run(tmp_path, resume=True)
 
 
 def test_another_model_is_refused_by_the_name_of_a_weight(tmp_path):
     began(tmp_path)
     with pytest.raises(CheckpointError, match=r"classifier\.weight has the shape \[3, 16\]; it must be \[5, 16\]"):
-        goes_on(tmp_path, bert(labels=5))
+        resume_run(tmp_path, bert(labels=5))
     with pytest.raises(CheckpointError, match=r"hidden\.weight is missing"):
         make_trainer(tmp_path, train_dataset=make_examples(30)).train(resume_from_checkpoint=tmp_path / "checkpoint-6")

@@ -42,7 +42,7 @@ class Stop(TrainerCallback):
 
 
 def run(directory, resume=None, stop=None, data=None, **changes):
-    """Train; the rows that were seen, in order, and the trainer."""
+    """Train; the examples that were seen, in order, and the trainer."""
     model = Watching()
     callbacks = [] if stop is None else [Stop(stop)]
     data = numbered() if data is None else data
@@ -64,38 +64,40 @@ def run(directory, resume=None, stop=None, data=None, **changes):
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
     ],
 )
-def test_with_other_sizes_every_row_is_still_trained_once_an_epoch(tmp_path, changes):
-    whole, _ = run(tmp_path / "whole", save_strategy="no")
-    before, _ = run(tmp_path / "run", stop=2)  # 8 of 24 rows
+def test_with_other_sizes_every_example_is_trained_on_once_an_epoch(tmp_path, changes):
+    reference, _ = run(tmp_path / "reference", save_strategy="no")
+    before, _ = run(tmp_path / "run", stop=2)  # 8 of 24 examples
     after, trainer = run(tmp_path / "run", resume=True, **changes)
-    assert before == whole[:8]
-    assert after == whole[8:]
+    assert before == reference[:8]
+    assert after == reference[8:]
     assert trainer.state.epoch == 2.0
     assert trainer.state.global_step == trainer.state.max_steps
 
 
 def test_other_sizes_can_follow_other_sizes(tmp_path):
-    whole, _ = run(tmp_path / "whole", save_strategy="no")
+    reference, _ = run(tmp_path / "reference", save_strategy="no")
     seen, _ = run(tmp_path / "run", stop=2)
     seen += run(tmp_path / "run", resume=True, stop=6, per_device_train_batch_size=2)[0]
     seen += run(tmp_path / "run", resume=True, stop=8, per_device_train_batch_size=2)[0]
-    assert seen == whole[:20]
+    assert seen == reference[:20]
     rest, trainer = run(tmp_path / "run", resume=True)
-    assert seen + rest == whole
+    assert seen + rest == reference
     assert trainer.state.epoch == 2.0
 
 
 def test_at_the_end_of_an_epoch_any_size_fits(tmp_path):
-    whole, _ = run(tmp_path / "whole", save_strategy="no")
+    reference, _ = run(tmp_path / "reference", save_strategy="no")
     run(tmp_path / "run", save_steps=6, stop=6)
     after, trainer = run(tmp_path / "run", resume=True, save_steps=6, per_device_train_batch_size=7)
-    assert after == whole[24:]
+    assert after == reference[24:]
     assert trainer.state.global_step == 6 + 4
 
 
 def test_a_place_that_the_new_sizes_cannot_name_is_an_error(tmp_path):
     run(tmp_path, stop=2)
-    with pytest.raises(ArgumentError, match=r"epoch 0 after 8 rows.*per_device_train_batch_size=3.*divides 8.*end of an epoch"):
+    with pytest.raises(
+        ArgumentError, match=r"epoch 0 after 8 examples.*per_device_train_batch_size=3.*divides 8.*end of an epoch"
+    ):
         run(tmp_path, resume=True, per_device_train_batch_size=3)
     with pytest.raises(ArgumentError, match="per_device_train_batch_size=4 and gradient_accumulation_steps=1"):
         run(tmp_path, resume=True, gradient_accumulation_steps=4)
@@ -115,11 +117,11 @@ def test_a_changed_size_is_reported(tmp_path, caplog):
     assert "gradient_accumulation_steps: 2 (from args) != 1 (from training_args.json)" in caplog.text
 
 
-def test_a_changed_number_of_rows_is_reported(tmp_path, caplog):
+def test_a_changed_number_of_examples_is_reported(tmp_path, caplog):
     run(tmp_path, stop=2)
     with caplog.at_level(logging.WARNING):
         run(tmp_path, resume=True, data=numbered(28))
-    assert "28 rows" in caplog.text
+    assert "28 examples" in caplog.text
     assert "24" in caplog.text
 
 
@@ -195,8 +197,8 @@ def test_a_stretched_schedule_is_said_with_its_rates(tmp_path, caplog):
     assert "learning rate at update" not in caplog.text
 
 
-def test_another_number_of_processes_is_said_and_rows_are_found_again(tmp_path, caplog):
-    whole, _ = run(tmp_path / "whole", save_strategy="no")
+def test_another_number_of_processes_is_reported_and_the_position_is_converted(tmp_path, caplog):
+    reference, _ = run(tmp_path / "reference", save_strategy="no")
     run(tmp_path / "run", stop=2)
     path = tmp_path / "run" / "checkpoint-2" / "progress.json"
     document = json.loads(path.read_text())
@@ -206,9 +208,10 @@ def test_another_number_of_processes_is_said_and_rows_are_found_again(tmp_path, 
     with caplog.at_level(logging.WARNING):
         seen, trainer = run(tmp_path / "run", resume=True)
     assert (
-        "processes: 1 (from this run) != 2 (from checkpoint); an update has 4 rows, where it had 8: this run wins" in caplog.text
+        "processes: 1 (from this run) != 2 (from checkpoint); an update has 4 examples, where it had 8: this run wins"
+        in caplog.text
     )
-    assert seen == whole[16:]
+    assert seen == reference[16:]
     assert trainer.state.global_step == 2 + 2 + 6
 
 
@@ -221,7 +224,7 @@ def test_unchanged_arguments_are_not_reported(tmp_path, caplog):
 
 @pytest.mark.parametrize(("changes", "name"), [({"seed": 7}, "seed: 7"), ({"data_seed": 7}, "data_seed: 7")])
 def test_a_run_keeps_the_seeds_that_it_began_with(tmp_path, caplog, changes, name):
-    whole, uninterrupted = run(tmp_path / "whole", save_strategy="no")
+    reference, uninterrupted = run(tmp_path / "reference", save_strategy="no")
     seen, _ = run(tmp_path / "run", stop=2)
     for stop in (4, None):  # the second time, training_args.json has the new seed and the run still the old one
         caplog.clear()
@@ -231,7 +234,7 @@ def test_a_run_keeps_the_seeds_that_it_began_with(tmp_path, caplog, changes, nam
         assert f"{name} (from args) != 42 (from checkpoint)" in caplog.text
         assert "the checkpoint wins" in caplog.text
         assert caplog.text.count("from args") == 1
-    assert seen == whole
+    assert seen == reference
     assert torch.equal(trainer.model.w, uninterrupted.model.w)
 
 
@@ -253,10 +256,10 @@ def test_both_kernels_of_adamw_resume_each_other(tmp_path):
     assert run(tmp_path, resume=True, optim="adamw_torch_fused")[1].state.epoch == 2.0
 
 
-def test_the_checkpoint_says_how_data_was_cut(tmp_path):
+def test_the_checkpoint_has_the_layout_of_the_epoch(tmp_path):
     run(tmp_path, stop=2, gradient_accumulation_steps=2)
-    cut = load_extra(tmp_path / "checkpoint-2")["cut"]
-    assert (cut["batch_size"], cut["micro_batches"], cut["items"]) == (4, 2, ROWS)
+    layout = load_extra(tmp_path / "checkpoint-2")["cut"]
+    assert (layout["batch_size"], layout["micro_batches"], layout["items"]) == (4, 2, ROWS)
 
 
 # What torch schedules and callbacks have made of the optimizer's settings
@@ -312,13 +315,13 @@ def test_settings_of_torch_schedules_come_back(make, tmp_path):
         options = {"num_train_epochs": 2, "logging_steps": 1, "optimizers": make(model.parameters())}
         return make_trainer(tmp_path / folder, model, callbacks=list(callbacks), **options)
 
-    whole = trainer("whole")
-    whole.train()
+    reference = trainer("reference")
+    reference.train()
     trainer("parts", StopAt(4)).train()
     resumed = trainer("parts")
     resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed) == losses(whole)
-    assert all(torch.equal(one, two) for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    assert losses(resumed) == losses(reference)
+    assert all(torch.equal(one, two) for one, two in zip(reference.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("when", ["on_step_begin", "on_step_end"])
@@ -328,23 +331,23 @@ def test_what_callbacks_wrote_comes_back(settings, when, tmp_path):
         torch.manual_seed(0)
         return make_trainer(tmp_path / folder, Regression(), num_train_epochs=2, logging_steps=1, callbacks=list(callbacks))
 
-    whole, plain = trainer("whole", Writes(when, **settings)), trainer("plain")
-    whole.train(), plain.train()
+    reference, plain = trainer("reference", Writes(when, **settings)), trainer("plain")
+    reference.train(), plain.train()
     trainer("parts", Writes(when, **settings), StopAt(3 if when == "on_step_end" else 5)).train()
     resumed = trainer("parts")  # without the callback, whose work is done
     resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed) == losses(whole) != losses(plain)
+    assert losses(resumed) == losses(reference) != losses(plain)
 
 
-def test_a_run_that_begins_where_another_saved_says_whose_checkpoint_would_be_taken(tmp_path, caplog):
+def test_a_run_that_begins_where_another_saved_warns(tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, max_steps=6, **options).train()
     assert "another one" not in caplog.text
-    (tmp_path / "checkpoint-9").mkdir()  # of no use to anybody
+    (tmp_path / "checkpoint-9").mkdir()  # not a checkpoint
     make_trainer(tmp_path, max_steps=2, **options).train()
-    (warned,) = [record.message for record in caplog.records if "begins anew" in record.message]
+    (warned,) = [record.message for record in caplog.records if "is a new run" in record.message]
     assert f"output_dir={str(tmp_path)!r} has checkpoints of another one: checkpoint-2, checkpoint-4, checkpoint-6." in warned
     assert "Until this run has saved a step beyond 6, resume_from_checkpoint=True takes checkpoint-6" in warned
     caplog.clear()
     make_trainer(tmp_path, max_steps=6, **options).train(resume_from_checkpoint=True)
-    assert "begins anew" not in caplog.text
+    assert "is a new run" not in caplog.text

@@ -1,4 +1,4 @@
-"""When and how checkpoints are written: beside training, by the clock, at a limit of time, after an error."""
+"""When and how checkpoints are written: asynchronously, by the clock, at a limit of time, after an error."""
 
 import logging
 import os
@@ -79,9 +79,9 @@ def test_a_disk_error_ends_the_run_at_the_next_step_with_its_cause(tmp_path, mon
     calls = []
     real = async_checkpointer.commit
     monkeypatch.setattr(
-        async_checkpointer, "complete", lambda *args: calls.append(1) or (real(*args) if len(calls) == 1 else full())
+        async_checkpointer, "commit", lambda *args: calls.append(1) or (real(*args) if len(calls) == 1 else full())
     )
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left on device.*Make room"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left on device.*Free disk space"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-3"]
     assert 6 < trainer.state.global_step <= 9
@@ -144,9 +144,9 @@ def test_a_run_that_is_done_in_time_ends_as_usual(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("save_every", "often", "save_every='often': 'often' is no length of time"),
-        ("save_every", 0, "save_every=0 must be a length of time above 0"),
-        ("max_time", -1, "max_time=-1: -1 is no length of time"),
+        ("save_every", "often", "save_every='often': 'often' is not a duration"),
+        ("save_every", 0, "save_every=0 must be a duration above 0"),
+        ("max_time", -1, "max_time=-1: -1 is not a duration"),
         ("nonfinite", "panic", "nonfinite='panic' is unknown. Use one of 'raise', 'skip', 'rollback', 'ignore'"),
         ("nonfinite_limit", 0, "nonfinite_limit=0 must be a whole number of at least 1"),
         ("async_save", "yes", "async_save='yes' must be True or False"),
@@ -167,15 +167,15 @@ def test_times_of_a_command_line():
 
 class Failing(torch.utils.data.Dataset):
     def __init__(self, bad):
-        self.rows, self.bad = make_examples(22), bad
+        self.data, self.bad = make_examples(22), bad
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.data)
 
     def __getitem__(self, index):
         if index == self.bad:
             raise LookupError("row 13 has no label")
-        return self.rows[index]
+        return self.data[index]
 
 
 def test_an_error_in_the_data_leaves_a_checkpoint_of_the_last_update(tmp_path):
@@ -191,7 +191,7 @@ def test_an_error_in_the_data_leaves_a_checkpoint_of_the_last_update(tmp_path):
     assert resumed.train(resume_from_checkpoint=True).global_step == 6
 
 
-def test_an_error_that_cannot_be_rescued_is_still_the_one_that_is_told(tmp_path, monkeypatch):
+def test_an_error_without_a_checkpoint_is_still_the_one_that_is_raised(tmp_path, monkeypatch):
     class Fails(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -244,7 +244,7 @@ def test_a_signal_after_the_last_update_saves_too(tmp_path, caplog):
     assert f"Stopped by SIGUSR1 after step 18; {tmp_path / 'checkpoint-18'} is written: train(resume" in caplog.text
 
 
-def test_a_limit_of_time_counts_from_the_beginning_of_train(tmp_path):
+def test_max_time_counts_from_the_beginning_of_train(tmp_path):
     def model_init():
         time.sleep(0.3)
         return Regression()
@@ -281,7 +281,7 @@ def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def figures(trainer):
+def metrics_of(trainer):
     return [
         {key: value for key, value in entry.items() if not key.endswith(("_runtime", "_per_second"))}
         for entry in trainer.state.log_history
@@ -290,7 +290,7 @@ def figures(trainer):
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_log", "on_prediction_step"])
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
-def test_a_run_that_failed_in_a_callback_goes_on_as_if_it_had_not(tmp_path, event, schedule):
+def test_a_run_that_failed_in_a_callback_resumes_as_if_it_had_not(tmp_path, event, schedule):
     class Fails(TrainerCallback):
         pass
 
@@ -310,11 +310,11 @@ def test_a_run_that_failed_in_a_callback_goes_on_as_if_it_had_not(tmp_path, even
 
     with pytest.raises(CallbackError):
         trainer(tmp_path / "run", Fails()).train()
-    resumed, whole = trainer(tmp_path / "run"), trainer(tmp_path / "whole")
+    resumed, reference = trainer(tmp_path / "run"), trainer(tmp_path / "reference")
     resumed.train(resume_from_checkpoint=True)
-    whole.train()
-    assert figures(resumed) == figures(whole)
-    for one, two in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+    reference.train()
+    assert metrics_of(resumed) == metrics_of(reference)
+    for one, two in zip(resumed.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
@@ -334,7 +334,7 @@ def test_another_runs_checkpoint_is_not_taken_for_the_rescued_one(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
-def test_a_run_that_saves_models_alone_keeps_what_it_can_go_on_from(tmp_path):
+def test_a_run_that_saves_models_alone_keeps_what_it_can_resume_from(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
     make_trainer(tmp_path, max_steps=6, **options).train()
     make_trainer(tmp_path, max_steps=12, save_only_model=True, **options).train(resume_from_checkpoint=True)

@@ -14,9 +14,9 @@ def test_tokenizers_pad_as_in_transformers():
     tokenizer = minilm()
     collator = get_data_collator(tokenizer)
     assert type(collator) is transformers.DataCollatorWithPadding
-    rows = tokenized(tokenizer).remove_columns(["text", "number"])
-    batch = collator([rows[i] for i in (0, 5)])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(len(rows[i]["input_ids"]) for i in (0, 5)))
+    examples = tokenized(tokenizer).remove_columns(["text", "number"])
+    batch = collator([examples[i] for i in (0, 5)])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(len(examples[i]["input_ids"]) for i in (0, 5)))
     assert batch["labels"].tolist() == [0, 2]
 
 

@@ -30,7 +30,7 @@ class ReaderForQuestionAnswering(nn.Module):
     def forward(self, x, start_positions=None, end_positions=None): ...
 
 
-def rows():
+def examples():
     return [{"x": [1.0, 2.0], "text": "a", "label": 1} for _ in range(4)]
 
 
@@ -44,12 +44,12 @@ def test_the_columns_of_a_model_are_the_arguments_of_its_forward():
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
-def test_wrappers_are_looked_through(wrap):
+def test_wrappers_are_unwrapped(wrap):
     assert unwrap_model(wrap(Net())).__class__ is Net
     assert forward_arguments(wrap(Net())) == ["x", "mask", "labels"]
 
 
-def test_models_of_peft_are_looked_through():
+def test_models_of_peft_are_unwrapped():
     peft = pytest.importorskip("peft")
 
     class Small(nn.Module):
@@ -72,7 +72,7 @@ def batch_of(data, accepted):
 @pytest.mark.parametrize("form", [None, "torch", "numpy"])
 def test_datasets_lose_what_the_model_does_not_take(form, caplog):
     datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_list(rows()).with_format(form)
+    data = datasets.Dataset.from_list(examples()).with_format(form)
     with caplog.at_level(logging.INFO):
         kept, collator = remove_unused_columns(data, default_data_collator, ["x", "label"], "training")
     assert kept.column_names == ["x", "label"]
@@ -95,19 +95,19 @@ def test_columns_that_a_transform_makes_are_kept():
 
 def test_streams_without_known_columns_are_filtered_in_front_of_the_collator():
     datasets = pytest.importorskip("datasets")
-    stream = datasets.Dataset.from_list(rows()).to_iterable_dataset().map(lambda row: {"y": 1.0})
+    stream = datasets.Dataset.from_list(examples()).to_iterable_dataset().map(lambda row: {"y": 1.0})
     assert stream.column_names is None
     assert batch_of(stream, ["y", "label"]).keys() == {"y", "labels"}
 
 
-def test_rows_that_are_dictionaries_lose_what_the_model_does_not_take():
-    assert batch_of(rows(), ["x", "label"]).keys() == {"x", "labels"}
+def test_dictionaries_lose_keys_that_the_model_does_not_take():
+    assert batch_of(examples(), ["x", "label"]).keys() == {"x", "labels"}
     with pytest.raises(DataError, match="takes none of the evaluation set's columns: they are x, text, label"):
-        batch_of(rows(), ["y"])
-    assert batch_of(rows(), None).keys() == {"x", "labels"}  # text is left out by the collator
+        batch_of(examples(), ["y"])
+    assert batch_of(examples(), None).keys() == {"x", "labels"}  # text is left out by the collator
 
 
-def test_rows_without_columns_are_left_alone():
+def test_examples_without_columns_are_unchanged():
     class Row:
         def __init__(self):
             self.x = 1.0

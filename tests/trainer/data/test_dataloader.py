@@ -23,7 +23,7 @@ from tests.trainer.sample_data import minilm, settings, tokenized
 CPU = torch.device("cpu")
 
 
-def rows(count):
+def make_examples(count):
     return [{"x": float(i), "labels": i} for i in range(count)]
 
 
@@ -41,7 +41,7 @@ def source(loader, seed=42, **changes):
 
 
 class Numbers(IterableDataset):
-    """A stream of rows, shared by workers."""
+    """A stream of examples, shared by workers."""
 
     def __init__(self, count):
         self.count = count
@@ -49,29 +49,29 @@ class Numbers(IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
-        return iter(rows(self.count)[first::step])
+        return iter(make_examples(self.count)[first::step])
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, {"dataloader_drop_last": True}]
 )
-def test_a_training_loader_visits_the_rows_of_the_run_in_its_order(changes):
-    loader = train_loader(rows(11), **changes)
+def test_a_training_loader_has_the_order_of_the_run(changes):
+    loader = train_loader(make_examples(11), **changes)
     assert type(loader) is DataLoader
     found = [visited(loader), visited(loader)]
     expected = [permutation(11, 42, epoch).float() for epoch in (0, 1)]
-    whole = [[part.tolist() for part in order.split(4)] for order in expected]
-    assert found == [epoch[:2] for epoch in whole] if "dataloader_drop_last" in changes else found == whole
-    run = source(train_loader(rows(11), **changes))
+    full = [[part.tolist() for part in order.split(4)] for order in expected]
+    assert found == [epoch[:2] for epoch in full] if "dataloader_drop_last" in changes else found == full
+    run = source(train_loader(make_examples(11), **changes))
     assert [visited(run.epoch(epoch)) for epoch in (0, 1)] == found
     assert visited(run.epoch(1, start=1)) == found[1][1:]
     loader.sampler.set_epoch(0)
     assert visited(loader) == found[0]
 
 
-def test_all_arguments_about_loading_are_heeded():
+def test_all_dataloader_arguments_are_used():
     loader = train_loader(
-        rows(9),
+        make_examples(9),
         train_batch_size=3,
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
@@ -82,7 +82,9 @@ def test_all_arguments_about_loading_are_heeded():
     assert not loader.in_order
     assert (loader.batch_size, loader.num_workers, loader.persistent_workers) == (3, 1, True)
     assert (loader.prefetch_factor, loader.drop_last, loader.pin_memory) == (5, True, False)
-    evaluation = eval_dataloader(rows(9), settings(eval_batch_size=2, dataloader_drop_last=True), default_data_collator, None)
+    evaluation = eval_dataloader(
+        make_examples(9), settings(eval_batch_size=2, dataloader_drop_last=True), default_data_collator, None
+    )
     assert (evaluation.batch_size, evaluation.drop_last, type(evaluation.sampler)) == (2, False, SequentialSampler)
     assert visited(evaluation)[-1] == [8.0]
 
@@ -91,20 +93,20 @@ def place(monkeypatch, device):
     monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device(device)))
 
 
-def test_batches_are_placed_where_the_device_is_another(monkeypatch):
+def test_batches_are_moved_to_another_device(monkeypatch):
     place(monkeypatch, "meta")
-    meta = train_loader(rows(4), use_cpu=False)
+    meta = train_loader(make_examples(4), use_cpu=False)
     assert type(meta) is DeviceDataLoader
     assert {batch["x"].device.type for batch in meta} == {"meta"}
     assert not meta.pin_memory
-    run = source(train_loader(rows(4), train_batch_size=3))
+    run = source(train_loader(make_examples(4), train_batch_size=3))
     assert (run.num_examples, run.batches_per_epoch) == (4, 2)
 
 
 def test_memory_is_pinned_for_gpus(monkeypatch):
     place(monkeypatch, "cuda:0")
-    assert train_loader(rows(4), use_cpu=False).pin_memory
-    assert not train_loader(rows(4), use_cpu=False, dataloader_pin_memory=False).pin_memory
+    assert train_loader(make_examples(4), use_cpu=False).pin_memory
+    assert not train_loader(make_examples(4), use_cpu=False, dataloader_pin_memory=False).pin_memory
 
 
 def test_iterable_data_comes_as_it_is():
@@ -125,13 +127,13 @@ class Plain:
         self.epochs = []
 
     def __iter__(self):
-        return iter(rows(5))
+        return iter(make_examples(5))
 
     def set_epoch(self, epoch):
         self.epochs.append(epoch)
 
 
-def test_any_iterable_is_wrapped_and_told_the_epoch():
+def test_any_iterable_is_wrapped_and_gets_the_epoch():
     data = Plain()
     run = source(train_loader(data))
     assert visited(run.epoch(3)) == [[0, 1, 2, 3], [4]]
@@ -139,13 +141,15 @@ def test_any_iterable_is_wrapped_and_told_the_epoch():
     assert run.batches_per_epoch is None
     with pytest.raises(ArgumentError, match="2 workers would each iterate all of a Plain"):
         train_loader(data, dataloader_num_workers=2)
-    assert visited(source(train_loader(iter(rows(5)))).epoch(0, start=1)) == [[4]]
+    assert visited(source(train_loader(iter(make_examples(5)))).epoch(0, start=1)) == [[4]]
 
 
 def test_streams_of_datasets_keep_their_epoch_and_lose_unused_columns():
     datasets = pytest.importorskip("datasets")
     stream = (
-        datasets.Dataset.from_list([row | {"text": "a"} for row in rows(8)]).to_iterable_dataset().shuffle(seed=1, buffer_size=8)
+        datasets.Dataset.from_list([example | {"text": "a"} for example in make_examples(8)])
+        .to_iterable_dataset()
+        .shuffle(seed=1, buffer_size=8)
     )
     run = source(train_loader(stream, accepted=["x", "labels"]))
     first, second = (list(run.epoch(epoch)) for epoch in (0, 1))
@@ -161,7 +165,7 @@ class Counted:
         return 3
 
     def __iter__(self):
-        return (default_data_collator(rows(2)) for _ in range(3))
+        return (default_data_collator(make_examples(2)) for _ in range(3))
 
 
 def test_a_loader_of_the_users_own_costs_only_itself():
@@ -169,7 +173,9 @@ def test_a_loader_of_the_users_own_costs_only_itself():
     assert (run.batches_per_epoch, run.steps_per_epoch, run.num_examples) == (3, 2, None)
     assert len(list(run.epoch(0, start=1))) == 1
     sampler = WeightedRandomSampler([1.0, 0.0, 1.0, 1.0], num_samples=6)
-    loader = DataLoader(rows(4), batch_size=3, sampler=sampler, collate_fn=lambda examples: {"n": len(examples)} | examples[0])
+    loader = DataLoader(
+        make_examples(4), batch_size=3, sampler=sampler, collate_fn=lambda examples: {"n": len(examples)} | examples[0]
+    )
     weighted = source(loader)
     found = [list(weighted.epoch(epoch)) for epoch in (0, 1)]
     assert [batch["n"] for batch in found[0]] == [3, 3]
@@ -179,11 +185,11 @@ def test_a_loader_of_the_users_own_costs_only_itself():
 
 
 def test_an_overridden_sampler_decides_the_order():
-    backwards = train_loader(rows(5), sampling=lambda data: range(len(data) - 1, -1, -1))
+    backwards = train_loader(make_examples(5), sampling=lambda data: range(len(data) - 1, -1, -1))
     assert visited(backwards) == visited(source(backwards).epoch(2)) == [[4, 3, 2, 1], [0]]
-    unsampled = train_loader(rows(5), sampling=lambda data: None)
+    unsampled = train_loader(make_examples(5), sampling=lambda data: None)
     assert visited(unsampled) == visited(source(unsampled).epoch(0)) == [[0, 1, 2, 3], [4]]
-    half = eval_dataloader(rows(5), settings(), default_data_collator, None, sampling=lambda data: [1, 3])
+    half = eval_dataloader(make_examples(5), settings(), default_data_collator, None, sampling=lambda data: [1, 3])
     assert visited(half) == [[1, 3]]
 
 
@@ -205,7 +211,7 @@ def test_what_is_no_data_is_refused(data, error, message):
 
 def test_sources_without_a_batch_are_refused():
     with pytest.raises(DataError, match="has 3 examples, fewer than a batch of 4, and dataloader_drop_last=True"):
-        source(train_loader(rows(3), dataloader_drop_last=True))
+        source(train_loader(make_examples(3), dataloader_drop_last=True))
     with pytest.raises(DataError, match=r"The training set \(list\) is empty"):
         source(DataLoader([]))
     with pytest.raises(DataError, match=r"The training loader \(list\) has no batch"):
@@ -230,7 +236,7 @@ def test_evaluation_sets_are_chosen_by_name():
 
 
 def test_examples_are_counted():
-    assert num_examples(DataLoader(rows(5), batch_size=2), 2) == 5
+    assert num_examples(DataLoader(make_examples(5), batch_size=2), 2) == 5
     assert num_examples(Counted(), 8) == 24
     with pytest.raises(DataError, match="is unknown"):
         num_examples(DataLoader(Numbers(5), batch_size=2), 2)

@@ -1,4 +1,4 @@
-"""What each of several processes is given of the training data; the processes are simulated, one after the other."""
+"""The local shards of the training data; the ranks are simulated, one after the other."""
 
 import attrs
 import pytest
@@ -26,8 +26,8 @@ def numbered(count=ROWS):
     return [{"x": torch.full((4,), float(i)), "labels": float(i), "input_ids": list(range(1 + 7 * i % 11))} for i in range(count)]
 
 
-def collate(rows):
-    return {"x": torch.stack([row["x"] for row in rows]), "labels": torch.tensor([row["labels"] for row in rows])}
+def collate(batch):
+    return {"x": torch.stack([each["x"] for each in batch]), "labels": torch.tensor([each["labels"] for each in batch])}
 
 
 class Stream(IterableDataset):
@@ -41,7 +41,7 @@ def as_process(monkeypatch):
 
     def become(rank, size):
         for module in (data_parallel, shards, source):
-            monkeypatch.setattr(module, "data_parallel_rank", lambda args: (rank, size))
+            monkeypatch.setattr(module, "data_parallel_rank_and_size", lambda args: (rank, size))
 
     return become
 
@@ -57,8 +57,8 @@ def visited(source, epoch=0, start=0):
     return [[[] if isinstance(micro, PaddingBatch) else micro["labels"].tolist() for micro in step] for step in parts]
 
 
-def together(sources, **where):
-    """The rows of each step, in the order of one process."""
+def interleaved(sources, **where):
+    """The examples of each update, in the order of a single process."""
     found = [visited(source, **where) for source in sources]
     assert len({len(steps) for steps in found}) == 1
     return [
@@ -79,7 +79,7 @@ def together(sources, **where):
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
-def test_an_update_has_the_rows_that_one_process_gives_it(changes, size, tmp_path, as_process):
+def test_an_update_has_the_examples_of_a_single_process(changes, size, tmp_path, as_process):
     splits = changes.get("accelerator_config", {}).get("split_batches", False)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | changes
     alone = trainer_of(tmp_path, **(settings | {"gradient_accumulation_steps": 2 if splits else 2 * size}))
@@ -99,7 +99,7 @@ def test_an_update_has_the_rows_that_one_process_gives_it(changes, size, tmp_pat
             assert (values[0], values[1], values[2], values[6]) == (plan.epochs, plan.steps_per_epoch, ROWS, plan.total_steps)
     for where in ({"epoch": 0}, {"epoch": 1, "start": 1}):
         expected = [[row for micro in step for row in micro] for step in visited(one, **where)]
-        assert together(shares, **where) == expected
+        assert interleaved(shares, **where) == expected
     assert {share.steps_per_epoch for share in shares} == {one.steps_per_epoch}
     assert {share.num_examples for share in shares} == {one.num_examples}
 
@@ -120,15 +120,15 @@ def test_a_batch_that_cannot_be_split_is_an_error(tmp_path, as_process):
         trainer_of(tmp_path, per_device_train_batch_size=3, accelerator_config={"split_batches": True}).train_source(0)
 
 
-def test_samplers_and_data_that_divide_the_rows_are_refused(tmp_path, as_process):
-    rows = numbered()
+def test_samplers_and_data_that_divide_the_examples_are_refused(tmp_path, as_process):
+    data = numbered()
 
     class Divided(Trainer):
         def get_train_dataloader(self):
-            return DataLoader(rows, batch_size=2, sampler=DistributedSampler(rows, 2, 0), collate_fn=collate)
+            return DataLoader(data, batch_size=2, sampler=DistributedSampler(data, 2, 0), collate_fn=collate)
 
     as_process(0, 2)
-    trainer = Divided(Linear(), settings(), train_dataset=rows)
+    trainer = Divided(Linear(), settings(), train_dataset=data)
     with pytest.raises(DataError, match="by its DistributedSampler, and would be sharded twice"):
         trainer.train_source(0)
     datasets = pytest.importorskip("datasets")
@@ -139,7 +139,7 @@ def test_samplers_and_data_that_divide_the_rows_are_refused(tmp_path, as_process
         trainer_of(tmp_path, data=split_dataset_by_node(stream, 0, 2), max_steps=2).train_source(0)
 
 
-def test_a_users_own_draw_sees_batches_that_count(tmp_path, as_process):
+def test_get_batch_samples_does_not_see_padding_batches(tmp_path, as_process):
     seen = []
 
     def draw(iterator, wanted, device):
@@ -185,7 +185,7 @@ def test_positions_are_those_of_other_numbers_of_processes(items, batch, accumul
         assert convert_position(moved, new, old) == position or moved.batch >= new.updates_per_epoch
 
 
-def test_steps_of_a_cut_are_those_of_the_shared_source(tmp_path, as_process):
+def test_updates_of_a_layout_are_those_of_the_sharded_source(tmp_path, as_process):
     for drop_last in (False, True):
         for size in (1, 2, 3):
             as_process(0, size)
@@ -196,7 +196,7 @@ def test_steps_of_a_cut_are_those_of_the_shared_source(tmp_path, as_process):
             assert source.steps_per_epoch == EpochLayout(3, 2, ROWS, drop_last, processes=size).updates_per_epoch
 
 
-def test_the_plan_counts_the_rows_of_all_processes(as_process):
+def test_the_plan_counts_the_examples_of_all_ranks(as_process):
     as_process(0, 4)
     plan = make_plan(settings(max_steps=10, train_batch_size=2, gradient_accumulation_steps=3), batches=5, num_examples=40)
     assert (plan.samples, plan.steps_per_epoch) == (10 * 2 * 3 * 4, 2)

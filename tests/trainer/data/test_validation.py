@@ -24,13 +24,13 @@ def check(data, model=None, loss=OWN, collator=default_data_collator, **changes)
     check_examples(data, collator, Net() if model is None else model, loss, "training", batch_size=4, **changes)
 
 
-def rows(**changes):
+def make_examples(**changes):
     return [{"x": 1.0, "labels": 0} | changes] * 3
 
 
 def test_good_data_passes():
-    check(rows())
-    check(rows(mask=1))
+    check(make_examples())
+    check(make_examples(mask=1))
     check([{"x": 1.0}], labelled=False)
     check([{"x": 1.0}], loss=SimpleNamespace(label_names=("labels",), compute_loss_func=len))
     check([{"x": 1.0}], loss=SimpleNamespace(label_names=(), compute_loss_func=None))
@@ -40,7 +40,7 @@ def test_good_data_passes():
     ("data", "message"),
     [
         ([{"x": 1.0}], r"has no labels: a batch has x, the model's labels are called labels. .*label_names="),
-        (rows(extra=1), r"Net.forward does not take extra, which a batch of the training set has"),
+        (make_examples(extra=1), r"Net.forward does not take extra, which a batch of the training set has"),
         ([{"mask": 1, "labels": 1}], r"Net.forward needs x, which a batch of the training set lacks: it has mask, labels"),
         ([{"x": [1], "labels": 0}, {"x": [1, 2], "labels": 0}], r"'x' cannot be stacked"),
         ([{"x": 1.0, "labels": 0}, {"x": 1.0}], r"has 'labels', another one lacks it"),
@@ -53,7 +53,7 @@ def test_batches_that_a_model_cannot_use_are_refused(data, message):
 
 def test_a_batch_is_a_dictionary():
     with pytest.raises(DataError, match="made a list of the training set"):
-        check(rows(), collator=list)
+        check(make_examples(), collator=list)
 
 
 def test_a_collator_that_fails_says_on_what():
@@ -61,7 +61,7 @@ def test_a_collator_that_fails_says_on_what():
         raise KeyError("input_ids")
 
     with pytest.raises(DataError, match=r"data_collator \(collate\) cannot make a batch of .*columns x, labels: KeyError"):
-        check(rows(), collator=collate)
+        check(make_examples(), collator=collate)
 
 
 class Optional(nn.Module):
@@ -96,7 +96,7 @@ class Noisy:
         return {"x": torch.rand(()) + np.random.rand() + random.random(), "labels": 0}
 
 
-def test_looking_changes_no_random_state_and_reads_few_rows():
+def test_checks_change_no_random_state_and_read_few_examples():
     data, before = Noisy(), get_rng_states(torch.device("cpu"))
     check(data)
     check_examples(data, default_data_collator, Net(), OWN, "training", batch_size=64)
@@ -124,13 +124,13 @@ def test_nothing_that_could_be_consumed_is_read():
 
 
 def test_a_loader_is_checked_by_its_data_set_and_collator():
-    check_dataloader(DataLoader(rows(), batch_size=2, collate_fn=default_data_collator), Net(), OWN, "training")
+    check_dataloader(DataLoader(make_examples(), batch_size=2, collate_fn=default_data_collator), Net(), OWN, "training")
     with pytest.raises(DataError, match="evaluation set has no labels"):
         check_dataloader(DataLoader([{"x": 1.0}], batch_size=2), Net(), OWN, "evaluation")
     check_dataloader(DataLoader([{"x": 1.0}], batch_size=2), Net(), OWN, "evaluation", labelled=False)
 
 
-def test_what_cannot_be_looked_at_before_is_checked_at_its_first_batch():
+def test_iterable_data_is_checked_at_its_first_batch():
     seen = []
     watched = check_first_batch(source([[1], [2], [3]]), seen.append)
     assert list(watched.epoch(0, start=1)) == [[2], [3]]
@@ -177,7 +177,11 @@ GOOD = {
 BAD = {
     "class too high": (GOOD["classes"][0], torch.tensor([0, 3]), r"has the label 3, .*has 3 classes, 0 to 2. Set num_labels"),
     "class too low": (GOOD["classes"][0], torch.tensor([-1, 2]), r"has the label -1"),
-    "floats as classes": (GOOD["classes"][0], torch.tensor([0.0, 2.0]), r"float32 with one number per example, and Bert.* 3 classes"),
+    "floats as classes": (
+        GOOD["classes"][0],
+        torch.tensor([0.0, 2.0]),
+        r"float32 with one number per example, and Bert.* 3 classes",
+    ),
     "int32 classes": (GOOD["classes"][0], ONE.int(), r"torch.int32; .* predicts one of 3, so they must be .*int64"),
     "whole numbers for several": (
         lambda: bert("SequenceClassification", num_labels=3, problem_type="multi_label_classification"),
@@ -236,7 +240,7 @@ def test_ids_must_be_in_the_vocabulary(ids, message):
     check_batch({"input_ids": torch.tensor([[1, 59]]), "labels": torch.tensor([[59, -100]])}, model, OWN, "training")
 
 
-def test_models_of_peft_are_looked_through():
+def test_models_of_peft_are_unwrapped():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(bert("SequenceClassification", num_labels=3), peft.LoraConfig(task_type="SEQ_CLS"))
     check_batch({"input_ids": IDS, "labels": ONE}, model, OWN, "training")
@@ -260,7 +264,7 @@ def late(number):
 
 
 @pytest.mark.parametrize("kind", ["list", "table", "selected"])
-def test_a_class_that_a_late_row_has_is_found(kind):
+def test_a_class_of_a_late_example_is_found(kind):
     datasets = pytest.importorskip("datasets")
     model = bert("SequenceClassification", num_labels=3)
 
@@ -275,11 +279,13 @@ def test_a_class_that_a_late_row_has_is_found(kind):
         check(data(3), model)
     check(data(3), model, loss=SimpleNamespace(label_names=("labels",), compute_loss_func=len))
     check(data(3), model, labelled=False)
-    check(data(3), model, collator=lambda rows: default_data_collator([row | {"label": int(row["label"]) % 3} for row in rows]))
+    check(
+        data(3), model, collator=lambda batch: default_data_collator([each | {"label": int(each["label"]) % 3} for each in batch])
+    )
 
 
 @pytest.mark.parametrize("label", [0.5, [0.0, 1.0, 1.0]])
-def test_other_labels_are_looked_at_in_the_first_rows_only(label):
+def test_other_labels_are_checked_in_the_first_examples_only(label):
     model = bert("SequenceClassification", num_labels=1 if label == 0.5 else 3)
     check([{"input_ids": [1, 2], "labels": label}] * 9, model)
     datasets = pytest.importorskip("datasets")

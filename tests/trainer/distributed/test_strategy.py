@@ -34,9 +34,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_of_two_processes_equals_that_of_one(found, alone, name):
     case, expected = found[name], alone[name]
-    for name in ("losses", "norms"):
-        assert len(case[name]) == 5
-        assert case[name] == pytest.approx(expected[name], rel=1e-5)
+    for metric in ("losses", "norms"):
+        assert len(case[metric]) == 5
+        assert case[metric] == pytest.approx(expected[metric], rel=1e-5)
     assert case["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-5)
     assert case["examples"] == expected["examples"] == 8
     units, share = CASES[name]
@@ -46,7 +46,7 @@ def test_a_run_of_two_processes_equals_that_of_one(found, alone, name):
 
 
 @pytest.mark.parametrize("name", ["evaluated", "evaluated in matrices"])
-def test_a_model_that_was_not_trained_is_cut_before_it_is_evaluated(found, alone, name):
+def test_a_model_that_was_not_trained_is_sharded_before_it_is_evaluated(found, alone, name):
     *losses, share = found[name]
     *expected, full = alone[name]
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -69,4 +69,4 @@ def test_what_these_processes_cannot_do_is_said_at_once(found):
     assert "cp_size=2: context parallelism needs torch's ring attention, which runs on CUDA GPUs alone" in found["cp"]
     assert "sp_size=2: sequence parallelism is a part of DeepSpeed" in found["sp"]
     assert "auto_find_batch_size=True in 2 processes" in found["batch size"]
-    assert "2 processes cannot be cut into groups of 3 (tp_size=3" in found["tp"]
+    assert "2 processes cannot be divided into groups of 3 (tp_size=3" in found["tp"]

@@ -34,7 +34,7 @@ def test_a_file_is_gone_with_its_last_view(tmp_path):
     assert mapped() == 0
 
 
-def test_the_limit_holds_for_all_arrays_together(tmp_path):
+def test_the_limit_is_for_all_arrays(tmp_path):
     space = ArrayAllocator(limit=100, directory=tmp_path)
     first = space.allocate((60,), "uint8")
     second = space.allocate((60,), "uint8")

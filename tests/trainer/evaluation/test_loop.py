@@ -73,7 +73,7 @@ def test_predictions_come_in_order_and_padded():
         assert (labels[length:] == -100).all()
 
 
-def test_figures_are_the_same_at_every_batch_size():
+def test_metrics_are_the_same_at_every_batch_size():
     seen = []
 
     def compute_metrics(prediction):
@@ -218,13 +218,13 @@ def test_an_evaluation_without_labels_warns(tmp_path, caplog, options):
     assert caplog.text == ""
 
 
-def test_evaluation_and_prediction_keep_every_row(tmp_path):
-    whole = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4)
-    cut = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4, dataloader_drop_last=True)
-    assert cut.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
-    assert cut.predict(make_examples(3)).predictions.shape == (3,)
-    assert len(cut.get_eval_dataloader()) == 3
-    assert len(cut.get_train_dataloader()) == 5
+def test_evaluation_and_prediction_keep_every_example(tmp_path):
+    full = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4)
+    dropping = make_trainer(tmp_path, Linear(), per_device_eval_batch_size=4, dataloader_drop_last=True)
+    assert dropping.evaluate()["eval_loss"] == full.evaluate()["eval_loss"]
+    assert dropping.predict(make_examples(3)).predictions.shape == (3,)
+    assert len(dropping.get_eval_dataloader()) == 3
+    assert len(dropping.get_train_dataloader()) == 5
 
 
 @pytest.mark.parametrize(
@@ -278,13 +278,13 @@ def predicting(model, label_names=("labels",), **options):
     return lambda inputs: predict_batch(model, inputs, PredictionConfig(own_loss, label_names), **options)
 
 
-def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **config):
-    config = EvaluationConfig(**({"loss_weight": lambda batch: loss_denominator(model, batch, label_names)} | settings))
+def evaluated(model, batches, *, label_names=("labels",), only_loss=False, **options):
+    config = EvaluationConfig(**({"loss_weight": lambda batch: loss_denominator(model, batch, label_names)} | options))
     with evaluation_mode(model):
         return run_evaluation(predicting(model, label_names, prediction_loss_only=only_loss), batches, config=config)
 
 
-def cut(data, size, collate=pad):
+def batches_of(data, size, collate=pad):
     return DataLoader(data, batch_size=size, collate_fn=collate)
 
 
@@ -293,10 +293,10 @@ def by_hand(model, data):
     losses, right, logits = [], [], []
     with torch.no_grad():
         for example in data:
-            rows = model(example["input_ids"][None])["logits"][0]
-            losses += nn.functional.cross_entropy(rows, example["labels"], reduction="none").tolist()
-            right += (rows.argmax(-1) == example["labels"]).tolist()
-            logits.append(rows.numpy())
+            logits_of_example = model(example["input_ids"][None])["logits"][0]
+            losses += nn.functional.cross_entropy(logits_of_example, example["labels"], reduction="none").tolist()
+            right += (logits_of_example.argmax(-1) == example["labels"]).tolist()
+            logits.append(logits_of_example.numpy())
     return float(np.mean(losses)), float(np.mean(right)), logits
 
 
@@ -307,11 +307,11 @@ def accuracy(prediction):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 5))
-def test_figures_equal_a_computation_by_hand(count, size, seed):
+def test_metrics_equal_a_computation_by_hand(count, size, seed):
     torch.manual_seed(seed)
     model, data = Tagger(), sentences(count)
     loss, right, logits = by_hand(model, data)
-    output = evaluated(model, cut(data, size), compute_metrics=accuracy)
+    output = evaluated(model, batches_of(data, size), compute_metrics=accuracy)
     assert output.metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert output.metrics["eval_accuracy"] == pytest.approx(right)
     assert output.num_samples == count
@@ -320,7 +320,7 @@ def test_figures_equal_a_computation_by_hand(count, size, seed):
         zip(output.predictions[0], logits, output.label_ids, data, strict=True)
     ):
         np.testing.assert_allclose(row[: len(expected)], expected, rtol=1e-5)
-        first = index - index % size  # within a batch the model itself answers to what its rows were filled up with
+        first = index - index % size  # within a batch the model itself answers to the padding of its examples
         widest = max(len(other) for other in logits[first : first + size])
         assert (row[widest:] == -100).all() and (row[:widest] != -100).all()
         assert labels[labels != -100].tolist() == example["labels"].tolist()
@@ -329,7 +329,7 @@ def test_figures_equal_a_computation_by_hand(count, size, seed):
 @pytest.mark.parametrize("form", ["loader", "list", "generator", "own loader", "iterable dataset"])
 def test_batches_come_from_anything(form):
     model, data = Tagger(), sentences(10)
-    loader = cut(data, 4)
+    loader = batches_of(data, 4)
 
     class Own:
         def __iter__(self):
@@ -344,7 +344,7 @@ def test_batches_come_from_anything(form):
         "list": list(loader),
         "generator": (batch for batch in loader),
         "own loader": Own(),
-        "iterable dataset": cut(Stream(), 4),
+        "iterable dataset": batches_of(Stream(), 4),
     }[form]
     expected = evaluated(model, loader, compute_metrics=accuracy)
     found = evaluated(model, batches, compute_metrics=accuracy)
@@ -353,7 +353,7 @@ def test_batches_come_from_anything(form):
     np.testing.assert_array_equal(found.predictions[0], expected.predictions[0])
 
 
-def test_rows_are_known_where_data_has_a_length():
+def test_the_number_of_examples_is_known_where_data_has_a_length():
     class Sized(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(range(3))
@@ -361,7 +361,7 @@ def test_rows_are_known_where_data_has_a_length():
         def __len__(self):
             raise NotImplementedError
 
-    assert dataset_length(cut([1, 2, 3], 2)) == 3
+    assert dataset_length(batches_of([1, 2, 3], 2)) == 3
     assert dataset_length(DataLoader(Sized())) is None
     assert dataset_length(iter([])) is None
 
@@ -374,7 +374,7 @@ def test_no_batch_is_an_error():
 def test_the_loss_alone():
     model, data = Tagger(), sentences(9)
     calls = []
-    output = evaluated(model, cut(data, 4), only_loss=True, compute_metrics=calls.append)
+    output = evaluated(model, batches_of(data, 4), only_loss=True, compute_metrics=calls.append)
     assert output.predictions is None and output.label_ids is None
     assert output.metrics == {"eval_loss": pytest.approx(by_hand(model, data)[0], rel=1e-5)}
     assert calls == []
@@ -392,12 +392,12 @@ def test_metrics_batch_by_batch(size):
         flags.append(compute_result)
         return {"accuracy": np.mean(right)} if compute_result else None
 
-    output = evaluated(model, cut(data, size), compute_metrics=compute_metrics, batch_eval_metrics=True, keep=False)
+    output = evaluated(model, batches_of(data, size), compute_metrics=compute_metrics, batch_eval_metrics=True, keep=False)
     batches = math.ceil(len(data) / size)
     assert flags == [False] * (batches - 1) + [True]
     assert output.metrics["eval_accuracy"] == pytest.approx(by_hand(model, data)[1])
     assert output.predictions is None and output.label_ids is None
-    kept = evaluated(model, cut(data, size), compute_metrics=compute_metrics, batch_eval_metrics=True)
+    kept = evaluated(model, batches_of(data, size), compute_metrics=compute_metrics, batch_eval_metrics=True)
     assert kept.predictions[0].shape[0] == len(data)  # predict gives the arrays, too
 
 
@@ -408,39 +408,45 @@ def test_metrics_batch_by_batch_get_inputs_and_losses():
         seen.append((prediction.inputs["input_ids"].shape[0], prediction.losses.tolist()))
         return {}
 
-    config = {"batch_eval_metrics": True, "keep": False, "main_input_name": "input_ids", "include_losses": True}
-    evaluated(Tagger(), cut(sentences(5), 3), compute_metrics=compute_metrics, **config)
-    assert [(rows, len(losses), len(set(losses))) for rows, losses in seen] == [(3, 3, 1), (2, 2, 1)]
+    options = {"batch_eval_metrics": True, "keep": False, "main_input_name": "input_ids", "include_losses": True}
+    evaluated(Tagger(), batches_of(sentences(5), 3), compute_metrics=compute_metrics, **options)
+    assert [(size, len(losses), len(set(losses))) for size, losses in seen] == [(3, 3, 1), (2, 2, 1)]
 
 
 def test_inputs_and_losses_for_metrics():
     model, data = Tagger(), sentences(7)
     found = []
-    evaluated(model, cut(data, 3), compute_metrics=lambda p: found.append(p) or {}, main_input_name="input_ids", include_losses=True)
+    evaluated(
+        model,
+        batches_of(data, 3),
+        compute_metrics=lambda p: found.append(p) or {},
+        main_input_name="input_ids",
+        include_losses=True,
+    )
     (prediction,) = found
     predictions, labels, inputs, losses = prediction
     assert inputs.shape[0] == labels.shape[0] == predictions[0].shape[0] == 7
     for row, example in zip(inputs, data, strict=True):
         assert row[: len(example["input_ids"])].tolist() == example["input_ids"].tolist()
-    batch_losses = [float(predicting(model)(batch)[0]) for batch in cut(data, 3)]
+    batch_losses = [float(predicting(model)(batch)[0]) for batch in batches_of(data, 3)]
     np.testing.assert_allclose(losses, np.repeat(batch_losses, [3, 3, 1]), rtol=1e-6)
     with pytest.raises(BatchError, match=r"needs batch\['pixels'\], but the batch has input_ids, labels.*main_input_name"):
-        evaluated(model, cut(data, 3), main_input_name="pixels")
+        evaluated(model, batches_of(data, 3), main_input_name="pixels")
 
 
-def test_batches_can_be_kept_apart():
+def test_batches_can_be_kept_separate():
     model, data = Tagger(), sentences(5)
     found = []
-    config = {"concat_batches": False, "compute_metrics": lambda p: found.append(p) or {}, "include_losses": True}
-    output = evaluated(model, cut(data, 2), **config)
+    options = {"concat_batches": False, "compute_metrics": lambda p: found.append(p) or {}, "include_losses": True}
+    output = evaluated(model, batches_of(data, 2), **options)
     assert [part[0].shape[0] for part in output.predictions] == [2, 2, 1]
     assert [part.shape[0] for part in output.label_ids] == [2, 2, 1]
     assert [part.shape for part in found[0].losses] == [(2,), (2,), (1,)]
     assert output.metrics["eval_loss"] == pytest.approx(by_hand(model, data)[0], rel=1e-5)
 
 
-def test_detections_of_any_number_can_be_kept_apart():
-    batches = [{"x": torch.ones(rows, 2)} for rows in (3, 2)]
+def test_detections_of_any_number_can_be_kept_separate():
+    batches = [{"x": torch.ones(size, 2)} for size in (3, 2)]
 
     def predict(inputs):
         boxes = [{"boxes": torch.ones(index + 1, 4)} for index in range(len(inputs["x"]))]
@@ -460,10 +466,10 @@ def test_logits_are_preprocessed_before_they_are_kept():
         return logits[0].argmax(-1)
 
     data = sentences(5)
-    output = evaluated(Tagger(), cut(data, 2), preprocess_logits=shrink)
+    output = evaluated(Tagger(), batches_of(data, 2), preprocess_logits=shrink)
     assert output.predictions.dtype == np.int64 and output.predictions.ndim == 2
     assert [shape[0] for shape in given] == [2, 2, 1]
-    bare = [{"input_ids": batch["input_ids"]} for batch in cut(data, 2)]
+    bare = [{"input_ids": batch["input_ids"]} for batch in batches_of(data, 2)]
     given.clear()
     assert evaluated(Tagger(), bare, preprocess_logits=shrink).label_ids is None
     assert given == [None] * 3
@@ -508,27 +514,29 @@ def test_a_metric_may_be_called_loss_where_there_is_none():
         run(torch.tensor(1.0))
 
 
-def test_each_batch_is_told():
-    told = []
-    evaluated(Tagger(), cut(sentences(5), 2), on_batch=lambda: told.append(1))
-    assert len(told) == 3
+def test_on_batch_is_called_for_each_batch():
+    trainer_state = []
+    evaluated(Tagger(), batches_of(sentences(5), 2), on_batch=lambda: trainer_state.append(1))
+    assert len(trainer_state) == 3
 
 
 def test_large_results_lie_in_a_file(tmp_path):
     model, data = Tagger(), sentences(20)
-    expected = evaluated(model, cut(data, 3), compute_metrics=accuracy)
-    found = evaluated(model, cut(data, 3), compute_metrics=accuracy, memory_limit=100, directory=tmp_path)
+    expected = evaluated(model, batches_of(data, 3), compute_metrics=accuracy)
+    found = evaluated(model, batches_of(data, 3), compute_metrics=accuracy, memory_limit=100, directory=tmp_path)
     assert found.metrics == expected.metrics
     np.testing.assert_array_equal(found.predictions[0], expected.predictions[0])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_batches_stay_on_the_device_as_long_as_asked():
-    # the CPU's batches are written at once whatever is asked, so only the result can be looked at here; see test_gathering
+    # the CPU's batches are written at once in any case, so only the result is compared; see test_output_containers
     model, data = Tagger(), sentences(9)
-    expected = evaluated(model, cut(data, 2))
+    expected = evaluated(model, batches_of(data, 2))
     for batches in (1, 2, 100):
-        np.testing.assert_array_equal(evaluated(model, cut(data, 2), accumulation_steps=batches).label_ids, expected.label_ids)
+        np.testing.assert_array_equal(
+            evaluated(model, batches_of(data, 2), accumulation_steps=batches).label_ids, expected.label_ids
+        )
 
 
 def test_a_prediction_step_may_change_its_batch():
@@ -540,7 +548,7 @@ def test_a_prediction_step_may_change_its_batch():
         return outputs["loss"], outputs["logits"], labels
 
     config = EvaluationConfig(loss_weight=lambda batch: loss_denominator(model, batch, ["labels"]), main_input_name="input_ids")
-    output = run_evaluation(predict, cut(data, 2), config=config)
+    output = run_evaluation(predict, batches_of(data, 2), config=config)
     assert output.num_samples == 5
     assert output.metrics["eval_loss"] == pytest.approx(by_hand(model, data)[0], rel=1e-5)
 
@@ -679,7 +687,7 @@ def words(count=24):
 
 def right(prediction):
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": (logits.argmax(-1) == prediction.label_ids).mean(), "eval_rows": len(prediction.label_ids)}
+    return {"accuracy": (logits.argmax(-1) == prediction.label_ids).mean(), "eval_size": len(prediction.label_ids)}
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 24])
@@ -689,7 +697,7 @@ def test_a_classifier_is_evaluated_as_by_transformers(tmp_path, outputs, size):
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, num_labels=3, **SMALL, **outputs))
     ours, theirs = compare(model, words(), tmp_path, size, compute_metrics=right)
-    for name in ("eval_loss", "eval_accuracy", "eval_rows"):
+    for name in ("eval_loss", "eval_accuracy", "eval_size"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
@@ -700,7 +708,7 @@ def test_a_causal_model_is_evaluated_as_by_transformers_but_for_the_weights(tmp_
     model = transformers.GPT2LMHeadModel(config)
     data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sentences(24) if len(row["labels"]) > 1]
     ours, theirs = compare(model, data[:20], tmp_path, 5, collate=pad)
-    # transformers weighs batches by their rows, whatever the number of their tokens
+    # transformers weighs batches by their examples, not by their tokens
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=0.1)
     assert ours["eval_loss"] != pytest.approx(theirs["eval_loss"], rel=1e-4)
     equal = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in words(20)]
@@ -760,5 +768,5 @@ def test_what_metrics_are_given_is_as_in_transformers(tmp_path):
     assert len(ours) == 6
     for mine, other in zip(ours, theirs, strict=True):
         assert mine[-1] == other[-1]
-        assert type(mine[2]) is type(other[2]) is dict  # the whole batch
+        assert type(mine[2]) is type(other[2]) is dict  # the complete batch
         same(tree_map(np.asarray, mine[:4]), tree_map(np.asarray, other[:4]))

@@ -14,7 +14,7 @@ def test_numbers_become_pythons():
 
 
 @pytest.mark.parametrize("value", ["high", None, [0.5], {"a": 1.0}, np.zeros(2), torch.zeros(2), 1j, np.array("a")])
-def test_a_figure_must_be_a_number(value):
+def test_a_metric_must_be_a_number(value):
     with pytest.raises(ArgumentError, match=r"compute_metrics returned .* for 'f1'.*number"):
         parse_metrics({"accuracy": 1.0, "f1": value}, "eval")
 
@@ -30,7 +30,7 @@ def test_a_figure_must_be_a_number(value):
         ({"f1": 1.0, "eval_f1": 2.0}, r"returned 'eval_f1'.*Rename"),
     ],
 )
-def test_errors_of_figures(metrics, message):
+def test_errors_of_metrics(metrics, message):
     with pytest.raises(ArgumentError, match=message):
         parse_metrics(metrics, "eval")
 

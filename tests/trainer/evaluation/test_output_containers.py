@@ -18,7 +18,7 @@ Pair = namedtuple("Pair", "first second")
     st.booleans(),
     st.sampled_from([0, 2**40]),
 )
-def test_gathered_rows_are_concatenated_and_padded(shapes, known, limit):
+def test_outputs_are_concatenated_and_padded(shapes, known, limit):
     batches = [torch.arange(rows * width).reshape(rows, width) for rows, width in shapes]
     total = sum(len(batch) for batch in batches)
     gathered = ConcatenatedOutputs(total if known else None, ArrayAllocator(limit))
@@ -43,11 +43,11 @@ def test_all_dimensions_are_padded():
 
 def counting(monkeypatch):
     made = []
-    whole = ArrayAllocator.allocate
+    allocate = ArrayAllocator.allocate
 
     def array(self, shape, dtype, replaces=None):
         made.append(shape)
-        return whole(self, shape, dtype, replaces)
+        return allocate(self, shape, dtype, replaces)
 
     monkeypatch.setattr(ArrayAllocator, "allocate", array)
     return made
@@ -102,7 +102,7 @@ def test_dtypes_are_promoted_and_half_becomes_float32():
         assert rows.array().astype(int).tolist() == [[1, 0], [1, 1]]
 
 
-def test_more_rows_than_announced():
+def test_more_examples_than_announced():
     rows = PaddedRows(2)
     for index in range(5):
         rows.add(torch.tensor([index]))
@@ -146,7 +146,7 @@ def test_errors():
     rows.add(torch.ones(2, 3))
     with pytest.raises(BatchError, match=r"shape \[2\] in one batch and \['examples', 3\] in others: axes differ"):
         rows.add(torch.ones(2))
-    with pytest.raises(BatchError, match="no row"):
+    with pytest.raises(BatchError, match="no outputs"):
         PaddedRows(1).array()
     gathered = ConcatenatedOutputs(None)
     gathered.add({"a": torch.ones(1), "b": torch.ones(1)}, 1)
@@ -161,7 +161,7 @@ def test_nothing_is_none_and_empty_stays_empty():
     assert gathered.arrays()["predictions"] == ()
 
 
-def test_batches_are_kept_apart():
+def test_batches_are_kept_separate():
     listed = BatchedOutputs()
     listed.add({"predictions": (torch.ones(2, 3), torch.ones(2)), "labels": torch.zeros(2)}, 2)
     listed.add({"predictions": (torch.ones(1, 5), torch.ones(1)), "labels": torch.zeros(1)}, 1)
@@ -170,30 +170,30 @@ def test_batches_are_kept_apart():
     assert all(isinstance(part, np.ndarray) for part in found["labels"])
 
 
-def held_sizes(**options):
+def buffered_sizes(**options):
     written = []
-    held = DeviceBuffer(lambda tree, rows: written.append(rows), **options)
+    buffer = DeviceBuffer(lambda tree, batch_size: written.append(batch_size), **options)
     sizes = []
     for index in range(5):
-        held.add((torch.ones(2, 8), None), index)
+        buffer.add((torch.ones(2, 8), None), index)
         sizes.append(len(written))
-    held.flush()
+    buffer.flush()
     assert written == [0, 1, 2, 3, 4]
     return sizes
 
 
 def test_batches_stay_on_a_device_for_a_while(monkeypatch):
-    assert held_sizes() == [1, 2, 3, 4, 5]  # the CPU's at once
-    assert held_sizes(batches=2, on_cpu=True) == [0, 2, 2, 4, 4]
-    assert held_sizes(on_cpu=True) == [0, 0, 0, 0, 0]
+    assert buffered_sizes() == [1, 2, 3, 4, 5]  # the CPU's at once
+    assert buffered_sizes(batches=2, on_cpu=True) == [0, 2, 2, 4, 4]
+    assert buffered_sizes(on_cpu=True) == [0, 0, 0, 0, 0]
     monkeypatch.setattr("fts.trainer.evaluation.output_containers.BUFFER_BYTES", 128)
-    assert held_sizes(on_cpu=True) == [0, 0, 3, 3, 3]
+    assert buffered_sizes(on_cpu=True) == [0, 0, 3, 3, 3]
 
 
 def test_buffered_batches_are_copies():
-    buffer, written = torch.ones(2), []
-    held = DeviceBuffer(lambda tree, rows: written.append(tree), on_cpu=True)
-    held.add(buffer)
-    buffer.zero_()
-    held.flush()
+    output, written = torch.ones(2), []
+    buffer = DeviceBuffer(lambda tree, batch_size: written.append(tree), on_cpu=True)
+    buffer.add(output)
+    output.zero_()
+    buffer.flush()
     assert written[0].tolist() == [1.0, 1.0]

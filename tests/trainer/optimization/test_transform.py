@@ -288,8 +288,8 @@ def test_a_warmup_that_is_a_share_of_all_reaches_schedule_free():
     args, model = arguments("schedule_free_adamw", warmup_steps=0.5, lr_scheduler_type="constant"), tagger()
     params = trained(model)
     transform = make_transform(args, make_schedule(args, 8, 4), model, total_steps=8)
-    whole = arguments("schedule_free_adamw", warmup_steps=4, lr_scheduler_type="constant")
-    fewer = make_transform(whole, make_schedule(whole, 8, 4), model, total_steps=8)
+    args = arguments("schedule_free_adamw", warmup_steps=4, lr_scheduler_type="constant")
+    fewer = make_transform(args, make_schedule(args, 8, 4), model, total_steps=8)
     grads = gradients(model)[0]
     one, two = (t.update(grads, t.init(params), params)[0] for t in (transform, fewer))
     torch.testing.assert_close(one, two, rtol=0, atol=0)

@@ -40,7 +40,7 @@ def test_settings_of_several_processes_change_nothing_in_one(tmp_path, capsys):
 
 def test_the_cache_is_emptied(tmp_path, monkeypatch, capsys):
     emptied = []
-    monkeypatch.setattr("fts.trainer.run.loop.empty_cache", lambda *args: emptied.append(1))
+    monkeypatch.setattr("fts.trainer.run.dispatcher.empty_cache", lambda *args: emptied.append(1))
     theirs, ours = both(tmp_path, Plain(), classes, torch_empty_cache_steps=3, max_steps=7)
     assert_same_training(theirs, ours)
     assert len(emptied) in (2, 3)  # transformers counts from update 0, before the update

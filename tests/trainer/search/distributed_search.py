@@ -58,7 +58,13 @@ def make(folder, *callbacks, world):
         use_cpu=True,
         ddp_timeout=60,
     )
-    return Trainer(model_init=Linear, args=args, train_dataset=make_examples(24), eval_dataset=make_examples(10, seed=1), callbacks=list(callbacks))
+    return Trainer(
+        model_init=Linear,
+        args=args,
+        train_dataset=make_examples(24),
+        eval_dataset=make_examples(10, seed=1),
+        callbacks=list(callbacks),
+    )
 
 
 def space(trial):

@@ -76,7 +76,7 @@ def test_a_copy_for_a_trial_equals_a_trainer_made_with_the_arguments(tmp_path):
     plain = [name for name, value in expected.items() if isinstance(value, (int, float, str, bool, type(None), list))]
     assert len(plain) > 10
     assert [
-        name for name in plain if name not in ("train_dataset", "eval_dataset", "started") and found[name] != expected[name]
+        name for name in plain if name not in ("train_dataset", "eval_dataset", "start_time") and found[name] != expected[name]
     ] == []
     assert found["label_smoothing"].__class__ is expected["label_smoothing"].__class__
     assert found["memory"].rss is not None

@@ -78,5 +78,7 @@ def test_kubeflow_does_not_report_each_log(tmp_path, job):
 
 def test_kubeflow_needs_a_job(monkeypatch):
     monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
-    with pytest.raises(ArgumentError, match=r"report_to=\['kubeflow'\] needs to run in a TrainJob of Kubeflow .* Leave 'kubeflow' out"):
+    with pytest.raises(
+        ArgumentError, match=r"report_to=\['kubeflow'\] needs to run in a TrainJob of Kubeflow, .* Leave 'kubeflow' out"
+    ):
         TrainingArguments(report_to="kubeflow")
