@@ -78,7 +78,7 @@ def run(blocks: list[Block], namespace: dict[str, object]) -> dict[str, object]:
     return namespace
 
 
-DESIGN = indented_blocks(ROOT / "docs" / "design.md", "The reading to aim at")
+DESIGN = indented_blocks(ROOT / "docs" / "design.md", "The code to aim at")
 README = fenced_blocks(ROOT / "README.md")
 
 

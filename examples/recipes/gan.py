@@ -26,8 +26,8 @@ def main() -> dict[str, float]:
     def discriminator_loss(model, real, fake):
         return F.softplus(-model(real)).mean() + F.softplus(model(fake)).mean()
 
-    def generator_loss(model, noise, judge):
-        return F.softplus(-functional_call(discriminator, judge, model(noise))).mean()
+    def generator_loss(model, noise, critic):
+        return F.softplus(-functional_call(discriminator, critic, model(noise))).mean()
 
     optimizer = tx.adam(1e-3, b1=0.5)
     g = fts.TrainState.create(generator, optimizer, seed=0)

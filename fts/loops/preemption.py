@@ -75,8 +75,8 @@ class StopRequest:
         """Why a poll returned True: the name of a signal, "max_time" or "asked"; None as long as the run continues."""
         return stop_reason(self.code)
 
-    def until(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, up to and including the one after which a poll returns True.
+    def until(self, iterable: Iterable[Item]) -> Iterator[Item]:
+        """The elements, up to and including the one after which a poll returns True.
 
         >>> request = StopRequest()
         >>> for number in request.until([1, 2, 3]):
@@ -85,7 +85,7 @@ class StopRequest:
         >>> number
         2
         """
-        for item in items:
+        for item in iterable:
             yield item
             if self.poll():
                 return

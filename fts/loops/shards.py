@@ -114,13 +114,13 @@ class Shard:
 UNSHARDED = Shard()
 
 
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` consecutive items, the last possibly shorter: `itertools.batched` of Python 3.12.
+def batched(iterable: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` consecutive elements, the last possibly shorter: `itertools.batched` of Python 3.12.
 
     >>> list(batched("abc", 2))
     [['a', 'b'], ['c']]
     """
-    iterator = iter(items)
+    iterator = iter(iterable)
     while found := list(islice(iterator, size)):
         yield found
 

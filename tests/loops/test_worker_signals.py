@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import attrs
 import pytest
@@ -57,9 +58,10 @@ def test_a_worker_passes_it_over_and_what_it_starts_does_not(start):
 
 @attrs.define
 class Stuck:
-    """Its second item takes for ever, in Python or, as it were, in a library that hears no signal."""
+    """Its second item takes for ever, in Python or in a library that blocks signals; `reached` is set when a worker is there."""
 
     deaf: bool
+    reached: Any = attrs.field(factory=multiprocessing.Event)
 
     def __len__(self):
         return 4
@@ -67,6 +69,8 @@ class Stuck:
     def __getitem__(self, index):
         if self.deaf:
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        if index:
+            self.reached.set()
         while index:
             time.sleep(1)
         return index
@@ -74,13 +78,15 @@ class Stuck:
 
 @pytest.mark.parametrize(("deaf", "code"), [(False, 0), (True, -signal.SIGKILL)])
 def test_a_worker_that_does_not_end_by_itself_is_ended(deaf, code):
+    data = Stuck(deaf)
     with loops.handle_preemption():
-        batches = iter(loops.source(Stuck(deaf), batch_size=1, workers=1).epoch(0))
+        batches = iter(loops.source(data, batch_size=1, workers=1).epoch(0))
         assert next(batches).tolist() == [0]
+        assert data.reached.wait(120)  # otherwise the worker may end before it comes to that item
         (worker,) = multiprocessing.active_children()
         batches.close()
         del batches
-        worker.join(20)
+        worker.join(120)
     assert worker.exitcode == code
 
 

@@ -16,7 +16,7 @@ class DataParallelArguments(StrategyArguments, Protocol):
 
     @property
     def process_index(self) -> int:
-        """The rank among all processes."""
+        """The rank of this process."""
 
 
 def data_parallel_rank_and_size(args: DataParallelArguments) -> tuple[int, int]:

@@ -59,14 +59,14 @@ def parse_fsdp(name: str, value: Any) -> Any:
         return value or None
     if isinstance(value, str) and value.lower() in (*TRUE_VALUES, *FALSE_VALUES):
         return value.lower() in TRUE_VALUES or None
-    items = value.replace(",", " ").split() if isinstance(value, str) else value
-    if isinstance(items, FSDPOption):
-        items = [items]
-    if not isinstance(items, (list, tuple)):
+    options = value.replace(",", " ").split() if isinstance(value, str) else value
+    if isinstance(options, FSDPOption):
+        options = [options]
+    if not isinstance(options, (list, tuple)):
         raise ArgumentError(
             f"{name}={value!r} must be True, a string of options such as 'full_shard auto_wrap', or a list of them."
         )
-    return [check_enum(name, item, FSDPOption) for item in items] or None
+    return [check_enum(name, item, FSDPOption) for item in options] or None
 
 
 def make_fsdp(options: Any, settings: Mapping[str, Any] | None, *, precision: str = "no", num_nodes: int = 1) -> FSDP | None:

@@ -87,12 +87,12 @@ def _reshard_after_forward(name: str, value: Any) -> Any:
 
 
 def _class_names(name: str, value: Any) -> tuple[str, ...] | None:
-    items = value.split(",") if isinstance(value, str) else value
-    if items is None:
+    names = value.split(",") if isinstance(value, str) else value
+    if names is None:
         return None
-    if not isinstance(items, (list, tuple, set)):
+    if not isinstance(names, (list, tuple, set)):
         raise ArgumentError(f"{name}={value!r} must be a name, or a list of names.")
-    return tuple(check_str(name, item.strip() if isinstance(item, str) else item) for item in items) or None
+    return tuple(check_str(name, item.strip() if isinstance(item, str) else item) for item in names) or None
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...] | None:

@@ -34,7 +34,7 @@ class RankArguments(ProcessGroupArguments, Protocol):
 
     @property
     def process_index(self) -> int:
-        """The rank among all processes."""
+        """The rank of this process."""
 
     @property
     def local_process_index(self) -> int:

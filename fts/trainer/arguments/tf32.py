@@ -1,4 +1,4 @@
-"""How NVIDIA GPUs multiply float32 matrices: a setting of torch for the whole process, as in Hugging Face's arguments."""
+"""How NVIDIA GPUs multiply float32 matrices: a setting of torch for the process, as in Hugging Face's arguments."""
 
 from __future__ import annotations
 

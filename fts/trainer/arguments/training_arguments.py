@@ -89,7 +89,7 @@ class TrainingArguments:
     activation_checkpointing_kwargs: dict[str, Any] | str | None = arg(None, "How activations are checkpointed: a dict, or JSON.")
     gradient_checkpointing: bool | None = arg(None, "Another name of activation_checkpointing.", **FLAG)
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = arg(None, "Another name of activation_checkpointing_kwargs.")
-    torch_compile: bool = arg(False, "Compile the whole step, from loss to update, as one graph.")
+    torch_compile: bool = arg(False, "Compile the step, from loss to update, as one graph.")
     torch_compile_backend: str | None = arg(None, "What compiles it: inductor unless given. Turns torch_compile on.")
     torch_compile_mode: str | None = arg(None, "default, reduce-overhead or max-autotune. Turns torch_compile on.")
     use_liger_kernel: bool = arg(False, "Use the GPU kernels of the package liger-kernel in the model.")

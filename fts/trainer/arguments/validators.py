@@ -127,10 +127,10 @@ def _include_for_metrics(name: str, value: Any) -> list[str]:
 
 
 def _debug(name: str, value: Any) -> list[Any]:
-    items = (value or "").split() if isinstance(value, str) or value is None else value
-    if not isinstance(items, (list, tuple)):
+    options = (value or "").split() if isinstance(value, str) or value is None else value
+    if not isinstance(options, (list, tuple)):
         raise ArgumentError(f"{name}={value!r} must be a string of options, or a list of them.")
-    return [check_enum(name, item, DebugOption) for item in items]
+    return [check_enum(name, item, DebugOption) for item in options]
 
 
 def _trackers(name: str, value: Any) -> list[str]:

@@ -35,7 +35,7 @@ class TrainerCallback:
     `lr_scheduler`, `train_dataloader` and `eval_dataloader`, and:
 
     - in `on_step_end` `metrics`: those of the update by name, as 0-d tensors on the device (`loss`, `grad_norm`, and what the
-      loss function returned beside its loss). Reading one, as `float(metrics["loss"])` does, waits for the device; a metric that
+      loss function returned with its loss). Reading one, as `float(metrics["loss"])` does, waits for the device; a metric that
       is stored is better read later.
     - in `on_log` `logs`: the logged metrics, as Python numbers, averaged over the updates since the last log.
     - in `on_evaluate` and `on_predict` `metrics`: those of the evaluation or prediction, as Python numbers.

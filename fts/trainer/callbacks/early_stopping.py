@@ -43,7 +43,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         """Count evaluations without improvement."""
         value = (metrics or {}).get(best_metric_name(args))
         if value is None:
-            logger.warning("Early stopping found no %s among %s.", best_metric_name(args), sorted(metrics or {}))
+            logger.warning("Early stopping found no %s in %s.", best_metric_name(args), sorted(metrics or {}))
             return
         self.check_metric_value(args, state, control, value)
         self._stop(control)

@@ -73,7 +73,7 @@ class ProgressCallback(TrainerCallback):
             self._show_metric("saved", f"at {state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Show loss, learning rate and gradient norm, and the whole log above them."""
+        """Show loss, learning rate and gradient norm, and the complete log above them."""
         if self.training_bar is None or not logs:
             return
         _close(self, "prediction_bar")

@@ -76,7 +76,7 @@ def low_rank_groups(args: TrainingArguments, model: nn.Module, options: dict[str
     """The parameters in two groups: the rest, then the weights of the linear layers that `optim_target_modules` names.
 
     Args:
-        args: `optim_target_modules`: "all-linear", a regular expression for whole module names, or a list of names, parts of
+        args: `optim_target_modules`: "all-linear", a regular expression for full module names, or a list of names, parts of
             names and regular expressions.
         model: its modules are searched.
         options: of the second group.

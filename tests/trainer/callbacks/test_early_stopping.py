@@ -78,5 +78,5 @@ def test_a_missing_metric_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         EarlyStoppingCallback().on_evaluate(args, TrainerState(), TrainerControl(), metrics={"eval_f1": 1.0})
         EarlyStoppingCallback().on_train_begin(args, TrainerState(), TrainerControl())
-    assert "Early stopping found no eval_loss among ['eval_f1']" in caplog.text
+    assert "Early stopping found no eval_loss in ['eval_f1']" in caplog.text
     assert "training ends with the last weights" in caplog.text
