@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -43,8 +42,7 @@ class Plan:
         lines = [f"def run(s, {', '.join(inputs)}):"]
         kernels: dict[str, Any] = {}
         for call in calls:
-            name = getattr(call.function, "__name__", "call").strip("_")
-            name = next(key for key in (name, *(f"{name}_{i}" for i in count(2))) if kernels.get(key) in (None, call.function))
+            name = f"{getattr(call.function, '__name__', 'call').strip('_')}_{len(kernels)}"
             kernels[name] = call.function
             line = f"{name}({', '.join((*call.lists, *(f's[{index}]' for index in call.scalars)))})"
             lines.append(f"    {call.target} = list({line})" if call.new else f"    {line}")
