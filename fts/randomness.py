@@ -57,6 +57,21 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
         _device_generator(device).manual_seed(seed)
 
 
+def seed_microbatch(seed: int, step: int, index: int, device: torch.device | None = None) -> None:
+    """Seed the generators for one micro-batch of a step: everything random in it is a function of these numbers.
+
+    Args:
+        seed: the state's.
+        step: the number of steps before this one.
+        index: the number of the micro-batch in the step, over all ranks.
+        device: as in `seed_generators`.
+
+    >>> seed_microbatch(0, 3, 1); first = torch.rand(1); seed_microbatch(0, 3, 1); torch.equal(first, torch.rand(1))
+    True
+    """
+    seed_generators(fold_in(seed, STEP, step, index), device)
+
+
 def get_rng_states(device: torch.device) -> tuple[Any, ...]:
     """The states of all generators that `seed_generators` seeds, for `rng_states_equal`."""
     device_state = () if device.type == "cpu" else (_device_generator(device).get_state(),)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fts.distributed.process_group import Group
 from fts.errors import ArgumentError, LossError, MissingDependencyError
-from fts.randomness import STEP, fold_in, seed_generators
+from fts.randomness import seed_microbatch
 from fts.state import TrainState
 from fts.steps import MicroBatches, ModuleLoss, PaddingBatch
 from fts.steps.losses import call_loss
@@ -61,7 +61,7 @@ class DeepSpeedStep:
         num_batches = None if len(micro_batches) == 1 else group.all_reduce(torch.tensor(float(num_real), device=device))
         outputs: list[LossOutput] = []
         for index, micro_batch in enumerate(micro_batches):
-            seed_generators(fold_in(state.seed, STEP, int(state.step), index * group.size + group.rank), device)
+            seed_microbatch(state.seed, int(state.step), index * group.size + group.rank, device)
             engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             output = self._forward(micro_batch, args)
             weight = cast(Number, output.weight)

@@ -15,7 +15,7 @@ from fts.errors import DataError, WorkerError
 from fts.loops.dataloader_state import StateDict
 from fts.loops.fetcher import IterableDatasetFetcher, MapDatasetFetcher, Request, skip_batches
 from fts.loops.sampling import set_epoch
-from fts.loops.worker_signals import iterate_ignoring_signals
+from fts.loops.worker_signals import defer_worker_errors, iterate_ignoring_signals, worker_errors
 from fts.typing import Batch
 
 
@@ -98,13 +98,14 @@ class WorkerPool:
             self.loader = loader
         loader.generator.manual_seed(seed)
         batches = iterate_ignoring_signals(loader)
+        defer_worker_errors(batches)
         self.running.add(batches)
         return self._until_error(batches, self.num_closed)
 
     def _until_error(self, batches: Any, num_closed: int) -> Iterator[Any]:
         """The batches; an error shuts the workers down at once, since its traceback keeps the loader alive."""
         try:
-            yield from batches
+            yield from _fetch(batches)
             if self.num_closed != num_closed:
                 raise DataError("The source was closed while this epoch was read. Close it when all is read.")
         except Exception as error:
@@ -122,6 +123,17 @@ class WorkerPool:
         finally:
             if not self.options.get("persistent_workers"):
                 _shut_down(batches)
+
+
+def _fetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; torch's errors about dead workers are raised here alone."""
+    while True:
+        with worker_errors():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
 
 
 def _shut_down(batches: Any) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
@@ -39,6 +41,59 @@ def iterate_ignoring_signals(loader: DataLoader[Any]) -> Iterator[Any]:
         if hasattr(worker._popen, "_send_signal"):  # not on Windows, where they are killed anyway
             worker._popen.terminate = partial(_terminate, worker._popen, closing)
     return batches
+
+
+class WorkerExitHandler:
+    """torch's handler of SIGCHLD, whose error about a dead worker of fts waits for the next fetch.
+
+    By itself torch raises it wherever the main thread is, as in the middle of a step or a save.
+    """
+
+    def __init__(self, handler: Callable[[int, Any], Any]) -> None:
+        self.handler = handler
+        self.workers: WeakSet[Any] = WeakSet()
+        self.fetching = False
+        self.error: RuntimeError | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Handle the signal."""
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            if self.fetching or not any(f"(pid {worker.pid})" in str(error) for worker in self.workers):
+                raise
+            self.error = error
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """A block that fetches a batch: an error about a dead worker is raised in it, and only in it.
+
+    >>> with worker_errors():
+    ...     batch = next(iter(DataLoader(range(4))))
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if not isinstance(handler, WorkerExitHandler):
+        yield
+        return
+    error, handler.error, handler.fetching = handler.error, None, True
+    try:
+        if error is not None:
+            raise error
+        yield
+    finally:
+        handler.fetching = False
+
+
+def defer_worker_errors(batches: Any) -> None:
+    """Let `worker_errors` decide where an error about the workers of a DataLoader's iterator is raised."""
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    is_torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+    if is_torchs and callable(handler) and threading.current_thread() is threading.main_thread():
+        handler = WorkerExitHandler(handler)
+        signal.signal(signal.SIGCHLD, handler)
+    if isinstance(handler, WorkerExitHandler):
+        handler.workers.update(getattr(batches, "_workers", ()))
 
 
 @contextmanager

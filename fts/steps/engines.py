@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import LossError
-from fts.randomness import STEP, fold_in, seed_generators
+from fts.randomness import seed_microbatch
 from fts.state import TrainState
 from fts.steps.collectives import Collectives, global_microbatch_index
 from fts.steps.losses import ModuleLoss, call_loss, function_name
@@ -95,9 +95,8 @@ class GradientInputs(NamedTuple):  # a type that can be built inside a graph
     def seed(self, index: int, device: torch.device) -> None:
         """Seed the generators for a micro-batch; a graph or a vmapped step is seeded by its caller."""
         if not is_tracing():
-            seed_generators(
-                fold_in(self.state.seed, STEP, int(self.state.step), global_microbatch_index(index, self.collectives)), device
-            )
+            index = global_microbatch_index(index, self.collectives)
+            seed_microbatch(self.state.seed, int(self.state.step), index, device)
 
     def run(self, forward: Callable[..., LossOutput], params: Any, index: int, device: torch.device) -> LossOutput:
         """The loss of a micro-batch, and its weight."""

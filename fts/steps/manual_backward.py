@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fts.errors import ArgumentError, LossError
-from fts.randomness import STEP, fold_in, seed_generators
+from fts.randomness import seed_microbatch
 from fts.state import TrainState
 from fts.steps.collectives import Collectives, global_microbatch_index
 from fts.steps.engines import LossAux
@@ -62,7 +62,7 @@ class ManualBackward:
             for index, part in enumerate(micro):
                 if self.scaler is not None:
                     self.scaler.factor, self.scaler.used = scale, False
-                seed_generators(fold_in(state.seed, STEP, int(state.step), global_microbatch_index(index, collectives)), device)
+                seed_microbatch(state.seed, int(state.step), global_microbatch_index(index, collectives), device)
                 with nullcontext() if collectives is None else collectives.gradient_sync(index == len(micro) - 1):
                     loss = self._loss(part.batch if isinstance(part, PaddingBatch) else part, args)
                 losses.append(torch.zeros_like(loss) if isinstance(part, PaddingBatch) else loss)

@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
-from fts.randomness import STEP, fold_in, get_rng_states, rng_states_equal, seed_generators
+from fts.randomness import get_rng_states, rng_states_equal, seed_microbatch
 from fts.state import TrainState
 from fts.steps.tracing import device_of
 from fts.typing import Batch, Metrics, OptState, Params
@@ -57,7 +57,7 @@ class StepGraph:
             after, metrics = self.run(parts, batch, *args)
         else:
             device = device_of(state.params)
-            seed_generators(fold_in(state.seed, STEP, int(state.step), self.rank), device)
+            seed_microbatch(state.seed, int(state.step), self.rank, device)
             before = get_rng_states(device) if self.uses_rng is None else None
             with nullcontext() if before is None else _without_logging():
                 after, metrics = self.run(parts, batch, *args)

@@ -12,7 +12,6 @@ from fts.transforms._fast_paths import Update, added, fast_update, for_kernel, f
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
 from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
 from fts.transforms._scalars import new_count, times
-from fts.transforms.rules import has_step
 from fts.transforms.scaling import decayed_weights
 from fts.typing import Info, Number, OptState, Params, Transform
 
@@ -73,7 +72,7 @@ def optimizer(
         label: the transform in words, for `describe`; `name` with learning rate and decay where None.
 
     Returns:
-        A transform with the state of `scaling` or, where that has no `step` to read, with `OptimizerState`.
+        A transform with the state of `scaling` or, where that has no `step`, with `OptimizerState`.
 
     Raises:
         ArgumentError: a number is out of range, or the mask is none.
@@ -94,11 +93,10 @@ def optimizer(
     decay = decayed_weights(weight_decay, None if mask is None else decays, f"{name} with weight_decay")
     before, after = bool(weight_decay) and not decoupled, bool(weight_decay) and decoupled
 
-    counts = has_step(scaling)
-
     def init(params: Params) -> OptState:
         check_names(params)
         inner = scaling.init(params)
+        counts = hasattr(inner, "step") and not isinstance(inner, OptimizerState)
         return inner if counts else OptimizerState(new_count(params), inner)
 
     def through(scale: Update, decay: Update, rate_of: Callable[[Rate, Tensor], Number]) -> Callable[..., Any]:
@@ -108,7 +106,7 @@ def optimizer(
             rate = rate_of(lr, state.step)
             if before:
                 grads, _, _ = decay(grads, (), params)
-            updates, inner, info = scale(grads, state if counts else state.inner, params)
+            updates, inner, info = scale(grads, state.inner if isinstance(state, OptimizerState) else state, params)
             if after:
                 updates, _, _ = decay(updates, (), params)
             return updates, inner, info, rate
@@ -120,13 +118,13 @@ def optimizer(
     def update(grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
         updates, inner, info, rate = pure(grads, state, params)
         updates = {key: times(u, -rate) for key, u in updates.items()}
-        after = inner if counts else OptimizerState(state.step + 1, inner)
+        after = OptimizerState(state.step + 1, inner) if isinstance(state, OptimizerState) else inner
         return updates, after, {**info, "lr": report(rate, state.step.device)}
 
     def update_(grads: Params, state: Any, params: Params | None) -> tuple[Params, OptState, Info]:
         updates, inner, info, rate = fast(grads, state, params)
         scale_in_place(updates.values(), -rate)
-        after = inner if counts else OptimizerState(state.step.add_(1), inner)
+        after = OptimizerState(state.step.add_(1), inner) if isinstance(state, OptimizerState) else inner
         return updates, after, {**info, "lr": report_now(lr, rate, state.step.device)}
 
     slow_apply = added(update_)

@@ -120,12 +120,6 @@ def per_tensor(
     return Transform(made.init, made.update, check=check, label=label)
 
 
-def has_step(transform: Transform) -> bool:
-    """Whether a transform is made from a rule with `step` in its state."""
-    made = getattr(transform.init, "__self__", None)
-    return isinstance(made, _Rule) and "step" in made.numbers
-
-
 class _Rule:
     """A rule with all that it is given; its methods are the functions of the transform. A plain class, which dynamo can trace."""
 
