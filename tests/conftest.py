@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
 def cheap_garbage_collection():
     """Leave what is there before a module's tests (libraries, the collected tests) out of garbage collection.
 
-    Trainers collect garbage at the end of each run; going through those objects each time took a quarter of the tests' processor time.
+    Trainers collect garbage at the end of each run: to visit all those objects each time was a quarter of the processor time.
     """
     gc.collect()
     gc.freeze()

@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 
 def imported(name: str) -> Iterator[tuple[str, str | None]]:
-    """What a module imports of fts, wherever it does so (in a function, for types alone): modules, with the name taken from each."""
+    """What a module imports of fts, also in a function or for types alone: modules, with the name taken from each."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "fts")
@@ -131,6 +131,7 @@ REASONS = {
     "fts.trainer.seq2seq.__init__": THEIRS,
     "fts.trainer.trainer.__init__": THEIRS,
     "fts.trainer.trainer.create_model_card": THEIRS,
+    "fts.transforms.optimizers.optimizer": PUBLIC,
     "fts.transforms.schedules.warmup_stable_decay_schedule": PUBLIC,
 }
 """Functions that are longer, or take more, each with the reason."""

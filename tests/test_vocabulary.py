@@ -79,7 +79,6 @@ WORDS = [
             "fts/cli/": "lines of a printed table",
             "fts/trainer/callbacks/displays.py": "lines of a table in a notebook",
             "fts/trainer/cards/": "lines of a table in a model card",
-            "fts/trainer/search/trial_table.py": "lines of a printed table",
             "fts/trainer/evaluation/output_containers.py": "rows of arrays",
             "fts/trainer/trainer.py": "rows of arrays",
             "fts/distributed/model_shapes.py": "rows of a matrix",

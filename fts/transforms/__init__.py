@@ -9,17 +9,15 @@
 {'w': tensor([0.7000, 0.6000])}
 """
 
-from fts.transforms._bridge import TorchState
 from fts.transforms._scalars import bias_correction
+from fts.transforms._torch_transform import TorchState
 from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
 from fts.transforms.averaging import EmaState, averaged_params, ema_params
-from fts.transforms.bridging import eval_params, from_torch
 from fts.transforms.clipping import adaptive_clip, clip_by_block_rms, clip_by_global_norm, clip_by_value, global_norm
 from fts.transforms.combining import apply_updates, chain, identity
-from fts.transforms.exporting import torch_moments
-from fts.transforms.grouping import masked, partition
 from fts.transforms.loss_scaling import LossScaleState, dynamic_loss_scale, loss_scale
 from fts.transforms.low_precision import MasterState, RoundingState, master_weights, stochastic_rounding
+from fts.transforms.masking import masked, partition
 from fts.transforms.momentum import SgdState, TraceState, sgd, trace
 from fts.transforms.noise import add_noise, centralize
 from fts.transforms.optimizers import FusedKernel, OptimizerState, optimizer
@@ -55,7 +53,9 @@ from fts.transforms.schedules import (
     warmup_stable_decay_schedule,
 )
 from fts.transforms.spikes import SpikeState, skip_spikes
-from fts.transforms.wrapping import MultiStepsState, SkipState, multi_steps, skip_nonfinite
+from fts.transforms.to_torch_state import torch_moments
+from fts.transforms.torch_optimizers import eval_params, from_torch
+from fts.transforms.wrappers import MultiStepsState, SkipState, multi_steps, skip_nonfinite
 
 __all__ = [
     "AdamState",

@@ -116,8 +116,8 @@ def fused_lists(params: Params, grads: Params, *moments: Params, half_on_cpu: bo
 
     The kernels walk through memory and ignore strides, so a gradient that is laid out unlike its parameter is
     copied, and other differences in layout are left to kernels that respect them. With `half_on_cpu=False` so are
-    bfloat16 and float16 on the CPU, where torch 2.13's `_fused_sgd_` silently does nothing. Of tensors that are spread over
-    processes the lists hold what lies here.
+    bfloat16 and float16 on the CPU, where torch 2.13's `_fused_sgd_` silently does nothing. Of tensors that are sharded over
+    ranks the lists hold the local shards.
     """
     weights, slopes = local_tensors(params.values()), local_tensors(grads[name] for name in params)
     rest = [local_tensors(tensors[name] for name in params) for tensors in moments]

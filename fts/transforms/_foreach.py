@@ -34,17 +34,17 @@ class Plan:
 
     Attributes:
         source: the calls in Python, one a line.
-        scalars: the numbers that they take, `s[0]` and on.
+        scalars: the numbers that they take, `_s[0]` and on.
         cost: kernels, and lists that they allocate.
     """
 
     def __init__(self, calls: Sequence[Call], scalars: Scalars, inputs: Sequence[str], update: str) -> None:
-        lines = [f"def run(s, {', '.join(inputs)}):"]
+        lines = [f"def run(_s, {', '.join(inputs)}):"]
         kernels: dict[str, Any] = {}
         for call in calls:
-            name = f"{getattr(call.function, '__name__', 'call').strip('_')}_{len(kernels)}"
+            name = f"_{getattr(call.function, '__name__', 'call').strip('_')}_{len(kernels)}"
             kernels[name] = call.function
-            line = f"{name}({', '.join((*call.lists, *(f's[{index}]' for index in call.scalars)))})"
+            line = f"{name}({', '.join((*call.lists, *(f'_s[{index}]' for index in call.scalars)))})"
             lines.append(f"    {call.target} = list({line})" if call.new else f"    {line}")
         lines.append(f"    return {update}")
         self.source, self.scalars = "\n".join(lines), scalars
@@ -197,11 +197,12 @@ class _Writer:
             self._call(value.detail.on_lists, value, value.args, target, new=True)
         else:
             args = self._arranged(value)
-            target = self._target(value, args)
-            if target is None:
+            written = self._target(value, args)
+            if written is None:
                 target = self._new()
                 self._call(NEW[value.op], value, args, target, new=True)
             else:
+                target = written
                 if self.place[args[0]] != target:
                     self.calls.append(Call(torch._foreach_copy_, target, (target, self.place[args[0]])))
                 self._call(IN_PLACE[value.op], value, args, target)
@@ -246,14 +247,14 @@ class _Writer:
 
     def _new(self) -> str:
         self.made += 1
-        return f"new{self.made}"
+        return f"_new{self.made}"
 
     def _finish(self) -> str:
         """Move the new values of the fields to their places; the updates get memory of their own."""
         update = self.place[self.graph.outputs[0]]
         if update in self.fields or update == "param":
             target = self.free.pop() if self.free else self._new()
-            in_place = not target.startswith("new") or any(call.target == target for call in self.calls)
+            in_place = not target.startswith("_new") or any(call.target == target for call in self.calls)
             self.calls.append(
                 Call(torch._foreach_copy_, target, (target, update)) if in_place else Call(clone, target, (update,), new=True)
             )

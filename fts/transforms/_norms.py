@@ -1,4 +1,4 @@
-"""Norms of tensors, whole also where these are spread over processes: one exchange for all of them."""
+"""Norms of tensors, full tensors also where they are sharded: one all-reduce for all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not any_dtensor(tensors):
         return [_norm(tensor) for tensor in tensors]
     tensors = [reduce_partial(tensor) for tensor in tensors]
-    return _over_processes([_norm(to_local(tensor)) for tensor in tensors], tensors)
+    return _all_reduce_norms([_norm(to_local(tensor)) for tensor in tensors], tensors)
 
 
 def norm_now(tensors: Sequence[Tensor]) -> Tensor:
@@ -38,12 +38,12 @@ def norm_now(tensors: Sequence[Tensor]) -> Tensor:
     if not _alike(parts):
         return norm_of(tensors)
     norms = list(torch._foreach_norm(parts))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(_over_processes(norms, tensors) if any_dtensor(tensors) else norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(_all_reduce_norms(norms, tensors) if any_dtensor(tensors) else norms))
     return norm
 
 
-def _over_processes(parts: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Norms of whole tensors from those of what lies here: the squares of tensors with the same layout are summed at once."""
+def _all_reduce_norms(parts: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Norms of full tensors from those of local shards: one all-reduce of squares for all tensors with the same placements."""
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if is_dtensor(tensor):

@@ -93,7 +93,7 @@ def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
 
 
 def shared_step(count: Tensor) -> Tensor:
-    """The step as rules get it in a pure update: real, and with room for what many tensors need of it."""
+    """The step as rules get it in a pure update: real, and with space for what many tensors need of it."""
     step: Tensor = real(count)
     if not torch.compiler.is_compiling():
         setattr(step, _FACTORS, {})

@@ -107,7 +107,8 @@ def trace(rule: Callable[..., Any], tensors: Collection[str], label: str) -> Gra
             f"{label}: the rule cannot be traced ({error}). In an elementwise rule use torch.where instead of if, and "
             "torch.maximum instead of max; or make the transform with per_tensor."
         ) from error
-    builder, outputs = _Builder(label), ()
+    builder = _Builder(label)
+    outputs: Any = ()
     for node in graph.nodes:
         if node.op == "output":
             outputs = node.args[0]

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fts.transforms._arguments import check_decays, check_numbers, format_label
+from fts.transforms._checks import check_decays, check_numbers, format_label
+from fts.transforms._learning_rates import Rate
 from fts.transforms._masks import Mask, mask_in_words
-from fts.transforms._rates import Rate
 from fts.transforms._scalars import bias_correction
 from fts.transforms.optimizers import FusedKernel, optimizer
 from fts.transforms.rules import elementwise

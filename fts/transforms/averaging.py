@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_number, check_transform, need_params
+from fts.transforms._checks import check_number, check_transform, need_params
 from fts.transforms._fast_paths import fast_apply, is_fast, scale_in_place
 from fts.transforms._scalars import new_count, readable, real
 from fts.transforms.combining import apply_updates
@@ -34,7 +34,7 @@ def ema_params(inner: Transform, decay: float, debias: bool = False) -> Transfor
     """Keep an exponential moving average of the parameters; `averaged_params` finds it.
 
     Args:
-        inner: the whole of the other transforms: the average is of the parameters after its updates.
+        inner: all the other transforms: the average is of the parameters after its updates.
         decay: the share of the older average, in [0, 1).
         debias: start from nothing, and divide by the sum of the weights, as Adam does with its moments; otherwise
             the average starts at the first parameters.

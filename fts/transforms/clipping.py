@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fts.dtensors import local_tensors, reduce_partial
-from fts.transforms._arguments import check_number, need_params
+from fts.transforms._checks import check_number, need_params
 from fts.transforms._fast_paths import scale_in_place
 from fts.transforms._norms import norm_now, norm_of, norms_of
 from fts.transforms._scalars import times
@@ -26,8 +26,8 @@ def global_norm(tree: Any) -> Tensor:
         tree: a tensor, or dictionaries, lists and tuples of tensors, of any shapes and floating dtypes.
 
     Returns:
-        0-d tensor of the widest dtype among the tensors (at least float32), on the device of the first; 0 for an empty tree. It
-        is that of the whole tensors also where these are spread over processes, which then must all call it.
+        0-d tensor of the widest dtype of the tensors (at least float32), on the device of the first; 0 for an empty tree. It
+        is that of the full tensors also where they are sharded; then all ranks must call it.
 
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
@@ -181,7 +181,7 @@ def _unit_norms(tensors: Params) -> Params:
     norms = {name: norm.to(single[name].dtype) for name, norm in zip(single, norms_of(list(single.values())), strict=True)}
     for name, tensor in tensors.items():
         if tensor.ndim > 1:
-            # units are whole where rows are spread over processes; else this adds up their parts
+            # units are on one rank where rows are sharded; else this adds up their parts
             norms[name] = reduce_partial(torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True))
     return norms
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from fts.dtensors import redistribute_like
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_transform
+from fts.transforms._checks import check_transform
 from fts.transforms._fast_paths import Apply, Update, fast_apply, fast_update, is_fast
-from fts.transforms._infos import merged, merged_by_name, part_of
+from fts.transforms._info import info_of, merged, merged_by_name
 from fts.typing import Info, OptState, Params, Transform
 
 
@@ -119,7 +119,7 @@ def _composed(
     def check(info: Info) -> None:
         for i, child in enumerate(children):
             if child.check is not None:
-                child.check(info if keys is None else part_of(info, keys[i], keys))
+                child.check(info if keys is None else info_of(info, keys[i], keys))
 
     return Transform(
         init=lambda params: pack([child.init(params) for child in children]),

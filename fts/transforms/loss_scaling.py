@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError, NonFiniteError
-from fts.transforms._arguments import check_count, check_number, check_transform
+from fts.transforms._checks import check_count, check_number, check_transform
 from fts.transforms._fast_paths import WIDE_DTYPES, fast_apply, is_fast, pure_apply, scale_in_place
-from fts.transforms._infos import merged, values_of
+from fts.transforms._info import merged, values_of
 from fts.transforms._scalars import device_of, new_count, times, widest
-from fts.transforms._withholding import (
+from fts.transforms._skipping import (
     all_finite,
     all_finite_now,
     check_unless_withheld,
@@ -204,7 +204,7 @@ _MAY_BE_AROUND = ("chain", "ema_params", "multi_steps", "master_weights", "stoch
 
 
 def unscales(transform: Transform) -> bool:
-    """Whether there is a `dynamic_loss_scale` in a transform, as far as it tells its children."""
+    """Whether there is a `dynamic_loss_scale` in a transform, as far as it names its children."""
     return isinstance(transform, _LossScale) or any(map(unscales, transform.children))
 
 

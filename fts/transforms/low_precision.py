@@ -1,4 +1,4 @@
-"""Parameters in 16 bits, which lose updates that are small beside them: two ways to keep these."""
+"""Parameters in 16 bits, which lose updates that are small relative to them: two ways to keep these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fts.dtensors import from_local_like, local_tensors, to_local
 from fts.errors import ArgumentError
 from fts.randomness import random_bits_like
-from fts.transforms._arguments import check_integer, check_transform, need_params
+from fts.transforms._checks import check_integer, check_transform, need_params
 from fts.transforms._fast_paths import WIDE_DTYPES, fast_apply, is_fast
 from fts.transforms._scalars import new_count
 from fts.transforms.combining import apply_updates

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_decays, check_numbers, format_label
-from fts.transforms._rates import Rate
+from fts.transforms._checks import check_decays, check_numbers, format_label
+from fts.transforms._learning_rates import Rate
 from fts.transforms._scalars import choose, times
 from fts.transforms.optimizers import FusedKernel, optimizer
 from fts.transforms.rules import elementwise
@@ -105,7 +105,7 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
         )
 
     def rule(grad: Tensor, step: Any, trace: Tensor) -> tuple[Tensor, Tensor]:
-        # the first gradient enters whole, as in torch
+        # the first gradient is not damped, as in torch
         share = times(grad, choose(step == 1, 1.0, 1.0 - dampening)) if dampening else grad
         trace = momentum * trace + share
         return grad + momentum * trace if nesterov else trace, trace
@@ -113,7 +113,7 @@ def sgd(lr: Rate, momentum: float = 0.0, dampening: float = 0.0, weight_decay: f
     def run(params: Tensors, grads: Tensors, traces: Tensors = (), *, step: Tensor, **options: Any) -> None:
         first = bool(dampening) and int(step) == 1
         options |= {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        torch._fused_sgd_(params, grads, traces, **options, maximize=False, is_first_step=first)
+        torch._fused_sgd_(list(params), list(grads), list(traces), **options, maximize=False, is_first_step=first)
 
     return optimizer(
         "sgd",

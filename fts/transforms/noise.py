@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fts.randomness import randn_like
-from fts.transforms._arguments import check_integer, check_number
+from fts.transforms._checks import check_integer, check_number
 from fts.transforms._scalars import new_count, real, times
 from fts.transforms.scaling import ScheduleState
 from fts.typing import Info, OptState, Params, Transform
@@ -17,7 +17,7 @@ def add_noise(eta: float, gamma: float, seed: int) -> Transform:
     Args:
         eta: the variance at the first update, not negative.
         gamma: how fast it decays, not negative; the paper uses 0.55.
-        seed: an integer. The noise is a function of it, of t, and of the parameter's place among the gradients.
+        seed: an integer. The noise is a function of it, of t, and of the parameter's place in the gradients.
 
     Returns:
         A transform with `ScheduleState`.
@@ -75,6 +75,6 @@ def centralize() -> Transform:
 def _centred(grad: Tensor) -> Tensor:
     if grad.ndim < 2:
         return grad
-    # a sum and not a mean, which torch does not weigh by the sizes of parts that are spread over processes
+    # a sum and not a mean, which torch does not weight by the sizes of shards
     total = grad.sum(dim=tuple(range(1, grad.ndim)), keepdim=True)
     return grad - total / (grad.numel() // max(grad.shape[0], 1))

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fts.transforms._arguments import check_number, check_transform, format_label
+from fts.transforms._checks import check_number, check_transform, format_label
 from fts.transforms._fast_paths import Update, added, fast_update, for_kernel, fused_lists, scale_in_place
+from fts.transforms._learning_rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
 from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
-from fts.transforms._rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
 from fts.transforms._scalars import new_count, times
 from fts.transforms.scaling import decayed_weights
 from fts.typing import Info, Number, OptState, Params, Transform
 
 
 class FusedKernel(NamedTuple):
-    """A kernel that makes an optimizer's whole update in place.
+    """A kernel that makes an optimizer's complete update in place.
 
     Attributes:
         run: `run(params, grads, *moments, lr=, weight_decay=, step=)` on lists of tensors. `lr` is a number or 0-d tensor, `step`
@@ -68,7 +68,7 @@ def optimizer(
         weight_decay: the fraction of a parameter that is taken off in an update, before it is multiplied by `lr`.
         mask: which parameters decay, as in `add_decayed_weights`; None means all.
         decoupled: decay behind the scaling, as in AdamW; False adds the decay to the gradients (L2 regularisation).
-        fused: does the whole update where its tensors allow it.
+        fused: makes the complete update where its tensors allow it.
         label: the transform in words, for `describe`; `name` with learning rate and decay where None.
 
     Returns:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_count, check_number, check_transform, in_words
+from fts.transforms._checks import check_count, check_number, check_transform, in_words
 from fts.transforms._fast_paths import fast_apply, fast_update, is_fast
 from fts.transforms._scalars import as_scalar, device_of
 from fts.transforms._states import states_in, with_states
@@ -118,7 +118,7 @@ class Greedy:
         min_lr: the rate is never reduced below it.
         max_lr: the rate is never raised above it.
         eps: a smaller change is left out.
-        smooth: judge the mean of the last `window_size` values instead of the last one.
+        smooth: use the mean of the last `window_size` values instead of the last one.
         window_size: see `smooth`.
         reset_start: so many reductions at `min_lr` start all over, with the first rate.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fts.dtensors import any_dtensor, full_tensor, local_tensors, redistribute
 from fts.errors import ArgumentError
-from fts.transforms._arguments import need_params
+from fts.transforms._checks import need_params
 from fts.transforms._foreach import Plan, make_plan
 from fts.transforms._scalars import as_scalar, device_of, new_count, readable, real, shared_step
 from fts.typing import Info, OptState, Params, Transform
@@ -55,7 +55,7 @@ def elementwise(
         shared: `(grads, state, params) -> dict` of numbers or 0-d tensors, once per update: those that are fields of the
             state are its new values. `state.step` is then the number of earlier updates, as schedules take it.
         report: which of those numbers the transform reports.
-        check: `check(info)`: raises if training must not go on.
+        check: `check(info)`: raises if training must not continue.
 
     Returns:
         A transform with `state`.
@@ -93,7 +93,7 @@ def per_tensor(
 ) -> Transform:
     """Make a transform from any rule for one tensor: with norms, factors, matrix products, or branches on the shape.
 
-    As `elementwise`, but the rule always runs on whole tensors, one by one: a sharded one is gathered on all ranks before,
+    As `elementwise`, but the rule always runs on full tensors, one by one: a sharded one is gathered on all ranks before,
     and the results are sharded again. Fields of the state may have any shape.
 
     Args:
@@ -116,7 +116,7 @@ def per_tensor(
     {'w': tensor([0.6000, 0.8000])}
     """
     made = _Rule(rule, state, label, init, shared, report)
-    made.whole = True
+    made.on_full_tensors = True
     return Transform(made.init, made.update, check=check, label=label)
 
 
@@ -134,7 +134,7 @@ class _Rule:
     ) -> None:
         self.rule, self.state, self.label, self.begin = rule, state, label, {} if init is None else init
         self.shared, self.report = shared, report
-        self.whole = False  # whether the rule runs on full tensors
+        self.on_full_tensors = False
         self.plan: Plan | None = None  # the rule on lists, once it is traced
         self.wanted = _arguments(rule, label)
         fields = () if state is None else state._fields
@@ -193,7 +193,7 @@ class _Rule:
         results = self._results(grads, columns)
         for tensors, like in zip(results, (grads, *[getattr(state, field) for field in self.moments]), strict=True):
             for name, tensor in tensors.items():
-                if self.whole:
+                if self.on_full_tensors:
                     tensors[name] = redistribute(tensor.to(like[name].dtype), like[name])
                 elif tensor.ndim == 0:  # a 0-d number widens no tensor but a 0-d one
                     tensors[name] = tensor.to(like[name].dtype)
@@ -201,7 +201,7 @@ class _Rule:
 
     def _results(self, grads: Params, columns: Sequence[Mapping[str, Any]]) -> list[Params]:
         """What the rule returns for each parameter: the updates, then the new values of each field."""
-        if self.whole:
+        if self.on_full_tensors:
             found = {name: self.rule(*[full_tensor(column[name]) for column in columns]) for name in grads}
         else:
             found = {name: self.rule(*[column[name] for column in columns]) for name in grads}

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_number, format_label, in_words, need_params
+from fts.transforms._checks import check_number, format_label, in_words, need_params
 from fts.transforms._fast_paths import Update, fast_update, scale_in_place
+from fts.transforms._learning_rates import Rate, check_rate, checking, rate_now, report, report_now
 from fts.transforms._masks import Mask, Predicate, as_predicate, everything, mask_in_words
-from fts.transforms._rates import Rate, check_rate, checking, rate_now, report, report_now
 from fts.transforms._scalars import device_of, new_count, times
 from fts.transforms.rules import elementwise
 from fts.typing import Info, OptState, Params, Schedule, Transform

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from fts.errors import ScheduleError
-from fts.transforms._arguments import check_count, check_number, in_words
+from fts.transforms._checks import check_count, check_number, in_words
 from fts.transforms._scalars import at_least, at_most, choose, cosine, real
 from fts.typing import Schedule
 
@@ -96,7 +96,7 @@ def cosine_schedule(
         warmup_steps: over how many steps the value first rises from 0 to the peak.
         total_steps: the step at which the wave ends; it includes the warm-up.
         end_value: the lowest point of the wave.
-        cycles: how many whole waves; half of one falls from the peak to `end_value`. What it ends at then stays.
+        cycles: how many full waves; half of one falls from the peak to `end_value`. What it ends at then stays.
 
     Returns:
         A schedule.
@@ -217,7 +217,7 @@ def warmup_stable_decay_schedule(
         init_value: the value at step 0.
         warmup_shape: "linear", "cosine" (half a wave) or "1-sqrt" (`1 - sqrt(1 - progress)`).
         decay_shape: "linear", "cosine" or "1-sqrt" (`1 - sqrt(progress)`).
-        cycles: how many whole waves a cosine decay has; half of one falls from the peak to `end_value`.
+        cycles: how many full waves a cosine decay has; half of one falls from the peak to `end_value`.
 
     Returns:
         A schedule.

@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 
 from fts.errors import SpikeError
-from fts.transforms._arguments import check_count, check_number, check_transform
+from fts.transforms._checks import check_count, check_number, check_transform
 from fts.transforms._fast_paths import fast_apply, is_fast, pure_apply
-from fts.transforms._infos import merged, values_of
+from fts.transforms._info import merged, values_of
 from fts.transforms._scalars import device_of, new_count, widest
-from fts.transforms._withholding import (
-    check_unless_withheld,
-    counted,
-    counted_now,
-    where,
-    withheld_now_unless,
-    withheld_unless,
-)
+from fts.transforms._skipping import check_unless_withheld, counted, counted_now, where, withheld_now_unless, withheld_unless
 from fts.transforms.clipping import global_norm
 from fts.typing import Info, OptState, Params, Transform
 
@@ -91,7 +84,7 @@ def skip_spikes(
     (tensor([0.]), tensor(1))
 
     Source: Chowdhery et al. 2022, "PaLM", section 5.1, for skipping batches at spikes; Finch 2009, "Incremental calculation of
-    weighted mean and variance", for the running figures.
+    weighted mean and variance", for the running mean and variance.
     """
     check_transform("skip_spikes", inner)
     check_number("skip_spikes: threshold", threshold, open_low=True)
@@ -107,8 +100,8 @@ def skip_spikes(
     def judged(grads: Params, norms: Norms) -> tuple[Tensor, Norms]:
         """Whether the gradients are no spike, and the norms with theirs."""
         norm = global_norm(grads).to(norms.mean)
-        spread = torch.maximum(norms.variance.sqrt(), LEAST_SPREAD * norms.mean)
-        good = norm.isfinite() & ((norm <= norms.mean + threshold * spread) | (norms.seen < warmup_steps))
+        deviation = torch.maximum(norms.variance.sqrt(), LEAST_SPREAD * norms.mean)
+        good = norm.isfinite() & ((norm <= norms.mean + threshold * deviation) | (norms.seen < warmup_steps))
         seen = norms.seen + 1
         weight = (1.0 / seen.to(norm.dtype)).clamp(min=1.0 - decay)
         gap = norm - norms.mean

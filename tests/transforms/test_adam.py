@@ -5,7 +5,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import copy, make_gradients, make_params
+from tests.transforms.trajectories import copy, make_gradients, make_params
 
 
 def test_scale_by_adam_by_hand():

@@ -3,7 +3,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import assert_close, by_apply, by_update, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, make_gradients, make_params
 
 
 def optimizer():

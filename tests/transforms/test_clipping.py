@@ -5,7 +5,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import make_gradients, make_params
+from tests.transforms.trajectories import make_gradients, make_params
 
 
 def test_global_norm():

@@ -4,7 +4,7 @@ import torch
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.typing import Transform
-from tests.transforms.running import assert_close, by_apply, by_update, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, copy, make_gradients, make_params
 
 LAST = Transform(
     init=lambda params: {name: torch.zeros_like(p) for name, p in params.items()},

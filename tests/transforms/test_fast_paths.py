@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fts import transforms as tx
-from tests.transforms.running import assert_close, by_apply, by_update, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, copy, make_gradients, make_params
 
 SCHEDULE = tx.cosine_schedule(0.1, warmup_steps=2, total_steps=6)
 

@@ -7,7 +7,7 @@ import torch.utils._pytree as pytree
 from fts import transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
 from fts.transforms.loss_scaling import check_unscales_first
-from tests.transforms.running import assert_close, by_apply, by_update, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, copy, make_gradients, make_params
 
 RUNS = [by_update, by_apply]
 

@@ -4,7 +4,7 @@ import torch
 import fts
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import assert_close, by_apply, by_update
+from tests.transforms.trajectories import assert_close, by_apply, by_update
 
 RUNS = [by_update, by_apply]
 HALVES = [torch.bfloat16, torch.float16]

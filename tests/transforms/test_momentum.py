@@ -5,7 +5,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import by_apply, by_update, copy
+from tests.transforms.trajectories import by_apply, by_update, copy
 
 
 def test_trace_by_hand():

@@ -5,7 +5,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import by_update, make_gradients, make_params
+from tests.transforms.trajectories import by_update, make_gradients, make_params
 
 ZEROS = {"a": torch.zeros(200, 500), "b": torch.zeros(100_000)}
 

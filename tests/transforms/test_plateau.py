@@ -9,7 +9,7 @@ from transformers.optimization import GreedyLR
 from fts import transforms as tx
 from fts.errors import ArgumentError
 from fts.testing import check_transform
-from tests.transforms.running import assert_close, by_apply, by_update, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, make_gradients, make_params
 
 RATE = 0.1
 

@@ -5,7 +5,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from tests.transforms.running import copy
+from tests.transforms.trajectories import copy
 
 PARAMS = {"w": torch.tensor([10.0, 20.0]), "b": torch.tensor(3.0)}
 GRADS = {"w": torch.tensor([1.0, -2.0]), "b": torch.tensor(4.0)}

@@ -9,7 +9,7 @@ import torch
 import fts
 from fts import loops, steps, transforms as tx
 from fts.errors import ArgumentError, SpikeError
-from tests.transforms.running import assert_close, by_apply, by_update, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, make_gradients, make_params
 
 
 def optimizer():

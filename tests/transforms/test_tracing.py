@@ -7,7 +7,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fts import transforms as tx
-from tests.transforms.running import assert_close, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, copy, make_gradients, make_params
 
 COSINE = tx.cosine_schedule(0.1, warmup_steps=2, total_steps=6)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fts import transforms as tx
-from tests.transforms.running import by_apply, by_update, make_gradients, make_params
+from tests.transforms.trajectories import by_apply, by_update, make_gradients, make_params
 
 STEPS = 100
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-13}, torch.float32: {"rtol": 2e-4, "atol": 2e-5}}

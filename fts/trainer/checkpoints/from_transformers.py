@@ -27,7 +27,7 @@ from fts.trainer.checkpoints.transformers_files import TORCH_OPTIMIZER, TORCH_SC
 from fts.trainer.model import ADAPTER_SAFE_WEIGHTS_NAME, has_only_adapters, load_weights, named_tensors
 from fts.trainer.optimization import RunOptimizer
 from fts.trainer.reporting import RunningMetrics
-from fts.transforms.importing import with_plateau, with_torch_moments
+from fts.transforms.from_torch_state import with_plateau, with_torch_moments
 from fts.transforms.loss_scaling import LossScaleState
 
 logger = logging.getLogger(__name__)

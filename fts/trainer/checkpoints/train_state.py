@@ -17,7 +17,7 @@ from fts.state import OPTIMIZER_NAME, TrainState
 from fts.storage import has_tensors
 from fts.trainer.model import apply_eval_params, load_weights
 from fts.transforms.loss_scaling import LossScaleState
-from fts.transforms.wrapping import SkipState
+from fts.transforms.wrappers import SkipState
 from fts.typing import Transform
 
 WRAPPER_STATES = (SkipState, LossScaleState)

@@ -7,7 +7,7 @@ import torch.utils._pytree as pytree
 from fts import transforms as tx
 from fts.errors import ArgumentError, NonFiniteError
 from fts.typing import Transform
-from tests.transforms.running import assert_close, by_apply, by_update, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, copy, make_gradients, make_params
 
 
 def optimizer():

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_transform, in_words
-from fts.transforms._bridge import Bridge, Closure, TorchState
-from fts.transforms._optimizers import Bound, bind, build, has_modes, is_optimizer, needs_closure
+from fts.transforms._checks import check_transform, in_words
 from fts.transforms._states import states_in
+from fts.transforms._torch_binding import Bound, bind, build, has_modes, is_optimizer, needs_closure
+from fts.transforms._torch_transform import Closure, TorchState, TorchTransform
 from fts.typing import OptState, Params, Schedule, Transform
 
 Groups: TypeAlias = Sequence[Mapping[str, Any]] | Callable[[list[str]], Sequence[Mapping[str, Any]]]
@@ -111,7 +111,7 @@ def _bridge(
     schedule: Schedule | None,
     closure: Closure | None,
     kwargs: dict[str, Any],
-) -> Bridge:
+) -> TorchTransform:
     if schedule is not None and not callable(schedule):
         raise ArgumentError(f"from_torch: schedule must be a function of the number of updates, not {schedule!r}.")
     own, rates = is_optimizer(optimizer), None
@@ -148,11 +148,11 @@ def _bridge(
             f"{label}: this optimizer evaluates the loss in its step. Pass closure=, a function params -> (loss, grads)."
         )
     modes = has_modes(optimizer) or not (own or isinstance(optimizer, type))  # of a function, the result is not known yet
-    return Bridge(label, make, own, modes, rates, schedule, closure)
+    return TorchTransform(label, make, own, modes, rates, schedule, closure)
 
 
-def _bridges(transform: Transform) -> list[Bridge]:
+def _bridges(transform: Transform) -> list[TorchTransform]:
     owner = getattr(transform.init, "__self__", None)
-    if isinstance(owner, Bridge):
+    if isinstance(owner, TorchTransform):
         return [owner]
     return [bridge for child in transform.children for bridge in _bridges(child)]

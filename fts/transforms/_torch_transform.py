@@ -12,9 +12,12 @@ from torch import Tensor
 
 from fts.dtensors import any_dtensor, local_storage_ptr, mesh_and_placements
 from fts.errors import ArgumentError
-from fts.transforms._arguments import need_params
-from fts.transforms._leaves import Tree, encode, settled
-from fts.transforms._optimizers import (
+from fts.transforms._checks import need_params
+from fts.transforms._dtensor_mode import dtensor_mode
+from fts.transforms._learning_rates import rate_now, report
+from fts.transforms._scalars import device_of
+from fts.transforms._tensor_trees import Tree, common_structure, encode
+from fts.transforms._torch_binding import (
     Bound,
     Kept,
     Numbers,
@@ -23,18 +26,15 @@ from fts.transforms._optimizers import (
     constants,
     has_modes,
     isolate,
-    lent,
     needs_closure,
     picked,
     place,
     read,
     release,
     snapshot,
+    swap_tensors,
     without_hooks,
 )
-from fts.transforms._processes import over_processes
-from fts.transforms._rates import rate_now, report
-from fts.transforms._scalars import device_of
 from fts.typing import Info, Number, OptState, Params, Schedule
 
 Closure: TypeAlias = Callable[[Params], tuple[Tensor, Params]]
@@ -62,7 +62,7 @@ class TorchState(NamedTuple):
 
 
 @attrs.frozen(eq=False)
-class Bridge:
+class TorchTransform:
     """A torch optimizer and how to make one; its methods are the functions of the transform.
 
     Attributes:
@@ -91,7 +91,7 @@ class Bridge:
         grads = _small(weights)
         bound = self._bound(weights, new=True)
         names = list(weights)
-        with _same_randomness(params), without_hooks(bound.optimizer), torch.no_grad(), lent(bound, weights, grads):
+        with _same_randomness(params), without_hooks(bound.optimizer), torch.no_grad(), swap_tensors(bound, weights, grads):
             before = snapshot(bound)
             isolate(bound)
             self._set_rates(bound, 1.0)
@@ -107,7 +107,9 @@ class Bridge:
         once = picked(between.groups, between.attributes, numbers)
         first = first._replace(**{key: encode(value, key) for key, value in once.items()})
         title = type(bound.optimizer).__name__
-        kept = Kept(*[settled(one, two, f"{title}'s {key}") for key, one, two in zip(Kept._fields, first, second, strict=True)])
+        kept = Kept(
+            *[common_structure(one, two, f"{title}'s {key}") for key, one, two in zip(Kept._fields, first, second, strict=True)]
+        )
         kept = _separated(kept, [*weights.values(), *grads.values(), *params.values()])
         for leaf in _leaves(kept):
             leaf.zero_()
@@ -122,9 +124,9 @@ class Bridge:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise ArgumentError(
-                f"{self.label}: {type(bound.optimizer).__name__} cannot step on parameters that are spread over processes "
+                f"{self.label}: {type(bound.optimizer).__name__} cannot step on sharded parameters "
                 f"({reason}). Take one that can, such as adamw, sgd, or from_torch with AdamW, RMSprop, Adagrad or Adafactor, "
-                "or keep whole parameters on each process, as DDP does."
+                "or keep full parameters on each rank, as DDP does."
             ) from error
 
     def update(self, grads: Params, state: TorchState, params: Params | None) -> tuple[Params, OptState, Info]:
@@ -152,7 +154,7 @@ class Bridge:
         bound = self._bound(inside, new=False)
         if not has_modes(bound.optimizer):
             return {}
-        with torch.no_grad(), lent(bound, inside, {}):
+        with torch.no_grad(), swap_tensors(bound, inside, {}):
             place(bound, Kept(*_cloned(state)[1:]))
             bound.optimizer.eval()
             return {name: bound.parameters[name].data if name in bound.parameters else tensor for name, tensor in inside.items()}
@@ -163,7 +165,7 @@ class Bridge:
         bound = self._bound(params, new=count == 0)
         optimizer = bound.optimizer
         numbers = Numbers(tuple(map(frozenset, kept.groups)), frozenset(kept.attributes))
-        with lent(bound, params, grads):
+        with swap_tensors(bound, params, grads):
             if len(optimizer.param_groups) != len(kept.groups):
                 raise ArgumentError(
                     f"{self.label}: the state is of {len(kept.groups)} parameter groups, the optimizer has "
@@ -187,7 +189,7 @@ class Bridge:
         return params, TorchState(state.step.add_(1), *after), info
 
     def _bound(self, params: Params, *, new: bool) -> Bound:
-        """The optimizer for these parameters; a new one, on their memory, or one that waits to be lent."""
+        """The optimizer for these parameters; a new one, on their memory, or one that is kept for later updates."""
         if self.own:
             bound = self.make(params)
             if not bound.parameters.keys() & params.keys():
@@ -242,7 +244,7 @@ def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
                 f"from_torch: {type(bound.optimizer).__name__} evaluates the loss in its step. Pass closure=, a function "
                 "params -> (loss, grads)."
             )
-        with over_processes(params):
+        with dtensor_mode(params):
             bound.optimizer.step()
         return
 
@@ -255,7 +257,7 @@ def _step(bound: Bound, params: Params, closure: Closure | None) -> None:
                 bound.parameters[name].grad = grads[name].detach().clone()
         return loss.detach()
 
-    with over_processes(params):
+    with dtensor_mode(params):
         bound.optimizer.step(evaluate)
 
 

@@ -117,7 +117,7 @@ def fitted(tree: Tree, form: Tree, where: str) -> Tree:
     return type(form)([fitted(one, two, f"{where}[{i}]") for i, (one, two) in enumerate(zip(tree, form, strict=True))])
 
 
-def settled(first: Tree, second: Tree, where: str) -> Tree:
+def common_structure(first: Tree, second: Tree, where: str) -> Tree:
     """The form of two states of one optimizer: a number that was ever a float is one.
 
     Raises:
@@ -128,7 +128,7 @@ def settled(first: Tree, second: Tree, where: str) -> Tree:
     if isinstance(first, Integer) and isinstance(second, Floating):
         return second
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return {key: settled(first[key], child, f"{where}[{key!r}]") for key, child in second.items()}
+        return {key: common_structure(first[key], child, f"{where}[{key!r}]") for key, child in second.items()}
     return fitted(second, first, where)
 
 
@@ -159,7 +159,7 @@ def copied(value: Any) -> Any:
 
 
 def _done(tensor: Tensor) -> Tensor:
-    """Without sums over processes that are unfinished; a spread tensor of one number is plain."""
+    """Without partial placements; a sharded tensor of one number becomes a plain one."""
     return full_tensor(tensor) if tensor.ndim == 0 else reduce_partial(tensor)
 
 

@@ -1,4 +1,4 @@
-"""torch optimizers on loan: at other tensors, with another state, and afterwards as they were."""
+"""torch optimizers bound to other tensors and another state for a while, and afterwards as they were."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fts.dtensors import set_data
 from fts.errors import ArgumentError, UnknownParameterError
 from fts.transforms import _lbfgs
-from fts.transforms._leaves import Tree, copied, decode, encode, encode_like, same
+from fts.transforms._tensor_trees import Tree, copied, decode, encode, encode_like, same
 from fts.typing import Params
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -141,7 +141,7 @@ def has_modes(optimizer: Any) -> bool:
 
 
 @contextmanager
-def lent(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
+def swap_tensors(bound: Bound, params: Params, grads: Params) -> Iterator[None]:
     """Point the Parameters at other tensors; at the end they, the groups, the state and the attributes are as before."""
     optimizer, own = bound.optimizer, vars(bound.optimizer)
     tensors = [(parameter, parameter.data, parameter.grad) for parameter in bound.parameters.values()]
@@ -190,7 +190,7 @@ def without_hooks(optimizer: Any) -> Iterator[None]:
 
 
 def isolate(bound: Bound) -> None:
-    """Give a lent optimizer copies of its own state and attributes, so that a step writes those."""
+    """Give a bound optimizer copies of its own state and attributes, so that a step writes those."""
     optimizer = bound.optimizer
     for key, value in list(optimizer.state.items()):
         optimizer.state[key] = copied(value)
@@ -198,7 +198,7 @@ def isolate(bound: Bound) -> None:
 
 
 def place(bound: Bound, kept: Kept) -> None:
-    """Put a state into a lent optimizer."""
+    """Put a state into a bound optimizer."""
     optimizer = bound.optimizer
     optimizer.state.clear()
     optimizer.state.update(decode(kept.common))
@@ -222,7 +222,7 @@ def picked(groups: Sequence[Mapping[str, Any]], attributes: Mapping[str, Any], n
 
 
 def read(bound: Bound, names: Sequence[str], numbers: Numbers, form: Kept | None = None) -> Kept:
-    """What a lent optimizer keeps now; in the structure of `form`, if that is given.
+    """What a bound optimizer keeps now; in the structure of `form`, if that is given.
 
     Raises:
         ArgumentError: it cannot be represented, or has another structure.
@@ -261,7 +261,7 @@ def changing(bound: Bound, before: Snapshot, skip: frozenset[str]) -> Numbers:
 
 
 def snapshot(bound: Bound) -> Snapshot:
-    """Copies of a lent optimizer's groups and plain attributes."""
+    """Copies of a bound optimizer's groups and plain attributes."""
     groups = [{key: copied(value) for key, value in group.items() if key != "params"} for group in bound.optimizer.param_groups]
     return Snapshot(groups, copied(_plain_attributes(bound)))
 

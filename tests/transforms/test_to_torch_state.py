@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fts import transforms as tx
-from tests.transforms.running import by_update, make_gradients, make_params
+from tests.transforms.trajectories import by_update, make_gradients, make_params
 
 PARAMS, GRADIENTS = make_params(), make_gradients(3)
 

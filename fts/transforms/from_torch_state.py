@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fts.dtensors import copy_into
 from fts.errors import ArgumentError
-from fts.transforms._bridge import TorchState
-from fts.transforms._leaves import Tree, encode, fitted
 from fts.transforms._states import states_in, with_states
+from fts.transforms._tensor_trees import Tree, encode, fitted
+from fts.transforms._torch_transform import TorchState
 from fts.transforms.adam import AdamState
 from fts.transforms.momentum import SgdState
 from fts.transforms.plateau import FollowState
@@ -138,8 +138,8 @@ def with_plateau(opt_state: OptState, rate: float, memory: Mapping[str, Any]) ->
         if state.memory.keys() != names.keys():
             raise ArgumentError(f"with_plateau: the rule remembers {sorted(state.memory)}, not {sorted(names)}.")
 
-    def told(state: FollowState) -> FollowState:
+    def restored(state: FollowState) -> FollowState:
         known = {own: torch.full_like(tensor, memory[names[own]]) for own, tensor in state.memory.items()}
         return state._replace(lr=torch.full_like(state.lr, rate), memory=known)
 
-    return with_states(opt_state, {FollowState: told})
+    return with_states(opt_state, {FollowState: restored})

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import NonFiniteError
-from fts.transforms._arguments import check_count, check_transform
+from fts.transforms._checks import check_count, check_transform
 from fts.transforms._fast_paths import fast_apply, is_fast, pure_apply
-from fts.transforms._infos import merged, values_of
+from fts.transforms._info import merged, values_of
 from fts.transforms._scalars import new_count
-from fts.transforms._withholding import (
+from fts.transforms._skipping import (
     all_finite,
     all_finite_now,
     check_unless_withheld,

@@ -6,7 +6,7 @@ from torch import nn
 
 from fts import transforms as tx
 from fts.errors import ArgumentError
-from fts.transforms.importing import with_plateau, with_torch_moments
+from fts.transforms.from_torch_state import with_plateau, with_torch_moments
 
 
 def parts():

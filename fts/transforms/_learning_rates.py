@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fts.errors import ScheduleError
-from fts.transforms._arguments import check_number, in_words
-from fts.transforms._infos import values_of
+from fts.transforms._checks import check_number, in_words
+from fts.transforms._info import values_of
 from fts.transforms._scalars import as_scalar, constant, readable
 from fts.typing import Info, Number, Schedule
 

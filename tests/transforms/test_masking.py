@@ -5,7 +5,7 @@ import torch
 
 from fts import transforms as tx
 from fts.errors import ArgumentError, NonFiniteError, UnknownParameterError
-from tests.transforms.running import assert_close, by_apply, by_update, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, copy, make_gradients, make_params
 
 MATRICES = ["w", "kernel"]
 

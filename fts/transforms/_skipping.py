@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fts.dtensors import any_dtensor, local_tensors, mesh_and_placements, sum_over_shards
 from fts.transforms._fast_paths import Apply
-from fts.transforms._infos import values_of
+from fts.transforms._info import values_of
 from fts.typing import Info, OptState, Params, Transform
 
 

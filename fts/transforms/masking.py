@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
-from fts.transforms._arguments import check_transform
+from fts.transforms._checks import check_transform
 from fts.transforms._fast_paths import Update, fast_apply, fast_update, is_fast
-from fts.transforms._infos import merged_by_name, part_of
+from fts.transforms._info import info_of, merged_by_name
 from fts.transforms._masks import Mask, as_predicate, check_same_names, mask_in_words
 from fts.typing import Info, OptState, Params, Transform
 
@@ -155,7 +155,7 @@ def partition(transforms: Mapping[Hashable, Transform], label: Label) -> Transfo
     def check(info: Info) -> None:
         for key, transform in transforms.items():
             if transform.check is not None:
-                transform.check(part_of(info, keys[key], keys.values()))
+                transform.check(info_of(info, keys[key], keys.values()))
 
     everything = transforms.values()
     return Transform(

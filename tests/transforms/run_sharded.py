@@ -1,6 +1,6 @@
 """Every transform on tensors that are spread over processes: started by torchrun, writes what is wrong to `folder/<rank>.json`.
 
-torchrun --nproc-per-node 2 tests/transforms/spread.py folder [parts of the names of checks]
+torchrun --nproc-per-node 2 tests/transforms/run_sharded.py folder [parts of the names of checks]
 """
 
 import json
@@ -28,11 +28,11 @@ from fts.dtensors import full_tensor, is_dtensor
 from fts.errors import ArgumentError
 from fts.randomness import randn_like
 from fts.steps.nonfinite import NonFiniteCounts, find_nonfinite
-from fts.testing.comparison import transform_summary, require_close, require_equal
-from fts.testing.sharded import SHARDING_LAYOUTS, full_tensors, sharded_equals_full, shard_tensors
+from fts.testing.comparison import require_close, require_equal, transform_summary
+from fts.testing.sharded import SHARDING_LAYOUTS, full_tensors, shard_tensors, sharded_equals_full
 from fts.typing import Params, Transform
 from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
-from tests.transforms.spread_halves import halves_are_those_of_the_whole, what_overflows_in_one_process_is_skipped_in_all
+from tests.transforms.run_sharded_16_bit import halves_are_those_of_the_whole, what_overflows_in_one_process_is_skipped_in_all
 
 # over two processes: 2 and 1 rows, 1 and none; over four one or two have none
 SHAPES = {"w": (3, 4), "b": (1,), "layers.10.norm.weight": (5,), "kernel": (2, 3, 2, 2), "temperature": ()}
@@ -159,7 +159,7 @@ def states_hold_shards() -> None:
 
     moments = tx.torch_moments(plain.opt_state)
     told = tx.adamw(0.1).init(shard_tensors(tree, "fsdp"))
-    from fts.transforms.importing import with_torch_moments
+    from fts.transforms.from_torch_state import with_torch_moments
 
     told = with_torch_moments(told, moments, step=1)
     require_equal("moments", full_tensors(told), plain.opt_state.inner)

@@ -13,7 +13,7 @@ import fts
 from fts import steps, transforms as tx
 from fts.errors import ArgumentError, CompileFallbackWarning, DonatedStateError, ScheduleError, UnknownParameterError
 from fts.testing import check_transform, strategies
-from tests.transforms.running import assert_close, by_apply, by_update, copy, make_gradients, make_params
+from tests.transforms.trajectories import assert_close, by_apply, by_update, copy, make_gradients, make_params
 
 MATRICES = ("w", "kernel")
 STEPS = 6

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fts.transforms._bridge import TorchState
-from fts.transforms._leaves import decode
 from fts.transforms._states import states_in
+from fts.transforms._tensor_trees import decode
+from fts.transforms._torch_transform import TorchState
 from fts.transforms.adam import AdamState
 from fts.transforms.momentum import SgdState
 from fts.typing import OptState

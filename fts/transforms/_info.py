@@ -30,7 +30,7 @@ def merged_by_name(infos: Mapping[str, Info]) -> Info:
     }
 
 
-def part_of(info: Info, name: str, names: Iterable[str]) -> Info:
+def info_of(info: Info, name: str, names: Iterable[str]) -> Info:
     """What `name` can have contributed to the result of `merged_by_name`, under its own keys."""
     others = tuple(f"/{other}" for other in names if other != name)
     return {key.removesuffix(f"/{name}"): value for key, value in info.items() if not key.endswith(others)}
