@@ -83,7 +83,6 @@ WORDS = [
             "fts/trainer/trainer.py": "rows of arrays",
             "fts/distributed/model_shapes.py": "rows of a matrix",
             "fts/transforms/": "rows of matrices",
-            "docs/parity.md": "lines of the page's table",
         },
     ),
     Word(
