@@ -19,6 +19,11 @@ def clone(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
+def _named(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+    kernel.__name__ = name
+    return kernel
+
+
 def _scale_(x: list[Tensor], factor: Any) -> None:
     own = None if isinstance(factor, Tensor) or not x[0].is_cpu else wide_dtype(x)
     # a 0-d tensor is faster; but in 16 bits a number rounds otherwise than a tensor
@@ -30,7 +35,7 @@ def _add_scaled(add: Any) -> Callable[..., Any]:
         # alpha cannot be a tensor
         return add(x, torch._foreach_mul(y, factor)) if isinstance(factor, Tensor) else add(x, y, alpha=factor)
 
-    return kernel
+    return _named(kernel, "add_scaled")
 
 
 def _add_product(name: str, suffix: str) -> Callable[..., Any]:
@@ -42,7 +47,7 @@ def _add_product(name: str, suffix: str) -> Callable[..., Any]:
             return add(x, combine(torch._foreach_mul(y, factor), z))
         return addc(x, y, z, factor)
 
-    return kernel
+    return _named(kernel, f"addc{name}")
 
 
 def _lerp(suffix: str) -> Callable[..., Any]:
@@ -53,7 +58,7 @@ def _lerp(suffix: str) -> Callable[..., Any]:
             return add(x, torch._foreach_mul(torch._foreach_sub(y, x), weight))
         return lerp(x, y, weight)
 
-    return kernel
+    return _named(kernel, "lerp")
 
 
 def _with_number(name: str, suffix: str) -> Callable[..., Any]:
@@ -64,7 +69,7 @@ def _with_number(name: str, suffix: str) -> Callable[..., Any]:
             return [getattr(tensor, method)(number) for tensor in x]
         return function(x, number)
 
-    return kernel
+    return _named(kernel, name)
 
 
 def _kernels(suffix: str) -> dict[str, Callable[..., Any]]:

@@ -137,6 +137,7 @@ class _Rule:
         self.on_full_tensors = False
         self.plan: Plan | None = None  # the rule on lists, once it is traced
         self.wanted = _arguments(rule, label)
+        self.name, self.needs_params = label.split("(")[0], "param" in self.wanted
         fields = () if state is None else state._fields
         numbers, moments = [], []
         for field in fields:
@@ -257,7 +258,7 @@ class _Rule:
         return dict(zip(grads, updates, strict=True)), state, info
 
     def _weights(self, params: Params | None) -> Params | None:
-        return need_params(params, self.label.split("(")[0]) if "param" in self.wanted else None
+        return need_params(params, self.name) if self.needs_params else None
 
     def _info(self, numbers: Mapping[str, Any], grads: Params) -> Info:
         if not self.report:

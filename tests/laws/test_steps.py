@@ -1,4 +1,4 @@
-"""Every kind of step obeys the laws. A new one gets them by being listed here."""
+"""Every kind of step has the properties (laws). A new one is checked by being in this list."""
 
 import shutil
 
@@ -12,7 +12,7 @@ import fts.testing
 from fts import steps, transforms as tx
 from fts.testing.compiled_step_laws import available_backend, compiled_equals_eager, compiled_replays
 
-MIXES_ROWS = ["accumulated_equals_big_batch"]  # BatchNorm: the statistics are those of a micro-batch
+MIXES_EXAMPLES = ["accumulated_equals_big_batch"]  # BatchNorm: the statistics are those of a micro-batch
 DRAWS = ["accumulated_equals_big_batch", "compiled_equals_eager"]  # dropout: each micro-batch and each graph has masks of its own
 GRAPHS = ["compiled_equals_eager", "compiled_replays"]  # torch.compile takes no recurrent layers
 
@@ -87,20 +87,20 @@ def recur(model, batch):
     return model(batch["x"][:, None])[0].square().mean()
 
 
-def rows_of(seed: int, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def examples_of(seed: int, count: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 7, (rows, 4), generator=generator)
-    padded = ids * (torch.arange(4) < torch.randint(1, 5, (rows, 1), generator=generator))
+    ids = torch.randint(1, 7, (count, 4), generator=generator)
+    padded = ids * (torch.arange(4) < torch.randint(1, 5, (count, 1), generator=generator))
     return {
-        "x": torch.randn(rows, 5, generator=generator, dtype=torch.float64).to(dtype),
-        "y": torch.randint(0, 3, (rows,), generator=generator),
+        "x": torch.randn(count, 5, generator=generator, dtype=torch.float64).to(dtype),
+        "y": torch.randint(0, 3, (count,), generator=generator),
         "ids": ids,
         "labels": padded,
     }
 
 
 def batches(dtype: torch.dtype = torch.float64, *, least: int = 2) -> st.SearchStrategy:
-    one = st.builds(rows_of, st.integers(0, 1000), st.integers(least, 7), st.just(dtype))
+    one = st.builds(examples_of, st.integers(0, 1000), st.integers(least, 7), st.just(dtype))
     return st.lists(one, min_size=1, max_size=3)
 
 
@@ -139,7 +139,7 @@ def composed():
 
 
 plain = lambda: Perceptron(False, 0.0)  # noqa: E731
-# BatchNorm takes running means of float64 batches, for which at least two rows are needed in each micro-batch
+# BatchNorm takes running means of float64 batches, for which at least two examples are needed in each micro-batch
 REGISTRY = {
     "mlp": (lambda: of_module(seeded(plain), classify, engine="func"), batches(), []),
     "mlp, accumulate": (lambda: of_module(seeded(plain), classify, accumulate=2), batches(), []),
@@ -149,11 +149,11 @@ REGISTRY = {
         batches(torch.float32),
         ["accumulated_equals_big_batch", "engines_agree", "compiled_equals_eager"],
     ),
-    "batchnorm": (lambda: of_module(seeded(lambda: Perceptron(True, 0.0)), classify), batches(), MIXES_ROWS),
+    "batchnorm": (lambda: of_module(seeded(lambda: Perceptron(True, 0.0)), classify), batches(), MIXES_EXAMPLES),
     "batchnorm, accumulate": (
         lambda: of_module(seeded(lambda: Perceptron(True, 0.0)), classify, accumulate=2),
-        batches(least=4).map(lambda many: [each for each in many if len(each["y"]) != 5] or [rows_of(0, 6, torch.float64)]),
-        MIXES_ROWS,
+        batches(least=4).map(lambda many: [each for each in many if len(each["y"]) != 5] or [examples_of(0, 6, torch.float64)]),
+        MIXES_EXAMPLES,
     ),
     "batchnorm and dropout": (lambda: of_module(seeded(lambda: Perceptron(True, 0.3)), classify), batches(), DRAWS),
     "dropout, accumulate, func": (
@@ -210,12 +210,12 @@ def test_laws(name: str) -> None:
 def test_kernels_equal_eager(name: str) -> None:
     assert available_backend() == "inductor"
     step, state = REGISTRY[name][0]()
-    two = [rows_of(seed, 6, torch.float64) for seed in range(2)]
+    two = [examples_of(seed, 6, torch.float64) for seed in range(2)]
     compiled_equals_eager(step, state, two, backend="inductor")
 
 
 @needs_compiler
 def test_kernels_replay_dropout_and_are_compiled_once() -> None:
     step, state = REGISTRY["batchnorm and dropout"][0]()
-    two = [rows_of(seed, 6, torch.float64) for seed in range(2)]
+    two = [examples_of(seed, 6, torch.float64) for seed in range(2)]
     compiled_replays(step, state, two, backend="inductor")

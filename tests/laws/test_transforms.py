@@ -1,4 +1,4 @@
-"""Every transform obeys the laws. A new one gets them by being listed here."""
+"""Every transform has the properties (laws). A new one is checked by being in this list."""
 
 import inspect
 
@@ -13,6 +13,7 @@ from fts.testing.fast_paths import apply_equals_update, update_in_place_equals_u
 from fts.testing.purity import inputs_unchanged, state_owns_its_memory
 from fts.testing.structure import structure_is_stable
 from fts.testing.transform_checks import run_examples
+from tests.transforms.example_rules import EXAMPLES
 
 NAMES = ("w", "b", "layers.10.norm.weight")
 
@@ -108,6 +109,7 @@ REGISTRY = [
         ),
         decay=0.9,
     ),
+    *EXAMPLES,
 ]
 
 # Those that know their parameters by name.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fts import transforms as tx
 from fts.transforms._checks import check_decays, format_label
-from fts.transforms._learning_rates import LearningRate
+from fts.transforms._learning_rates import Rate
 from fts.transforms._masks import Mask
 from fts.typing import Params, Transform
 
@@ -17,7 +17,7 @@ def contributing() -> dict[str, Any]:
     """What the example in CONTRIBUTING.md defines."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = text.split("### A new transform")[1].split("```python\n")[1].split("```")[0]
-    names = {"NamedTuple": NamedTuple, "Params": Params, "Tensor": Tensor, "Transform": Transform, "LearningRate": LearningRate}
+    names = {"NamedTuple": NamedTuple, "Params": Params, "Tensor": Tensor, "Transform": Transform, "Rate": Rate}
     names |= {"Mask": Mask, "check_decays": check_decays, "format_label": format_label}
     names |= {"elementwise": tx.elementwise, "optimizer": tx.optimizer}
     exec(code, names)
@@ -63,7 +63,7 @@ def scale_by_factored_rms(decay: float = 0.8, eps: float = 1e-8) -> Transform:
 
 
 def orthogonalize(steps: int = 5, eps: float = 1e-7) -> Transform:
-    """Muon's Newton-Schulz iteration: products of whole matrices, without a state."""
+    """Muon's Newton-Schulz iteration: matrix products, without a state."""
 
     def rule(grad: Tensor) -> Tensor:
         if grad.ndim != 2:
@@ -77,7 +77,7 @@ def orthogonalize(steps: int = 5, eps: float = 1e-7) -> Transform:
     return tx.per_tensor(rule, label=f"orthogonalize({steps})")
 
 
-def muon(lr: LearningRate, weight_decay: float = 0.0) -> Transform:
+def muon(lr: Rate, weight_decay: float = 0.0) -> Transform:
     """An optimizer whose scaling is a chain without a counter."""
     return tx.optimizer("muon", tx.chain(tx.trace(0.95, nesterov=True), orthogonalize()), lr, weight_decay=weight_decay)
 
@@ -90,7 +90,7 @@ class ScheduleFreeState(NamedTuple):
     z: Params
 
 
-def schedule_free_sgd(lr: LearningRate, beta: float = 0.9) -> Transform:
+def schedule_free_sgd(lr: Rate, beta: float = 0.9) -> Transform:
     """Needs the parameters, starts at them, and has numbers that are computed once for all."""
 
     def shared(grads: Params, state: ScheduleFreeState, params: Params | None) -> dict[str, Any]:

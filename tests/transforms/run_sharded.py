@@ -1,4 +1,4 @@
-"""Every transform on tensors that are spread over processes: started by torchrun, writes what is wrong to `folder/<rank>.json`.
+"""Every transform on sharded tensors: started by torchrun, writes what is wrong to `folder/<rank>.json`.
 
 torchrun --nproc-per-node 2 tests/transforms/run_sharded.py folder [parts of the names of checks]
 """
@@ -32,9 +32,9 @@ from fts.testing.comparison import require_close, require_equal, transform_summa
 from fts.testing.sharded import SHARDING_LAYOUTS, full_tensors, shard_tensors, sharded_equals_full
 from fts.typing import Params, Transform
 from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
-from tests.transforms.run_sharded_16_bit import halves_are_those_of_the_whole, what_overflows_in_one_process_is_skipped_in_all
+from tests.transforms.run_sharded_16_bit import low_precision_equals_full_tensors, overflow_on_one_rank_is_skipped_on_all
 
-# over two processes: 2 and 1 rows, 1 and none; over four one or two have none
+# on two ranks: 2 and 1 rows, 1 and none; on four, one or two have none
 SHAPES = {"w": (3, 4), "b": (1,), "layers.10.norm.weight": (5,), "kernel": (2, 3, 2, 2), "temperature": ()}
 KNOWN = ("w", "b", "layers.10.norm.weight")
 
@@ -66,50 +66,50 @@ def trajectory(names: tuple[str, ...], dtype: torch.dtype, updates: int) -> tupl
     return tensors(names, dtype, 0), gradients
 
 
-def laws(spreads: list[str], dtype: torch.dtype, updates: int) -> dict[str, Callable[[], None]]:
+def laws(layouts: list[str], dtype: torch.dtype, updates: int) -> dict[str, Callable[[], None]]:
     named = [(transform, KNOWN) for transform in NAMED_REGISTRY]
     every = [(transform, tuple(SHAPES)) for transform in (*REGISTRY, *EAGER_REGISTRY, *BRIDGED)]
     return {
-        f"{transform_summary(transform)}, {spread}, {dtype}": partial(
-            sharded_equals_full, transform, *trajectory(names, dtype, updates), layout=spread
+        f"{transform_summary(transform)}, {layout}, {dtype}": partial(
+            sharded_equals_full, transform, *trajectory(names, dtype, updates), layout=layout
         )
         for transform, names in every + named
-        for spread in spreads
+        for layout in layouts
     }
 
 
-def says_what_it_needs(transform: Transform) -> None:
-    with pytest.raises(ArgumentError, match="cannot step on parameters that are spread over processes"):
+def refuses_sharded_parameters(transform: Transform) -> None:
+    with pytest.raises(ArgumentError, match="cannot step on sharded parameters"):
         transform.init(shard_tensors(tensors(KNOWN, torch.float64, 0), "fsdp"))
 
 
-def norm_is_that_of_the_whole() -> None:
-    whole_tree = tensors(tuple(SHAPES), torch.float32, 0)
+def norm_is_that_of_full_tensors() -> None:
+    full_tree = tensors(tuple(SHAPES), torch.float32, 0)
     for scale in (1.0, 1e15):
-        tree = {name: tensor * scale for name, tensor in whole_tree.items()}
-        for spread in SHARDING_LAYOUTS:
-            torch.testing.assert_close(tx.global_norm(shard_tensors(tree, spread)), tx.global_norm(tree), rtol=1e-6, atol=0.0)
-    # gradients that are sums which nobody has finished
+        tree = {name: tensor * scale for name, tensor in full_tree.items()}
+        for layout in SHARDING_LAYOUTS:
+            torch.testing.assert_close(tx.global_norm(shard_tensors(tree, layout)), tx.global_norm(tree), rtol=1e-6, atol=0.0)
+    # gradients with a partial placement
     from torch.distributed.tensor import DTensor, Partial
 
     part = DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (dist.get_world_size(),)), [Partial()])
     torch.testing.assert_close(tx.global_norm([part]), torch.tensor(2.0 * dist.get_world_size()))
 
 
-def noise_is_that_of_the_whole() -> None:
+def noise_is_that_of_full_tensors() -> None:
     tree = tensors(tuple(SHAPES), torch.float64, 0)
-    for spread in SHARDING_LAYOUTS:
-        for name, tensor in shard_tensors(tree, spread).items():
+    for layout in SHARDING_LAYOUTS:
+        for name, tensor in shard_tensors(tree, layout).items():
             require_equal(name, full_tensor(randn_like(tensor, 3, 7)), randn_like(tree[name], 3, 7))
 
 
-def bad_numbers_are_counted_once() -> None:
+def nonfinite_numbers_are_counted_once() -> None:
     tree = tensors(tuple(SHAPES), torch.float64, 0)
     assert find_nonfinite(shard_tensors(tree, "fsdp")) == {}
     tree["w"][2, 1] = float("nan")
     tree["kernel"][0] = float("inf")
-    for spread in SHARDING_LAYOUTS:
-        found = find_nonfinite(shard_tensors(tree, spread))
+    for layout in SHARDING_LAYOUTS:
+        found = find_nonfinite(shard_tensors(tree, layout))
         assert found == {"w": NonFiniteCounts(1, 0, 12), "kernel": NonFiniteCounts(0, 12, 24)}, found
 
 
@@ -138,34 +138,34 @@ def as_torch(make_optimizer: Callable[..., torch.optim.Optimizer], transform: Tr
             require_close(name, full_tensor(state.params[name]), full_tensor(parameter.detach()), tolerance_factor=0.01)
 
 
-def states_hold_shards() -> None:
+def states_have_shards() -> None:
     tree = tensors(KNOWN, torch.float32, 0)
     transform = tx.ema_params(tx.adamw(0.1), 0.9)
     plain = fts.TrainState.create(tree, transform)
-    spread = fts.TrainState.create(shard_tensors(tree, "fsdp"), transform)
-    assert "3 tensors with 18 numbers" in repr(spread)
+    sharded = fts.TrainState.create(shard_tensors(tree, "fsdp"), transform)
+    assert "3 tensors with 18 numbers" in repr(sharded)
     grads = tensors(KNOWN, torch.float32, 1)
     plain, _ = steps.apply_gradients(plain, grads, transform)
-    kept = {name: full_tensor(tensor) for name, tensor in spread.params.items()}
-    after, _ = steps.apply_gradients(spread, shard_tensors(grads, "fsdp"), transform)
-    require_equal("the old state", full_tensors(spread.params), kept)
+    kept = {name: full_tensor(tensor) for name, tensor in sharded.params.items()}
+    after, _ = steps.apply_gradients(sharded, shard_tensors(grads, "fsdp"), transform)
+    require_equal("the old state", full_tensors(sharded.params), kept)
     require_close("params", full_tensors(after.params), plain.params)
     # gradients in another layout are brought to that of the parameters
-    other, _ = steps.apply_gradients(spread, grads, transform)
+    other, _ = steps.apply_gradients(sharded, grads, transform)
     require_equal("params", full_tensors(other.params), full_tensors(after.params))
     # averages do not share memory with parameters
     again, _ = steps.apply_gradients(after, shard_tensors(grads, "fsdp"), transform, donate=True)
     assert all(is_dtensor(tensor) for tensor in (*again.params.values(), *tx.averaged_params(again.opt_state).values()))
 
     moments = tx.torch_moments(plain.opt_state)
-    told = tx.adamw(0.1).init(shard_tensors(tree, "fsdp"))
+    restored = tx.adamw(0.1).init(shard_tensors(tree, "fsdp"))
     from fts.transforms.from_torch_state import with_torch_moments
 
-    told = with_torch_moments(told, moments, step=1)
-    require_equal("moments", full_tensors(told), plain.opt_state.inner)
-    require_equal("moments", full_tensors(tx.torch_moments(told)), moments)
+    restored = with_torch_moments(restored, moments, step=1)
+    require_equal("moments", full_tensors(restored), plain.opt_state.inner)
+    require_equal("moments", full_tensors(tx.torch_moments(restored)), moments)
 
-    # what a single process saved, in shards, and back in a module that is not spread
+    # what a single process saved, in shards, and back in a module that is not sharded
     directory = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(directory)
     if dist.get_rank() == 0:
@@ -194,19 +194,22 @@ def checks() -> dict[str, Callable[[], None]]:
     }
     return {
         **laws(every[:1], torch.float64, 3),
-        # of two processes the other layouts have one process in one direction
+        # on two ranks the other layouts have one rank along one axis
         **(laws(every[1:], torch.float64, 2) | laws(every, torch.float32, 3) if dist.get_world_size() > 2 else {}),
-        **{f"{transform_summary(transform)} says what it needs": partial(says_what_it_needs, transform) for transform in REFUSED},
+        **{
+            f"{transform_summary(transform)} refuses sharded parameters": partial(refuses_sharded_parameters, transform)
+            for transform in REFUSED
+        },
         **{f"{name} is torch's": partial(as_torch, *pair) for name, pair in compared.items()},
         **{
             check.__name__: check
             for check in (
-                norm_is_that_of_the_whole,
-                noise_is_that_of_the_whole,
-                bad_numbers_are_counted_once,
-                states_hold_shards,
-                halves_are_those_of_the_whole,
-                what_overflows_in_one_process_is_skipped_in_all,
+                norm_is_that_of_full_tensors,
+                noise_is_that_of_full_tensors,
+                nonfinite_numbers_are_counted_once,
+                states_have_shards,
+                low_precision_equals_full_tensors,
+                overflow_on_one_rank_is_skipped_on_all,
             )
         },
     }
@@ -224,7 +227,7 @@ def main(folder: str, *parts: str) -> None:
             results[name] = ""
         except Exception as error:  # noqa: BLE001  # the test reads it
             results[name] = f"{type(error).__name__}: {error}"
-            if "closure" in results[name] or "Timed out" in results[name]:  # the processes have lost each other
+            if "closure" in results[name] or "Timed out" in results[name]:  # the ranks are no longer in step
                 break
     Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What `spread.py` checks of loss scales and of parameters in 16 bits over several processes."""
+"""What `run_sharded.py` checks of loss scales and of parameters in 16 bits."""
 
 import math
 
@@ -31,27 +31,27 @@ def both_ways(transform, params, gradients):
     yield weights, state, info
 
 
-def halves_are_those_of_the_whole() -> None:
+def low_precision_equals_full_tensors() -> None:
     for transform in (
         tx.master_weights(tx.adamw(0.1)),
         tx.master_weights(tx.dynamic_loss_scale(tx.chain(tx.clip_by_global_norm(1.0), tx.sgd(0.1)), 4.0)),
         tx.stochastic_rounding(tx.adamw(0.1), seed=3),
     ):
         params, gradients = tree(0, torch.bfloat16), [tree(1 + i, torch.bfloat16) for i in range(2)]
-        for spread in SHARDING_LAYOUTS:
+        for layout in SHARDING_LAYOUTS:
             expected = both_ways(transform, params, gradients)
-            found = both_ways(transform, shard_tensors(params, spread), [shard_tensors(grads, spread) for grads in gradients])
-            for (one, state, info), (two, own, told) in zip(expected, found, strict=True):
+            found = both_ways(transform, shard_tensors(params, layout), [shard_tensors(grads, layout) for grads in gradients])
+            for (one, state, info), (two, own, reported) in zip(expected, found, strict=True):
                 # bit for bit: the same numbers are rounded up everywhere
-                require_equal(f"{transform.label}, {spread}: params", full_tensors(two), one)
-                require_close(f"{transform.label}, {spread}: state", full_tensors(own), state)
+                require_equal(f"{transform.label}, {layout}: params", full_tensors(two), one)
+                require_close(f"{transform.label}, {layout}: state", full_tensors(own), state)
                 require_close(
-                    f"{transform.label}, {spread}: info", {key: full_tensor(value) for key, value in told.items()}, info
+                    f"{transform.label}, {layout}: info", {key: full_tensor(value) for key, value in reported.items()}, info
                 )
 
 
-def what_overflows_in_one_process_is_skipped_in_all() -> None:
-    """The last row, which lies on the last process, has an overflow."""
+def overflow_on_one_rank_is_skipped_on_all() -> None:
+    """The last row, which is on the last rank, has an overflow."""
     wrappers = {
         "skipped": tx.skip_nonfinite(tx.adamw(0.1)),
         "skipped ": tx.dynamic_loss_scale(tx.adamw(0.1), 4.0),
@@ -61,10 +61,10 @@ def what_overflows_in_one_process_is_skipped_in_all() -> None:
         params, grads = tree(0, torch.float32), tree(1, torch.float32)
         bad = {name: g.clone() for name, g in grads.items()}
         bad["w"][2, 3] = math.inf
-        for spread in SHARDING_LAYOUTS:
-            start = shard_tensors(params, spread)
-            for after, state, info in both_ways(transform, start, [shard_tensors(bad, spread)]):
-                require_equal(f"{transform.label}, {spread}", full_tensors(after), params)
+        for layout in SHARDING_LAYOUTS:
+            start = shard_tensors(params, layout)
+            for after, state, info in both_ways(transform, start, [shard_tensors(bad, layout)]):
+                require_equal(f"{transform.label}, {layout}", full_tensors(after), params)
                 flags = torch.zeros(dist.get_world_size(), dtype=torch.int64)
                 flags[dist.get_rank()] = int(info[key.strip()])
                 dist.all_reduce(flags)

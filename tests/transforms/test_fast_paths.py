@@ -1,4 +1,4 @@
-"""Fast paths give what `update` gives, whatever the layout, dtype and order of the tensors."""
+"""Fast paths give what `update` gives, in every layout, dtype and order of the tensors."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def as_apply(transform):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_which_there_are(name):
+def test_which_fast_paths_there_are(name):
     transform = FAST[name]()
     assert transform.update_ is not None
     assert (transform.apply is not None) == (name in HAVE_APPLY)
@@ -50,8 +50,8 @@ def test_which_there_are(name):
 def test_equal_update(name, dtype):
     transform, params, gradients = FAST[name](), make_params(dtype), make_gradients(5, dtype)
     tolerance = {"rtol": 1e-11, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
-    whole = as_apply(transform)
-    assert_close(by_apply(whole, params, gradients), by_update(whole, params, gradients), **tolerance)
+    with_apply = as_apply(transform)
+    assert_close(by_apply(with_apply, params, gradients), by_update(with_apply, params, gradients), **tolerance)
     state, fast = transform.init(params), transform.init(params)
     for grads in gradients:
         kept = copy(params)
@@ -60,7 +60,7 @@ def test_equal_update(name, dtype):
         assert_close((found, fast, fast_info), (expected, state, info), **tolerance)
         assert_close(params, kept, rtol=0, atol=0)
         for tensor in found.values():
-            tensor.fill_(1e9)  # updates belong to whoever comes next
+            tensor.fill_(1e9)  # the caller may write into updates
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def spread(tensor: Tensor) -> Tensor:
+def strided(tensor: Tensor) -> Tensor:
     """Every second number of a larger tensor."""
     wide = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)
     wide[..., 0] = tensor
@@ -87,7 +87,7 @@ def same(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("of_params", "of_grads"),
     [(same, transposed), (transposed, same), (transposed, transposed), (channels_last, same), (channels_last, channels_last),
-     (spread, same), (same, spread), (spread, spread)],
+     (strided, same), (same, strided), (strided, strided)],
 )  # fmt: skip
 def test_layouts(name, of_params, of_grads):
     """The fused kernels ignore strides: they would read the right memory in the wrong order."""

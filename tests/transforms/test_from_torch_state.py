@@ -1,4 +1,4 @@
-"""torch's own optimizers are the measure: a transform that takes over their state goes on as they do."""
+"""A transform with the state of one of torch's optimizers continues as that does."""
 
 import pytest
 import torch

@@ -41,13 +41,13 @@ def test_master_weights_are_those_of_float32(run, dtype, inner):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_parameters_in_float32_pass(run):
-    (halves, half_grads), (wholes, whole_grads) = trees(torch.bfloat16, 5), trees(torch.float32, 5)
-    params = {"half": halves["w"], "whole": wholes["w"]}
-    gradients = [{"half": h["w"], "whole": w["w"]} for h, w in zip(half_grads, whole_grads, strict=True)]
+    (halves, half_grads), (singles, single_grads) = trees(torch.bfloat16, 5), trees(torch.float32, 5)
+    params = {"half": halves["w"], "single": singles["w"]}
+    gradients = [{"half": h["w"], "single": s["w"]} for h, s in zip(half_grads, single_grads, strict=True)]
     found, state, _ = run(tx.master_weights(tx.adamw(0.1)), params, gradients)
     expected, _, _ = run(tx.adamw(0.1), widened(params), [widened(g) for g in gradients])
     assert list(state.master) == ["half"]
-    assert_close(found["whole"], expected["whole"], rtol=0, atol=0)
+    assert_close(found["single"], expected["single"], rtol=0, atol=0)
     assert_close(found["half"], expected["half"].bfloat16(), rtol=0, atol=0)
 
 
@@ -112,7 +112,7 @@ def test_what_is_not_finite_stays_so():
 def test_rounding_is_a_function_of_seed_count_and_name():
     def rounded(seed=0, before=0, name="w"):
         params = {"first": torch.zeros(1, dtype=torch.bfloat16), name: torch.full((1_000,), 1.0, dtype=torch.bfloat16)}
-        if name == "other":  # its place among the parameters does not matter
+        if name == "other":  # its position does not matter
             params = dict(reversed(params.items()))
         transform = tx.stochastic_rounding(tx.scale(2.0**-10), seed)
         state = transform.init(params)._replace(step=torch.tensor(before))

@@ -74,7 +74,7 @@ def test_mask_errors(make):
             make(bad)
 
 
-def test_long_lists_of_names_are_cut():
+def test_long_lists_of_names_are_abbreviated():
     params = {f"layer{i}": torch.zeros(1) for i in range(9)}
     with pytest.raises(UnknownParameterError, match=r"'x'.*'layer0', 'layer1', 'layer2', 'layer3' and 5 more"):
         tx.masked(tx.scale(1.0), ["x"]).init(params)

@@ -117,7 +117,7 @@ def test_restarts_equal_other_libraries():
     make = transformers.get_cosine_with_hard_restarts_schedule_with_warmup
     theirs = by_scheduler(lambda o: make(o, WARMUP, TOTAL, 3))
     assert [SCHEDULES["restarts"](step) for step in STEPS] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
-    # torch's own, whose waves are of whole steps and which has no end
+    # torch's, whose cycles are an integer number of steps and which has no end
     theirs = by_scheduler(lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, TOTAL // 2, eta_min=1e-5), TOTAL)
     assert [SCHEDULES["restarts, end"](step) for step in range(TOTAL)] == pytest.approx(theirs, rel=1e-9, abs=1e-15)
 

@@ -1,4 +1,4 @@
-"""Transforms on tensors that are spread over processes equal those on whole ones. `spread.py` is what the processes run."""
+"""Transforms on sharded tensors equal those on full ones. `run_sharded.py` is what the processes run."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from tests import torchrun
 from tests.laws.test_transforms import EAGER_REGISTRY, NAMED_REGISTRY, REGISTRY
 
-SCRIPT = Path(__file__).with_name("spread.py")
+SCRIPT = Path(__file__).with_name("run_sharded.py")
 
 
 def wrong_in(results: list[dict[str, str]]) -> dict[str, str]:
@@ -21,7 +21,7 @@ def results(tmp_path_factory) -> list[dict[str, str]]:
     return torchrun.results(SCRIPT, tmp_path_factory.mktemp("two"), processes=2, timeout=840)
 
 
-def test_two_processes_equal_one(results) -> None:
+def test_two_ranks_equal_one(results) -> None:
     assert wrong_in(results) == {}
 
 
@@ -31,5 +31,5 @@ def test_everything_was_checked(results) -> None:
 
 
 @pytest.mark.fuzz
-def test_four_processes_equal_one(tmp_path) -> None:
+def test_four_ranks_equal_one(tmp_path) -> None:
     assert wrong_in(torchrun.results(SCRIPT, tmp_path, processes=4, timeout=1_700)) == {}

@@ -541,9 +541,9 @@ def test_eval_params_finds_the_optimizer_inside_other_transforms():
     params, gradients = start("", torch.float32)
     found, state, _ = by_apply(bridge, params, gradients)
     expected = tx.eval_params(bridge, state, found)
-    for whole in (tx.chain(bridge), tx.skip_nonfinite(tx.chain(bridge)), tx.ema_params(bridge, 0.9), tx.multi_steps(bridge, 1)):
-        found, state, _ = by_apply(whole, params, gradients)
-        assert_close(tx.eval_params(whole, state, found), expected)
+    for outer in (tx.chain(bridge), tx.skip_nonfinite(tx.chain(bridge)), tx.ema_params(bridge, 0.9), tx.multi_steps(bridge, 1)):
+        found, state, _ = by_apply(outer, params, gradients)
+        assert_close(tx.eval_params(outer, state, found), expected)
     halves = tx.partition({"free": bridge, "plain": plain}, lambda name, p: "free" if name == "w" else "plain")
     found, state, _ = by_apply(halves, params, gradients)
     evaluated = tx.eval_params(halves, state, found)

@@ -128,10 +128,10 @@ def test_clipping_schedule_and_decay_together(kind, dtype, run):
 def test_masks_are_parameter_groups(mask, dtype, run):
     params, gradients = make_params(dtype), make_gradients(STEPS, dtype)
     expected = by_torch(lambda p: torch.optim.AdamW(p, 0.01), params, gradients, decayed=(MATRICES, 0.3))
-    whole = tx.adamw(0.01, weight_decay=0.3, mask=mask)
+    single = tx.adamw(0.01, weight_decay=0.3, mask=mask)
     parts = tx.chain(tx.scale_by_adam(), tx.add_decayed_weights(0.3, mask), tx.scale_by_learning_rate(0.01))
     around = tx.chain(tx.scale_by_adam(), tx.masked(tx.add_decayed_weights(0.3), mask), tx.scale_by_learning_rate(0.01))
-    for transform in (whole, parts, around):
+    for transform in (single, parts, around):
         found, _, _ = run(transform, params, gradients)
         for name in params:
             torch.testing.assert_close(found[name], expected[name], **TOLERANCE[dtype])

@@ -123,7 +123,7 @@ def test_multi_steps_updates_with_the_average(run):
     expected, inner_state, inner_info = run(optimizer(), params, means)
     assert_close(found, expected)
     assert_close(state.inner, inner_state)
-    assert_close(info, inner_info)  # that of the last whole update
+    assert_close(info, inner_info)  # that of the last complete update
     assert int(state.gathered) == 2
     assert_close(state.sums, {name: gradients[9][name] + gradients[10][name] for name in params})
 
