@@ -15,7 +15,12 @@ from fts.errors import DataError, WorkerError
 from fts.loops.dataloader_state import StateDict
 from fts.loops.fetcher import IterableDatasetFetcher, MapDatasetFetcher, Request, skip_batches
 from fts.loops.sampling import set_epoch
-from fts.loops.worker_signals import defer_worker_errors, iterate_ignoring_signals, worker_errors
+from fts.loops.worker_signals import (
+    defer_worker_errors,
+    forget_worker_errors,
+    iterate_ignoring_signals,
+    worker_errors,
+)
 from fts.typing import Batch
 
 
@@ -139,6 +144,7 @@ def _fetch(batches: Iterator[Batch]) -> Iterator[Batch]:
 def _shut_down(batches: Any) -> None:
     if hasattr(batches, "_shutdown_workers"):  # not where this process fetches itself
         batches._shutdown_workers()
+        forget_worker_errors(batches)
 
 
 def _describe_exits(workers: Iterable[Any]) -> str:

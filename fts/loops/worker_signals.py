@@ -64,6 +64,10 @@ class WorkerExitHandler:
                 raise
             self.error = error
 
+    def names(self, worker: Any) -> bool:
+        """Whether the error that waits is about a worker."""
+        return f"(pid {worker.pid})" in str(self.error)
+
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
@@ -94,6 +98,16 @@ def defer_worker_errors(batches: Any) -> None:
         signal.signal(signal.SIGCHLD, handler)
     if isinstance(handler, WorkerExitHandler):
         handler.workers.update(getattr(batches, "_workers", ()))
+
+
+def forget_worker_errors(batches: Any) -> None:
+    """Drop what is known of the workers of a DataLoader's iterator, which are shut down: no later fetch is concerned by them."""
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if isinstance(handler, WorkerExitHandler):
+        for worker in getattr(batches, "_workers", ()):
+            handler.workers.discard(worker)
+            if handler.error is not None and handler.names(worker):
+                handler.error = None
 
 
 @contextmanager

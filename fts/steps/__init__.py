@@ -2,10 +2,10 @@
 
 from fts.steps.activation_offloading import offload_activations
 from fts.steps.batch_context import WithFullBatch, with_full_batch
+from fts.steps.collective_step import find_gradient_fn, with_collectives
 from fts.steps.collectives import Collectives
 from fts.steps.compiled_step import CompiledStep, compile
 from fts.steps.description import describe
-from fts.steps.distributed_step import find_gradient_fn, with_collectives
 from fts.steps.donation import with_donation
 from fts.steps.engines import LossAux
 from fts.steps.eval_step import EvalStep, eval_module, eval_step

@@ -67,7 +67,7 @@ def need_params(params: Params | None, transform: str) -> Params:
     return params
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A hyper-parameter as it stands in a label: a number, a schedule's description, a function's name."""
     if isinstance(value, Tensor):
         return "tensor"
@@ -85,8 +85,8 @@ def format_label(function: str, *values: Any, **named: Any) -> str:
     >>> format_label("sgd", lr=0.1, momentum=None, nesterov=True)
     'sgd(lr=0.1, nesterov)'
     """
-    words = [in_words(value) for value in values]
+    words = [format_value(value) for value in values]
     for name, value in named.items():
         if value is not None and value is not False:
-            words.append(name if value is True else f"{name}={in_words(value)}")
+            words.append(name if value is True else f"{name}={format_value(value)}")
     return f"{function}({', '.join(words)})"

@@ -29,7 +29,7 @@ class Call(NamedTuple):
     new: bool = False
 
 
-class Plan:
+class KernelPlan:
     """A rule as kernel calls on named lists.
 
     Attributes:
@@ -57,7 +57,7 @@ class Plan:
         return self._run(self.scalars.values(numbers), **lists)  # type: ignore[no-any-return]
 
 
-def make_plan(rule: Callable[..., Any], fields: Sequence[str], label: str) -> Plan:
+def make_kernel_plan(rule: Callable[..., Any], fields: Sequence[str], label: str) -> KernelPlan:
     """Trace an elementwise rule and choose its kernels.
 
     Args:
@@ -180,7 +180,7 @@ class _Writer:
         # the gradients are given also to a rule that does not read them: their memory takes the updates
         self.inputs = tuple(dict.fromkeys(("grad", *fields, *graph.inputs)))
 
-    def write(self, order: Sequence[Value]) -> Plan:
+    def write(self, order: Sequence[Value]) -> KernelPlan:
         self.left.update(arg for value in order for arg in value.args)
         if not self.left[self.graph.inputs.get("grad", Value("input"))]:
             self.free.append("grad")
@@ -188,7 +188,7 @@ class _Writer:
             if value.op != "input":
                 self._compute(value)
         update = self._finish()
-        return Plan(self.calls, self.graph.scalars, self.inputs, update)
+        return KernelPlan(self.calls, self.graph.scalars, self.inputs, update)
 
     def _compute(self, value: Value) -> None:
         self.left.subtract(value.args)

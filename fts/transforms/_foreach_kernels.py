@@ -65,7 +65,7 @@ def _with_number(name: str, suffix: str) -> Callable[..., Any]:
     function, method = getattr(torch, f"_foreach_{name}{suffix}"), f"{name}{suffix}"
 
     def kernel(x: list[Tensor], number: Any) -> Any:
-        if isinstance(number, Tensor):
+        if isinstance(number, Tensor):  # the kernel on lists would wait for its value
             return [getattr(tensor, method)(number) for tensor in x]
         return function(x, number)
 
@@ -81,7 +81,7 @@ def _kernels(suffix: str) -> dict[str, Callable[..., Any]]:
             "scale": scale,
             "times": times,
             "debias": times,
-            "add_scalar": getattr(torch, f"_foreach_add{suffix}"),
+            "add_scalar": _with_number("add", suffix),
             "div_scalar": getattr(torch, f"_foreach_div{suffix}"),
             "add_scaled": _add_scaled(getattr(torch, f"_foreach_add{suffix}")),
             "addcmul": _add_product("mul", suffix),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ScheduleError
-from fts.transforms._checks import check_number, in_words
+from fts.transforms._checks import check_number, format_value
 from fts.transforms._info import values_of
 from fts.transforms._scalars import as_scalar, constant, readable
 from fts.typing import Info, Number, Schedule
@@ -33,7 +33,7 @@ def rate_at(rate: Rate, count: Any) -> Number:
         return value  # type: ignore[no-any-return]
     value = float(value)
     if not 0.0 <= value < math.inf:
-        raise ScheduleError(_complaint(f"The schedule {in_words(rate)} returned {value} at step {count}"))
+        raise ScheduleError(_complaint(f"The schedule {format_value(rate)} returned {value} at step {count}"))
     return value
 
 

@@ -46,7 +46,7 @@ def check_same_names(function: str, names: Collection[Any], params: Params) -> N
         raise UnknownParameterError(f"{function}: the dictionary has no entry for {_some(missing)}; every parameter needs one.")
 
 
-def mask_in_words(mask: Any) -> str:
+def format_mask(mask: Any) -> str:
     """The mask as it stands in a label."""
     if isinstance(mask, Mapping):
         mask = [name for name, value in mask.items() if value]

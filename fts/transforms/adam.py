@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fts.transforms._checks import check_decays, check_numbers, format_label
 from fts.transforms._learning_rates import Rate
-from fts.transforms._masks import Mask, mask_in_words
+from fts.transforms._masks import Mask, format_mask
 from fts.transforms._scalars import bias_correction
 from fts.transforms.optimizers import FusedKernel, optimizer
 from fts.transforms.rules import elementwise
@@ -146,7 +146,7 @@ def adamw(
         mask=mask,
         fused=_fused(torch._fused_adamw_, b1, b2, eps),
     )
-    shown = None if mask is None else mask_in_words(mask)
+    shown = None if mask is None else format_mask(mask)
     return descent._replace(label=format_label("adamw", lr=lr, weight_decay=weight_decay, mask=shown))
 
 

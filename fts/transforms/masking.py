@@ -13,7 +13,7 @@ from fts.errors import ArgumentError
 from fts.transforms._checks import check_transform
 from fts.transforms._fast_paths import Update, fast_apply, fast_update, is_fast
 from fts.transforms._info import info_of, merged_by_name
-from fts.transforms._masks import Mask, as_predicate, check_same_names, mask_in_words
+from fts.transforms._masks import Mask, as_predicate, check_same_names, format_mask
 from fts.typing import Info, OptState, Params, Transform
 
 Label: TypeAlias = Callable[[str, Tensor], Hashable] | Mapping[str, Hashable]
@@ -79,7 +79,7 @@ def masked(inner: Transform, mask: Mask) -> Transform:
         apply=apply if is_fast(inner) else None,
         update_=through(fast_update(inner)) if inner.update_ else None,
         check=inner.check,
-        label=f"masked({mask_in_words(mask)})",
+        label=f"masked({format_mask(mask)})",
         children=(inner,),
     )
 

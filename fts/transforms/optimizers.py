@@ -10,7 +10,7 @@ from torch import Tensor
 from fts.transforms._checks import check_number, check_transform, format_label
 from fts.transforms._fast_paths import Update, added, fast_update, for_kernel, fused_lists, scale_in_place
 from fts.transforms._learning_rates import Rate, check_rate, checking, rate_at, rate_now, report, report_now
-from fts.transforms._masks import Mask, as_predicate, everything, mask_in_words
+from fts.transforms._masks import Mask, as_predicate, everything, format_mask
 from fts.transforms._scalars import new_count, times
 from fts.transforms.scaling import decayed_weights
 from fts.typing import Info, Number, OptState, Params, Transform
@@ -148,6 +148,6 @@ def optimizer(
         return params, state, {"lr": report_now(lr, rate, state.step.device)}
 
     usable = fused is not None and (decoupled or mask is None)
-    shown = None if mask is None else mask_in_words(mask)
+    shown = None if mask is None else format_mask(mask)
     words = format_label(name, lr=lr, weight_decay=weight_decay or None, mask=shown) if label is None else label
     return Transform(init, update, apply if usable else None, update_, checking(lr), words)

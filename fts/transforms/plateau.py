@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fts.errors import ArgumentError
-from fts.transforms._checks import check_count, check_number, check_transform, in_words
+from fts.transforms._checks import check_count, check_number, check_transform, format_value
 from fts.transforms._fast_paths import fast_apply, fast_update, is_fast
 from fts.transforms._scalars import as_scalar, device_of
 from fts.transforms._states import states_in, with_states
@@ -270,7 +270,7 @@ def reduce_on_plateau(make: Callable[[Any], Transform], lr: float, rule: RateRul
         apply if is_fast(first) else None,
         update_ if first.update_ else None,
         first.check,
-        f"reduce_on_plateau({in_words(lr)}, {type(rule).__name__})",
+        f"reduce_on_plateau({format_value(lr)}, {type(rule).__name__})",
         (first,),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fts.dtensors import any_dtensor, full_tensor, local_tensors, redistribute
 from fts.errors import ArgumentError
 from fts.transforms._checks import need_params
-from fts.transforms._foreach import Plan, make_plan
+from fts.transforms._foreach import KernelPlan, make_kernel_plan
 from fts.transforms._scalars import as_scalar, device_of, new_count, readable, real, shared_step
 from fts.typing import Info, OptState, Params, Transform
 
@@ -49,7 +49,7 @@ def elementwise(
         rule: the formula.
         state: a NamedTuple class: `step`, if the rule or a schedule needs it, and per-parameter fields, which begin at
             zero. None for a transform without state.
-        label: the transform in words, for `describe`.
+        label: as `describe` prints it.
         init: the fields that begin otherwise: a function of the parameter, a number (then the field is one 0-d tensor for all
             parameters), or None (then it stays empty, and the rule has nothing to do with it).
         shared: `(grads, state, params) -> dict` of numbers or 0-d tensors, once per update: those that are fields of the
@@ -99,7 +99,7 @@ def per_tensor(
     Args:
         rule: the formula.
         state: as in `elementwise`.
-        label: the transform in words, for `describe`.
+        label: as `describe` prints it.
         init: as in `elementwise`.
         shared: as in `elementwise`.
         report: as in `elementwise`.
@@ -132,16 +132,16 @@ class _Rule:
         shared: Shared | None,
         report: tuple[str, ...],
     ) -> None:
-        self.rule, self.state, self.label, self.begin = rule, state, label, {} if init is None else init
+        self.rule, self.state, self.label, self.initial = rule, state, label, {} if init is None else init
         self.shared, self.report = shared, report
         self.on_full_tensors = False
-        self.plan: Plan | None = None  # the rule on lists, once it is traced
+        self.plan: KernelPlan | None = None  # the rule on lists, once it is traced
         self.wanted = _arguments(rule, label)
-        self.name, self.needs_params = label.split("(")[0], "param" in self.wanted
+        self.name, self.needs_params = label.split("(", maxsplit=1)[0], "param" in self.wanted
         fields = () if state is None else state._fields
         numbers, moments = [], []
         for field in fields:
-            begin = self.begin.get(field, torch.zeros_like)
+            begin = self.initial.get(field, torch.zeros_like)
             if field == "step" or isinstance(begin, (int, float)):
                 numbers.append(field)
             elif begin is not None:
@@ -160,7 +160,7 @@ class _Rule:
         return () if self.state is None else self.state(*[self._first(field, params) for field in self.state._fields])
 
     def _first(self, field: str, params: Params) -> Any:
-        begin = self.begin.get(field, torch.zeros_like)
+        begin = self.initial.get(field, torch.zeros_like)
         if field == "step":
             return new_count(params)
         if field in self.numbers:
@@ -228,28 +228,30 @@ class _Rule:
         """The same on lists, over the gradients and the state."""
         weights = self._weights(params)
         numbers = {field: getattr(state, field) for field in self.numbers}
+        new: Mapping[str, Any] = {}
         if self.shared is not None:
             seen = state._replace(step=readable(state.step)) if "step" in numbers else state
-            numbers.update(self.shared(grads, seen, params))
-            for field in self.numbers:
-                value = numbers[field]
-                if value is not getattr(state, field):
-                    getattr(state, field).copy_(value) if isinstance(value, Tensor) else getattr(state, field).fill_(value)
+            new = self.shared(grads, seen, params)
+            numbers.update(new)
         info = self._info(numbers, grads)
-        if "step" in numbers:
-            count = state.step.add_(1)
-            numbers["step"] = readable(count) if count.is_cpu else real(count)
+        # read before the state is written, which may be among them
+        numbers = {key: _read(value) for key, value in numbers.items()}
+        for field in self.numbers:
+            if field == "step":
+                numbers[field] = _read(real(state.step.add_(1)))
+            elif field in new:
+                getattr(state, field).copy_(torch.as_tensor(new[field]))
         if not grads:
             return grads, state, info
         if self.plan is None:
-            self.plan = make_plan(self.rule, self.moments, self.label)
+            self.plan = make_kernel_plan(self.rule, self.moments, self.label)
         lists = {"grad": local_tensors(grads.values())}
         for field in self.moments:
             moments = getattr(state, field)
             lists[field] = local_tensors([moments[name] for name in grads])
         if weights is not None:
             lists["param"] = local_tensors([weights[name] for name in grads])
-        updates = self.plan.run(lists, {key: _read(value) for key, value in numbers.items()})
+        updates = self.plan.run(lists, numbers)
         if updates is lists["grad"]:
             return grads, state, info
         if any_dtensor(grads.values()):
@@ -264,7 +266,12 @@ class _Rule:
         if not self.report:
             return {}
         device = device_of(grads)
-        return {key: as_scalar(_detached(numbers[key]), device) for key in self.report}
+        values = {key: numbers[key] for key in self.report}
+        # copies, because the state's may be overwritten in a later step
+        return {
+            key: as_scalar(value.detach().clone() if isinstance(value, Tensor) else value, device)
+            for key, value in values.items()
+        }
 
 
 def _arguments(rule: Rule, label: str) -> tuple[str, ...]:
@@ -275,8 +282,7 @@ def _arguments(rule: Rule, label: str) -> tuple[str, ...]:
 
 
 def _read(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.is_cpu else value
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    """A number that later writes do not change: a Python number where reading one waits for nothing."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.is_cpu else value.clone()

@@ -1,4 +1,4 @@
-"""Multiples of gradients and weights."""
+"""Scaling of updates, and weight decay."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fts.dtensors import local_tensors
 from fts.errors import ArgumentError
-from fts.transforms._checks import check_number, format_label, in_words, need_params
+from fts.transforms._checks import check_number, format_label, format_value, need_params
 from fts.transforms._fast_paths import Update, fast_update, scale_in_place
 from fts.transforms._learning_rates import Rate, check_rate, checking, rate_now, report, report_now
-from fts.transforms._masks import Mask, Predicate, as_predicate, everything, mask_in_words
+from fts.transforms._masks import Mask, Predicate, as_predicate, everything, format_mask
 from fts.transforms._scalars import device_of, new_count, times
 from fts.transforms.rules import elementwise
 from fts.typing import Info, OptState, Params, Schedule, Transform
@@ -136,7 +136,7 @@ def scale_by_learning_rate(lr: Rate) -> Transform:
         scale_in_place(grads.values(), -rate)
         return grads, state, {"lr": report_now(lr, rate, device_of(grads))}
 
-    return Transform(init, update, update_=update_, check=checking(lr), label=f"scale_by_learning_rate({in_words(lr)})")
+    return Transform(init, update, update_=update_, check=checking(lr), label=f"scale_by_learning_rate({format_value(lr)})")
 
 
 def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Transform:
@@ -168,7 +168,7 @@ def add_decayed_weights(weight_decay: float, mask: Mask | None = None) -> Transf
         check_names(params)
         return ()
 
-    words = format_label("add_decayed_weights", weight_decay, mask=None if mask is None else mask_in_words(mask))
+    words = format_label("add_decayed_weights", weight_decay, mask=None if mask is None else format_mask(mask))
     return decay._replace(init=init, label=words)
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from fts.errors import ScheduleError
-from fts.transforms._checks import check_count, check_number, in_words
+from fts.transforms._checks import check_count, check_number, format_value
 from fts.transforms._scalars import at_least, at_most, choose, cosine, real
 from fts.typing import Schedule
 
@@ -51,7 +51,7 @@ def constant_schedule(value: float, *, warmup_steps: int = 0) -> Schedule:
     [0.0, 0.05, 0.1, 0.1]
     """
     _check_value("constant_schedule: value", value)
-    return _warmed(lambda step: value + 0.0 * real(step), f"constant_schedule({in_words(value)}", warmup_steps)
+    return _warmed(lambda step: value + 0.0 * real(step), f"constant_schedule({format_value(value)}", warmup_steps)
 
 
 def linear_schedule(init_value: float, end_value: float, transition_steps: int, *, warmup_steps: int = 0) -> Schedule:
@@ -82,7 +82,7 @@ def linear_schedule(init_value: float, end_value: float, transition_steps: int, 
         done = at_most(at_least(real(step) / transition_steps, 0.0), 1.0)
         return init_value + (end_value - init_value) * done
 
-    words = f"linear_schedule({in_words(init_value)} to {in_words(end_value)} in {transition_steps}"
+    words = f"linear_schedule({format_value(init_value)} to {format_value(end_value)} in {transition_steps}"
     return _warmed(line, words, warmup_steps)
 
 
@@ -190,7 +190,7 @@ def inverse_sqrt_schedule(peak_value: float, *, warmup_steps: int = 0, timescale
     scale = (warmup_steps or 10_000) if timescale is None else timescale
     check_count("inverse_sqrt_schedule: warmup_steps", warmup_steps, error=ScheduleError)
     check_number("inverse_sqrt_schedule: timescale", scale, open_low=True, error=ScheduleError)
-    words = f"inverse_sqrt_schedule({in_words(peak_value)}, timescale {scale}"
+    words = f"inverse_sqrt_schedule({format_value(peak_value)}, timescale {scale}"
     return _warmed(lambda step: peak_value / ((real(step) + scale) / scale) ** 0.5, words, warmup_steps)
 
 
@@ -272,7 +272,7 @@ def shift_schedule(schedule: Schedule, steps: int) -> Schedule:
     """
     _check_schedule("shift_schedule", schedule)
     check_count("shift_schedule: steps", steps, error=ScheduleError)
-    return _Described(lambda step: schedule(step + steps), f"shift_schedule({in_words(schedule)}, {steps})")
+    return _Described(lambda step: schedule(step + steps), f"shift_schedule({format_value(schedule)}, {steps})")
 
 
 def polynomial_schedule(
@@ -307,7 +307,7 @@ def polynomial_schedule(
         left = at_most(at_least(1.0 - real(step) / transition_steps, 0.0), 1.0)
         return end_value + (init_value - end_value) * left**power
 
-    words = f"polynomial_schedule({in_words(init_value)} to {in_words(end_value)}, power {power}, in {transition_steps}"
+    words = f"polynomial_schedule({format_value(init_value)} to {format_value(end_value)}, power {power}, in {transition_steps}"
     return _warmed(curve, words, warmup_steps)
 
 
@@ -330,7 +330,7 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     """
     _check_schedule("warmup", schedule)
     check_count("warmup: steps", steps, error=ScheduleError)
-    return _Described(_after_warmup(schedule, steps), f"warmup({in_words(schedule)}, {steps})")
+    return _Described(_after_warmup(schedule, steps), f"warmup({format_value(schedule)}, {steps})")
 
 
 def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
@@ -370,9 +370,9 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
             value = choose(step < start, value, part(at_least(step - start, 0)))
         return value
 
-    words = in_words(parts[0])
+    words = format_value(parts[0])
     for part, start in zip(parts[1:], starts[1:], strict=True):
-        words += f", from {start} {in_words(part)}"
+        words += f", from {start} {format_value(part)}"
     return _Described(joined, f"join_schedules({words})")
 
 
@@ -390,7 +390,7 @@ def _after_warmup(schedule: Callable[[Any], Any], steps: int) -> Callable[[Any],
 
 def _in_words(peak: float, warmup_steps: int, total_steps: int, end: float) -> str:
     rise = f", warmup {warmup_steps}" if warmup_steps else ""
-    return f"{in_words(peak)}{rise}, total {total_steps}{f', end {in_words(end)}' if end else ''}"
+    return f"{format_value(peak)}{rise}, total {total_steps}{f', end {format_value(end)}' if end else ''}"
 
 
 _RISES: dict[str, Callable[[Any], Any]] = {

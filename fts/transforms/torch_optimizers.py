@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from fts.errors import ArgumentError
-from fts.transforms._checks import check_transform, in_words
+from fts.transforms._checks import check_transform, format_value
 from fts.transforms._states import states_in
 from fts.transforms._torch_binding import Bound, bind, build, has_modes, is_optimizer, needs_closure
 from fts.transforms._torch_transform import Closure, TorchState, TorchTransform
@@ -135,13 +135,17 @@ def _bridge(
             raise ArgumentError(
                 "from_torch: parameters= is for an optimizer; a class of optimizers gets its parameters from the state."
             )
-        make, name, options = partial(build, optimizer, groups, kwargs), in_words(getattr(optimizer, "func", optimizer)), kwargs
+        make, name, options = (
+            partial(build, optimizer, groups, kwargs),
+            format_value(getattr(optimizer, "func", optimizer)),
+            kwargs,
+        )
     else:
         raise ArgumentError(
             f"from_torch takes an optimizer, a class of optimizers, or a function that makes one, not {optimizer!r}."
         )
-    words = [f"{key}={in_words(value)}" for key, value in options.items()]
-    words += [] if schedule is None else [f"schedule={in_words(schedule)}"]
+    words = [f"{key}={format_value(value)}" for key, value in options.items()]
+    words += [] if schedule is None else [f"schedule={format_value(schedule)}"]
     label = f"from_torch({', '.join([name, *words])})"
     if closure is None and needs_closure(optimizer):
         raise ArgumentError(

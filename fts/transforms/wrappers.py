@@ -1,4 +1,4 @@
-"""When a transform updates: not on bad gradients, or once for several."""
+"""Wrappers that skip or accumulate updates."""
 
 from __future__ import annotations
 

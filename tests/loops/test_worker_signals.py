@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fts import loops
+from fts.errors import WorkerError
 from tests.loops import run_preemption
 from tests.loops.test_preemption import started, wait_for
 
@@ -88,6 +89,38 @@ def test_a_worker_that_does_not_end_by_itself_is_ended(deaf, code):
         del batches
         worker.join(120)
     assert worker.exitcode == code
+
+
+class Numbers:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return index
+
+
+def test_an_error_about_a_worker_waits_for_the_next_fetch_of_its_own_source():
+    source = loops.source(Numbers(), batch_size=1, workers=1)
+    batches = source.epoch(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    for _ in range(100_000):
+        pass  # torch's handler of SIGCHLD has run: without a fetch it raises nothing
+    with pytest.raises(WorkerError, match=r"DataLoader worker ended: process \d+ was killed by SIGKILL"):
+        list(batches)
+    assert len(list(source.epoch(0))) == 8
+
+
+def test_an_error_about_a_worker_of_a_closed_source_is_of_no_concern_to_others():
+    closed = loops.source(Numbers(), batch_size=1, workers=1, persistent_workers=True)
+    assert len(list(closed.epoch(0))) == 8
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    closed.close()
+    assert len(list(loops.source(Numbers(), batch_size=1, workers=1).epoch(0))) == 8
 
 
 PERSISTENT = """

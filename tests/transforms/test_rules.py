@@ -148,6 +148,36 @@ def test_shared_numbers():
     assert all(torch.equal(z, params[name]) for name, z in transform.init(params).z.items())
 
 
+class ScaleState(NamedTuple):
+    step: Tensor
+    size: Tensor
+    idle: Tensor
+    mu: Params
+
+
+def test_shared_numbers_of_the_old_state_are_read_before_it_is_written():
+    transform = tx.elementwise(
+        lambda grad, mu, size, before, idle: (grad * before / size + idle, mu + size * grad),
+        ScaleState,
+        init={"size": 1.0, "idle": 3.0},
+        shared=lambda grads, state, params: {"size": state.size * 2 + state.step, "before": state.size},
+        report=("before", "idle"),
+        label="rule",
+    )
+    pure, fast = both(transform)
+    assert_close(fast, pure)
+    assert (pure[2]["before"].item(), pure[2]["idle"].item()) == (12.0, 3.0)
+    params = make_params()
+    state = transform.init(params)
+    _, state, info = transform.update_(make_gradients(1)[0], state, params)
+    transform.update_(make_gradients(1)[0], state, params)
+    assert (info["before"].item(), info["idle"].item()) == (1.0, 3.0)
+    on_meta = {name: p.to("meta") for name, p in params.items()}
+    state = transform.init(on_meta)
+    _, _, info = transform.update_({name: torch.empty_like(p) for name, p in on_meta.items()}, state, on_meta)
+    assert {value.device.type for value in info.values()} == {"meta"}
+
+
 def test_rules_on_full_tensors():
     updates, _, _ = orthogonalize(10).update({"w": torch.eye(3) * 5, "b": torch.ones(2)}, (), None)
     assert torch.linalg.matrix_norm(updates["w"] - torch.eye(3), 2) < 0.4

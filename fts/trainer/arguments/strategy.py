@@ -101,7 +101,7 @@ def requested_fsdp(args: StrategyArguments, environ: Mapping[str, str]) -> FSDP 
     if not args.fsdp and launcher_config is None:
         return None
     if load_deepspeed_config(args.deepspeed, environ) is not None:
-        raise ArgumentError("Both DeepSpeed and FSDP are asked for, and either shards the model. Leave one of them out.")
+        raise ArgumentError("Both DeepSpeed and FSDP are enabled, and each shards the model. Leave one of them out.")
     settings = merge_fsdp_config(launcher_config, _fsdp_config(args))
     if settings.get("activation_checkpointing") and args.gradient_checkpointing:
         raise ArgumentError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from fts.trainer.arguments import argument_names, processes, serialization, setters, validation
+from fts.trainer.arguments import argument_names, assignment, processes, serialization, setters
 from fts.trainer.arguments.enums import (
     DebugOption,
     HubStrategy,
@@ -231,15 +231,15 @@ class TrainingArguments:
     if not TYPE_CHECKING:  # so that a type checker, too, rejects unknown names
 
         def __setattr__(self, name: str, value: Any) -> None:
-            validation.set_argument(self, name, value)
+            assignment.set_argument(self, name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__post_init__" in cls.__dict__:
-            cls.__post_init__ = validation.finalize_after(cls.__post_init__)  # type: ignore[method-assign]
+            cls.__post_init__ = assignment.finalize_after(cls.__post_init__)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        validation.finalize(self)
+        assignment.finalize(self)
 
     __str__ = __repr__ = serialization.to_string
 

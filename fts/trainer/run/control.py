@@ -1,4 +1,4 @@
-"""What the control flags ask of the loop."""
+"""The control flags: all-reduced over ranks, and what they make due."""
 
 from __future__ import annotations
 
