@@ -9,7 +9,6 @@
 {'w': tensor([0.7000, 0.6000])}
 """
 
-from fts.transforms._scalars import bias_correction
 from fts.transforms._torch_transform import TorchState
 from fts.transforms.adam import AdamState, adam, adamw, scale_by_adam
 from fts.transforms.averaging import EmaState, averaged_params, ema_params
@@ -31,7 +30,7 @@ from fts.transforms.plateau import (
     steps_on_metric,
     update_on_metric,
 )
-from fts.transforms.rules import elementwise, per_tensor
+from fts.transforms.rules import bias_correction, elementwise, per_tensor
 from fts.transforms.scaling import (
     ScheduleState,
     add_decayed_weights,

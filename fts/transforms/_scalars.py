@@ -39,7 +39,7 @@ def cosine(value: Any) -> Any:
 def choose(condition: Any, yes: Any, no: Any) -> Any:
     """`yes` where the condition holds, else `no`; both are evaluated."""
     if isinstance(condition, fx.Proxy):
-        return _recorded(choose, condition, yes, no)
+        return recorded(choose, condition, yes, no)
     if not isinstance(condition, Tensor):
         return yes if condition else no
     # made tensors of the widest dtype: torch.where would take two Python floats to float32
@@ -63,47 +63,12 @@ def constant(value: float, device: torch.device) -> Tensor:
 def times(tensor: Tensor, factor: Any) -> Tensor:
     """`tensor * factor` in the dtype of `tensor`, also where it is 0-d itself and a 0-d factor would widen it."""
     if isinstance(tensor, fx.Proxy):
-        return _recorded(times, tensor, factor)
+        return recorded(times, tensor, factor)
     product: Tensor = tensor * factor
     return product if product.dtype == tensor.dtype else product.to(tensor.dtype)
 
 
-def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
-    """A running mean that began at zero, divided by the sum of its weights, `1 - decay**step`.
-
-    Args:
-        moment: `decay * moment + (1 - decay) * value` so far.
-        decay: in [0, 1).
-        step: how many values entered: a number or 0-d tensor.
-
-    Returns:
-        A tensor in the dtype of `moment`.
-
-    >>> bias_correction(torch.tensor([0.1]), 0.9, 1)
-    tensor([1.])
-
-    Source: Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", section 3.
-    """
-    if isinstance(moment, fx.Proxy):
-        return _recorded(bias_correction, moment, decay, step)
-    factors = getattr(step, _FACTORS, {})
-    if decay not in factors:
-        factors[decay] = 1 / (1 - decay**step)
-    return times(moment, factors[decay])
-
-
-def shared_step(count: Tensor) -> Tensor:
-    """The step as rules get it in a pure update: real, and with space for what many tensors need of it."""
-    step: Tensor = real(count)
-    if not torch.compiler.is_compiling():
-        setattr(step, _FACTORS, {})
-    return step
-
-
-_FACTORS = "_bias_corrections"
-
-
-def _recorded(function: Callable[..., Any], tensor: fx.Proxy, *args: Any) -> Any:
+def recorded(function: Callable[..., Any], tensor: fx.Proxy, *args: Any) -> Any:
     """A call as a single operation of a traced rule."""
     numbers = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
     return tensor.tracer.create_proxy("call_function", function, (tensor, *numbers), {})

@@ -11,9 +11,8 @@ from torch import Tensor
 from fts.transforms._checks import check_decays, check_numbers, format_label
 from fts.transforms._learning_rates import Rate
 from fts.transforms._masks import Mask, format_mask
-from fts.transforms._scalars import bias_correction
 from fts.transforms.optimizers import FusedKernel, optimizer
-from fts.transforms.rules import elementwise
+from fts.transforms.rules import bias_correction, elementwise
 from fts.typing import Number, Params, Transform
 
 Tensors: TypeAlias = list[Tensor]

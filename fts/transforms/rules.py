@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fts.dtensors import any_dtensor, full_tensor, local_tensors, redistribute
 from fts.errors import ArgumentError
 from fts.transforms._checks import need_params
 from fts.transforms._foreach import KernelPlan, make_kernel_plan
-from fts.transforms._scalars import as_scalar, device_of, new_count, readable, real, shared_step
+from fts.transforms._scalars import as_scalar, device_of, new_count, readable, real, recorded, times
 from fts.typing import Info, OptState, Params, Transform
 
 Rule: TypeAlias = Callable[..., Any]
@@ -23,6 +23,8 @@ Init: TypeAlias = Mapping[str, Callable[[Tensor], Tensor] | float | None]
 
 Shared: TypeAlias = Callable[[Params, Any, Params | None], Mapping[str, Any]]
 """`(grads, state, params) -> numbers by name`, once per update."""
+
+_FACTORS = "_bias_corrections"
 
 
 def elementwise(
@@ -120,6 +122,30 @@ def per_tensor(
     return Transform(made.init, made.update, check=check, label=label)
 
 
+def bias_correction(moment: Tensor, decay: float, step: Any) -> Tensor:
+    """A running mean that began at zero, divided by the sum of its weights, `1 - decay**step`.
+
+    Args:
+        moment: `decay * moment + (1 - decay) * value` so far.
+        decay: in [0, 1).
+        step: how many values entered: a number or 0-d tensor.
+
+    Returns:
+        A tensor in the dtype of `moment`.
+
+    >>> bias_correction(torch.tensor([0.1]), 0.9, 1)
+    tensor([1.])
+
+    Source: Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", section 3.
+    """
+    if isinstance(moment, fx.Proxy):
+        return recorded(bias_correction, moment, decay, step)
+    factors = getattr(step, _FACTORS, {})
+    if decay not in factors:
+        factors[decay] = 1 / (1 - decay**step)
+    return times(moment, factors[decay])
+
+
 class _Rule:
     """A rule with all that it is given; its methods are the functions of the transform. A plain class, which dynamo can trace."""
 
@@ -180,7 +206,7 @@ class _Rule:
         count = None
         if "step" in numbers:
             count = state.step + 1
-            numbers["step"] = shared_step(count)
+            numbers["step"] = _shared_step(count)
         if self.shared is not None:
             numbers = {**numbers, **self.shared(grads, state, params)}
         columns: list[Mapping[str, Any]] = []
@@ -234,7 +260,7 @@ class _Rule:
             new = self.shared(grads, seen, params)
             numbers.update(new)
         info = self._info(numbers, grads)
-        # read before the state is written, which may be among them
+        # read first: some may be tensors of the state, which is written next
         numbers = {key: _read(value) for key, value in numbers.items()}
         for field in self.numbers:
             if field == "step":
@@ -286,3 +312,11 @@ def _read(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.item() if value.is_cpu else value.clone()
+
+
+def _shared_step(count: Tensor) -> Tensor:
+    """The step as rules get it in a pure update: real, and with space for what many tensors need of it."""
+    step: Tensor = real(count)
+    if not torch.compiler.is_compiling():
+        setattr(step, _FACTORS, {})
+    return step
