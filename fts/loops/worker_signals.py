@@ -60,13 +60,18 @@ class WorkerExitHandler:
         try:
             self.handler(number, frame)
         except RuntimeError as error:
-            if self.fetching or not any(f"(pid {worker.pid})" in str(error) for worker in self.workers):
+            if self.fetching or not any(_is_about(error, worker) for worker in self.workers):
                 raise
             self.error = error
 
-    def names(self, worker: Any) -> bool:
-        """Whether the error that waits is about a worker."""
-        return f"(pid {worker.pid})" in str(self.error)
+
+def _child_handler() -> Any:
+    """The handler of SIGCHLD; None on Windows, which has no such signal."""
+    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+
+
+def _is_about(error: RuntimeError, worker: Any) -> bool:
+    return f"(pid {worker.pid})" in str(error)
 
 
 @contextmanager
@@ -76,7 +81,7 @@ def worker_errors() -> Iterator[None]:
     >>> with worker_errors():
     ...     batch = next(iter(DataLoader(range(4))))
     """
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    handler = _child_handler()
     if not isinstance(handler, WorkerExitHandler):
         yield
         return
@@ -91,7 +96,7 @@ def worker_errors() -> Iterator[None]:
 
 def defer_worker_errors(batches: Any) -> None:
     """Let `worker_errors` decide where an error about the workers of a DataLoader's iterator is raised."""
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    handler = _child_handler()
     is_torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
     if is_torchs and callable(handler) and threading.current_thread() is threading.main_thread():
         handler = WorkerExitHandler(handler)
@@ -102,11 +107,11 @@ def defer_worker_errors(batches: Any) -> None:
 
 def forget_worker_errors(batches: Any) -> None:
     """Drop what is known of the workers of a DataLoader's iterator, which are shut down: no later fetch is concerned by them."""
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    handler = _child_handler()
     if isinstance(handler, WorkerExitHandler):
         for worker in getattr(batches, "_workers", ()):
             handler.workers.discard(worker)
-            if handler.error is not None and handler.names(worker):
+            if handler.error is not None and _is_about(handler.error, worker):
                 handler.error = None
 
 
